@@ -1,0 +1,1 @@
+"""What both ends of the wire share: the contract's stubs, its errors, and how to connect."""

@@ -1,0 +1,166 @@
+"""Server interceptors: domain errors become statuses, and TCP callers show a token.
+
+grpc sends the text of an uncaught exception to the caller; without these, paths and internal
+text of the server leak.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from apollo_grpc.errors import DETAILS_KEY, ApolloError, Internal, Unauthenticated, to_status
+
+log = logging.getLogger(__name__)
+
+# Messages of every service pass here, so request and response types are open.
+Handler = Any
+Behaviour = Callable[[Any, Any], Any]
+Check = Callable[[Any], None]
+
+
+def _as_domain_error(error: Exception) -> ApolloError:
+    """The error itself, or an INTERNAL that names a log entry instead of the exception's text."""
+    if isinstance(error, ApolloError):
+        return error
+    incident = uuid.uuid4().hex[:12]
+    log.error("unexpected error, incident %s", incident, exc_info=error)
+    return Internal(
+        f"The server made a mistake; its log has the details under incident {incident}.",
+        metadata={"incident": incident},
+    )
+
+
+def _abort_arguments(error: ApolloError) -> tuple[grpc.StatusCode, str, tuple[Any, ...]]:
+    details = ((DETAILS_KEY, to_status(error).SerializeToString()),)
+    return error.code, error.message, details
+
+
+def _rebuild(handler: Handler, wrapper: AioErrors | SyncErrors) -> Handler:
+    """The handler with its behaviour wrapped; only reflection streams requests."""
+    if handler is None:
+        return None
+    coders = (handler.request_deserializer, handler.response_serializer)
+    if handler.request_streaming:
+        return grpc.stream_stream_rpc_method_handler(wrapper.stream(handler.stream_stream), *coders)
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(wrapper.stream(handler.unary_stream), *coders)
+    return grpc.unary_unary_rpc_method_handler(wrapper.unary(handler.unary_unary), *coders)
+
+
+class TokenCheck:
+    """Refuses callers over TCP that do not send `authorization: Bearer TOKEN`.
+
+    Unix sockets lie in a folder of the user's alone and need none. Without a token every TCP
+    caller is refused.
+    """
+
+    def __init__(self, token: str | None):
+        self._token = token
+
+    def __call__(self, context: Any) -> None:
+        """Raises `Unauthenticated` unless the caller of `context` may go on."""
+        if str(context.peer()).startswith("unix:"):
+            return
+        sent = dict(context.invocation_metadata() or ()).get("authorization", "")
+        # A plain comparison would tell, by its time, how much of a guess was right.
+        if self._token and hmac.compare_digest(f"Bearer {self._token}".encode(), sent.encode()):
+            return
+        raise Unauthenticated(
+            "Calls over TCP need the header 'authorization: Bearer TOKEN'; nothing was done. "
+            "The server's token is in the file 'token' of its state folder."
+        )
+
+
+class AioErrors(grpc.aio.ServerInterceptor):
+    """Maps errors of grpc.aio handlers, unary and streaming, after an optional check."""
+
+    def __init__(self, check: Check | None = None):
+        self._check = check
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """Wraps the handler of one call."""
+        return _rebuild(await continuation(handler_call_details), self)
+
+    def unary(self, behaviour: Behaviour) -> Callable[..., Any]:
+        """The behaviour of a unary call, its errors mapped."""
+
+        async def call(request: Any, context: Any) -> Any:
+            try:
+                if self._check:
+                    self._check(context)
+                result = behaviour(request, context)
+                return await result if isinstance(result, Awaitable) else result
+            except (grpc.aio.AbortError, grpc.RpcError):
+                raise
+            except Exception as error:
+                await context.abort(*_abort_arguments(_as_domain_error(error)))
+
+        return call
+
+    def stream(self, behaviour: Behaviour) -> Callable[..., Any]:
+        """The behaviour of a streaming call, its errors mapped."""
+
+        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                if self._check:
+                    self._check(context)
+                async for response in behaviour(request, context):
+                    yield response
+            except (grpc.aio.AbortError, grpc.RpcError):
+                raise
+            except Exception as error:
+                await context.abort(*_abort_arguments(_as_domain_error(error)))
+
+        return call
+
+
+class SyncErrors(grpc.ServerInterceptor):
+    """Maps errors of handlers on a threaded server, unary and streaming."""
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Handler],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """Wraps the handler of one call."""
+        return _rebuild(continuation(handler_call_details), self)
+
+    def unary(self, behaviour: Behaviour) -> Callable[..., Any]:
+        """The behaviour of a unary call, its errors mapped."""
+
+        def call(request: Any, context: Any) -> Any:
+            try:
+                return behaviour(request, context)
+            except Exception as error:
+                _abort(error, context)
+
+        return call
+
+    def stream(self, behaviour: Behaviour) -> Callable[..., Any]:
+        """The behaviour of a streaming call, its errors mapped."""
+
+        def call(request: Any, context: Any) -> Iterator[Any]:
+            try:
+                yield from behaviour(request, context)
+            except Exception as error:
+                _abort(error, context)
+
+        return call
+
+
+def _abort(error: Exception, context: Any) -> NoReturn:
+    code, message, details = _abort_arguments(_as_domain_error(error))
+    context.set_trailing_metadata(details)
+    context.abort(code, message)
+    raise AssertionError("abort returns only by raising")

@@ -1,0 +1,59 @@
+"""Generates `apollo_grpc/v1` from the contract, into a folder of the caller's choice.
+
+Run by `make protos` and `make check` with an interpreter that has grpcio-tools 1.71.2, from
+`protos/requirements.txt`: stubs of that version import with protobuf 5.29.6 to 7.x, while newer
+ones refuse the protobuf that many vLLM environments hold.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PROTOS = Path(__file__).resolve().parent
+HEADER = '"""Generated from protos/apollo/v1 by `make protos`."""\n'
+
+
+def well_known_types() -> Path:
+    """Folder of the google/protobuf includes that grpcio-tools ships."""
+    import grpc_tools
+
+    return Path(grpc_tools.__file__).parent / "_proto"
+
+
+def run_protoc(out: Path) -> None:
+    """Writes messages, services and their type stubs under `out`/apollo/v1."""
+    sources = sorted(str(p.relative_to(PROTOS)) for p in PROTOS.glob("apollo/v1/*.proto"))
+    subprocess.run(
+        [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}", f"-I{well_known_types()}"]
+        + [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+        + sources,
+        check=True,
+        # protoc looks for protoc-gen-mypy on PATH, which a virtual environment need not be on.
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"},
+    )
+
+
+def rewrite_imports(text: str) -> str:
+    """Points imports at apollo_grpc; the descriptor keeps its name, apollo/v1/..., on the wire."""
+    text = re.sub(r"\bfrom apollo\.v1 import", "from apollo_grpc.v1 import", text)
+    text = re.sub(r"\bimport apollo\.v1\.", "import apollo_grpc.v1.", text)
+    return re.sub(r"(?<![\w./'\"])apollo\.v1\.(\w+_pb2)", r"apollo_grpc.v1.\1", text)
+
+
+def main(target: Path) -> None:
+    """Fills `target` with the generated package, replacing what is there."""
+    target.mkdir(parents=True, exist_ok=True)
+    for old in target.glob("*.py*"):
+        old.unlink()
+    with tempfile.TemporaryDirectory(dir=target.parent) as build:
+        run_protoc(Path(build))
+        for source in sorted(Path(build, "apollo", "v1").iterdir()):
+            (target / source.name).write_text(rewrite_imports(source.read_text()))
+    (target / "__init__.py").write_text(HEADER)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
