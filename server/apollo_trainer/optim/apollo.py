@@ -1,0 +1,394 @@
+"""APOLLO as a torch optimizer: AdamW's learning rates at a fraction of AdamW's state.
+
+Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv 2412.05270,
+Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from apollo_trainer.optim import named_state
+from apollo_trainer.optim.change import Change
+from apollo_trainer.optim.options import (
+    CHOICES,
+    Compat,
+    Impl,
+    StepSettings,
+    Variant,
+    check_choices,
+    check_group,
+    settings_for,
+)
+from apollo_trainer.optim.parameters import (
+    Slot,
+    check_overlap,
+    check_parameter,
+    effective_rank,
+    named,
+    new_state,
+    region,
+)
+from apollo_trainer.optim.reference import Job, step_parameter
+from apollo_trainer.optim.rounding import Rounding, RoundingMode
+
+
+@dataclass
+class _OpenStep:
+    settings: list[StepSettings]
+    change: Change | None
+    done: set[str] = field(default_factory=set)
+    deferred: dict[str, Slot] = field(default_factory=dict)
+
+
+class Apollo(Optimizer):
+    """APOLLO (arXiv 2412.05270, Algorithm 1), with states in float32 and weights written in place.
+
+    Matrices [a, b] with min(a, b) >= rank are scaled channel by channel with factors learned in a
+    random space of `rank` dimensions. Stacks [E, a, b] are E matrices; one whose gradient is all
+    zero is left alone. All else, and every group with `rank=None`, is stepped by AdamW.
+
+    Args:
+        params: parameters, pairs of name and parameter (`model.named_parameters()`), or groups
+            of either. Names seed the random draws: give names if runs must be reproducible after
+            the model's parameters changed in number. Without names they are `parameter_<n>`.
+            Dtypes float32, bfloat16, float16; any device and strides. A tensor given twice, or
+            two of the same address, shape and strides, is one parameter, with the settings of
+            the first and the sum of the gradients.
+        lr: learning rate; AdamW's values transfer.
+        rank: dimensions of the random space. None is AdamW.
+        betas: decay of the first and second moments a step.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled; a step takes lr * weight_decay of the weights.
+        warmup_steps: steps over which lr rises linearly from 0; counted from the group's
+            `warmup_from`, which is 0.
+        scale: alpha, the factor on the scaled gradient. None is sqrt(min(a, b) / rank), which
+            makes updates as large as AdamW's. (apollo-torch's `scale` is alpha squared.)
+        proj_refresh: steps between new random projections.
+        norm_growth_limit: a matrix's scaled gradient may outgrow the last one by this factor;
+            None switches the limiter off.
+        variant: 'channel', a factor for each index of the larger side, or 'mini', one for the
+            tensor. The paper's APOLLO-Mini is variant='mini' with rank=1.
+        rounding: how bfloat16 and float16 weights are written. 'stochastic' keeps small updates
+            on average; 'split16' keeps the lower 16 bits in the state, an exact float32 master
+            (bfloat16 only); 'nearest' loses most updates near lr 1e-5.
+        seed: of the projections and of stochastic rounding.
+        impl: 'reference' is plain torch; 'auto' takes the fastest that is available.
+        compat: 'apollo-torch' reproduces apollo-torch 1.0.3 with its faults. Pass eps=1e-6, its
+            default; every parameter must then have a gradient at every step.
+
+    Group entries lr, weight_decay, warmup_steps, warmup_from, betas, eps, scale, proj_refresh and
+    norm_growth_limit may be rewritten between steps, and count from the next step on.
+
+    What is exact: draws depend on (seed, parameter name, step, element number in row-major order)
+    alone and have the same bits on every device. Matrix products and sums are as reproducible as
+    torch's. Transposing a matrix that is not square transposes its update: exactly so for float32
+    weights and for 'nearest' and 'split16'; under 'stochastic' the two round with different draws.
+
+    Attributes:
+        step_count: completed steps.
+        measure: set it to True to fill the next two at every step.
+        last_update_norm: Euclidean norm of the stored change of the last step; float64, 0-dim.
+        last_changed_fraction: part of all the stored elements whose bits changed in it; likewise.
+
+    Raises:
+        ValueError: an option is out of range, or a parameter cannot be stepped; it is named.
+        NotImplementedError: impl='fused'.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-5,
+        rank: int | None = 64,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 0,
+        scale: float | None = None,
+        proj_refresh: int = 200,
+        norm_growth_limit: float | None = 1.01,
+        variant: Variant = "channel",
+        rounding: RoundingMode = "stochastic",
+        seed: int = 0,
+        impl: Impl = "auto",
+        compat: Compat | None = None,
+    ) -> None:
+        check_choices(seed, variant=variant, rounding=rounding, impl=impl, compat=compat)
+        defaults = {
+            "lr": lr, "rank": rank, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "warmup_steps": warmup_steps, "warmup_from": 0, "scale": scale,
+            "proj_refresh": proj_refresh, "norm_growth_limit": norm_growth_limit,
+        }  # fmt: skip
+        check_group(defaults)
+        self.seed = seed
+        self.variant: Variant = variant
+        self.rounding: RoundingMode = rounding
+        self.compat: Compat | None = compat
+        self.step_count = 0
+        self.measure = False
+        self.last_update_norm: Tensor | None = None
+        self.last_changed_fraction: Tensor | None = None
+        self._slots: list[Slot] = []
+        self._slot_of: dict[Tensor, Slot] = {}
+        self._open: _OpenStep | None = None
+        self._skipped_before = 0
+        self._skipped: dict[torch.device, Tensor] = {}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group and allocates its state. Raises ValueError, and then adds nothing."""
+        self._refuse_while_open("add a parameter group")
+        own = sorted({*CHOICES, "seed"} & param_group.keys())
+        if own:
+            raise ValueError(f"{own[0]} belongs to the whole optimizer, not to a group.")
+        check_group({**self.defaults, **param_group})
+        if isinstance(param_group["params"], set):
+            raise TypeError("params is a set, whose order changes between runs; pass a list.")
+        rank = param_group.get("rank", self.defaults["rank"])
+        new, ties = self._plan(named(param_group["params"], len(self._slots)), rank)
+        super().add_param_group(
+            {
+                **param_group,
+                "params": [slot.param for slot in new],
+                "param_names": [slot.name for slot in new],
+            }
+        )
+        for slot in new:
+            slot.set_seed(self.seed)
+            self._slot_of[slot.param] = slot
+            self.state[slot.param] = new_state(slot, self.rounding)
+        self._slots += new
+        for tensor, slot in ties:
+            self._slot_of[tensor] = slot
+            slot.aliases.append(tensor)
+
+    def _plan(
+        self, pairs: list[tuple[str, Tensor]], rank: int | None
+    ) -> tuple[list[Slot], list[tuple[Tensor, Slot]]]:
+        """Sorts tensors into new parameters and into ties with others; registers nothing."""
+        new: list[Slot] = []
+        ties: list[tuple[Tensor, Slot]] = []
+        known = {id(t): slot for t, slot in self._slot_of.items()}
+        regions = {region(s.param): s for s in self._slots if s.param.numel()}
+        names = {s.name for s in self._slots}
+        for name, tensor in pairs:
+            if id(tensor) in known:
+                continue
+            check_parameter(name, tensor, self.rounding)
+            slot = regions.get(region(tensor))
+            if slot is not None:
+                ties.append((tensor, slot))
+            else:
+                if name in names:
+                    raise ValueError(f"{name}: two parameters have this name.")
+                check_overlap(name, tensor, (*self._slots, *new))
+                index = len(self._slots) + len(new) + 1
+                group = len(self.param_groups)
+                slot = Slot(name, tensor, index, group, effective_rank(tensor, rank))
+                new.append(slot)
+                names.add(name)
+                if tensor.numel():
+                    regions[region(tensor)] = slot
+            known[id(tensor)] = slot
+        return new, ties
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Steps every parameter that has a gradient; returns what `closure` returned.
+
+        Raises ValueError on an invalid group setting, and then changes nothing.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.begin_step()
+        try:
+            for slot in self._slots:
+                self._step_slot(slot)
+        except BaseException:
+            self.abandon_step()
+            raise
+        self.end_step()
+        return loss
+
+    def begin_step(self) -> None:
+        """Opens a step and fixes its settings; `step_param` and `end_step` follow.
+
+        The three together are bit-equal to `step()`, in any order of the parameters. Raises
+        ValueError on an invalid group setting and RuntimeError where a step is open; neither
+        opens one.
+        """
+        self._refuse_while_open("begin a step")
+        number = self.step_count + 1
+        settings = [
+            settings_for(group, number, self.variant, self.compat) for group in self.param_groups
+        ]
+        self._open = _OpenStep(settings, Change() if self.measure else None)
+
+    def step_param(self, param: Tensor) -> bool:
+        """Steps one parameter in the open step. Returns True where its gradient may be released.
+
+        False: it has no gradient, or it is tied to another tensor; `end_step` then steps it
+        with the sum of the gradients, which must be kept until then. Raises RuntimeError where
+        no step is open or the parameter was stepped in it, ValueError where it is not known.
+        """
+        opened = self._opened("step_param")
+        slot = self._slot_of.get(param)
+        if slot is None:
+            raise ValueError("step_param: the tensor is no parameter of this optimizer.")
+        if slot.name in opened.done:
+            raise RuntimeError(
+                f"{slot.name}: was stepped in this step already; nothing was changed. Step it "
+                "once, when its gradient is complete."
+            )
+        if slot.aliases:
+            opened.deferred[slot.name] = slot
+            return False
+        return self._step_slot(slot)
+
+    def end_step(self) -> None:
+        """Steps the tied parameters that waited, and counts the step."""
+        opened = self._opened("end_step")
+        for slot in opened.deferred.values():
+            self._step_slot(slot)
+        self.last_update_norm = self.last_changed_fraction = None
+        if opened.change is not None:
+            elements = sum(slot.param.numel() for slot in self._slots)
+            self.last_update_norm = opened.change.norm()
+            self.last_changed_fraction = opened.change.fraction(elements)
+        self._open = None
+        self.step_count += 1
+
+    def abandon_step(self) -> None:
+        """Closes the open step without counting it; parameters stepped in it stay stepped."""
+        self._open = None
+
+    @torch.no_grad()
+    def _step_slot(self, slot: Slot) -> bool:
+        opened = self._opened("a step")
+        grad = slot.gradient()
+        if grad is None:
+            return False
+        settings = opened.settings[slot.group]
+        rounding = Rounding(self.rounding, slot.rounding_key, settings.number)
+        job = Job(slot, grad, self.state[slot.param], settings, rounding, opened.change)
+        opened.done.add(slot.name)
+        skipped = step_parameter(job)
+        if skipped.device in self._skipped:
+            self._skipped[skipped.device] += skipped
+        else:
+            self._skipped[skipped.device] = skipped.to(torch.int64)
+        return True
+
+    def _opened(self, what: str) -> _OpenStep:
+        if self._open is None:
+            raise RuntimeError(f"{what}: no step is open; call begin_step() first.")
+        return self._open
+
+    def _refuse_while_open(self, what: str) -> None:
+        if self._open is not None:
+            raise RuntimeError(
+                f"Cannot {what} while a step is open; nothing was changed. Call end_step() or "
+                "abandon_step() first."
+            )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Releases or zeroes the gradients, those of tied tensors included."""
+        super().zero_grad(set_to_none)
+        for slot in self._slots:
+            for alias in slot.aliases:
+                if set_to_none:
+                    alias.grad = None
+                elif alias.grad is not None:
+                    alias.grad.zero_()
+
+    @property
+    def skipped_nonfinite(self) -> int:
+        """Gradients skipped so far because they were not finite. Waits for the devices."""
+        return self._skipped_before + sum(int(n.item()) for n in self._skipped.values())
+
+    def state_size_bytes(self) -> int:
+        """Bytes of all state tensors; the same from construction on."""
+        return sum(t.nbytes for t in self._named_tensors().values())
+
+    def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The state for a file: flat tensors, and metadata that JSON can hold.
+
+        Tensors are the live ones, not copies, called `m.<parameter>`, `v.<parameter>`,
+        `step.<parameter>`, and where they exist `norm.<parameter>` and `low.<parameter>`.
+        """
+        self._refuse_while_open("read the state")
+        meta = {
+            "format": named_state.FORMAT,
+            "version": named_state.VERSION,
+            "seed": self.seed,
+            "step_count": self.step_count,
+            "skipped_nonfinite": self.skipped_nonfinite,
+            "variant": self.variant,
+            "rounding": self.rounding,
+            "compat": self.compat,
+            "parameters": {slot.name: named_state.describe(slot) for slot in self._slots},
+            "param_groups": [named_state.describe_group(group) for group in self.param_groups],
+        }
+        return self._named_tensors(), meta
+
+    def load_named_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Takes over what `named_state` gave: moments, counters, seed and group settings.
+
+        Raises ValueError naming the parameter where the state is of another model or of other
+        options; the optimizer is then as it was.
+        """
+        self._refuse_while_open("load a state")
+        mine = self._named_tensors()
+        here = {"variant": self.variant, "rounding": self.rounding, "compat": self.compat}
+        named_state.check_meta(meta, here)
+        named_state.check_parameters(meta, self._slots)
+        groups = named_state.check_groups(meta, self.param_groups)
+        named_state.check_tensors(tensors, mine)
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(tensors[name])
+        for group, settings in zip(self.param_groups, groups, strict=True):
+            group.update(settings)
+        self.seed, self.step_count = meta["seed"], meta["step_count"]
+        self._skipped_before, self._skipped = meta["skipped_nonfinite"], {}
+        for slot in self._slots:
+            slot.set_seed(self.seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as tensors and scalars: `torch.load(weights_only=True)` reads it back."""
+        tensors, meta = self.named_state()
+        del meta["param_groups"]
+        groups = named_state.torch_groups(self.param_groups)
+        return {"state": tensors, "param_groups": groups, "apollo": meta}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave; raises as `load_named_state` does."""
+        missing = {"state", "param_groups", "apollo"} - state_dict.keys()
+        if missing:
+            raise ValueError(
+                f"The optimizer state was not loaded: it has no {min(missing)!r}, so it is not "
+                "one of this optimizer. Nothing was changed."
+            )
+        meta = {**state_dict["apollo"], "param_groups": state_dict["param_groups"]}
+        self.load_named_state(state_dict["state"], meta)
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        return {
+            named_state.tensor_name(part, slot.name): tensor
+            for slot in self._slots
+            for part, tensor in self.state[slot.param].items()
+        }

@@ -1,0 +1,44 @@
+"""How much one step changed the stored weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BITS = {4: torch.int32, 2: torch.int16}
+
+
+class Change:
+    """Sums up the stored change of one step, on the devices of the weights."""
+
+    def __init__(self) -> None:
+        self._squares: dict[torch.device, Tensor] = {}
+        self._changed: dict[torch.device, Tensor] = {}
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Counts one tile; both are of the stored dtype and of the same shape."""
+        bits = _BITS[before.element_size()]
+        changed = (before.contiguous().view(bits) != after.contiguous().view(bits)).sum()
+        square = (after.to(torch.float64) - before.to(torch.float64)).square_().sum()
+        self._put(self._changed, changed)
+        self._put(self._squares, square)
+
+    def norm(self) -> Tensor:
+        """The Euclidean norm of the change: float64, 0-dim."""
+        return self._total(self._squares).sqrt()
+
+    def fraction(self, elements: int) -> Tensor:
+        """The part of `elements` whose bits changed: float64, 0-dim."""
+        return self._total(self._changed) / max(1, elements)
+
+    @staticmethod
+    def _put(sums: dict[torch.device, Tensor], value: Tensor) -> None:
+        sums[value.device] = sums[value.device] + value if value.device in sums else value
+
+    @staticmethod
+    def _total(sums: dict[torch.device, Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for n, value in enumerate(sums.values()):
+            part = value.to(torch.float64)
+            total = part if n == 0 else total + part.to(total.device, non_blocking=True)
+        return total

@@ -1,0 +1,147 @@
+"""What the optimizer knows of each parameter: its name, its kind, its keys and its ties."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_trainer.optim.philox import Key, derive_key
+from apollo_trainer.optim.rounding import RoundingMode
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Region = tuple[torch.device, torch.dtype, int, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass
+class Slot:
+    """One parameter. `rank` is None where plain Adam serves it; `index` counts from 1.
+
+    `group` is the position of its parameter group.
+
+    `aliases` are other tensors over the same memory: their gradients are added, and the memory is
+    stepped once.
+    """
+
+    name: str
+    param: Tensor
+    index: int
+    group: int
+    rank: int | None
+    projection_key: Key = (0, 0)
+    rounding_key: Key = (0, 0)
+    aliases: list[Tensor] = field(default_factory=list)
+
+    def set_seed(self, seed: int) -> None:
+        """Derives both keys from the optimizer's seed and the parameter's name."""
+        self.projection_key = derive_key(seed, self.name, "projection")
+        self.rounding_key = derive_key(seed, self.name, "rounding")
+
+    def gradient(self) -> Tensor | None:
+        """The sum of the gradients over this memory, or None where there is none."""
+        grads = [t.grad for t in (self.param, *self.aliases) if t.grad is not None]
+        for grad in grads:
+            if grad.is_sparse:
+                raise RuntimeError(
+                    f"{self.name}: the gradient is sparse; nothing was changed. Use dense "
+                    "gradients, such as nn.Embedding(sparse=False)."
+                )
+        if len(grads) < 2:
+            return grads[0] if grads else None
+        return sum((g.to(torch.float32) for g in grads[1:]), grads[0].to(torch.float32))
+
+
+def new_state(slot: Slot, mode: RoundingMode) -> dict[str, Tensor]:
+    """Zeroed state of one parameter, on its device.
+
+    A matrix [a, b] with rank r has moments m, v [r, max(a, b)], a stack [E, a, b] has them
+    [E, r, max(a, b)], anything else in its own shape; all float32. `step` (int64) counts its
+    updates and `norm` (float32) is the limiter's last norm, both one per matrix. `low` (int16) is
+    the lower half of the weights under split16.
+    """
+    p, device = slot.param, slot.param.device
+    counts = p.shape[:-2] if slot.rank is not None else torch.Size()
+    shape = p.shape if slot.rank is None else (*counts, slot.rank, max(p.shape[-2:]))
+    state = {
+        "m": torch.zeros(shape, dtype=torch.float32, device=device),
+        "v": torch.zeros(shape, dtype=torch.float32, device=device),
+        "step": torch.zeros(counts, dtype=torch.int64, device=device),
+    }
+    if slot.rank is not None:
+        state["norm"] = torch.zeros(counts, dtype=torch.float32, device=device)
+    if mode == "split16" and p.dtype == torch.bfloat16:
+        state["low"] = torch.zeros(p.shape, dtype=torch.int16, device=device)
+    return state
+
+
+def effective_rank(param: Tensor, rank: int | None) -> int | None:
+    """The rank of a matrix or a stack of matrices [E, a, b] no smaller than it, otherwise None."""
+    if rank is None or param.ndim not in (2, 3) or min(param.shape[-2:]) < rank:
+        return None
+    return rank if param.numel() else None
+
+
+def named(params: Iterable[Any], first: int) -> list[tuple[str, Tensor]]:
+    """Pairs of name and tensor; tensors without a name get `parameter_<n>`, from `first` on."""
+    pairs = []
+    for n, item in enumerate([params] if isinstance(params, Tensor) else list(params), first):
+        name, tensor = item if isinstance(item, tuple) else (f"parameter_{n}", item)
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: a parameter is a tensor, not {type(tensor).__name__}.")
+        pairs.append((str(name), tensor))
+    return pairs
+
+
+def check_parameter(name: str, param: Tensor, mode: RoundingMode) -> None:
+    """Raises ValueError naming a parameter that cannot be stepped."""
+    if param.dtype not in DTYPES:
+        raise ValueError(f"{name}: dtype {param.dtype} is not supported; it is one of {DTYPES}.")
+    if mode == "split16" and param.dtype == torch.float16:
+        raise ValueError(
+            f"{name}: rounding='split16' needs bfloat16 or float32, and this is float16; use "
+            "rounding='stochastic'."
+        )
+    if param.layout != torch.strided:
+        raise ValueError(f"{name}: layout {param.layout} is not supported, only dense tensors.")
+    if any(n > 1 and s == 0 for n, s in zip(param.shape, param.stride(), strict=True)):
+        raise ValueError(f"{name}: is an expanded view, whose elements share memory.")
+
+
+def region(param: Tensor) -> Region:
+    """What two tied tensors have in common: device, dtype, address, shape and strides."""
+    sides = [(n, s) for n, s in zip(param.shape, param.stride(), strict=True) if n > 1]
+    strides = tuple(s for _, s in sides)
+    return param.device, param.dtype, param.data_ptr(), tuple(param.shape), strides
+
+
+def check_overlap(name: str, param: Tensor, others: Iterable[Slot]) -> None:
+    """Raises ValueError where two gapless tensors share a part of their memory.
+
+    Views with gaps are not compared: their spans may interleave without sharing an element.
+    """
+    span = _gapless_span(param)
+    for other in others:
+        theirs = _gapless_span(other.param)
+        if not span or not theirs or span[0] != theirs[0]:
+            continue
+        if span[1] < theirs[2] and theirs[1] < span[2]:
+            raise ValueError(
+                f"{name}: shares a part of its memory with {other.name}; it would be stepped "
+                "twice. Give each element to one parameter only."
+            )
+
+
+def _gapless_span(param: Tensor) -> tuple[torch.device, int, int] | None:
+    sides = sorted((s, n) for n, s in zip(param.shape, param.stride(), strict=True) if n > 1)
+    expected = 1
+    for stride, size in sides:
+        if stride != expected:
+            return None
+        expected *= size
+    start = param.data_ptr()
+    if not start or not param.numel():
+        return None
+    return param.device, start, start + param.numel() * param.element_size()

@@ -1,0 +1,238 @@
+"""One step of one parameter in plain torch, beside Algorithm 1 of arXiv 2412.05270.
+
+Symbols as in the paper: W the weight, G its gradient, P the projection [r, m], R = P G [r, n] with
+n the larger side, M and V the moments of R, s the scaling factors. Every matrix is taken as a
+stack [B, a, b] with B = 1. Nothing here waits for the device: what is skipped is masked.
+
+The arithmetic sees a gradient through contiguous float32 tiles, larger side first. Its bits
+therefore depend on the values alone, not on strides; and transposing a matrix that is not square
+transposes its exact update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apollo_trainer.optim.change import Change
+from apollo_trainer.optim.options import StepSettings
+from apollo_trainer.optim.parameters import Slot
+from apollo_trainer.optim.projection import draw_apollo_torch_projection, draw_projection
+from apollo_trainer.optim.rounding import Rounding
+
+# The limiter never caps |G diag(s)| below this times sqrt(numel): after a near-zero gradient a
+# growth of 1 % a step would otherwise hold the matrix still for hundreds of steps.
+NORM_FLOOR = 1e-3
+_TILE_CPU = 2**17
+_TILE_DEVICE = 2**24
+
+
+@dataclass(frozen=True)
+class Job:
+    """One parameter in one step; `grad` has the parameter's shape, any float dtype and strides."""
+
+    slot: Slot
+    grad: Tensor
+    state: dict[str, Tensor]
+    settings: StepSettings
+    rounding: Rounding
+    change: Change | None
+
+    @property
+    def uncorrected(self) -> bool:
+        """True where apollo-torch is reproduced: it corrects the bias in the step size only."""
+        return self.settings.compat == "apollo-torch"
+
+
+def step_parameter(job: Job) -> Tensor:
+    """Steps one parameter in place. Returns a bool (0-dim): the gradient was not finite.
+
+    A gradient is not finite where it holds NaN or infinity, or where its norm overflows float32;
+    its matrix, moments and step count then stay as they are.
+    """
+    return _step_matrices(job) if job.slot.rank is not None else _step_elements(job)
+
+
+def _step_matrices(job: Job) -> Tensor:
+    """Algorithm 1 for a matrix [a, b], or for each matrix of a stack [E, a, b]."""
+    G = _as_stack(job.grad)
+    R, G_norms = _project(G, _projection(job, G), job.slot.rank or 0)
+    m, v = _next_moments(job.settings, job.state["m"], job.state["v"], R)
+    step = job.state["step"].view(-1) + 1
+    s = _scaling_factors(job, m, v, step, R)
+    X_norm: Tensor = torch.linalg.vector_norm(s * G_norms, dim=-1)
+    finite = X_norm.isfinite()
+    # An expert that no token reached has no gradient at all: it keeps its weights and moments.
+    active = finite & (G_norms > 0).any(-1) if job.grad.ndim == 3 else finite
+    factor, norm = _limit(job, X_norm, step)
+    state = job.state
+    for key, new in (("m", m), ("v", v), ("step", step), ("norm", norm)):
+        old = state[key].view(new.shape)
+        torch.where(_like(active, new), new, old, out=old)
+    _write_matrices(job, G, s * (factor * _rate(job, step)).unsqueeze(-1), active)
+    return finite.all().logical_not()
+
+
+def _projection(job: Job, G: Tensor) -> Tensor:
+    slot, window, width = job.slot, job.settings.window, min(G.shape[-2:])
+    rank = slot.rank or 0
+    if job.settings.compat == "apollo-torch":
+        tall = G.shape[-2] >= G.shape[-1]
+        return draw_apollo_torch_projection(slot.index, window, rank, width, tall, G.device)
+    return draw_projection(slot.projection_key, window, rank, width, G.device)
+
+
+def _project(G: Tensor, P: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns R = P G [B, r, n] and the channel norms |G_j| [B, n], reading G [B, a, b] once.
+
+    All the matrices of a stack share P: the paper's argument is about one matrix at a time.
+    """
+    large = G if G.shape[-2] >= G.shape[-1] else G.mT
+    count, n, m = large.shape
+    R = torch.empty((count, rank, n), dtype=torch.float32, device=G.device)
+    norms = torch.empty((count, n), dtype=torch.float32, device=G.device)
+    for b in range(count):
+        for rows in _row_tiles(n, m, G.device):
+            tile = large[b, rows].to(torch.float32, memory_format=torch.contiguous_format)
+            tile = tile.contiguous()
+            R[b, :, rows] = P @ tile.mT
+            torch.linalg.vector_norm(tile, dim=1, out=norms[b, rows])
+    return R, norms
+
+
+def _next_moments(s: StepSettings, m: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Both moments with `grad` taken in, as new tensors of its shape."""
+    beta1, beta2 = s.betas
+    new_m = (m.view(grad.shape) * beta1).add_(grad, alpha=1.0 - beta1)
+    new_v = (v.view(grad.shape) * beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    return new_m, new_v
+
+
+def _direction(job: Job, m: Tensor, v: Tensor, step: Tensor) -> Tensor:
+    """R~ = M^ / (sqrt(V^) + eps), of the shape of m; without the corrections in compat."""
+    if job.uncorrected:
+        return m / v.sqrt().add_(job.settings.eps)
+    correction1, correction2 = _bias_corrections(job, step)
+    denominator = (v / _like(correction2, v)).sqrt_().add_(job.settings.eps)
+    return (m / _like(correction1, m)).div_(denominator)
+
+
+def _bias_corrections(job: Job, step: Tensor) -> tuple[Tensor, Tensor]:
+    t = step.to(torch.float64)
+    first, second = (1.0 - torch.pow(beta, t) for beta in job.settings.betas)
+    return first.to(torch.float32), second.to(torch.float32)
+
+
+def _scaling_factors(job: Job, m: Tensor, v: Tensor, step: Tensor, R: Tensor) -> Tensor:
+    """s [B, n] for variant 'channel', [B, 1] for 'mini': |R~| / |R|, and 0 where R is 0."""
+    dim = (-2,) if job.settings.variant == "channel" else (-2, -1)
+    scaled: Tensor = torch.linalg.vector_norm(_direction(job, m, v, step), dim=dim)
+    plain: Tensor = torch.linalg.vector_norm(R, dim=dim)
+    if job.settings.variant == "mini":
+        scaled, plain = scaled.unsqueeze(-1), plain.unsqueeze(-1)
+    if job.uncorrected:
+        return scaled / (plain + 1e-8)
+    return torch.where(plain == 0, 0.0, scaled / plain)
+
+
+def _limit(job: Job, X_norm: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the limiter's factor on G diag(s) and the norm to remember, both [B].
+
+    A step of norm zero leaves the remembered norm alone.
+    """
+    growth, previous = job.settings.norm_growth_limit, job.state["norm"].view(-1)
+    if growth is None:
+        factor = torch.ones_like(X_norm)
+    elif job.uncorrected:
+        over = (X_norm / (previous + 1e-8)).clamp_(min=growth) / growth
+        factor = torch.where(step > 1, 1.0 / over, 1.0)
+        return factor, X_norm * factor
+    else:
+        cap = (previous * growth).clamp_(min=NORM_FLOOR * math.sqrt(math.prod(job.grad.shape[-2:])))
+        factor = torch.where(previous > 0, (cap / X_norm).clamp_(max=1.0), 1.0)
+    return factor, torch.where(X_norm > 0, X_norm * factor, previous)
+
+
+def _rate(job: Job, step: Tensor) -> Tensor:
+    """lr * alpha [B]; in compat with the bias corrections that the direction left out."""
+    s, rank = job.settings, job.slot.rank
+    lr = s.lr * s.alpha(min(job.grad.shape[-2:]), rank) if rank is not None else s.lr
+    if not job.uncorrected:
+        return torch.full(step.shape, lr, dtype=torch.float32, device=step.device)
+    first, second = _bias_corrections(job, step)
+    return second.sqrt().div(first).mul(lr)
+
+
+def _write_matrices(job: Job, G: Tensor, factors: Tensor, active: Tensor) -> None:
+    """Writes W - lr alpha G diag(s) - lr lambda W. `factors` [B, n or 1] hold lr alpha s."""
+    W, low = _as_stack(job.slot.param), job.state.get("low")
+    count, a, b = W.shape
+    along_rows = factors.shape[-1] > 1 and a >= b
+    for e in range(count):
+        for rows in _row_tiles(a, b, W.device):
+            f = factors[e, rows].unsqueeze(-1) if along_rows else factors[e]
+            update = G[e, rows].to(torch.float32) * f
+            half = _as_stack(low)[e, rows] if low is not None else None
+            first = (e * a + rows.start) * b
+            _write_tile(job, W[e, rows], half, update, active[e], first)
+
+
+def _step_elements(job: Job) -> Tensor:
+    """Adam with decoupled decay (AdamW), for every parameter that is not projected."""
+    W, G, m, v = (_as_rows(t) for t in (job.slot.param, job.grad, job.state["m"], job.state["v"]))
+    low = _as_rows(job.state["low"]) if "low" in job.state else None
+    finite: Tensor = torch.linalg.vector_norm(G, dtype=torch.float32).isfinite()
+    step = job.state["step"] + 1
+    rate, width = _rate(job, step), math.prod(G.shape[1:])
+    for rows in _row_tiles(len(G), width, G.device):
+        moments = _next_moments(job.settings, m[rows], v[rows], G[rows].to(torch.float32))
+        update = _direction(job, *moments, step).mul_(rate)
+        for old, new in zip((m[rows], v[rows]), moments, strict=True):
+            torch.where(finite, new, old, out=old)
+        half = low[rows] if low is not None else None
+        _write_tile(job, W[rows], half, update, finite, rows.start * width)
+    job.state["step"].add_(finite)
+    return finite.logical_not()
+
+
+def _write_tile(
+    job: Job, stored: Tensor, low: Tensor | None, update: Tensor, active: Tensor, first: int
+) -> None:
+    """Subtracts `update` (float32) and the decay from a tile of weights, and stores it rounded."""
+    s = job.settings
+    W = job.rounding.read(stored, low)
+    decay = 1.0 - s.lr * s.weight_decay
+    # apollo-torch decays after the update, and without the warmed-up bias corrections.
+    new = (W - update).mul_(decay) if job.uncorrected else (W * decay).sub_(update)
+    rounded, new_low = job.rounding.round(new, stored.dtype, first)
+    rounded = torch.where(active, rounded, stored)
+    if job.change is not None:
+        job.change.add(stored, rounded)
+    stored.copy_(rounded)
+    if low is not None and new_low is not None:
+        torch.where(active, new_low, low, out=low)
+
+
+def _row_tiles(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices of dimension 0 that bound the temporaries; on a CPU they stay in its caches."""
+    elements = _TILE_CPU if device.type == "cpu" else _TILE_DEVICE
+    size = max(1, elements // max(1, width))
+    for start in range(0, rows, size):
+        yield slice(start, min(rows, start + size))
+
+
+def _as_stack(t: Tensor) -> Tensor:
+    return t.unsqueeze(0) if t.ndim == 2 else t
+
+
+def _as_rows(t: Tensor) -> Tensor:
+    return t.unsqueeze(0) if t.ndim == 0 else t
+
+
+def _like(per_matrix: Tensor, t: Tensor) -> Tensor:
+    """Appends dimensions, so that one value per matrix broadcasts over `t`."""
+    return per_matrix.view(per_matrix.shape + (1,) * (t.ndim - per_matrix.ndim))
