@@ -1,0 +1,154 @@
+"""Keeps vLLM's CPU weights live: what is computed with is what lies in the parameters.
+
+On CPU, vLLM packs most weights after loading and computes with the packed copies, so a write to a
+parameter changes nothing. No flag turns that off; these replacements do. They are made before the
+model is loaded, in the worker, and only where VLLM_PLUGINS names this plugin.
+
+Read in vLLM 0.26, 0.32 and 0.33: model_executor/layers/utils.py, model_executor/layers/
+fused_moe/experts/cpu_moe.py, model_executor/layers/mamba/ops/cpu/gdn_attention.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+_LIVE = "_apollo_live"
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def keep_cpu_weights_live() -> None:
+    """Replaces vLLM's packing of linear, expert and convolution weights. Idempotent."""
+    _keep_linear_weights()
+    _keep_expert_weights()
+    _keep_convolution_weights()
+
+
+def _keep_linear_weights() -> None:
+    utils: Any = importlib.import_module("vllm.model_executor.layers.utils")
+
+    def dispatch_live_gemm(layer: Any, remove_weight: bool) -> None:
+        # Weights of other ranks belong to convolutions and experts, which have paths of their own.
+        if layer.weight.ndim == 2:
+            layer.cpu_linear = F.linear
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch_live_gemm
+
+
+def _keep_expert_weights() -> None:
+    module = _import_if_there("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
+    base = getattr(module, "CPUUnquantizedExperts", None)
+    if base is None or hasattr(base, _LIVE):
+        return
+    for experts in (base, *base.__subclasses__()):
+        if process := experts.__dict__.get("process_weights_after_loading"):
+            experts.process_weights_after_loading = _live_process(process)
+        if apply := experts.__dict__.get("apply"):
+            experts.apply = _live_apply(apply)
+    setattr(base, _LIVE, True)
+
+
+def _live_process(pack: Any) -> Any:
+    def process_weights_after_loading(self: Any, layer: torch.nn.Module) -> None:
+        activation = str(self.moe_config.activation.value).lower()
+        if activation not in _ACTIVATIONS:
+            # Packed as vLLM wants it: the model serves, and the training server refuses the map.
+            pack(self, layer)
+            return
+        setattr(self, _LIVE, _ACTIVATIONS[activation])
+
+    return process_weights_after_loading
+
+
+def _live_apply(packed_apply: Any) -> Any:
+    def apply(
+        self: Any,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *rest: Any,
+        **named: Any,
+    ) -> None:
+        activation = getattr(self, _LIVE, None)
+        if activation is None:
+            packed_apply(
+                self, output, hidden_states, w1, w2, topk_weights, topk_ids, *rest, **named
+            )
+            return
+        # The last argument says whether the router's weight was applied to the input already.
+        weighted = named.get("apply_router_weight_on_input", rest[-1] if rest else False)
+        scale = torch.ones_like(topk_weights) if weighted else topk_weights
+        biases = (self.w1_bias, self.w2_bias)
+        output.copy_(mix_experts(hidden_states, (w1, w2), biases, (scale, topk_ids), activation))
+
+    return apply
+
+
+def mix_experts(
+    hidden: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    biases: tuple[torch.Tensor | None, torch.Tensor | None],
+    routing: tuple[torch.Tensor, torch.Tensor],
+    activation: Any,
+) -> torch.Tensor:
+    """Gated experts from the raw weights.
+
+    hidden [T, H]; weights w13 [E, 2I, H] and w2 [E, H, I]; biases [E, 2I] and [E, H] or None;
+    routing: factors and expert ids, both [T, K]. Returns [T, H] in fp32.
+    """
+    (w13, w2), (bias13, bias2), (scale, expert_ids) = weights, biases, routing
+    mixed = torch.zeros(hidden.shape, dtype=torch.float32)
+    for expert in range(w13.shape[0]):
+        token, slot = (expert_ids == expert).nonzero(as_tuple=True)
+        if not token.numel():
+            continue
+        up = F.linear(hidden[token], w13[expert], None if bias13 is None else bias13[expert])
+        gate, value = up.chunk(2, -1)
+        out = F.linear(
+            activation(gate) * value, w2[expert], None if bias2 is None else bias2[expert]
+        )
+        mixed.index_add_(0, token, out.float() * scale[token, slot, None].float())
+    return mixed
+
+
+def _keep_convolution_weights() -> None:
+    """Makes the gated delta net take its path over raw convolution weights.
+
+    Only this module's view of `torch` is changed: with `torch.cpu` itself patched the process
+    aborts in other kernels.
+    """
+    module = _import_if_there("vllm.model_executor.layers.mamba.ops.cpu.gdn_attention")
+    if module is None or not isinstance(getattr(module, "torch", None), types.ModuleType):
+        return
+
+    class _NoBf16Kernels:
+        def __getattr__(self, name: str) -> Any:
+            if name == "_is_avx512_bf16_supported":
+                return lambda: False
+            return getattr(torch.cpu, name)
+
+    class _Torch:
+        cpu = _NoBf16Kernels()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+    module.torch = _Torch()
+
+
+def _import_if_there(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None

@@ -1,0 +1,169 @@
+"""The engine as the sidecar uses it: blocking calls on vLLM's own asyncio client.
+
+Calls come from gRPC's threads and run on vLLM's event loop, which is never blocked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from apollo_grpc.errors import FailedPrecondition, Unavailable
+from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_sidecar.leases import PauseLeases
+
+log = logging.getLogger("vllm.apollo")
+CALL_SECONDS = 120.0
+RESET_ATTEMPTS = 20
+RESET_WAIT_SECONDS = 0.05
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a watcher needs to know about the exported weights."""
+
+    epoch: str
+    generation: int
+    weight_version: int
+
+
+class Engine:
+    """Pause, resume, cache reset, weight version, export and scoring on one vLLM engine.
+
+    Args:
+        client: vLLM's AsyncLLM (vllm/v1/engine/async_llm.py); the methods used here are the same
+            in 0.26, 0.32 and 0.33.
+        loop: the event loop that `client` lives on.
+
+    Attributes:
+        epoch: random for each engine process; another epoch means that every handle is dead.
+    """
+
+    def __init__(self, client: Any, loop: asyncio.AbstractEventLoop):
+        self._client, self._loop = client, loop
+        self.epoch = uuid.uuid4().hex
+        self._weight_version = 0
+        self._changed = threading.Condition()
+        self.leases = PauseLeases(self._pause, self._resume)
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if not self._loop.is_running():
+            coroutine.close()
+            raise Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(CALL_SECONDS)
+
+    def require_epoch(self, epoch: str) -> None:
+        """Raises FailedPrecondition when the caller speaks of another engine process."""
+        if epoch != self.epoch:
+            raise FailedPrecondition(
+                "The engine was restarted: its epoch is another one and old handles are dead. "
+                "Read the manifest again.",
+                reason="EPOCH_CHANGED",
+            )
+
+    def manifest(self) -> pb.WeightManifest:
+        """The weights of every worker; one worker in this version."""
+        manifest = pb.WeightManifest.FromString(self._ask_worker("apollo_manifest"))
+        manifest.epoch = self.epoch
+        manifest.weight_version = self._weight_version
+        return manifest
+
+    def trace(self, request: pb.TraceCheckpointMapRequest) -> pb.TraceCheckpointMapResponse:
+        """Runs the shadow load in the worker."""
+        answer = self._ask_worker("apollo_trace", request.SerializeToString())
+        return pb.TraceCheckpointMapResponse.FromString(answer)
+
+    def _ask_worker(self, method: str, *args: bytes) -> bytes:
+        answers = self._call(self._client.collective_rpc(method, args=args))
+        if len(answers) != 1:
+            raise FailedPrecondition(
+                f"vLLM runs {len(answers)} workers; this version trains models on one.",
+                reason="TENSOR_PARALLEL_UNSUPPORTED",
+            )
+        reason, message, payload = answers[0]
+        if reason:
+            raise FailedPrecondition(message, reason=reason)
+        return bytes(payload)
+
+    def score(self, token_ids: list[int]) -> list[float]:
+        """vLLM's log-probability of each token after the first, in nats.
+
+        Raises Unavailable while the engine is paused: the request would wait for the resume.
+        """
+        if self.leases.active:
+            raise Unavailable("The engine is paused; score after the resume.", reason="PAUSED")
+        return self._call(self._score(token_ids))
+
+    async def _score(self, token_ids: list[int]) -> list[float]:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True
+        )
+        request_id = f"apollo-score-{uuid.uuid4().hex}"
+        prompt = {"prompt_token_ids": token_ids}
+        outputs = [o async for o in self._client.generate(prompt, sampling, request_id)]
+        scored = zip(token_ids[1:], list(outputs[-1].prompt_logprobs)[1:], strict=True)
+        return [float(entry[token].logprob) for token, entry in scored]
+
+    def _pause(self, mode: str) -> None:
+        # `keep` leaves the cache alone whatever clear_cache says in some versions; the reset at
+        # the resume is what clears it, and its answer is checked.
+        self._call(self._client.pause_generation(mode=mode, clear_cache=False))
+
+    def _resume(self, weights_changed: bool) -> None:
+        try:
+            if weights_changed:
+                self.raise_version()
+                self.reset_caches()
+        finally:
+            self._call(self._client.resume_generation())
+
+    def reset_caches(self) -> None:
+        """Drops cached prefixes, of waiting requests too, which are then computed anew.
+
+        Raises Unavailable when vLLM keeps refusing because blocks are held.
+        """
+        for _ in range(RESET_ATTEMPTS):
+            if self._call(self._client.reset_prefix_cache(reset_running_requests=True)):
+                return
+            time.sleep(RESET_WAIT_SECONDS)
+        raise Unavailable(
+            "vLLM did not drop its prefix cache: answers may still use prefixes of older weights. "
+            "Call ResetCaches again when fewer requests are running.",
+            reason="CACHE_NOT_RESET",
+        )
+
+    @property
+    def weight_version(self) -> int:
+        """How many times the weights were changed since this engine started."""
+        return self._weight_version
+
+    def raise_version(self) -> None:
+        """Counts one change of the weights, stamps it on outputs where vLLM can, tells watchers."""
+        with self._changed:
+            self._weight_version += 1
+            self._changed.notify_all()
+        if hasattr(self._client, "update_weight_version"):
+            self._call(self._client.update_weight_version(str(self._weight_version)))
+
+    def generations(self, poll_seconds: float = 0.25) -> Iterator[Generation | None]:
+        """The generation now and at each change; None in between, so that a caller can leave.
+
+        Ends when vLLM's event loop does.
+        """
+        told = -1
+        while self._loop.is_running():
+            with self._changed:
+                if told == self._weight_version:
+                    self._changed.wait(poll_seconds)
+                version = self._weight_version
+            yield None if version == told else Generation(self.epoch, 1, version)
+            told = version

@@ -1,0 +1,90 @@
+"""A pause is a lease: a training server that dies cannot freeze the engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from apollo_grpc.errors import FailedPrecondition
+
+MAX_LEASE_SECONDS = 60.0
+
+
+class PauseLeases:
+    """At most one lease at a time, kept alive by renewals.
+
+    Args:
+        pause: stops the engine; called when a lease begins, with its mode.
+        resume: lets it go on; called once a lease, with whether the weights may have changed.
+    """
+
+    def __init__(self, pause: Callable[[str], None], resume: Callable[[bool], None]):
+        self._pause, self._resume = pause, resume
+        # Held while the engine is asked to pause or resume, so that the two never cross.
+        self._lock = threading.Lock()
+        self._lease_id = ""
+        self._last_ended = ""
+        self._deadline = 0.0
+        self._timer: threading.Timer | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the engine is paused under a lease."""
+        return bool(self._lease_id)
+
+    def acquire(self, lease_id: str, seconds: float, mode: str) -> float:
+        """Begins or renews a lease and returns the seconds that are left of it.
+
+        Raises FailedPrecondition when another lease is active, or when this one has ended: what
+        its holder wrote since then was not protected.
+        """
+        with self._lock:
+            if lease_id == self._last_ended:
+                raise FailedPrecondition(
+                    "The pause has ended; the engine went on. Begin a new one.",
+                    reason="LEASE_ENDED",
+                )
+            if self._lease_id not in ("", lease_id):
+                raise FailedPrecondition(
+                    "The engine is paused under another lease. Wait until that ends.",
+                    reason="LEASE_HELD",
+                )
+            if not self._lease_id:
+                self._pause(mode)
+                self._lease_id = lease_id
+            self._arm(min(seconds, MAX_LEASE_SECONDS))
+            return self._deadline - time.monotonic()
+
+    def release(self, lease_id: str, weights_changed: bool) -> None:
+        """Ends a lease. Ending the last one again does nothing.
+
+        Raises FailedPrecondition for a lease that never was.
+        """
+        with self._lock:
+            if lease_id == self._last_ended:
+                return
+            if not lease_id or lease_id != self._lease_id:
+                raise FailedPrecondition("There is no such pause.", reason="LEASE_UNKNOWN")
+            self._end(weights_changed)
+
+    def _arm(self, seconds: float) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._deadline = time.monotonic() + seconds
+        self._timer = threading.Timer(seconds, self._expire, [self._lease_id])
+        # Otherwise a paused engine could not exit before the lease ran out.
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _expire(self, lease_id: str) -> None:
+        with self._lock:
+            if lease_id == self._lease_id and time.monotonic() >= self._deadline:
+                # Its holder may have died between two writes: what is cached may be stale.
+                self._end(weights_changed=True)
+
+    def _end(self, weights_changed: bool) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._resume(weights_changed)
+        self._last_ended, self._lease_id = self._lease_id, ""

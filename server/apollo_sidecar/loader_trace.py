@@ -1,0 +1,135 @@
+"""Records what vLLM's weight loader would write where, without letting it write.
+
+vLLM's own `load_weights` runs on meta tensors: views of one storage for each training parameter.
+Every write to a live weight is recorded and skipped, so no weight memory is needed and the live
+bytes stay as they are. Copies of meta tensors (clone, contiguous, to) are kept as views of their
+source, so an address within the source is never lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Ops whose result, on a meta tensor, is the same elements in the same order.
+_SAME_ELEMENTS = frozenset({"clone", "_to_copy", "contiguous", "detach_copy", "lift_fresh_copy"})
+
+
+@dataclass(frozen=True)
+class Region:
+    """Elements of a storage: offset + sum(index * stride), in elements of the tensor's dtype."""
+
+    storage: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Region:
+        """The region that a tensor views."""
+        key = tensor.untyped_storage()._cdata
+        return cls(key, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
+
+    def bounds(self) -> tuple[int, int]:
+        """First and last element touched, both included; the region must not be empty."""
+        span = sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+        return self.offset, self.offset + span
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A recorded copy of a source region onto a live region of the same shape."""
+
+    source: Region
+    target: Region
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class OtherWrite:
+    """A write to live weights that is no copy of a source, by the operator's name.
+
+    `copies_before` is how many copies had been recorded: what is copied later hides the write.
+    """
+
+    operator: str
+    target: Region
+    dtype: torch.dtype
+    copies_before: int
+
+
+class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active, writes to `live` storages are recorded instead of done.
+
+    Args:
+        live: storages of the live weights.
+        sources: one meta tensor for each source, each with a storage of its own.
+    """
+
+    def __init__(self, live: Iterable[torch.UntypedStorage], sources: Iterable[torch.Tensor]):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._live = {storage._cdata for storage in live}
+        # A storage's address may be used again once it is freed, and name another source.
+        self._kept: list[torch.Tensor] = list(sources)
+        self._sources = {source.untyped_storage()._cdata for source in self._kept}
+        self.copies: list[Copy] = []
+        self.other_writes: list[OtherWrite] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Skips and records writes to live storages; runs everything else."""
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        written = [t for t in _written_tensors(func, args, kwargs) if self._is_live(t)]
+        if written:
+            self._record(name, args, written)
+            return args[0]
+        if not any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        return self._on_meta(name, func, args, kwargs)
+
+    def _on_meta(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if name in _SAME_ELEMENTS:
+            return torch.ops.aten.alias.default(args[0])
+        # Loaders compare or read scalars of a checkpoint; meta tensors hold no values. What is
+        # then written by value shows up as a write that is no copy, and refuses the parameter.
+        if name == "_local_scalar_dense":
+            return 1.0
+        if name == "equal":
+            return True
+        return func(*args, **kwargs)
+
+    def _is_live(self, tensor: torch.Tensor) -> bool:
+        return not tensor.is_meta and tensor.untyped_storage()._cdata in self._live
+
+    def _record(self, name: str, args: Any, written: list[torch.Tensor]) -> None:
+        target = written[0]
+        source = args[1] if name == "copy_" else None
+        if isinstance(source, torch.Tensor) and self._is_source(source):
+            source = source.expand(target.shape)
+            self.copies.append(Copy(Region.of(source), Region.of(target), target.dtype))
+            return
+        for tensor in written:
+            self.other_writes.append(
+                OtherWrite(name, Region.of(tensor), tensor.dtype, len(self.copies))
+            )
+
+    def _is_source(self, tensor: torch.Tensor) -> bool:
+        return tensor.is_meta and tensor.untyped_storage()._cdata in self._sources
+
+
+def _written_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Tensors, also inside lists, that an operator's schema says it writes to."""
+    written: list[torch.Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        written += [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return written

@@ -1,0 +1,87 @@
+"""WeightExportService: checks, calls the engine, answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from google.protobuf import duration_pb2
+
+from apollo_grpc.errors import InvalidArgument
+from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.v1 import weight_export_pb2_grpc as pb_grpc
+from apollo_sidecar.engine import Engine
+from apollo_sidecar.leases import MAX_LEASE_SECONDS
+
+_MODES = {
+    pb.PAUSE_MODE_UNSPECIFIED: "keep",
+    pb.PAUSE_MODE_KEEP: "keep",
+    pb.PAUSE_MODE_WAIT: "wait",
+    pb.PAUSE_MODE_ABORT: "abort",
+}
+
+
+class WeightExportService(pb_grpc.WeightExportServiceServicer):
+    """Serves one engine's weights to the training server on the same machine."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def GetWeightManifest(self, request: Any, context: Any) -> pb.GetWeightManifestResponse:  # noqa: N802
+        """The live weights, as buffers and tensors."""
+        return pb.GetWeightManifestResponse(manifest=self._engine.manifest())
+
+    def TraceCheckpointMap(self, request: Any, context: Any) -> pb.TraceCheckpointMapResponse:  # noqa: N802
+        """Where each parameter of the plan lies."""
+        self._engine.require_epoch(request.epoch)
+        return self._engine.trace(request)
+
+    def ScoreTokens(self, request: Any, context: Any) -> pb.ScoreTokensResponse:  # noqa: N802
+        """vLLM's log-probabilities of a prompt."""
+        self._engine.require_epoch(request.epoch)
+        if len(request.token_ids) < 2:
+            raise InvalidArgument.at(
+                "token_ids", "needs at least two tokens: the first has no score"
+            )
+        return pb.ScoreTokensResponse(logprobs=self._engine.score(list(request.token_ids)))
+
+    def Pause(self, request: Any, context: Any) -> pb.PauseResponse:  # noqa: N802
+        """Begins or renews a lease."""
+        self._engine.require_epoch(request.epoch)
+        if not request.request_id:
+            raise InvalidArgument.at("request_id", "is required: it names the lease")
+        seconds = request.lease.ToTimedelta().total_seconds()
+        if not 0 < seconds <= MAX_LEASE_SECONDS:
+            raise InvalidArgument.at(
+                "lease", f"must be above 0 and at most {MAX_LEASE_SECONDS:g} s"
+            )
+        if request.mode not in _MODES:
+            raise InvalidArgument.at("mode", "is no mode that this version knows")
+        left = self._engine.leases.acquire(request.request_id, seconds, _MODES[request.mode])
+        remaining = duration_pb2.Duration()
+        remaining.FromNanoseconds(int(left * 1e9))
+        return pb.PauseResponse(lease_id=request.request_id, remaining=remaining)
+
+    def Resume(self, request: Any, context: Any) -> pb.ResumeResponse:  # noqa: N802
+        """Ends a lease."""
+        self._engine.require_epoch(request.epoch)
+        self._engine.leases.release(request.lease_id, request.weights_changed)
+        return pb.ResumeResponse(weight_version=self._engine.weight_version)
+
+    def ResetCaches(self, request: Any, context: Any) -> pb.ResetCachesResponse:  # noqa: N802
+        """Drops what was computed from old weights."""
+        self._engine.require_epoch(request.epoch)
+        self._engine.reset_caches()
+        return pb.ResetCachesResponse()
+
+    def WatchGeneration(self, request: Any, context: Any) -> Iterator[pb.WatchGenerationResponse]:  # noqa: N802
+        """The generation now and at each change, until the engine or the caller is gone."""
+        for generation in self._engine.generations():
+            if not context.is_active():
+                return
+            if generation is not None:
+                yield pb.WatchGenerationResponse(
+                    epoch=generation.epoch,
+                    generation=generation.generation,
+                    weight_version=generation.weight_version,
+                )

@@ -1,0 +1,105 @@
+"""What the plugin adds to vLLM's workers: live weights at load, and two calls to ask about them.
+
+Messages cross vLLM's process boundary as serialized protobuf, which every serializer of
+`collective_rpc` carries as plain bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from apollo_grpc.errors import ApolloError, FailedPrecondition
+from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_sidecar.cpu_live import keep_cpu_weights_live
+from apollo_sidecar.live_weights import LiveWeights, require_cpu
+from apollo_sidecar.shadow_load import trace_checkpoint_map
+
+log = logging.getLogger("vllm.apollo")
+_EXPORT = "_apollo_live_weights"
+_REFUSAL = "_apollo_refusal"
+
+
+def install(worker_base: Any) -> None:
+    """Wraps model loading and adds the calls. Idempotent.
+
+    Args:
+        worker_base: the module vllm.v1.worker.worker_base. Its WorkerWrapperBase has no
+            `load_model` of its own and forwards to the worker's, so defining one is the hook that
+            runs before profiling, compilation and graph capture.
+    """
+    worker_base.WorkerWrapperBase.load_model = _load_model
+    worker_base.WorkerBase.apollo_manifest = _manifest
+    worker_base.WorkerBase.apollo_trace = _trace
+
+
+def _load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    """Loads as vLLM does, then moves the weights to shared memory.
+
+    A failure of ours is logged and leaves vLLM serving; the training server is told why it
+    cannot attach.
+    """
+    worker = wrapper.worker
+    try:
+        keep_cpu_weights_live()
+    except Exception as error:
+        _refuse(worker, error)
+    result = worker.load_model(*args, **kwargs)
+    if getattr(worker, _REFUSAL, None) is None:
+        try:
+            _export(worker)
+        except Exception as error:
+            _refuse(worker, error)
+    return result
+
+
+def _export(worker: Any) -> None:
+    model = worker.model_runner.get_model()
+    require_cpu(model)
+    live = LiveWeights(model)
+    setattr(worker, _EXPORT, live)
+    log.info("apollo: %d tensors, %d bytes, are shared", len(live.tensors), live.size_bytes)
+
+
+def _refuse(worker: Any, error: Exception) -> None:
+    log.error("apollo: the weights are not shared; vLLM goes on serving", exc_info=error)
+    message = error.message if isinstance(error, ApolloError) else type(error).__name__
+    setattr(worker, _REFUSAL, message)
+
+
+def _live_weights(worker: Any) -> LiveWeights:
+    live: LiveWeights | None = getattr(worker, _EXPORT, None)
+    if live is None:
+        refusal = getattr(worker, _REFUSAL, None) or "this worker loaded no model"
+        raise FailedPrecondition(
+            f"vLLM does not share its weights: {refusal}. Its log says more.",
+            reason="WEIGHTS_NOT_SHARED",
+        )
+    return live
+
+
+def _answer(error: ApolloError | None, payload: bytes = b"") -> tuple[str, str, bytes]:
+    # An exception would cross vLLM's process boundary as text, without its reason.
+    return (error.reason, error.message, b"") if error else ("", "", payload)
+
+
+def _manifest(worker: Any) -> tuple[str, str, bytes]:
+    try:
+        manifest = _live_weights(worker).manifest()
+    except ApolloError as error:
+        return _answer(error)
+    manifest.model = worker.vllm_config.model_config.model
+    manifest.max_model_len = worker.vllm_config.model_config.max_model_len
+    manifest.tensor_parallel_rank = worker.rank
+    manifest.tensor_parallel_size = worker.vllm_config.parallel_config.tensor_parallel_size
+    return _answer(None, manifest.SerializeToString())
+
+
+def _trace(worker: Any, request: bytes) -> tuple[str, str, bytes]:
+    try:
+        live = _live_weights(worker)
+    except ApolloError as error:
+        return _answer(error)
+    parsed = pb.TraceCheckpointMapRequest.FromString(request)
+    response = trace_checkpoint_map(worker.model_runner.get_model(), live, parsed)
+    return _answer(None, response.SerializeToString())

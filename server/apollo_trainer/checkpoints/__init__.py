@@ -1,0 +1,1 @@
+"""What reaches the disk: durable writes, the Apollo state, the model directory."""

@@ -1,0 +1,52 @@
+"""The Apollo state on disk: one safetensors file, its JSON inside the header.
+
+Tensors and their description are one file on purpose: two files that belong together could be
+renamed one without the other.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from apollo_grpc.errors import FailedPrecondition
+from apollo_trainer.checkpoints.durable_write import durable_write
+
+FORMAT = "apollo-state-1"
+FILE_NAME = "apollo_state.safetensors"
+
+
+def save_state(path: Path, tensors: dict[str, torch.Tensor], description: dict[str, Any]) -> int:
+    """Writes the state durably; returns its bytes. Raises OSError with the old file kept."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    metadata = {"format": FORMAT, "description": json.dumps(description, allow_nan=False)}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return durable_write(path, lambda new: save_file(contiguous, new, metadata=metadata))
+
+
+def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The state in `path`, or None where there is no file.
+
+    Raises FailedPrecondition for a file that is not a whole state; it is left as it is.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(  # noqa: SIM118
+                metadata["description"]
+            )
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        raise FailedPrecondition(
+            f"The Apollo state {path} cannot be read ({error}); it was left as it is. Move it away "
+            "to begin with a new state.",
+            reason="STATE_UNREADABLE",
+        ) from error

@@ -1,0 +1,53 @@
+"""The training server's settings: environment variables APOLLO_*, overridden by flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from apollo_grpc import locations
+
+
+class Settings(BaseSettings):
+    """One setting a field; `--state-dir` on the command line is APOLLO_STATE_DIR outside it."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="APOLLO_",
+        cli_kebab_case=True,
+        cli_prog_name="apollo-training-server",
+        extra="forbid",
+    )
+
+    state_dir: Path = Field(
+        default_factory=locations.state_folder, description="folder of sockets and Apollo state"
+    )
+    address: str = Field(
+        default_factory=locations.server_address,
+        description="where clients connect: unix:PATH, or host:port with a token",
+    )
+    sidecar: str = Field(
+        default_factory=locations.sidecar_address, description="where vLLM's sidecar listens"
+    )
+    token_file: Path | None = Field(
+        default=None, description="token of TCP callers; default: 'token' in the state folder"
+    )
+    tls_certificate: Path | None = Field(default=None, description="PEM chain, for TCP")
+    tls_key: Path | None = Field(default=None, description="PEM key, for TCP")
+    tls_client_ca: Path | None = Field(default=None, description="PEM CA of clients, for mTLS")
+
+    rank: int = Field(default=64, ge=1, description="of a new optimizer's projection")
+    variant: Literal["channel", "mini"] = Field(default="channel", description="of APOLLO")
+    rounding: Literal["stochastic", "nearest", "split16"] = Field(
+        default="stochastic", description="of updates into 16-bit weights"
+    )
+    seed: int = Field(default=0, ge=0, description="of projections and rounding")
+
+    max_queued_runs: int = Field(default=64, ge=1, description="runs that may wait")
+    max_samples: int = Field(default=10_000, ge=1, description="samples of one run")
+    max_streams: int = Field(default=256, ge=1, description="streams open at one time")
+    lease_seconds: float = Field(
+        default=10.0, gt=0, le=60, description="vLLM resumes by itself this long after a crash"
+    )

@@ -1,0 +1,144 @@
+"""The training server's process: settings, wiring, serving, graceful stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from apollo_grpc.errors import ApolloError
+from apollo_grpc.interceptors import AioErrors, TokenCheck
+from apollo_grpc.locations import private_folder, socket_path
+from apollo_grpc.transport import SERVER_OPTIONS, ServerTls, open_port, read_or_create_token
+from apollo_grpc.v1 import (
+    checkpoint_pb2,
+    checkpoint_pb2_grpc,
+    status_pb2,
+    status_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+)
+from apollo_trainer.config import Settings
+from apollo_trainer.runs.engine_watch import EngineWatch, no_engine
+from apollo_trainer.runs.owner import ModelOwner
+from apollo_trainer.runs.status_board import StatusBoard
+from apollo_trainer.services.checkpoint import CheckpointService
+from apollo_trainer.services.status import StatusService
+from apollo_trainer.services.streams import StreamLimit
+from apollo_trainer.services.training import TrainingService
+from apollo_trainer.weights.sidecar import Sidecar
+
+log = logging.getLogger("apollo_trainer")
+STOP_GRACE_SECONDS = 5.0
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (training_pb2, "TrainingService"),
+        (checkpoint_pb2, "CheckpointService"),
+        (status_pb2, "StatusService"),
+    )
+)
+
+
+class TrainingServer:
+    """All parts of the server on one event loop.
+
+    Raises ApolloError when the state folder or the address cannot be had.
+    """
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        private_folder(settings.state_dir)
+        token, tls = _guards(settings)
+        self._server = grpc.aio.server(
+            interceptors=[AioErrors(TokenCheck(token))], options=SERVER_OPTIONS
+        )
+        self._lock = open_port(self._server, settings.address, token=token, tls=tls)
+        self._board = StatusBoard(version("apollo-grpc"), no_engine(settings.sidecar))
+        self._sidecar = Sidecar(settings.sidecar)
+        self._owner = ModelOwner(self._sidecar, self._board, settings)
+        self._health = HealthServicer()
+        self._add_services()
+
+    def _add_services(self) -> None:
+        server, streams = self._server, StreamLimit(self._settings.max_streams)
+        training_pb2_grpc.add_TrainingServiceServicer_to_server(
+            TrainingService(self._owner, streams), server
+        )
+        checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(
+            CheckpointService(self._owner, streams), server
+        )
+        status_pb2_grpc.add_StatusServiceServicer_to_server(
+            StatusService(self._board, streams), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+
+    async def serve(self) -> None:
+        """Serves until SIGTERM or SIGINT, then stops without losing a finished step."""
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await self._server.start()
+        for name in ("", *SERVICES):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        watch = EngineWatch(self._sidecar, self._owner)
+        log.info("the training server listens on %s", self._settings.address)
+        await stop.wait()
+        log.info("stopping: the step at work is finished and the Apollo state saved")
+        await self._health.enter_graceful_shutdown()
+        await asyncio.to_thread(self._owner.stop)
+        await self._server.stop(STOP_GRACE_SECONDS)
+        await asyncio.to_thread(watch.stop)
+        if self._lock:
+            self._lock.release()
+
+
+def _guards(settings: Settings) -> tuple[str | None, ServerTls | None]:
+    """The token and TLS of a TCP address; neither for a unix socket."""
+    if socket_path(settings.address):
+        return None, None
+    token = read_or_create_token(settings.token_file or settings.state_dir / "token")
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return token, None
+    tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    return token, tls
+
+
+async def _serve(settings: Settings) -> None:
+    await TrainingServer(settings).serve()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `apollo-training-server`; exits with 2 for wrong settings, 1 when refused."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    try:
+        settings: Any = CliApp.run(Settings, cli_args=arguments or sys.argv[1:])
+    except ValidationError as error:
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"])
+            print(f"apollo-training-server: {where}: {problem['msg']}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        asyncio.run(_serve(settings))
+    except ApolloError as error:
+        print(f"apollo-training-server: {error.message}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

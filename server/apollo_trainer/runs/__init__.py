@@ -1,0 +1,1 @@
+"""Runs: their queue, their one thread, their events, and who follows them."""

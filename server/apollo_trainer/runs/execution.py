@@ -1,0 +1,160 @@
+"""Executes one run on the training thread: pause, steps, resume, state to disk, finished."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
+from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.runs.events import EventLog, duration
+from apollo_trainer.runs.pause import EnginePause
+from apollo_trainer.runs.run import PreparedRun
+from apollo_trainer.runs.session import Session
+from apollo_trainer.runs.status_board import StatusBoard
+from apollo_trainer.training.step import StepResult, take_step
+from apollo_trainer.weights.sidecar import Sidecar
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Execution:
+    """One run while it is executed.
+
+    Attributes:
+        stopping: set when the server is to stop; the run then ends after the step at work.
+    """
+
+    session: Session
+    sidecar: Sidecar
+    board: StatusBoard
+    log: EventLog
+    run: PreparedRun
+    stopping: threading.Event
+    steps_done: int = 0
+    _finished: pb.Finished = field(default_factory=pb.Finished)
+
+    def execute(self) -> None:
+        """Runs to the end; every way out ends the log with `finished`, and none raises."""
+        failure: pb.Failure | None = None
+        try:
+            self._train()
+        except ApolloError as error:
+            failure = pb.Failure(reason=error.reason, message=error.message)
+        except Exception:
+            log.exception("run %s failed", self.log.run_id)
+            failure = pb.Failure(
+                reason="INTERNAL",
+                message=f"The step after {self.steps_done} written ones failed by a mistake of the "
+                "server's; its log has the details.",
+            )
+        finished = self._finished
+        finished.state = pb.RUN_STATE_FAILED if failure else pb.RUN_STATE_SUCCEEDED
+        finished.steps_done = self.steps_done
+        if failure:
+            finished.failure.CopyFrom(failure)
+        self.log.append(finished=finished)
+
+    def _train(self) -> None:
+        self._require_going()
+        self.session.begin_run(self.run.options)
+        self.log.append(
+            started=pb.Started(
+                steps_total=self.run.steps_total,
+                optimizer_step=self.session.optimizer.step_count,
+                weight_version=self.board.snapshot().weight_version,
+            )
+        )
+        lease_seconds = self.session.settings.lease_seconds
+        pause = EnginePause(self.sidecar, self.session.attachment, lease_seconds)
+        try:
+            for samples in self.run.batches():
+                self._require_going()
+                self._require_paused(pause)
+                model = self.session.attachment.model
+                result = take_step(model, self.session.optimizer, samples)
+                self.steps_done += 1
+                self._tell(result)
+        finally:
+            self._resume(pause)
+            self._save_state()
+
+    def _resume(self, pause: EnginePause) -> None:
+        version, held = pause.end(weights_changed=self.steps_done > 0)
+        self._finished.pause_time.CopyFrom(duration(held))
+        if version is not None:
+            self._finished.weight_version = version
+            self.board.update(weight_version=version)
+
+    def _require_going(self) -> None:
+        if self.session.attachment.lost.is_set():
+            raise self._engine_lost()
+        if self.stopping.is_set():
+            raise Unavailable(
+                f"The server was stopped after {self.steps_done} of {self.run.steps_total} steps; "
+                "those are in the weights and in the Apollo state.",
+                reason="SERVER_STOPPED",
+            )
+
+    def _require_paused(self, pause: EnginePause) -> None:
+        if isinstance(pause.lost, Unavailable):
+            raise self._engine_lost()
+        if pause.lost:
+            raise FailedPrecondition(
+                f"vLLM went on before the run was done ({pause.lost.message}); "
+                f"{self.steps_done} steps are in the weights. Send the run again.",
+                reason="PAUSE_LOST",
+            )
+
+    def _engine_lost(self) -> Unavailable:
+        return Unavailable(
+            f"vLLM is gone; {self.steps_done} steps were written to weights that are gone with it. "
+            "The model directory and the Apollo state on disk are as they were before the run. "
+            "Start vLLM again and send the run anew.",
+            reason="ENGINE_LOST",
+        )
+
+    def _tell(self, result: StepResult) -> None:
+        self.log.append(step=_step_event(self.steps_done, result))
+        self.board.update(optimizer_step=result.optimizer_step)
+
+    def _save_state(self) -> None:
+        """The state is kept as it was on disk when the weights that it belongs to are gone."""
+        if self.session.attachment.lost.is_set():
+            return
+        try:
+            size = self.session.save()
+        except OSError as error:
+            message = (
+                f"The Apollo state could not be written ({error.strerror}); the one on disk is "
+                "that of an earlier run. Make room; the next run writes it again."
+            )
+            log.error(message)
+            self.log.append(warning=pb.Warning(reason="STATE_NOT_SAVED", message=message))
+            return
+        step = self.session.optimizer.step_count
+        self.log.append(checkpoint=pb.CheckpointWritten(optimizer_step=step, size_bytes=size))
+
+
+def _step_event(step: int, result: StepResult) -> pb.Step:
+    times: dict[str, Any] = {
+        "forward_time": duration(result.forward_seconds),
+        "backward_time": duration(result.backward_seconds),
+        "optimizer_time": duration(result.optimizer_seconds),
+        "pause_time": duration(0),
+    }
+    return pb.Step(
+        step=step,
+        loss=result.loss,
+        loss_sum=result.loss_sum,
+        tokens=result.tokens,
+        grad_norm=result.grad_norm,
+        update_norm=result.update_norm,
+        learning_rate=result.learning_rate,
+        changed_fraction=result.changed_fraction,
+        optimizer_step=result.optimizer_step,
+        **times,
+    )

@@ -1,0 +1,242 @@
+"""The one thread that owns the model: it attaches, trains, syncs and saves, one job at a time."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from apollo_grpc.errors import ApolloError, FailedPrecondition, ResourceExhausted, Unavailable
+from apollo_grpc.v1 import status_pb2, training_pb2
+from apollo_trainer.checkpoints.sync import (
+    CheckpointReader,
+    Progress,
+    SyncOutcome,
+    sync_directory,
+)
+from apollo_trainer.config import Settings
+from apollo_trainer.runs.events import EventLog, now
+from apollo_trainer.runs.execution import Execution
+from apollo_trainer.runs.run import PreparedRun
+from apollo_trainer.runs.session import Session, open_session
+from apollo_trainer.runs.status_board import StatusBoard
+from apollo_trainer.training.options import StateShape
+from apollo_trainer.weights.attach import attach
+from apollo_trainer.weights.sidecar import Sidecar
+
+log = logging.getLogger(__name__)
+
+
+class ModelOwner:
+    """Runs wait here in order; everything that touches weights or optimizer happens on its thread.
+
+    Args:
+        sidecar: of the engine to train.
+        board: told every change.
+    """
+
+    def __init__(self, sidecar: Sidecar, board: StatusBoard, settings: Settings):
+        self._sidecar, self._board, self._settings = sidecar, board, settings
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting: deque[str] = deque()
+        self._session: Session | None = None
+        self._expected_shape: StateShape | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="training", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except Exception:
+                log.exception("a job of the training thread failed")
+
+    # --- attachment -------------------------------------------------------------------------
+
+    def session(self) -> Session:
+        """The session now. Raises Unavailable, or FailedPrecondition when the map was refused."""
+        session = self._session
+        if session and not session.attachment.lost.is_set():
+            return session
+        status = self._board.snapshot()
+        if status.attachment == status_pb2.ATTACHMENT_STATE_REFUSED:
+            raise FailedPrecondition(status.attachment_detail, reason="ATTACHMENT_REFUSED")
+        raise Unavailable(
+            f"{status.attachment_detail} Nothing was done.", reason="ENGINE_NOT_ATTACHED"
+        )
+
+    def engine_found(self, epoch: str) -> None:
+        """Attaches to an engine, unless it is the one that is attached."""
+        self._jobs.put(lambda: self._attach(epoch))
+
+    def engine_lost(self, detail: str) -> None:
+        """From now on nothing is written; called from any thread, also in mid-run."""
+        session = self._session
+        if session:
+            session.attachment.lost.set()
+        self._board.update(
+            attachment=status_pb2.ATTACHMENT_STATE_DETACHED,
+            attachment_detail=detail,
+            optimizer_loaded=False,
+        )
+
+    def _attach(self, epoch: str) -> None:
+        if self._session and self._session.attachment.epoch == epoch:
+            return
+        self._session = None
+        self._board.update(
+            attachment=status_pb2.ATTACHMENT_STATE_ATTACHING,
+            attachment_detail="vLLM was found; its weights are being mapped and verified.",
+        )
+        try:
+            session = open_session(attach(self._sidecar), self._settings)
+        except ApolloError as error:
+            self._refuse(error)
+            return
+        except Exception as error:
+            log.exception("the attachment failed")
+            self._refuse(
+                FailedPrecondition(
+                    f"The attachment failed by a mistake of the server's ({type(error).__name__}); "
+                    "its log has the details. Nothing was written."
+                )
+            )
+            return
+        with self._lock:
+            self._session, self._expected_shape = session, session.shape
+        self._show(session)
+
+    def _refuse(self, error: ApolloError) -> None:
+        log.error("not attached: %s (%s)", error.message, error.reason)
+        gone = isinstance(error, Unavailable)
+        self._board.update(
+            attachment=status_pb2.ATTACHMENT_STATE_DETACHED
+            if gone
+            else status_pb2.ATTACHMENT_STATE_REFUSED,
+            attachment_detail=f"{error.message} ({error.reason})",
+        )
+
+    def _show(self, session: Session) -> None:
+        memory = session.attachment.memory()
+
+        def change(status: status_pb2.ServerStatus) -> None:
+            status.attachment = status_pb2.ATTACHMENT_STATE_ATTACHED
+            status.attachment_detail = "vLLM's live weights are mapped and verified."
+            status.model = session.attachment.directory
+            status.engine_epoch = session.attachment.epoch
+            status.weight_version = session.attachment.weight_version
+            status.logprob_difference = session.attachment.logprob_difference
+            status.weight_memory.parameters = memory.parameters
+            status.weight_memory.shared_bytes = memory.shared_bytes
+            status.weight_memory.copied_bytes = memory.copied_bytes
+            _show_optimizer(session, status)
+
+        self._board.update(change)
+
+    # --- runs -------------------------------------------------------------------------------
+
+    def submit(self, run: PreparedRun) -> EventLog:
+        """Accepts a run; its log has the event `queued` already.
+
+        Raises ResourceExhausted when the queue is full, FailedPrecondition when the optimizer
+        state would be another than the run asks for, Unavailable when the server stops.
+        """
+        with self._lock:
+            if self._stopping.is_set():
+                raise Unavailable("The server is stopping.", reason="SERVER_STOPPING")
+            position = len(self._waiting)
+            if position >= self._settings.max_queued_runs:
+                raise ResourceExhausted(
+                    f"{position} runs are waiting, which is the limit; nothing was queued. "
+                    "Try again when some have ended.",
+                    reason="QUEUE_FULL",
+                    metadata={"limit": str(self._settings.max_queued_runs)},
+                )
+            if self._expected_shape:
+                self._expected_shape = run.options.shape_on(self._expected_shape)
+            events = EventLog(uuid.uuid4().hex, self._board.publish)
+            self._waiting.append(events.run_id)
+            events.append(queued=training_pb2.Queued(position=position))
+        self._board.update(queue_length=position + 1)
+        self._jobs.put(lambda: self._execute(run, events))
+        return events
+
+    def _execute(self, run: PreparedRun, events: EventLog) -> None:
+        with self._lock:
+            self._waiting.remove(events.run_id)
+            waiting = len(self._waiting)
+        self._board.update(active_run_id=events.run_id, queue_length=waiting)
+        session = self._session
+        if session is None:
+            events.append(finished=_never_began(self._board.snapshot().attachment_detail))
+        else:
+            stopping = self._stopping
+            Execution(session, self._sidecar, self._board, events, run, stopping).execute()
+            self._board.update(lambda status: _show_optimizer(session, status))
+        self._board.update(active_run_id="")
+
+    # --- checkpoints ------------------------------------------------------------------------
+
+    def sync(self, progress: Progress) -> Future[tuple[SyncOutcome, int]]:
+        """Syncs the model directory between two runs; the result holds the weight version too."""
+        future: Future[tuple[SyncOutcome, int]] = Future()
+        self._jobs.put(lambda: _resolve(future, lambda: self._sync(progress)))
+        return future
+
+    def _sync(self, progress: Progress) -> tuple[SyncOutcome, int]:
+        attachment = self.session().attachment
+        reader = CheckpointReader(attachment.plan, attachment.parameters())
+        outcome = sync_directory(Path(attachment.directory), reader, progress)
+        version = self._board.snapshot().weight_version
+
+        def change(status: status_pb2.ServerStatus) -> None:
+            status.last_sync.time.CopyFrom(now())
+            status.last_sync.weight_version = version
+            status.last_sync.directory = attachment.directory
+
+        self._board.update(change)
+        return outcome, version
+
+    # --- the end ----------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Ends the run at work after its step, saves the Apollo state, and joins the thread."""
+        with self._lock:
+            self._stopping.set()
+        self._jobs.put(self._save_at_end)
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _save_at_end(self) -> None:
+        session = self._session
+        if session and session.optimizer.step_count and not session.attachment.lost.is_set():
+            session.save()
+
+
+def _show_optimizer(session: Session, status: status_pb2.ServerStatus) -> None:
+    status.optimizer_loaded = True
+    status.optimizer_step = session.optimizer.step_count
+    status.state_size_bytes = session.optimizer.state_size_bytes()
+
+
+def _never_began(detail: str) -> training_pb2.Finished:
+    failure = training_pb2.Failure(
+        reason="ENGINE_LOST", message=f"vLLM was gone when the run's turn came. {detail}"
+    )
+    return training_pb2.Finished(state=training_pb2.RUN_STATE_FAILED, failure=failure)
+
+
+def _resolve(
+    future: Future[tuple[SyncOutcome, int]], work: Callable[[], tuple[SyncOutcome, int]]
+) -> None:
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)

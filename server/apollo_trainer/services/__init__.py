@@ -1,0 +1,1 @@
+"""Servicers: check, call the core, map the error, answer. No tensor code."""

@@ -1,0 +1,1 @@
+"""From samples to steps: token ids, loss on the continuation, one update."""

@@ -1,0 +1,71 @@
+"""The loss of a continuation with its context frozen.
+
+The context runs forward without gradient and leaves its keys and values in a cache; the
+continuation runs over that cache with gradient. The last context token runs with the continuation,
+so that the first continuation token is predicted, and learned, too. No gradient flows through the
+context's keys and values: this is cheaper than masking the prompt's loss, and a different gradient.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from apollo_trainer.training.samples import TokenizedSample
+
+
+@dataclass(frozen=True)
+class ContinuationLoss:
+    """The loss of one sample, before any weight on it.
+
+    Attributes:
+        weighted: sum over tokens of weight times loss, with gradient; a scalar.
+        loss_sum: sum of the tokens' losses, in nats.
+        tokens: continuation tokens.
+        seconds: of the forward passes.
+    """
+
+    weighted: torch.Tensor
+    loss_sum: float
+    tokens: int
+    seconds: float
+
+
+def continuation_loss(model: Any, sample: TokenizedSample) -> ContinuationLoss:
+    """Runs both forward passes of one sample; the graph holds the continuation's only."""
+    began = time.perf_counter()
+    logits = continuation_logits(model, sample.context_ids, sample.continuation_ids)
+    targets = torch.tensor(sample.continuation_ids)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    weights = torch.full_like(losses, sample.weight)
+    if sample.token_weights:
+        weights *= torch.tensor(sample.token_weights, dtype=weights.dtype)
+    return ContinuationLoss(
+        weighted=(losses * weights).sum(),
+        loss_sum=float(losses.detach().sum()),
+        tokens=len(sample.continuation_ids),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def continuation_logits(
+    model: Any, context_ids: tuple[int, ...], continuation_ids: tuple[int, ...]
+) -> torch.Tensor:
+    """Logits that predict each continuation token: [len(continuation_ids), V].
+
+    The cache is made anew for each call: keys and values of older weights would be wrong after a
+    step.
+    """
+    frozen, last = context_ids[:-1], context_ids[-1]
+    cache = None
+    if frozen:
+        with torch.no_grad():
+            context = model(torch.tensor([frozen]), use_cache=True, logits_to_keep=1)
+        cache = context.past_key_values
+    ids = torch.tensor([[last, *continuation_ids[:-1]]])
+    logits: torch.Tensor = model(ids, past_key_values=cache, use_cache=cache is not None).logits
+    return logits[0]

@@ -1,0 +1,117 @@
+"""Attach: manifest, map, views, model, verify. All of it, or nothing is trained."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from apollo_trainer.weights import manifest as manifests
+from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, plan_checkpoint
+from apollo_trainer.weights.live_model import fill_with_views, meta_model
+from apollo_trainer.weights.mapping import Mapping, MemoryUse, map_buffer, measure
+from apollo_trainer.weights.sidecar import Sidecar
+from apollo_trainer.weights.verify import log_probabilities, probe_tokens, require_agreement
+
+log = logging.getLogger(__name__)
+MAX_NAMED = 5
+
+
+@dataclass
+class Attachment:
+    """One engine's live weights as a transformers model.
+
+    Attributes:
+        epoch: of the engine process; with another one all of this is dead.
+        directory: the model directory that vLLM serves.
+        model: transformers model whose parameters are the live weights.
+        plan: how parameters make checkpoint tensors.
+        logprob_difference: between both sides when attached, in nats.
+        lost: set once the engine is gone; from then on nothing may be written.
+    """
+
+    epoch: str
+    directory: str
+    max_model_len: int
+    weight_version: int
+    model: Any
+    plan: CheckpointPlan
+    mappings: dict[int, Mapping]
+    logprob_difference: float = 0.0
+    lost: threading.Event = field(default_factory=threading.Event)
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The live parameters by name, tied ones once."""
+        return dict(self.model.named_parameters())
+
+    def memory(self) -> MemoryUse:
+        """Where the parameters lie, measured now."""
+        inodes = {mapping.inode for mapping in self.mappings.values()}
+        return measure(list(self.parameters().values()), inodes)
+
+
+def attach(sidecar: Sidecar) -> Attachment:
+    """Maps and verifies the weights of the engine behind the sidecar.
+
+    Raises FailedPrecondition when they may not be trained, Unavailable when the engine is gone.
+    """
+    began = time.monotonic()
+    manifest = sidecar.manifest()
+    manifests.check_manifest(manifest)
+    mappings = {buffer.buffer_id: map_buffer(buffer) for buffer in manifest.buffers}
+    model = meta_model(manifest.model)
+    plan = plan_checkpoint(model)
+    answer = sidecar.trace(plan.request(manifest.epoch))
+    _require_all_views(list(answer.refused), len(plan.roots))
+    sizes = {buffer_id: mapping.size_bytes for buffer_id, mapping in mappings.items()}
+    views = manifests.check_views(list(answer.views), sizes, plan.roots)
+    tensors = {name: mappings[live.buffer_id].view(live) for name, live in views.items()}
+    fill_with_views(model, plan, tensors)
+    attachment = Attachment(
+        manifest.epoch,
+        manifest.model,
+        manifest.max_model_len,
+        manifest.weight_version,
+        model,
+        plan,
+        mappings,
+    )
+    attachment.logprob_difference = _verify(attachment, sidecar)
+    log.info(
+        "attached to %s: %d parameters, log-probabilities within %.2g nats, %.2f s",
+        manifest.model,
+        len(views),
+        attachment.logprob_difference,
+        time.monotonic() - began,
+    )
+    return attachment
+
+
+def _require_all_views(refused: list[Any], total: int) -> None:
+    if not refused:
+        return
+    named = "; ".join(f"{r.name}: {r.reason}" for r in refused[:MAX_NAMED])
+    more = f"; and {len(refused) - MAX_NAMED} more" if len(refused) > MAX_NAMED else ""
+    raise manifests.refusal(
+        "PARAMETER_REFUSED",
+        f"{len(refused)} of {total} parameters are no views of vLLM's weights ({named}{more}).",
+    )
+
+
+def _verify(attachment: Attachment, sidecar: Sidecar) -> float:
+    """The training model against vLLM on seeded tokens, and its memory against the manifest."""
+    memory = attachment.memory()
+    if memory.copied_bytes:
+        raise manifests.refusal(
+            "WEIGHTS_COPIED",
+            f"{memory.copied_bytes} bytes of parameters lie outside the shared memory.",
+        )
+    vocabulary = attachment.model.get_input_embeddings().weight.shape[0]
+    tokens = probe_tokens(vocabulary, attachment.max_model_len)
+    engine = sidecar.score(attachment.epoch, tokens)
+    dtype = max((p.dtype for p in attachment.model.parameters()), key=lambda d: -d.itemsize)
+    return require_agreement(log_probabilities(attachment.model, tokens), engine, dtype)
