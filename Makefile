@@ -1,0 +1,37 @@
+# Everything sets itself up: a virtual environment in .venv, from pinned versions.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHON
+
+.PHONY: help install demo test check protos lock clean
+
+help: ## Show this list
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: ## Make the virtual environment, or bring it up to date
+	@.ci/install .venv
+
+demo: install ## Watch a served model learn, on this machine's CPU (about 2 minutes)
+	@$(BIN)/python examples/demo.py
+
+test: install ## Run all tests, those with a real vLLM included
+	@$(BIN)/python -m pytest
+
+check: install ## Lint, types, contract, and that the checked-in stubs are the generated ones
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint protos
+	$(BIN)/buf format --diff --exit-code protos
+	.ci/check-stubs
+
+protos: install ## Generate apollo_grpc/v1 from protos/
+	$(BIN)/buf format --write protos
+	.ci/check-stubs --write
+
+lock: ## Resolve .ci/lock.txt anew (needs uv)
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+		--no-emit-index-url --no-emit-package apollo-grpc --overrides .ci/overrides.txt .ci/lock.in -o .ci/lock.txt
+
+clean: ## Remove what the other targets made
+	rm -rf .venv .venv-protos build .mypy_cache .ruff_cache .pytest_cache
