@@ -1,0 +1,271 @@
+"""The step's protocol: warm-up, layer by layer, ties, gradients that are not finite, measures."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from apollo_trainer.optim import Apollo
+
+
+def random(shape, seed=0, scale=1.0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def model(dtype=torch.bfloat16):
+    shapes = {"a": (24, 40), "b": (40, 24), "norm": (40,), "experts": (3, 16, 12)}
+    return {
+        n: nn.Parameter(random(s, i, 0.02).to(dtype)) for i, (n, s) in enumerate(shapes.items())
+    }
+
+
+def give_gradients(params, step):
+    for i, p in enumerate(params.values()):
+        p.grad = random(p.shape, 100 * step + i).to(p.dtype)
+
+
+def test_layer_by_layer_is_bit_equal_to_a_whole_step():
+    whole, layered = model(), model()
+    options = {"lr": 1e-3, "rank": 8, "proj_refresh": 2, "warmup_steps": 3}
+    first, second = Apollo(whole.items(), **options), Apollo(layered.items(), **options)
+    for step in range(5):
+        give_gradients(whole, step)
+        give_gradients(layered, step)
+        first.step()
+        second.begin_step()
+        for p in reversed(layered.values()):
+            assert second.step_param(p)
+            p.grad = None
+        second.end_step()
+    assert all(torch.equal(whole[n], layered[n]) for n in whole)
+    assert first.step_count == second.step_count == 5
+
+
+def test_steps_from_hooks_during_backward():
+    def build():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 5))
+        return net, Apollo(net.named_parameters(), lr=1e-2, rank=4)
+
+    (whole, first), (hooked, second) = build(), build()
+    x = random((7, 12))
+    whole(x).square().sum().backward()
+    first.step()
+
+    def release(p):
+        assert second.step_param(p)
+        p.grad = None
+
+    for p in hooked.parameters():
+        p.register_post_accumulate_grad_hook(release)
+    second.begin_step()
+    hooked(x).square().sum().backward()
+    second.end_step()
+    for p, q in zip(whole.parameters(), hooked.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert q.grad is None
+
+
+def test_settings_are_fixed_when_the_step_begins():
+    params, expected = model(), model()
+    optimizer = Apollo(params.items(), lr=1e-3, rank=8)
+    give_gradients(params, 0)
+    optimizer.begin_step()
+    optimizer.param_groups[0]["lr"] = 1.0
+    for p in params.values():
+        optimizer.step_param(p)
+    optimizer.end_step()
+    give_gradients(expected, 0)
+    Apollo(expected.items(), lr=1e-3, rank=8).step()
+    assert all(torch.equal(params[n], expected[n]) for n in params)
+
+
+def test_the_protocol_refuses_misuse():
+    params = model()
+    optimizer = Apollo(params.items(), rank=8)
+    with pytest.raises(RuntimeError, match="no step is open"):
+        optimizer.step_param(params["a"])
+    with pytest.raises(RuntimeError, match="no step is open"):
+        optimizer.end_step()
+    give_gradients(params, 0)
+    optimizer.begin_step()
+    with pytest.raises(RuntimeError, match="while a step is open"):
+        optimizer.begin_step()
+    for call in (optimizer.state_dict, lambda: optimizer.load_state_dict({})):
+        with pytest.raises((RuntimeError, ValueError)):
+            call()
+    assert optimizer.step_param(params["a"])
+    with pytest.raises(RuntimeError, match="a: was stepped in this step already"):
+        optimizer.step_param(params["a"])
+    with pytest.raises(ValueError, match="no parameter of this optimizer"):
+        optimizer.step_param(torch.zeros(3))
+    params["b"].grad = None
+    assert not optimizer.step_param(params["b"])
+    optimizer.abandon_step()
+    assert optimizer.step_count == 0
+    optimizer.step()
+    assert optimizer.step_count == 1
+
+
+def test_warm_up_counts_from_where_the_group_says():
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = Apollo([("p", p)], lr=1.0, weight_decay=0.0, warmup_steps=4)
+    moves = []
+    for step in range(12):
+        if step == 8:
+            optimizer.param_groups[0]["warmup_from"] = optimizer.step_count
+        before = p.detach().clone()
+        p.grad = torch.ones(3)
+        optimizer.step()
+        moves.append(float((before - p.detach())[0]))
+    expected = [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 0.25, 0.5, 0.75, 1.0]
+    assert moves == pytest.approx(expected, rel=1e-4)
+
+
+def test_group_settings_take_effect_at_the_next_step():
+    p = nn.Parameter(random((16, 24)))
+    optimizer = Apollo([("p", p)], lr=1e-3, rank=8, weight_decay=0.0)
+    optimizer.param_groups[0].update(lr=0.0, weight_decay=0.5)
+    before = p.detach().clone()
+    p.grad = random((16, 24), 1)
+    optimizer.step()
+    assert torch.equal(p, before)
+    optimizer.param_groups[0].update(lr=0.1, scale=1e-9)
+    optimizer.step()
+    assert torch.allclose(p.detach(), before * 0.95, atol=1e-6)
+    optimizer.param_groups[0]["lr"] = math.nan
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="lr is nan"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    assert optimizer.step_count == 2
+
+
+def test_the_same_tensor_twice_is_one_parameter():
+    once, twice = model(), model()
+    first = Apollo(once.items(), lr=1e-3, rank=8)
+    pairs = [*twice.items(), ("again", twice["a"])]
+    second = Apollo([{"params": pairs}, {"params": [("third", twice["a"])]}], lr=1e-3, rank=8)
+    give_gradients(once, 0)
+    give_gradients(twice, 0)
+    first.step()
+    second.step()
+    assert all(torch.equal(once[n], twice[n]) for n in once)
+    assert first.state_size_bytes() == second.state_size_bytes()
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_tied_memory_steps_once_with_the_sum_of_its_gradients(layered):
+    memory = random((40, 16), 1, 0.02)
+    alone = nn.Parameter(memory.clone())
+    embedding, head = nn.Parameter(memory), nn.Parameter(memory)
+    optimizer = Apollo([("embedding", embedding), ("head", head)], lr=1e-3, rank=8)
+    reference = Apollo([("embedding", alone)], lr=1e-3, rank=8)
+    for step in range(3):
+        embedding.grad, head.grad = random((40, 16), 10 + step), random((40, 16), 20 + step)
+        alone.grad = embedding.grad + head.grad
+        reference.step()
+        if layered:
+            optimizer.begin_step()
+            assert not optimizer.step_param(head)
+            assert not optimizer.step_param(embedding)
+            optimizer.end_step()
+        else:
+            optimizer.step()
+    assert torch.equal(embedding, alone)
+    assert torch.equal(head, alone)
+    optimizer.zero_grad()
+    assert embedding.grad is None
+    assert head.grad is None
+
+
+def test_memory_shared_in_part_is_refused():
+    fused = torch.zeros(6, 4)
+    with pytest.raises(ValueError, match=r"^q: shares a part of its memory with qkv"):
+        Apollo([("qkv", nn.Parameter(fused)), ("q", nn.Parameter(fused[:2]))])
+    Apollo([("q", nn.Parameter(fused[:2])), ("k", nn.Parameter(fused[2:4]))])
+    Apollo([("even", nn.Parameter(fused[::2])), ("odd", nn.Parameter(fused[1::2]))])
+    with pytest.raises(ValueError, match=r"^wide: is an expanded view"):
+        Apollo([("wide", nn.Parameter(torch.zeros(1, 4).expand(3, 4)))])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest", "split16"])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad, rounding):
+    params, expected = model(), model()
+    optimizer = Apollo(params.items(), lr=1e-3, rank=8, rounding=rounding)
+    reference = Apollo(expected.items(), lr=1e-3, rank=8, rounding=rounding)
+    for step in range(2):
+        give_gradients(params, step)
+        give_gradients(expected, step)
+        if step == 1:
+            for name in ("a", "norm"):
+                params[name].grad.flatten()[5] = bad
+                expected[name].grad = None
+            params["experts"].grad[1, 2, 3] = bad
+            expected["experts"].grad[1] = 0
+        optimizer.step()
+        reference.step()
+    for name in params:
+        assert torch.equal(params[name], expected[name]), name
+        for key, tensor in optimizer.state[params[name]].items():
+            assert torch.equal(tensor, reference.state[expected[name]][key]), (name, key)
+    assert optimizer.skipped_nonfinite == 3
+    assert optimizer.step_count == 2
+
+
+def test_a_sparse_gradient_is_refused_and_the_step_not_counted():
+    embedding = nn.Embedding(20, 8, sparse=True)
+    optimizer = Apollo(embedding.named_parameters(), rank=4)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="weight: the gradient is sparse"):
+        optimizer.step()
+    assert optimizer.step_count == 0
+    embedding.weight.grad = embedding.weight.grad.to_dense()
+    optimizer.step()
+    assert optimizer.step_count == 1
+
+
+def test_measures_are_those_of_the_stored_weights():
+    params = model()
+    optimizer = Apollo(params.items(), lr=1e-5, rank=8)
+    give_gradients(params, 0)
+    optimizer.step()
+    assert optimizer.last_update_norm is None
+    assert optimizer.last_changed_fraction is None
+    optimizer.measure = True
+    before = [p.detach().clone() for p in params.values()]
+    params["b"].grad = None
+    optimizer.step()
+    after = [p.detach() for p in params.values()]
+    pairs = list(zip(before, after, strict=True))
+    square = sum(float((y.double() - x.double()).square().sum()) for x, y in pairs)
+    changed = sum(int((x != y).sum()) for x, y in pairs)
+    assert float(optimizer.last_update_norm) == pytest.approx(math.sqrt(square), rel=1e-12)
+    elements = sum(p.numel() for p in params.values())
+    assert float(optimizer.last_changed_fraction) == pytest.approx(changed / elements, rel=1e-12)
+    assert 0 < changed < elements
+    optimizer.zero_grad()
+    optimizer.step()
+    assert float(optimizer.last_update_norm) == 0.0
+
+
+def test_closure_and_schedulers_work_as_with_any_optimizer():
+    layer = nn.Linear(12, 10)
+    optimizer = Apollo(layer.named_parameters(), lr=1e-2, rank=4)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    x = random((8, 12))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = layer(x).square().mean()
+        loss.backward()
+        return loss
+
+    losses = []
+    for _ in range(5):
+        losses.append(optimizer.step(closure).item())
+        scheduler.step()
+    assert losses == sorted(losses, reverse=True)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 32)
