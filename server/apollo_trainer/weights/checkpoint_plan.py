@@ -60,7 +60,9 @@ class CheckpointPlan:
     def read(self, tensor: CheckpointTensor, parameter: torch.Tensor) -> torch.Tensor:
         """A checkpoint tensor's values out of its parameter; a copy where the layout differs."""
         flat = parameter.detach().contiguous().view(-1)
-        return flat.as_strided(tensor.shape, tensor.stride, tensor.offset).contiguous()
+        # as_strided counts from the start of the storage, which is that of all live weights.
+        start = int(flat.storage_offset()) + tensor.offset
+        return flat.as_strided(tensor.shape, tensor.stride, start).contiguous()
 
 
 class _CopiesAsViews(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,0 +1,222 @@
+"""Real vLLM, the real training server, real sockets: started once for each model family."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from examples.byte_model import write_model
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+from apollo_grpc.errors import from_rpc_error
+from apollo_grpc.transport import Endpoint
+from apollo_grpc.v1 import checkpoint_pb2, status_pb2, training_pb2
+from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
+from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
+from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
+
+START_SECONDS = 240
+# Wider than the default, so that log-probabilities differ by nats and a wrong map shows.
+SHARED = {"vocab_size": 259, "initializer_range": 0.08, "eos_token_id": 0, "bos_token_id": None}
+SMALL = SHARED | {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "qwen3": lambda: Qwen3Config(**SMALL, tie_word_embeddings=True),
+    "llama": lambda: LlamaConfig(**SMALL, tie_word_embeddings=False),
+    "gpt2": lambda: GPT2Config(**SHARED, n_embd=128, n_layer=2, n_head=4, n_positions=256),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SMALL, **EXPERTS, tie_word_embeddings=False),
+}
+
+
+class Stack:
+    """One model directory with its vLLM and its training server as child processes."""
+
+    def __init__(self, folder: Path, family: str):
+        self.folder = folder
+        self.model = write_model(folder / "model", FAMILIES[family](), seed=7)
+        self.state = folder / "state"
+        self.address = f"unix:{self.state}/training.sock"
+        self.vllm: subprocess.Popen[bytes] | None = None
+        self.server: subprocess.Popen[bytes] | None = None
+        channel = Endpoint(self.address).channel()
+        self.training = TrainingServiceStub(channel)
+        self.status_service = StatusServiceStub(channel)
+        self.checkpoints = CheckpointServiceStub(channel)
+
+    def _start(self, name: str, core: int, command: list[str], **env: str) -> Any:
+        cores = sorted(os.sched_getaffinity(0))
+        log = (self.folder / f"{name}.log").open("ab")
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            env=os.environ
+            | {"APOLLO_STATE_DIR": str(self.state), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            | env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, {cores[core % len(cores)]}),
+        )
+
+    def start_server(self) -> None:
+        """Starts the training server and waits until it answers."""
+        self.server = self._start("server", -1, ["apollo_trainer.main"])
+        self._wait(lambda: self._answers(), "the training server")
+
+    def start_vllm(self) -> None:
+        """Starts vLLM; `wait_attached` waits for it."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.vllm = self._start(
+            "vllm",
+            0,
+            ["vllm.entrypoints.openai.api_server", "--model", str(self.model), "--dtype", "float32"]
+            + ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "256"]
+            + ["--enforce-eager", "--enable-prompt-tokens-details"],
+            VLLM_PLUGINS="apollo",
+            VLLM_CPU_OMP_THREADS_BIND=str(min(os.sched_getaffinity(0))),
+            VLLM_CPU_KVCACHE_SPACE="1",
+            VLLM_NO_USAGE_STATS="1",
+        )
+
+    def wait_attached(self) -> status_pb2.ServerStatus:
+        """Waits for an attachment and for vLLM's HTTP; a refusal is an error at once."""
+
+        def attached() -> bool:
+            status = self.status()
+            assert status.attachment != status_pb2.ATTACHMENT_STATE_REFUSED, status
+            return status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED
+
+        self._wait(attached, "the attachment")
+        self._wait(lambda: self._serves(), "vLLM's HTTP server")
+        return self.status()
+
+    def _wait(self, done: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not done():
+            for name, child in (("vllm", self.vllm), ("server", self.server)):
+                if child and child.poll() is not None:
+                    pytest.fail(f"{name} ended with {child.returncode}:\n{self.tail(name)}")
+            if time.monotonic() > deadline:
+                pytest.fail(f"{what} did not come:\n{self.tail('vllm')}\n{self.tail('server')}")
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        try:
+            return bool(self.status().server_version)
+        except grpc.RpcError:
+            return False
+
+    def _serves(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as got:
+                return got.status == 200
+        except OSError:
+            return False
+
+    def tail(self, name: str) -> str:
+        """The end of a child's log."""
+        path = self.folder / f"{name}.log"
+        return "\n".join(path.read_text(errors="replace").splitlines()[-30:]) if path.exists() else ""
+
+    def end(self, name: str, number: int = signal.SIGTERM) -> int | None:
+        """Signals a child's whole process group, waits, and returns its exit status."""
+        child = getattr(self, name)
+        setattr(self, name, None)
+        if child is None:
+            return None
+        for process_signal in (number, signal.SIGKILL):
+            try:
+                os.killpg(child.pid, process_signal)
+                return int(child.wait(30))
+            except ProcessLookupError:
+                return int(child.wait(30))
+            except subprocess.TimeoutExpired:
+                continue
+        return None
+
+    def status(self) -> status_pb2.ServerStatus:
+        """GetStatus."""
+        return self.status_service.GetStatus(status_pb2.GetStatusRequest(), timeout=20).status
+
+    def train(self, spec: training_pb2.RunSpec) -> list[training_pb2.RunEvent]:
+        """All events of a run; raises the domain error of a refused one."""
+        try:
+            stream = self.training.Train(training_pb2.TrainRequest(spec=spec), timeout=120)
+            return [response.event for response in stream]
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+
+    def sync(self) -> checkpoint_pb2.SyncResult:
+        """The result of a sync."""
+        *_, last = self.checkpoints.Sync(checkpoint_pb2.SyncRequest(), timeout=60)
+        return last.result
+
+    def complete(self, prompt: list[int] | str, **fields: Any) -> dict[str, Any]:
+        """vLLM's answer over its OpenAI-compatible HTTP API, greedy, one token unless told."""
+        body = {"model": str(self.model), "prompt": prompt, "temperature": 0, "max_tokens": 1}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/completions",
+            json.dumps(body | fields).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def engine_logprobs(self, ids: list[int]) -> torch.Tensor:
+        """vLLM's log-probability of each prompt token after the first."""
+        entries = self.complete(ids, prompt_logprobs=0)["choices"][0]["prompt_logprobs"][1:]
+        pairs = zip(ids[1:], entries, strict=True)
+        return torch.tensor([entry[str(token)]["logprob"] for token, entry in pairs])
+
+    def directory_logits(self, ids: list[int]) -> torch.Tensor:
+        """Log-probabilities [T, V] of the model as it lies on disk, by transformers, in fp32."""
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
+        with torch.no_grad():
+            return torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+
+
+@pytest.fixture(scope="session")
+def stacks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Stack]]:
+    """Attached stacks by family, each started once; training server first, then vLLM."""
+    torch.set_num_threads(1)
+    started: dict[str, Stack] = {}
+
+    def get(family: str) -> Stack:
+        if family not in started:
+            started[family] = Stack(tmp_path_factory.mktemp("s"), family)
+            started[family].start_server()
+            started[family].start_vllm()
+            started[family].wait_attached()
+        return started[family]
+
+    yield get
+    for stack in started.values():
+        stack.end("server")
+        stack.end("vllm")
+
+
+@pytest.fixture(scope="session")
+def qwen3(stacks: Callable[[str], Stack]) -> Stack:
+    """The family that most tests share."""
+    return stacks("qwen3")
