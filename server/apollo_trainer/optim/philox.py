@@ -44,8 +44,8 @@ def philox(counter: Words, key: Key) -> Words:
     for _ in range(ROUNDS):
         product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
         # The odd words are only ever combined by xor, so that one mask a round is enough.
-        c0 = ((product_1 >> 32) ^ c1 ^ k0) & MASK32
-        c2 = ((product_0 >> 32) ^ c3 ^ k1) & MASK32
+        c0 = ((product_1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(MASK32)
+        c2 = ((product_0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(MASK32)
         c1, c3 = product_1, product_0
         k0, k1 = (k0 + _WEYL_0) & MASK32, (k1 + _WEYL_1) & MASK32
     return c0, c1 & MASK32, c2, c3 & MASK32
@@ -70,5 +70,6 @@ def draw_16_bits(key: Key, step: int, first: int, count: int, device: torch.devi
     """
     block, skip = first // 8, first % 8
     words = draw_words(key, step, block, (skip + count + 7) // 8, device)
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).to(torch.int32)
-    return halves.flatten()[skip : skip + count]
+    # Little-endian memory, the only one that torch runs on, has the low half first.
+    halves = words.to(torch.int32).view(torch.int16).flatten()[skip : skip + count]
+    return halves.to(torch.int32).bitwise_and_(0xFFFF)

@@ -27,7 +27,7 @@ from apollo_trainer.optim.rounding import Rounding
 # The limiter never caps |G diag(s)| below this times sqrt(numel): after a near-zero gradient a
 # growth of 1 % a step would otherwise hold the matrix still for hundreds of steps.
 NORM_FLOOR = 1e-3
-_TILE_CPU = 2**17
+_TILE_CPU = 2**20
 _TILE_DEVICE = 2**24
 
 
@@ -206,15 +206,16 @@ def _write_tile(
     s = job.settings
     W = job.rounding.read(stored, low)
     decay = 1.0 - s.lr * s.weight_decay
-    # apollo-torch decays after the update, and without the warmed-up bias corrections.
+    # apollo-torch decays after the update.
     new = (W - update).mul_(decay) if job.uncorrected else (W * decay).sub_(update)
+    # A weight that was stored is rounded to itself, in every mode.
+    new = torch.where(active, new, W)
     rounded, new_low = job.rounding.round(new, stored.dtype, first)
-    rounded = torch.where(active, rounded, stored)
     if job.change is not None:
         job.change.add(stored, rounded)
     stored.copy_(rounded)
     if low is not None and new_low is not None:
-        torch.where(active, new_low, low, out=low)
+        low.copy_(new_low)
 
 
 def _row_tiles(rows: int, width: int, device: torch.device) -> Iterator[slice]:

@@ -7,6 +7,7 @@ split16 exactly.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from apollo_trainer.optim.philox import Key, draw_16_bits
 
 RoundingMode = Literal["stochastic", "nearest", "split16"]
+_UPPER = -0x10000  # the upper 16 of 32 bits
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,11 @@ def round_stochastic(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
 
     `bits` are 16 random bits an element, int32, of the shape of `value`.
     """
+    value = _within_range(value, dtype)
     if dtype == torch.float16:
         return _stochastic_float16(value, bits)
-    raised = (value.view(torch.int32) + bits) & -65536
-    rounded = raised.view(torch.float32).to(torch.bfloat16)
-    return _saturated(rounded, value)
+    raised = (value.view(torch.int32) + bits).bitwise_and_(_UPPER)
+    return raised.view(torch.float32).to(torch.bfloat16)
 
 
 def _stochastic_float16(value: Tensor, bits: Tensor) -> Tensor:
@@ -71,35 +73,34 @@ def _stochastic_float16(value: Tensor, bits: Tensor) -> Tensor:
     # 13 of the 16 bits: more would be lost in the 24 bits of a float32 sum.
     fraction = (bits >> 3).to(torch.float32) * 2.0**-13
     magnitude = (value.abs() / quantum + fraction).floor_() * quantum
-    return _saturated(magnitude.copysign(value).to(torch.float16), value)
+    rounded = magnitude.copysign(value).to(torch.float16)
+    return torch.where(value.isfinite(), rounded, value.to(torch.float16))
 
 
 def round_nearest(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounds float32 to the nearest number of `dtype`, ties to even."""
-    return _saturated(value.to(dtype), value)
+    return _within_range(value, dtype).to(dtype)
 
 
 def split_halves(value: Tensor) -> tuple[Tensor, Tensor]:
     """Splits float32 into the nearest bfloat16 and the int16 that `join_halves` adds back."""
+    value = _within_range(value, torch.bfloat16)
     bits = value.view(torch.int32)
-    # The masked sum stays below the bits of infinity; what is above the largest finite bfloat16
-    # is then a lower half that does not fit, and is cut.
-    upper = _saturated(((bits + 0x8000) & -65536).view(torch.float32).to(torch.bfloat16), value)
-    low = (bits - _as_bits(upper)).clamp_(max=0x7FFF)
-    return upper, torch.where(value.isfinite(), low, 0).to(torch.int16)
+    upper = (bits + 0x8000).bitwise_and_(_UPPER)
+    low = (bits - upper).to(torch.int16)
+    return upper.view(torch.float32).to(torch.bfloat16), low
 
 
 def join_halves(stored: Tensor, low: Tensor) -> Tensor:
     """The float32 value of a bfloat16 and its int16 lower half."""
-    return (_as_bits(stored) + low).view(torch.float32)
+    return (stored.to(torch.float32).view(torch.int32) + low).view(torch.float32)
 
 
-def _as_bits(stored: Tensor) -> Tensor:
-    return stored.to(torch.float32).view(torch.int32)
+def _within_range(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cuts finite values at the largest of `dtype`; NaN and infinity pass.
 
-
-def _saturated(rounded: Tensor, value: Tensor) -> Tensor:
-    """Undoes an overflow of finite values, and lets what was not finite pass."""
-    largest = torch.finfo(rounded.dtype).max
-    inside = rounded.clamp(min=-largest, max=largest)
-    return torch.where(value.isfinite(), inside, value.to(rounded.dtype))
+    NaN leaves as 0x7FC00000: the bits of a GPU's own NaN would overflow when bits are added.
+    """
+    largest = torch.finfo(dtype).max
+    cut = torch.nan_to_num_(value.clamp(min=-largest, max=largest), nan=math.nan)
+    return torch.where(value.abs() == math.inf, value, cut)
