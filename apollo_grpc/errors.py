@@ -7,11 +7,13 @@ ErrorInfo (and a BadRequest for bad input). Clients get the same `ApolloError` b
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "apollo.dev"
@@ -242,7 +244,9 @@ def from_rpc_error(error: Any) -> ApolloError:
     trailers = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
     for key, value in trailers or ():
         if key == DETAILS_KEY:
-            return from_status(status_pb2.Status.FromString(value))
+            # Details that another program garbled must not hide the status itself.
+            with contextlib.suppress(DecodeError):
+                return from_status(status_pb2.Status.FromString(value))
     code: grpc.StatusCode = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     details = (error.details() if hasattr(error, "details") else None) or str(error)
     return from_status(status_pb2.Status(code=code.value[0], message=details))
