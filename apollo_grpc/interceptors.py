@@ -15,9 +15,24 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 
-from apollo_grpc.errors import DETAILS_KEY, ApolloError, Internal, Unauthenticated, to_status
+from apollo_grpc.errors import (
+    DETAILS_KEY,
+    ERROR_OF_CODE,
+    ApolloError,
+    FieldViolation,
+    Internal,
+    InvalidArgument,
+    Unauthenticated,
+    to_status,
+)
 
 log = logging.getLogger(__name__)
+
+# Clients refuse trailers above 8 KiB unless told otherwise, and would see RESOURCE_EXHAUSTED
+# instead of the error. The text travels twice: percent-encoded (up to 3 bytes for one), and
+# within the status in base64.
+MAX_TEXT_BYTES = 1024
+MAX_STATUS_BYTES = 3072
 
 # Messages of every service pass here, so request and response types are open.
 Handler = Any
@@ -38,8 +53,34 @@ def _as_domain_error(error: Exception) -> ApolloError:
 
 
 def _abort_arguments(error: ApolloError) -> tuple[grpc.StatusCode, str, tuple[Any, ...]]:
+    error = _fitting(error)
     details = ((DETAILS_KEY, to_status(error).SerializeToString()),)
     return error.code, error.message, details
+
+
+def _fitting(error: ApolloError) -> ApolloError:
+    """The error with its text cut, and later violations left out, so that it can be received."""
+    message = _cut(error.message)
+    violations = [FieldViolation(_cut(v.field), _cut(v.description)) for v in error.violations]
+    fitting = _with(error, message, violations)
+    while violations and to_status(fitting).ByteSize() > MAX_STATUS_BYTES:
+        violations = violations[: len(violations) // 2]
+        fitting = _with(error, message, violations)
+    return fitting
+
+
+def _with(error: ApolloError, message: str, violations: list[FieldViolation]) -> ApolloError:
+    reason, metadata = error.reason, error.metadata
+    if isinstance(error, InvalidArgument):
+        return InvalidArgument(message, violations=violations, reason=reason, metadata=metadata)
+    return ERROR_OF_CODE[error.code](message, reason=reason, metadata=metadata)
+
+
+def _cut(text: str) -> str:
+    encoded = text.encode()
+    if len(encoded) <= MAX_TEXT_BYTES:
+        return text
+    return encoded[: MAX_TEXT_BYTES - 4].decode(errors="ignore") + " ..."
 
 
 def _rebuild(handler: Handler, wrapper: AioErrors | SyncErrors) -> Handler:
@@ -115,7 +156,12 @@ class AioErrors(grpc.aio.ServerInterceptor):
             try:
                 if self._check:
                     self._check(context)
-                async for response in behaviour(request, context):
+                responses = behaviour(request, context)
+                if isinstance(responses, Awaitable):
+                    # It writes through the context, as grpc's own health service does.
+                    await responses
+                    return
+                async for response in responses:
                     yield response
             except (grpc.aio.AbortError, grpc.RpcError):
                 raise

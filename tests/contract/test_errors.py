@@ -113,7 +113,9 @@ def test_a_status_of_a_code_that_grpc_does_not_know_is_unknown():
 
 
 def test_details_that_cannot_be_read_leave_the_code_and_text():
-    for trailer in (b"\xff\xff", b"\x08\x05\x1a\x04\x12\x02\xff\xff"):
+    garbled = status_pb2.Status(code=5, message="?")
+    garbled.details.add(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff\xff")
+    for trailer in (b"\xff\xff", garbled.SerializeToString()):
         failed = FailedCall(grpc.StatusCode.NOT_FOUND, "gone", ((DETAILS_KEY, trailer),))
         assert facts(from_rpc_error(failed)) == facts(NotFound("gone"))
 

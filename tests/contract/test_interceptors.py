@@ -1,0 +1,236 @@
+"""What callers of real servers see when a handler fails, blocking and asyncio alike."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent import futures
+from contextlib import asynccontextmanager, contextmanager
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from apollo_grpc.errors import (
+    ApolloError,
+    FieldViolation,
+    InvalidArgument,
+    NotFound,
+    Unauthenticated,
+    from_rpc_error,
+)
+from apollo_grpc.interceptors import AioErrors, SyncErrors, TokenCheck
+
+SECRET = "/var/lib/private/weights.bin"
+BAD_FIELDS = InvalidArgument(
+    "two fields are wrong",
+    reason="SPEC_INVALID",
+    metadata={"limit": "7"},
+    violations=[FieldViolation("spec.a", "is empty"), FieldViolation("spec.b", "is above 7")],
+)
+RAISED = {
+    b"domain": lambda: BAD_FIELDS,
+    b"bug": lambda: ValueError(f"cannot open {SECRET}"),
+    b"lookup": lambda: KeyError(SECRET),
+    b"long": lambda: NotFound("nothing is called " + "x" * 100_000, reason="RUN_UNKNOWN"),
+    b"many": lambda: InvalidArgument(
+        "all are wrong",
+        violations=[FieldViolation(f"spec.samples[{i}]", "is empty") for i in range(5000)],
+    ),
+}
+
+
+def answer(request: bytes) -> bytes:
+    if request in RAISED:
+        raise RAISED[request]()
+    return request
+
+
+def handlers(unary, stream):
+    return grpc.method_handlers_generic_handler(
+        "test.Echo",
+        {
+            "Unary": grpc.unary_unary_rpc_method_handler(unary),
+            "Stream": grpc.unary_stream_rpc_method_handler(stream),
+        },
+    )
+
+
+def sync_stream(request, context):
+    yield b"first"
+    yield answer(request)
+
+
+async def aio_unary(request, context):
+    return answer(request)
+
+
+async def aio_stream(request, context):
+    yield b"first"
+    yield answer(request)
+
+
+async def aio_writing_stream(request, context):
+    await context.write(b"first")
+    await context.write(answer(request))
+
+
+@contextmanager
+def threaded(address):
+    server = grpc.server(futures.ThreadPoolExecutor(2), interceptors=[SyncErrors()])
+    server.add_generic_rpc_handlers((handlers(lambda r, _: answer(r), sync_stream),))
+    server.add_insecure_port(address)
+    server.start()
+    try:
+        yield
+    finally:
+        server.stop(None).wait()
+
+
+@asynccontextmanager
+async def asyncio_server(address, *, stream=aio_stream, check=None, health=None):
+    server = grpc.aio.server(interceptors=[AioErrors(check)])
+    server.add_generic_rpc_handlers((handlers(aio_unary, stream),))
+    if health:
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    port = server.add_insecure_port(address)
+    await server.start()
+    try:
+        yield port
+    finally:
+        await server.stop(None)
+
+
+def call(address, method, request, metadata=()):
+    """All answers of a blocking call, and the domain error that ended it."""
+    with grpc.insecure_channel(address) as channel:
+        answers: list[bytes] = []
+        try:
+            if method == "Unary":
+                answers = [channel.unary_unary("/test.Echo/Unary")(request, 20, metadata)]
+            else:
+                answers += channel.unary_stream("/test.Echo/Stream")(request, 20, metadata)
+        except grpc.RpcError as error:
+            return answers, from_rpc_error(error)
+    return answers, None
+
+
+async def ask(kind, address, method, request):
+    """The same against a threaded or an asyncio server."""
+    if kind == "threaded":
+        with threaded(address):
+            return await asyncio.to_thread(call, address, method, request)
+    stream = aio_writing_stream if kind == "asyncio, writing" else aio_stream
+    async with asyncio_server(address, stream=stream):
+        return await asyncio.to_thread(call, address, method, request)
+
+
+KINDS = pytest.mark.parametrize("kind", ["threaded", "asyncio", "asyncio, writing"])
+METHODS = pytest.mark.parametrize("method", ["Unary", "Stream"])
+
+
+@KINDS
+@METHODS
+async def test_a_domain_error_comes_back_as_itself(short_folder, kind, method):
+    _, error = await ask(kind, f"unix:{short_folder}/s", method, b"domain")
+    assert type(error) is InvalidArgument
+    assert (error.message, error.reason) == (BAD_FIELDS.message, BAD_FIELDS.reason)
+    assert (error.metadata, error.violations) == (BAD_FIELDS.metadata, BAD_FIELDS.violations)
+
+
+@KINDS
+@METHODS
+@pytest.mark.parametrize("request_", [b"bug", b"lookup"])
+async def test_an_uncaught_exception_leaks_neither_text_nor_path(
+    short_folder, caplog, kind, method, request_
+):
+    _, error = await ask(kind, f"unix:{short_folder}/s", method, request_)
+    assert isinstance(error, ApolloError)
+    assert error.code is grpc.StatusCode.INTERNAL
+    for leak in (SECRET, "ValueError", "KeyError", "Traceback", ".py", "cannot open"):
+        assert leak not in error.message + str(error.metadata)
+    # Whoever reads the server's log finds the entry by the id that the caller was given.
+    entry = next(r for r in caplog.records if error.metadata["incident"] in r.getMessage())
+    assert SECRET in str(entry.exc_info[1])
+
+
+@KINDS
+@METHODS
+async def test_answers_pass_unchanged(short_folder, kind, method):
+    answers, error = await ask(kind, f"unix:{short_folder}/s", method, b"hello")
+    assert error is None
+    assert answers == [b"hello"] if method == "Unary" else [b"first", b"hello"]
+
+
+@KINDS
+async def test_a_stream_delivers_what_it_had_before_it_failed(short_folder, kind):
+    answers, error = await ask(kind, f"unix:{short_folder}/s", "Stream", b"domain")
+    assert answers == [b"first"]
+    assert error.reason == "SPEC_INVALID"
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("request_", "reason"), [(b"long", "RUN_UNKNOWN"), (b"many", "INVALID_ARGUMENT")]
+)
+async def test_an_error_too_long_for_a_header_keeps_its_code_and_reason(
+    short_folder, kind, request_, reason
+):
+    _, error = await ask(kind, f"unix:{short_folder}/s", "Unary", request_)
+    assert error.reason == reason
+    assert error.message.startswith(("nothing is called xxx", "all are wrong"))
+
+
+async def test_a_watcher_of_the_standard_health_service_gets_the_status(short_folder):
+    health, address = HealthServicer(), f"unix:{short_folder}/s"
+    await health.set("apollo", health_pb2.HealthCheckResponse.SERVING)
+    async with asyncio_server(address, health=health), grpc.aio.insecure_channel(address) as line:
+        request = health_pb2.HealthCheckRequest(service="apollo")
+        watch = health_pb2_grpc.HealthStub(line).Watch(request, timeout=20)
+        first = await watch.read()
+        assert first.status == health_pb2.HealthCheckResponse.SERVING
+        watch.cancel()
+
+
+@METHODS
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        (),
+        (("authorization", "Bearer wrong"),),
+        (("authorization", "the-token"),),
+        (("authorization", ""),),
+    ],
+)
+async def test_tcp_callers_without_the_token_are_refused(method, metadata):
+    async with asyncio_server("127.0.0.1:0", check=TokenCheck("the-token")) as port:
+        address = f"127.0.0.1:{port}"
+        answers, error = await asyncio.to_thread(call, address, method, b"hello", metadata)
+    assert (answers, type(error)) == ([], Unauthenticated)
+    assert "the-token" not in error.message
+
+
+@METHODS
+async def test_tcp_callers_with_the_token_go_on(method):
+    metadata = (("authorization", "Bearer the-token"),)
+    async with asyncio_server("127.0.0.1:0", check=TokenCheck("the-token")) as port:
+        address = f"127.0.0.1:{port}"
+        answers, error = await asyncio.to_thread(call, address, method, b"hello", metadata)
+    assert (answers[-1], error) == (b"hello", None)
+
+
+@pytest.mark.parametrize("token", [None, ""])
+async def test_a_server_without_a_token_refuses_every_tcp_caller(token):
+    async with asyncio_server("127.0.0.1:0", check=TokenCheck(token)) as port:
+        for metadata in ((), (("authorization", "Bearer "),), (("authorization", "Bearer None"),)):
+            address = f"127.0.0.1:{port}"
+            _, error = await asyncio.to_thread(call, address, "Unary", b"hello", metadata)
+            assert type(error) is Unauthenticated
+
+
+async def test_unix_callers_need_no_token(short_folder):
+    address = f"unix:{short_folder}/s"
+    async with asyncio_server(address, check=TokenCheck("the-token")):
+        answers, error = await asyncio.to_thread(call, address, "Unary", b"hello")
+    assert (answers, error) == ([b"hello"], None)
