@@ -1,0 +1,212 @@
+"""Which servers may open, which are refused, and where a token may travel."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from concurrent import futures
+
+import grpc
+import pytest
+
+from apollo_grpc.errors import FailedPrecondition, InvalidArgument, from_rpc_error
+from apollo_grpc.transport import (
+    SERVER_OPTIONS,
+    Endpoint,
+    ServerTls,
+    is_loopback,
+    open_port,
+    read_or_create_token,
+)
+
+LOOPBACK = ["127.0.0.1:5", "127.8.8.8:5", "localhost:5", "[::1]:5", "dns:///localhost:5"]
+BEYOND = [
+    "0.0.0.0:5",
+    "10.0.0.1:5",
+    "[::]:5",
+    "example.org:5",
+    "localhost.example.org:5",
+    "127.0.0.1.example.org:5",
+    "dns://8.8.8.8/localhost:5",
+    "example.org/127.0.0.1:5",
+    "127.0.0.1:5,example.org:5",
+    "",
+]
+
+
+def echo_server(reply: bytes = b"hello"):
+    server = grpc.server(futures.ThreadPoolExecutor(1), options=SERVER_OPTIONS)
+    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: reply)
+    rooms = grpc.method_handlers_generic_handler("test.Echo", {"Say": handler})
+    server.add_generic_rpc_handlers((rooms,))
+    return server
+
+
+def say(endpoint: Endpoint) -> bytes:
+    with endpoint.channel() as channel:
+        method = channel.unary_unary("/test.Echo/Say")
+        return method(b"", timeout=20, wait_for_ready=True, metadata=endpoint.metadata())
+
+
+@pytest.fixture
+def stopping():
+    """Servers to stop at the end."""
+    servers: list[grpc.Server] = []
+    yield servers
+    for server in servers:
+        server.stop(None).wait()
+
+
+def test_a_second_server_on_a_socket_is_refused_and_the_first_goes_on(short_folder, stopping):
+    address = f"unix:{short_folder}/s.sock"
+    stopping.append(first := echo_server(b"first"))
+    lock = open_port(first, address)
+    first.start()
+    with pytest.raises(FailedPrecondition, match="Another server") as refused:
+        open_port(echo_server(b"second"), address)
+    assert refused.value.reason == "SOCKET_TAKEN"
+    assert say(Endpoint(address)) == b"first"
+    lock.release()
+
+
+def test_a_socket_left_by_a_killed_server_is_replaced(short_folder, stopping):
+    path = short_folder / "s.sock"
+    killed = (
+        "import os, socket, sys, pathlib; from apollo_grpc.transport import PortLock;"
+        "lock = PortLock(pathlib.Path(sys.argv[1])); s = socket.socket(socket.AF_UNIX);"
+        "s.bind(sys.argv[1]); s.listen(); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", killed, str(path)], timeout=60).returncode == -9
+    assert path.exists()
+    stopping.append(server := echo_server())
+    lock = open_port(server, f"unix:{path}")
+    server.start()
+    assert say(Endpoint(f"unix:{path}")) == b"hello"
+    lock.release()
+
+
+def test_a_released_socket_can_be_opened_again(short_folder, stopping):
+    address = f"unix:{short_folder}/s.sock"
+    first = echo_server(b"first")
+    lock = open_port(first, address)
+    first.start()
+    first.stop(None).wait()
+    lock.release()
+    stopping.append(second := echo_server(b"second"))
+    lock = open_port(second, address)
+    second.start()
+    assert say(Endpoint(address)) == b"second"
+    lock.release()
+
+
+def test_a_socket_in_a_folder_that_others_can_enter_is_refused(short_folder):
+    short_folder.chmod(0o755)
+    with pytest.raises(FailedPrecondition) as refused:
+        open_port(echo_server(), f"unix:{short_folder}/s.sock")
+    assert refused.value.reason == "STATE_FOLDER_NOT_PRIVATE"
+    assert list(short_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("token", [None, ""])
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "0.0.0.0:0"])
+def test_tcp_without_a_token_is_refused(address, token):
+    with pytest.raises(InvalidArgument, match="needs a token"):
+        open_port(echo_server(), address, token=token)
+
+
+@pytest.mark.parametrize("address", BEYOND)
+def test_tcp_beyond_this_machine_without_tls_is_refused(address):
+    with pytest.raises(InvalidArgument, match="needs TLS"):
+        open_port(echo_server(), address, token="t")
+
+
+def test_a_tcp_port_that_is_taken_is_refused():
+    refusal = pytest.raises(FailedPrecondition)
+    with socket.create_server(("127.0.0.1", 0)) as taken, refusal as refused:
+        open_port(echo_server(), f"127.0.0.1:{taken.getsockname()[1]}", token="t")
+    assert refused.value.reason == "ADDRESS_TAKEN"
+
+
+def test_two_servers_never_share_a_tcp_port(stopping):
+    with socket.create_server(("127.0.0.1", 0)) as chosen:
+        address = f"127.0.0.1:{chosen.getsockname()[1]}"
+    stopping.append(first := echo_server())
+    open_port(first, address, token="t")
+    first.start()
+    with pytest.raises(FailedPrecondition) as refused:
+        open_port(echo_server(), address, token="t")
+    assert refused.value.reason == "ADDRESS_TAKEN"
+
+
+def test_a_tls_file_that_cannot_be_read_is_named(tmp_path):
+    tls = ServerTls(tmp_path / "certificate.pem", tmp_path / "key.pem")
+    with pytest.raises(FailedPrecondition, match=r"key\.pem") as refused:
+        open_port(echo_server(), "127.0.0.1:0", token="t", tls=tls)
+    assert refused.value.reason == "TLS_FILE_UNREADABLE"
+
+
+def test_a_token_is_made_once_and_only_its_owner_can_read_it(tmp_path):
+    path = tmp_path / "state" / "token"
+    token = read_or_create_token(path)
+    assert len(token) >= 32
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert read_or_create_token(path) == token
+    assert read_or_create_token(tmp_path / "other" / "token") != token
+
+
+def test_a_token_is_not_kept_where_others_can_look(tmp_path):
+    (tmp_path / "open").mkdir(mode=0o755)
+    with pytest.raises(FailedPrecondition):
+        read_or_create_token(tmp_path / "open" / "token")
+    assert list((tmp_path / "open").iterdir()) == []
+
+
+@pytest.mark.parametrize("address", LOOPBACK)
+def test_a_token_is_sent_on_this_machine(address):
+    assert is_loopback(address)
+    assert Endpoint(address, token="t").metadata() == (("authorization", "Bearer t"),)
+
+
+@pytest.mark.parametrize("address", BEYOND)
+def test_a_token_never_leaves_this_machine_without_tls(address):
+    assert not is_loopback(address)
+    with pytest.raises(InvalidArgument, match="needs TLS"):
+        Endpoint(address, token="t").metadata()
+
+
+def test_a_token_leaves_this_machine_with_tls(tmp_path):
+    endpoint = Endpoint("example.org:5", token="t", ca=tmp_path / "ca.pem")
+    assert endpoint.metadata() == (("authorization", "Bearer t"),)
+
+
+def test_no_token_is_sent_over_a_unix_socket_or_where_there_is_none():
+    assert Endpoint("unix:/s.sock", token="t").metadata() == ()
+    assert Endpoint("example.org:5").metadata() == ()
+
+
+def test_messages_above_the_usual_4_mib_pass(short_folder, stopping):
+    address = f"unix:{short_folder}/s.sock"
+    stopping.append(server := echo_server(b"x" * (16 * 2**20)))
+    lock = open_port(server, address)
+    server.start()
+    assert len(say(Endpoint(address))) == 16 * 2**20
+    lock.release()
+
+
+def test_a_proxy_of_the_environment_gets_none_of_the_traffic(monkeypatch, stopping):
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        for name in ("http_proxy", "https_proxy", "grpc_proxy", "no_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        stopping.append(server := echo_server())
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        assert say(Endpoint(f"localhost:{port}", token="t")) == b"hello"
+
+
+def test_a_server_that_is_gone_is_unavailable(short_folder):
+    endpoint = Endpoint(f"unix:{short_folder}/nobody.sock")
+    with endpoint.channel() as channel, pytest.raises(grpc.RpcError) as failed:
+        channel.unary_unary("/test.Echo/Say")(b"", timeout=20)
+    assert from_rpc_error(failed.value).code is grpc.StatusCode.UNAVAILABLE
