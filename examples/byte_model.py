@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 from transformers.configuration_utils import PretrainedConfig
+from transformers.utils import logging
 
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -59,6 +60,7 @@ def write_model(
 ) -> Path:
     """Writes a model of random weights and its tokenizer; the same seed gives the same bytes."""
     torch.manual_seed(seed)
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(folder)

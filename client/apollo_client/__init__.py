@@ -1,1 +1,18 @@
-"""The Python client of the training server, blocking and asyncio, and the `apollo` command."""
+"""Clients of the training server: `ApolloClient`, `AsyncApolloClient`, and the `apollo` command."""
+
+from apollo_client.aio import AsyncApolloClient, AsyncStream
+from apollo_client.client import ApolloClient, Stream
+from apollo_client.requests import RunOptions, run_spec
+from apollo_client.samples import SampleLike, read_samples, to_sample
+
+__all__ = [
+    "ApolloClient",
+    "AsyncApolloClient",
+    "AsyncStream",
+    "RunOptions",
+    "SampleLike",
+    "Stream",
+    "read_samples",
+    "run_spec",
+    "to_sample",
+]

@@ -1,0 +1,5 @@
+"""The `apollo` command."""
+
+from apollo_client.command.app import main
+
+__all__ = ["main"]

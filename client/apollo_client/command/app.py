@@ -1,0 +1,199 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from apollo_client.client import ApolloClient
+from apollo_client.command import display, up
+from apollo_client.command.outcome import INTERRUPTED, REFUSED, reported_errors
+from apollo_client.requests import RunOptions
+from apollo_client.samples import parse_lines, read_samples
+from apollo_grpc.errors import InvalidArgument
+from apollo_grpc.v1 import training_pb2
+
+app = typer.Typer(
+    help="A language model that keeps learning while vLLM serves it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The options that say which server is meant."""
+
+    address: str | None
+    token_file: Path | None
+    ca: Path | None
+    certificate: Path | None
+    key: Path | None
+
+    def client(self) -> ApolloClient:
+        """A client for it."""
+        token = None
+        if self.token_file:
+            try:
+                token = self.token_file.read_text().strip()
+            except OSError as error:
+                raise InvalidArgument.at("--token-file", f"{error.strerror}") from error
+        return ApolloClient(
+            self.address, token=token, ca=self.ca, certificate=self.certificate, key=self.key
+        )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"apollo {version('apollo-grpc')}")
+        raise typer.Exit
+
+
+@app.callback()
+def connection(
+    context: typer.Context,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            envvar="APOLLO_ADDRESS",
+            help="The training server: unix:PATH or host:port. Default: your own socket.",
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(envvar="APOLLO_TOKEN_FILE", help="Holds the token, for TCP.")
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(envvar="APOLLO_CA", help="PEM CA of the server, for TLS.")
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(envvar="APOLLO_CERTIFICATE", help="PEM, for mTLS.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(envvar="APOLLO_KEY", help="PEM, for mTLS.")] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """A language model that keeps learning while vLLM serves it.
+
+    Exit status: 0 done, 1 refused or failed, 2 wrong input, 3 nobody there.
+    """
+    context.obj = Connection(address, token_file, ca, certificate, key)
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="JSON lines, or - for standard input.")],
+    epochs: Annotated[int | None, typer.Option(help="Passes over the samples.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate, on AdamW's scale.")] = None,
+    samples_per_step: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Shuffles each epoch.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the projection.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Decoupled.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps of a rising lr.")] = None,
+    reset_optimizer: Annotated[
+        bool, typer.Option("--reset-optimizer", help="Drop the optimizer's state first.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn the samples of FILE; the model serves what it learned as soon as the run has ended.
+
+    A line is {"context": "...", "continuation": "..."}, or {"context_ids": [...],
+    "continuation_ids": [...]}, or {"messages": [...]} whose last one is the assistant's. The
+    continuation is learned, the context is read. Ctrl-C leaves the run going.
+    """
+    options: Any = {
+        "epochs": epochs,
+        "lr": lr,
+        "samples_per_step": samples_per_step,
+        "seed": seed,
+        "rank": rank,
+        "weight_decay": weight_decay,
+        "warmup_steps": warmup_steps,
+        "reset_optimizer": reset_optimizer or None,
+    }
+    with reported_errors():
+        samples = parse_lines(sys.stdin, "stdin") if str(file) == "-" else read_samples(file)
+        with context.obj.client() as client:
+            finished = _follow(client, samples, options, as_json)
+    if finished.state != training_pb2.RUN_STATE_SUCCEEDED:
+        raise typer.Exit(REFUSED)
+
+
+def _follow(
+    client: ApolloClient, samples: list[training_pb2.Sample], options: RunOptions, as_json: bool
+) -> training_pb2.Finished:
+    run_id, finished = "", training_pb2.Finished()
+
+    def events() -> Any:
+        nonlocal run_id
+        for event in client.train(samples, **options):
+            run_id = event.run_id
+            yield event
+
+    try:
+        if not as_json:
+            return display.RunDisplay(Console()).follow(events())
+        for event in events():
+            print(display.to_json(event), flush=True)
+            finished = event.finished
+    except KeyboardInterrupt:
+        where = f"Run {run_id} goes on; 'apollo watch' follows it." if run_id else "Nothing began."
+        print(f"\n{where}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    return finished
+
+
+@app.command()
+def status(context: typer.Context, as_json: Json = False) -> None:
+    """Show the engine, the weights, the optimizer and the queue."""
+    with reported_errors(), context.obj.client() as client:
+        found = client.status()
+    if as_json:
+        print(display.to_json(found))
+    else:
+        Console(soft_wrap=True).print(display.status_table(found))
+
+
+@app.command()
+def watch(
+    context: typer.Context,
+    run: Annotated[str, typer.Option(help="Only the events of this run.")] = "",
+    min_interval: Annotated[float, typer.Option(help="Seconds between two statuses.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Follow all runs and the status, every step's loss included, until Ctrl-C."""
+    with reported_errors(), context.obj.client() as client:
+        try:
+            for update in client.watch(run, min_interval):
+                line = display.to_json(update) if as_json else display.update_line(update)
+                print(line, flush=True)
+        except KeyboardInterrupt:
+            raise typer.Exit(0) from None
+
+
+@app.command()
+def sync(context: typer.Context, as_json: Json = False) -> None:
+    """Bring the model directory up to date with what was learned."""
+    with reported_errors(), context.obj.client() as client:
+        result = client.sync()
+    print(display.to_json(result) if as_json else display.sync_line(result))
+
+
+app.command("up", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    up.command
+)
+
+
+def main() -> None:
+    """Entry point of `apollo`."""
+    app()

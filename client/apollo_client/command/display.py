@@ -1,0 +1,172 @@
+"""What the command prints: events, statuses and progress, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from apollo_grpc.v1 import checkpoint_pb2, status_pb2, training_pb2
+
+ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
+MIB = 2**20
+
+
+def to_json(message: Message) -> str:
+    """One line of JSON, with the names of the contract."""
+    fields = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    return json.dumps(fields)
+
+
+def state_name(value: Any, enum: Any, prefix: str) -> str:
+    """An enum's value as a word: `ATTACHED`."""
+    return str(enum.Name(value)).removeprefix(prefix)
+
+
+def event_line(event: training_pb2.RunEvent) -> str:
+    """An event in words, without its run."""
+    kind = event.WhichOneof("event")
+    lines = {
+        "queued": lambda e: f"queued, {e.position} ahead",
+        "started": lambda e: (
+            f"started: {e.steps_total} steps from optimizer step {e.optimizer_step}, "
+            f"weight version {e.weight_version}"
+        ),
+        "step": lambda e: (
+            f"step {e.step}  loss {e.loss:.4f}  grad norm {e.grad_norm:.3g}  "
+            f"lr {e.learning_rate:.3g}  {_milliseconds(e):.0f} ms"
+        ),
+        "evaluated": lambda e: "loss of each sample: " + " ".join(f"{x:.4f}" for x in e.losses),
+        "checkpoint": lambda e: (
+            f"Apollo state on disk: step {e.optimizer_step}, {e.size_bytes / MIB:.1f} MiB"
+        ),
+        "warning": lambda e: f"warning {e.reason}: {e.message}",
+        "finished": _finished_line,
+    }
+    return lines[kind](getattr(event, kind)) if kind else "an event of a later version"
+
+
+def _milliseconds(step: training_pb2.Step) -> float:
+    parts = (step.forward_time, step.backward_time, step.optimizer_time)
+    return sum(part.ToNanoseconds() for part in parts) / 1e6
+
+
+def _finished_line(finished: training_pb2.Finished) -> str:
+    word = state_name(finished.state, training_pb2.RunState, "RUN_STATE_").lower()
+    if finished.HasField("failure"):
+        return f"{word}: {finished.failure.message} ({finished.failure.reason})"
+    return (
+        f"{word}: {finished.steps_done} steps, weight version {finished.weight_version}, "
+        f"vLLM paused for {finished.pause_time.ToNanoseconds() / 1e9:.2f} s"
+    )
+
+
+class RunDisplay:
+    """A bar with the loss on a terminal, a line an event elsewhere."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss [bold]{task.fields[loss]}[/]"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("waiting", total=None, loss="-")
+
+    def follow(self, events: Iterable[training_pb2.RunEvent]) -> training_pb2.Finished:
+        """Shows every event until the last, which it returns."""
+        finished = training_pb2.Finished()
+        with self._bar if self._console.is_terminal else self._console:
+            for event in events:
+                self._show(event)
+                if event.HasField("finished"):
+                    finished = event.finished
+        return finished
+
+    def _show(self, event: training_pb2.RunEvent) -> None:
+        if not self._console.is_terminal:
+            # A pipe's buffer would hold lines back until the run has ended.
+            print(event_line(event), flush=True)
+        elif event.HasField("started"):
+            self._bar.update(self._task, description="training", total=event.started.steps_total)
+        elif event.HasField("step"):
+            loss = f"{event.step.loss:.4f}"
+            self._bar.update(self._task, completed=event.step.step, loss=loss)
+        else:
+            self._console.print(event_line(event), markup=False, highlight=False)
+
+
+def status_table(status: status_pb2.ServerStatus) -> Table:
+    """The status in two columns."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in _status_rows(status):
+        table.add_row(f"[bold]{name}[/]", value)
+    return table
+
+
+def _status_rows(status: status_pb2.ServerStatus) -> Iterable[tuple[str, str]]:
+    state = state_name(status.attachment, status_pb2.AttachmentState, "ATTACHMENT_STATE_")
+    yield "engine", f"{state.lower()}: {status.attachment_detail}"
+    if status.model:
+        yield "model", status.model
+    if status.attachment == ATTACHED:
+        memory = status.weight_memory
+        yield (
+            "weights",
+            (
+                f"version {status.weight_version}; {memory.parameters:,} parameters, "
+                f"{memory.shared_bytes:,} bytes shared with vLLM, {memory.copied_bytes:,} copied"
+            ),
+        )
+        yield "agreement", f"log-probabilities within {status.logprob_difference:.1e} nats"
+        yield (
+            "optimizer",
+            (f"step {status.optimizer_step}, {status.state_size_bytes / MIB:.1f} MiB of state"),
+        )
+    yield "runs", f"{status.active_run_id or 'none'} active, {status.queue_length} waiting"
+    if status.HasField("last_sync"):
+        when = status.last_sync.time.ToDatetime().isoformat(" ", "seconds")
+        yield "last sync", f"{when} UTC, weight version {status.last_sync.weight_version}"
+    yield "server", f"{status.server_version}, up {status.uptime.seconds} s"
+
+
+def update_line(update: status_pb2.WatchStatusResponse) -> str:
+    """An update of a subscription in words."""
+    lost = f"({update.dropped} updates lost) " if update.dropped else ""
+    if update.HasField("event"):
+        return f"{lost}run {update.event.run_id[:8]}  {event_line(update.event)}"
+    if update.HasField("status"):
+        state = state_name(
+            update.status.attachment, status_pb2.AttachmentState, "ATTACHMENT_STATE_"
+        )
+        return (
+            f"{lost}status  {state.lower()}, weight version {update.status.weight_version}, "
+            f"optimizer step {update.status.optimizer_step}, {update.status.queue_length} waiting"
+        )
+    return f"{lost}heartbeat"
+
+
+def sync_line(result: checkpoint_pb2.SyncResult) -> str:
+    """The result of a sync in words."""
+    if not result.files_written:
+        return f"nothing had changed: {result.bytes_compared:,} bytes compared"
+    return (
+        f"wrote {', '.join(result.files_written)}: {result.tensors_changed} tensors changed, "
+        f"{result.bytes_written:,} bytes; the directory holds weight version "
+        f"{result.weight_version}"
+    )

@@ -1,0 +1,79 @@
+"""`apollo up MODEL`: vLLM with the sidecar, and the training server, as two children."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apollo_client.command.children import Child, Children
+from apollo_client.command.cores import split_cores
+from apollo_client.command.outcome import WRONG_INPUT, fail, reported_errors
+from apollo_client.connection import find_server
+from apollo_grpc.locations import private_folder, sidecar_address, state_folder
+
+_NAME = "apollo"  # the plugin's, as vLLM knows it
+_VLLM = "vllm.entrypoints.openai.api_server"
+# No download, no report to anybody, unless the user's own environment says otherwise.
+_QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+_NEEDED = {"vllm": "'apollo-grpc[vllm]', or [cpu]", "transformers": "'apollo-grpc[server]'"}
+
+
+def command(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="A directory as Hugging Face lays it out.")],
+    host: Annotated[str, typer.Option(help="Where vLLM's HTTP API listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Its port.")] = 8000,
+) -> None:
+    """Serve MODEL with vLLM and train it: starts both, ends both on Ctrl-C.
+
+    What follows MODEL goes to vLLM: apollo up MODEL --max-model-len 4096
+    """
+    if not (model / "config.json").is_file():
+        fail(f"{model} is no model directory: it has no config.json.", WRONG_INPUT)
+    for module, extra in _NEEDED.items():
+        if importlib.util.find_spec(module) is None:
+            fail(f"{module} is not installed here: pip install {extra}.", WRONG_INPUT)
+    with reported_errors():
+        private_folder(state_folder())
+        # An address of another server's would be trained in silence.
+        address = context.obj.address or find_server().address
+        vllm = vllm_child(model, host, port, context.args)
+        status = asyncio.run(Children(vllm, trainer_child(address), address).run())
+    raise typer.Exit(status)
+
+
+def vllm_child(model: Path, host: str, port: int, arguments: list[str]) -> Child:
+    """vLLM's API server, on its part of the cores when it computes on them."""
+    environment = os.environ | {"VLLM_PLUGINS": _NAME, "APOLLO_SIDECAR": sidecar_address()}
+    cores = split_cores()
+    if cores:
+        bind = ",".join(str(core) for core in cores.engine)
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind)
+    served = ["--model", str(model.absolute()), "--host", host, "--port", str(port)]
+    return Child(
+        name="vllm",
+        command=[sys.executable, "-m", _VLLM, *served, *arguments],
+        environment=_QUIET | environment,
+        cores=cores.engine if cores else None,
+        listens=(host, port),
+    )
+
+
+def trainer_child(address: str) -> Child:
+    """The training server, on the other cores."""
+    environment = os.environ | {"APOLLO_ADDRESS": address, "APOLLO_SIDECAR": sidecar_address()}
+    cores = split_cores()
+    if cores:
+        environment.setdefault("OMP_NUM_THREADS", str(len(cores.trainer)))
+    return Child(
+        name="trainer",
+        command=[sys.executable, "-m", "apollo_trainer.main"],
+        environment=_QUIET | environment,
+        cores=cores.trainer if cores else None,
+    )

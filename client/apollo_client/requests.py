@@ -1,0 +1,77 @@
+"""Requests, built once for both clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypedDict
+
+from google.protobuf import duration_pb2
+
+from apollo_client.samples import SampleLike, to_sample
+from apollo_grpc.errors import FieldViolation, InvalidArgument
+from apollo_grpc.v1 import status_pb2, training_pb2
+
+
+class RunOptions(TypedDict, total=False):
+    """What a run may be told; what is left out keeps the default of `training.proto`.
+
+    `epochs`, `samples_per_step` and `seed` are of the run (RunSpec), the others of APOLLO
+    (OptimizerConfig).
+    """
+
+    epochs: int
+    samples_per_step: int
+    seed: int
+    lr: float
+    rank: int
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    warmup_steps: int
+    scale: float
+    proj_refresh: int
+    norm_growth_limit: float
+    reset_optimizer: bool
+
+
+_RUN_FIELDS = ("epochs", "samples_per_step", "seed")
+
+
+def run_spec(samples: Iterable[SampleLike], options: RunOptions) -> training_pb2.RunSpec:
+    """The spec of a run. Raises InvalidArgument for what cannot be put into one.
+
+    Whether the values make sense is the server's to say: it knows the model.
+    """
+    spec = training_pb2.RunSpec(samples=list(_each(samples)))
+    for name, value in options.items():
+        if value is not None:
+            _set(spec if name in _RUN_FIELDS else spec.optimizer, name, value)
+    return spec
+
+
+def _each(samples: Iterable[SampleLike]) -> Iterable[training_pb2.Sample]:
+    for index, sample in enumerate(samples):
+        try:
+            yield to_sample(sample)
+        except InvalidArgument as error:
+            violation = FieldViolation(f"samples[{index}]", error.message)
+            raise InvalidArgument(
+                f"samples[{index}]: {error.message}", violations=[violation]
+            ) from error
+
+
+def _set(message: Any, name: str, value: object) -> None:
+    if name not in message.DESCRIPTOR.fields_by_name:
+        raise InvalidArgument.at(name, "is no option of a run")
+    try:
+        setattr(message, name, value)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument.at(name, f"cannot be {value!r}: {error}") from error
+
+
+def watch_request(run_id: str, min_interval: float) -> status_pb2.WatchStatusRequest:
+    """The request of a subscription; `min_interval` is in seconds."""
+    interval = duration_pb2.Duration()
+    interval.FromNanoseconds(int(min_interval * 1e9))
+    return status_pb2.WatchStatusRequest(run_id=run_id, min_interval=interval)
