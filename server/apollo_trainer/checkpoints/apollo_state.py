@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.checkpoints.durable_write import durable_write
+from apollo_trainer.checkpoints.tensor_file import write_tensors
 
 FORMAT = "apollo-state-1"
 FILE_NAME = "apollo_state.safetensors"
@@ -26,7 +26,7 @@ def save_state(path: Path, tensors: dict[str, torch.Tensor], description: dict[s
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "description": json.dumps(description, allow_nan=False)}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return durable_write(path, lambda new: save_file(contiguous, new, metadata=metadata))
+    return durable_write(path, lambda new: write_tensors(contiguous, new, metadata))
 
 
 def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:

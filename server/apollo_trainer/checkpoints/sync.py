@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.checkpoints.durable_write import flush_file, flush_folder, new_file_beside
+from apollo_trainer.checkpoints.tensor_file import write_tensors
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan
 
 Progress = Callable[[int, int, str], None]
@@ -144,6 +144,6 @@ def _write_shard(old: Path, new: Path, tensors: dict[str, torch.Tensor]) -> None
     with safe_open(old, framework="pt") as file:
         metadata = file.metadata()
     # safetensors refuses tensors of one storage, and live views all share the engine's buffer.
-    save_file({name: t.clone() for name, t in tensors.items()}, new, metadata=metadata)
+    write_tensors({name: t.clone() for name, t in tensors.items()}, new, metadata)
     shutil.copymode(old, new)
     flush_file(new)
