@@ -86,10 +86,13 @@ class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Skips and records writes to live storages; runs everything else."""
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        written = [t for t in _written_tensors(func, args, kwargs) if self._is_live(t)]
-        if written:
+        written = _written_tensors(func, args, kwargs)
+        # What is copied out of a source that the loader changed is no longer the checkpoint's;
+        # recorded as a copy, it would be trained as if it were.
+        self._sources -= {t.untyped_storage()._cdata for t in written if t.is_meta}
+        if written := [t for t in written if self._is_live(t)]:
             self._record(name, args, written)
-            return args[0]
+            return written[0] if func._schema.returns else None
         if not any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         return self._on_meta(name, func, args, kwargs)
