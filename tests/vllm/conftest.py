@@ -14,18 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 import torch
-from examples.byte_model import write_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
-from apollo_grpc.errors import from_rpc_error
-from apollo_grpc.transport import Endpoint
-from apollo_grpc.v1 import checkpoint_pb2, status_pb2, training_pb2
-from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
-from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
-from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
+from apollo_client import ApolloClient
+from apollo_grpc.errors import Unavailable
+from apollo_grpc.v1 import status_pb2
+from examples.byte_model import write_model
 
 START_SECONDS = 240
 # Wider than the default, so that log-probabilities differ by nats and a wrong map shows.
@@ -58,10 +54,7 @@ class Stack:
         self.address = f"unix:{self.state}/training.sock"
         self.vllm: subprocess.Popen[bytes] | None = None
         self.server: subprocess.Popen[bytes] | None = None
-        channel = Endpoint(self.address).channel()
-        self.training = TrainingServiceStub(channel)
-        self.status_service = StatusServiceStub(channel)
-        self.checkpoints = CheckpointServiceStub(channel)
+        self.client = ApolloClient(self.address)
 
     def _start(self, name: str, core: int, command: list[str], **env: str) -> Any:
         cores = sorted(os.sched_getaffinity(0))
@@ -90,9 +83,11 @@ class Stack:
         self.vllm = self._start(
             "vllm",
             0,
-            ["vllm.entrypoints.openai.api_server", "--model", str(self.model), "--dtype", "float32"]
-            + ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "256"]
-            + ["--enforce-eager", "--enable-prompt-tokens-details"],
+            [
+                *("vllm.entrypoints.openai.api_server", "--model", str(self.model)),
+                *("--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "256"),
+                *("--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details"),
+            ],
             VLLM_PLUGINS="apollo",
             VLLM_CPU_OMP_THREADS_BIND=str(min(os.sched_getaffinity(0))),
             VLLM_CPU_KVCACHE_SPACE="1",
@@ -103,13 +98,20 @@ class Stack:
         """Waits for an attachment and for vLLM's HTTP; a refusal is an error at once."""
 
         def attached() -> bool:
-            status = self.status()
+            status = self.client.status()
             assert status.attachment != status_pb2.ATTACHMENT_STATE_REFUSED, status
             return status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED
 
         self._wait(attached, "the attachment")
         self._wait(lambda: self._serves(), "vLLM's HTTP server")
-        return self.status()
+        return self.client.status()
+
+    def wait_for(self, done: Callable[[], bool], what: str) -> None:
+        """Waits for what is to come whether or not a process ends meanwhile."""
+        deadline = time.monotonic() + START_SECONDS
+        while not done():
+            assert time.monotonic() < deadline, f"{what} did not come"
+            time.sleep(0.05)
 
     def _wait(self, done: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + START_SECONDS
@@ -123,8 +125,8 @@ class Stack:
 
     def _answers(self) -> bool:
         try:
-            return bool(self.status().server_version)
-        except grpc.RpcError:
+            return bool(self.client.status().server_version)
+        except Unavailable:
             return False
 
     def _serves(self) -> bool:
@@ -137,7 +139,9 @@ class Stack:
     def tail(self, name: str) -> str:
         """The end of a child's log."""
         path = self.folder / f"{name}.log"
-        return "\n".join(path.read_text(errors="replace").splitlines()[-30:]) if path.exists() else ""
+        return (
+            "\n".join(path.read_text(errors="replace").splitlines()[-30:]) if path.exists() else ""
+        )
 
     def end(self, name: str, number: int = signal.SIGTERM) -> int | None:
         """Signals a child's whole process group, waits, and returns its exit status."""
@@ -154,23 +158,6 @@ class Stack:
             except subprocess.TimeoutExpired:
                 continue
         return None
-
-    def status(self) -> status_pb2.ServerStatus:
-        """GetStatus."""
-        return self.status_service.GetStatus(status_pb2.GetStatusRequest(), timeout=20).status
-
-    def train(self, spec: training_pb2.RunSpec) -> list[training_pb2.RunEvent]:
-        """All events of a run; raises the domain error of a refused one."""
-        try:
-            stream = self.training.Train(training_pb2.TrainRequest(spec=spec), timeout=120)
-            return [response.event for response in stream]
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
-
-    def sync(self) -> checkpoint_pb2.SyncResult:
-        """The result of a sync."""
-        *_, last = self.checkpoints.Sync(checkpoint_pb2.SyncRequest(), timeout=60)
-        return last.result
 
     def complete(self, prompt: list[int] | str, **fields: Any) -> dict[str, Any]:
         """vLLM's answer over its OpenAI-compatible HTTP API, greedy, one token unless told."""

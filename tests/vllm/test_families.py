@@ -44,7 +44,7 @@ def assert_next_token(stack, ids: list[int], logits: torch.Tensor, cached_at_lea
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_sides_agree_before_and_after_training(stacks, family):
     stack = stacks(family)
-    status = stack.status()
+    status = stack.client.status()
     memory = status.weight_memory
     assert status.logprob_difference < TOLERANCE_NATS
     assert (memory.copied_bytes, memory.shared_bytes) == (0, 4 * memory.parameters)
@@ -57,17 +57,13 @@ def test_both_sides_agree_before_and_after_training(stacks, family):
     assert_next_token(stack, long_ids, long_before, cached_at_least=0)
     assert_next_token(stack, long_ids, long_before, cached_at_least=128)
 
-    sample = pb.Sample(
-        tokens=pb.TokenSample(context_ids=long_ids[:100], continuation_ids=long_ids[100:])
-    )
-    events = stack.train(
-        pb.RunSpec(samples=[sample], epochs=6, optimizer=pb.OptimizerConfig(lr=3e-3))
-    )
+    sample = {"context_ids": long_ids[:100], "continuation_ids": long_ids[100:]}
+    events = list(stack.client.train([sample], epochs=6, lr=3e-3))
     losses = [event.step.loss for event in events if event.HasField("step")]
     assert events[-1].finished.state == pb.RUN_STATE_SUCCEEDED
     assert losses[-1] < 0.7 * losses[0]
 
-    assert stack.sync().tensors_changed > 0
+    assert stack.client.sync().tensors_changed > 0
     after = token_scores(stack.directory_logits(ids), ids)
     assert float((after - before).abs().max()) > 0.1
     assert float((stack.engine_logprobs(ids) - after).abs().max()) < TOLERANCE_NATS
