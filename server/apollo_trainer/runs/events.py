@@ -81,7 +81,8 @@ class EventLog:
                     yield event
                     if event.HasField("finished"):
                         return
-                if position == len(self._events):
+                # A follower may ask for what comes after events that have not happened yet.
+                if position >= len(self._events):
                     await changed.wait()
         finally:
             with self._lock:

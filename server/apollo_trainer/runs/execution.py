@@ -14,7 +14,8 @@ from apollo_trainer.runs.pause import EnginePause
 from apollo_trainer.runs.run import PreparedRun
 from apollo_trainer.runs.session import Session
 from apollo_trainer.runs.status_board import StatusBoard
-from apollo_trainer.training.step import StepResult, take_step
+from apollo_trainer.training.samples import TokenizedSample
+from apollo_trainer.training.step import StepResult, UpdateRefused, take_step
 from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Execution:
     run: PreparedRun
     stopping: threading.Event
     steps_done: int = 0
+    _weights_changed: bool = False
     _finished: pb.Finished = field(default_factory=pb.Finished)
 
     def execute(self) -> None:
@@ -74,16 +76,24 @@ class Execution:
             for samples in self.run.batches():
                 self._require_going()
                 self._require_paused(pause)
-                model = self.session.attachment.model
-                result = take_step(model, self.session.optimizer, samples)
+                result = self._step(samples)
                 self.steps_done += 1
                 self._tell(result)
         finally:
             self._resume(pause)
             self._save_state()
 
+    def _step(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
+        before, self._weights_changed = self._weights_changed, True
+        try:
+            return take_step(self.session.attachment.model, self.session.optimizer, samples)
+        except UpdateRefused:
+            # Any other failure may have come halfway through the write.
+            self._weights_changed = before
+            raise
+
     def _resume(self, pause: EnginePause) -> None:
-        version, held = pause.end(weights_changed=self.steps_done > 0)
+        version, held = pause.end(weights_changed=self._weights_changed)
         self._finished.pause_time.CopyFrom(duration(held))
         if version is not None:
             self._finished.weight_version = version

@@ -45,6 +45,8 @@ class ModelOwner:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting: deque[str] = deque()
+        self._active = 0
+        self._losses = 0
         self._session: Session | None = None
         self._expected_shape: StateShape | None = None
         self._stopping = threading.Event()
@@ -78,7 +80,9 @@ class ModelOwner:
 
     def engine_lost(self, detail: str) -> None:
         """From now on nothing is written; called from any thread, also in mid-run."""
-        session = self._session
+        with self._lock:
+            self._losses += 1
+            session = self._session
         if session:
             session.attachment.lost.set()
         self._board.update(
@@ -88,9 +92,12 @@ class ModelOwner:
         )
 
     def _attach(self, epoch: str) -> None:
-        if self._session and self._session.attachment.epoch == epoch:
+        attached = self._session.attachment if self._session else None
+        # A lost connection to an engine that lives on comes back with the same epoch.
+        if attached and attached.epoch == epoch and not attached.lost.is_set():
             return
-        self._session = None
+        with self._lock:
+            self._session, losses = None, self._losses
         self._board.update(
             attachment=status_pb2.ATTACHMENT_STATE_ATTACHING,
             attachment_detail="vLLM was found; its weights are being mapped and verified.",
@@ -110,8 +117,14 @@ class ModelOwner:
             )
             return
         with self._lock:
-            self._session, self._expected_shape = session, session.shape
-        self._show(session)
+            if still_there := losses == self._losses:
+                self._session, self._expected_shape = session, session.shape
+        if still_there:
+            self._show(session)
+        else:
+            self._refuse(
+                Unavailable("vLLM went while its weights were mapped.", reason="ENGINE_LOST")
+            )
 
     def _refuse(self, error: ApolloError) -> None:
         log.error("not attached: %s (%s)", error.message, error.reason)
@@ -151,10 +164,10 @@ class ModelOwner:
         with self._lock:
             if self._stopping.is_set():
                 raise Unavailable("The server is stopping.", reason="SERVER_STOPPING")
-            position = len(self._waiting)
-            if position >= self._settings.max_queued_runs:
+            waiting = len(self._waiting)
+            if waiting >= self._settings.max_queued_runs:
                 raise ResourceExhausted(
-                    f"{position} runs are waiting, which is the limit; nothing was queued. "
+                    f"{waiting} runs are waiting, which is the limit; nothing was queued. "
                     "Try again when some have ended.",
                     reason="QUEUE_FULL",
                     metadata={"limit": str(self._settings.max_queued_runs)},
@@ -163,23 +176,29 @@ class ModelOwner:
                 self._expected_shape = run.options.shape_on(self._expected_shape)
             events = EventLog(uuid.uuid4().hex, self._board.publish)
             self._waiting.append(events.run_id)
-            events.append(queued=training_pb2.Queued(position=position))
-        self._board.update(queue_length=position + 1)
+            events.append(queued=training_pb2.Queued(position=waiting + self._active))
+            self._board.update(queue_length=waiting + 1)
         self._jobs.put(lambda: self._execute(run, events))
         return events
 
     def _execute(self, run: PreparedRun, events: EventLog) -> None:
         with self._lock:
             self._waiting.remove(events.run_id)
-            waiting = len(self._waiting)
-        self._board.update(active_run_id=events.run_id, queue_length=waiting)
+            self._active = 1
+            self._board.update(active_run_id=events.run_id, queue_length=len(self._waiting))
         session = self._session
         if session is None:
             events.append(finished=_never_began(self._board.snapshot().attachment_detail))
         else:
             stopping = self._stopping
             Execution(session, self._sidecar, self._board, events, run, stopping).execute()
-            self._board.update(lambda status: _show_optimizer(session, status))
+            if not session.attachment.lost.is_set():
+                self._board.update(lambda status: _show_optimizer(session, status))
+        with self._lock:
+            self._active = 0
+            if session and not self._waiting:
+                # A run that failed before its reset leaves the shape as it was.
+                self._expected_shape = session.shape
         self._board.update(active_run_id="")
 
     # --- checkpoints ------------------------------------------------------------------------

@@ -43,9 +43,10 @@ class Session:
 
     def begin_run(self, options: OptimizerOptions) -> None:
         """Makes the optimizer what the run asks for. Raises FailedPrecondition on a mismatch."""
-        self.shape = options.shape_on(self.shape)
+        shape = options.shape_on(self.shape)
         if options.reset:
-            self.optimizer = new_optimizer(self.attachment, self.shape, self.settings)
+            self.optimizer = new_optimizer(self.attachment, shape, self.settings)
+        self.shape = shape
         self.optimizer.rounding = self.shape.rounding
         options.apply(self.optimizer)
 
@@ -80,14 +81,24 @@ def open_session(attachment: Attachment, settings: Settings) -> Session:
 
 
 def new_optimizer(attachment: Attachment, shape: StateShape, settings: Settings) -> Apollo:
-    """An optimizer without history over the live parameters."""
-    optimizer = Apollo(
-        attachment.model.named_parameters(),
-        rank=shape.rank,
-        variant=shape.variant,
-        rounding=shape.rounding,
-        seed=settings.seed,
-    )
+    """An optimizer without history over the live parameters.
+
+    Raises FailedPrecondition where the weights cannot be trained with such a state.
+    """
+    try:
+        optimizer = Apollo(
+            attachment.model.named_parameters(),
+            rank=shape.rank,
+            variant=shape.variant,
+            rounding=shape.rounding,
+            seed=settings.seed,
+        )
+    except ValueError as error:
+        raise FailedPrecondition(
+            f"The optimizer state {shape} does not suit the served model: {error} Nothing was "
+            "changed.",
+            reason="OPTIMIZER_UNSUITABLE",
+        ) from error
     optimizer.measure = True
     return optimizer
 

@@ -1,0 +1,73 @@
+"""What several rooms share: a tiny model directory, engines without vLLM, short socket paths."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 of some 20,000 parameters in fp32, tied, with the byte tokenizer. Read only."""
+    from transformers import Qwen3Config
+
+    from examples.byte_model import write_model
+
+    config = Qwen3Config(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return write_model(tmp_path_factory.mktemp("tiny") / "model", config, seed=7)
+
+
+@pytest.fixture
+def model_folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may write to."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def state_dir() -> Iterator[Path]:
+    """A private folder with a path short enough for unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="apollo-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def sidecar_address(state_dir: Path) -> str:
+    return f"unix:{state_dir}/sidecar.sock"
+
+
+@pytest.fixture
+def start_engine(model_folder: Path, sidecar_address: str) -> Iterator[Callable[..., Any]]:
+    """Starts an `EngineDouble` on the model folder; all are stopped at the end."""
+    import torch
+
+    from tests.engine_double import EngineDouble
+
+    torch.set_num_threads(1)
+    started: list[EngineDouble] = []
+
+    def start(**options: Any) -> EngineDouble:
+        started.append(EngineDouble(model_folder, sidecar_address, **options))
+        return started[-1]
+
+    yield start
+    for engine in started:
+        engine.stop()

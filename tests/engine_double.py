@@ -1,0 +1,153 @@
+"""An engine without vLLM: a small transformers model in shared memory behind the real sidecar.
+
+The sidecar's service, leases, memory, manifest and shadow load are the product's own. What stands
+in for vLLM is its client (`ClientDouble`) and the scoring of a prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterable
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+from transformers import AutoModelForCausalLM
+
+from apollo_grpc.interceptors import SyncErrors
+from apollo_grpc.transport import SERVER_OPTIONS, open_port
+from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.v1.weight_export_pb2_grpc import add_WeightExportServiceServicer_to_server
+from apollo_sidecar.engine import Engine
+from apollo_sidecar.live_weights import LiveWeights
+from apollo_sidecar.service import WeightExportService
+from apollo_sidecar.shadow_load import trace_checkpoint_map
+
+MAX_MODEL_LEN = 48
+
+
+class ServedModel:
+    """A model of a directory, loaded by name as vLLM loads; its weights live in a memfd."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype):
+        self.folder = folder
+        self.module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self.live = LiveWeights(self.module)
+
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """vLLM's own entry point, which the shadow load traces."""
+        parameters = dict(self.module.named_parameters())
+        for name, tensor in tensors:
+            parameters[name].data.copy_(tensor)
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Copies of the live weights by name."""
+        return {n: p.detach().clone() for n, p in self.module.named_parameters()}
+
+    @torch.no_grad()
+    def score(self, token_ids: list[int]) -> list[float]:
+        """Log-probability of each token after the first."""
+        ids = torch.tensor([token_ids])
+        logprobs = self.module(ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        return logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+
+class ClientDouble:
+    """The calls of vLLM's AsyncLLM that the sidecar uses; `calls` remembers their order."""
+
+    def __init__(self, model: ServedModel):
+        self._model = model
+        self.calls: list[str] = []
+
+    async def collective_rpc(self, method: str, args: tuple[bytes, ...] = ()) -> list[Any]:
+        if method == "apollo_manifest":
+            answer: Any = self._model.live.manifest()
+            answer.model, answer.max_model_len = str(self._model.folder), MAX_MODEL_LEN
+        else:
+            request = pb.TraceCheckpointMapRequest.FromString(args[0])
+            answer = trace_checkpoint_map(self._model, self._model.live, request)
+        return [("", "", answer.SerializeToString())]
+
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        self.calls.append(f"pause {mode}")
+
+    async def resume_generation(self) -> None:
+        self.calls.append("resume")
+
+    async def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool:
+        self.calls.append("reset caches")
+        return True
+
+
+class _ScoringEngine(Engine):
+    def __init__(self, client: ClientDouble, loop: Any, model: ServedModel, wrong_by: float):
+        super().__init__(client, loop)
+        self._model, self._wrong_by = model, wrong_by
+
+    async def _score(self, token_ids: list[int]) -> list[float]:
+        return [logprob + self._wrong_by for logprob in self._model.score(token_ids)]
+
+
+class EngineDouble:
+    """One engine process's worth of sidecar, on a unix socket, until `stop`.
+
+    Args:
+        folder: model directory to serve.
+        address: of the sidecar.
+        scores_wrong_by: added to every log-probability, as if other weights were computed with.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        address: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        scores_wrong_by: float = 0.0,
+    ):
+        self.model = ServedModel(folder, dtype)
+        self.client = ClientDouble(self.model)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.engine = _ScoringEngine(self.client, self._loop, self.model, scores_wrong_by)
+        self._address = address
+        self._serve()
+
+    def _serve(self) -> None:
+        pool = futures.ThreadPoolExecutor(16)
+        self._server = grpc.server(pool, interceptors=[SyncErrors()], options=SERVER_OPTIONS)
+        add_WeightExportServiceServicer_to_server(WeightExportService(self.engine), self._server)
+        self._lock = open_port(self._server, self._address)
+        self._server.start()
+
+    @property
+    def calls(self) -> list[str]:
+        """What vLLM was asked to do, in order."""
+        return self.client.calls
+
+    def _close(self) -> None:
+        self._server.stop(grace=None).wait()
+        if self._lock:
+            self._lock.release()
+
+    def drop_connections(self) -> None:
+        """Ends every call, and serves the same engine again."""
+        self._close()
+        self._serve()
+
+    def stop(self) -> None:
+        """The engine is gone, as when its process was killed. Idempotent."""
+        if not self._loop.is_running():
+            return
+        self._close()
+        if self.engine.leases._timer:
+            self.engine.leases._timer.cancel()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        # Its memory goes with the process: whoever has not mapped it yet is too late.
+        os.close(self.model.live._fd)

@@ -1,0 +1,134 @@
+"""A run from queued to finished, on live weights in shared memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import apollo_trainer.runs.execution as execution_module
+from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.optim import Apollo
+
+Events = Callable[[Any], list[pb.RunEvent]]
+FAST = pb.OptimizerConfig(lr=1e-2)
+
+
+def finished_of(events: list[pb.RunEvent]) -> pb.Finished:
+    return events[-1].finished
+
+
+def test_a_run_tells_its_events_in_order_and_changes_the_served_weights(
+    attached: Any, all_events: Events, kinds: Any
+) -> None:
+    engine, trainer = attached
+    before = engine.model.values()
+    events = all_events(trainer.submit(epochs=12, optimizer=FAST))
+    assert kinds(events) == ["queued", "started", *["step"] * 12, "checkpoint", "finished"]
+    assert events[1].started.steps_total == 12
+    steps = [event.step for event in events[2:-2]]
+    assert [s.step for s in steps] == [s.optimizer_step for s in steps] == list(range(1, 13))
+    assert steps[-1].loss < 0.7 * steps[0].loss
+    assert finished_of(events).state == pb.RUN_STATE_SUCCEEDED
+    assert finished_of(events).steps_done == 12
+    assert any(not torch.equal(before[n], t) for n, t in engine.model.values().items())
+    assert trainer.status.optimizer_step == 12
+
+
+def test_vllm_is_paused_for_the_run_and_drops_its_caches_before_it_goes_on(
+    attached: Any, all_events: Events
+) -> None:
+    engine, trainer = attached
+    events = all_events(trainer.submit(epochs=3))
+    assert engine.calls == ["pause keep", "reset caches", "resume"]
+    assert finished_of(events).weight_version == trainer.status.weight_version == 1
+    assert finished_of(events).pause_time.ToNanoseconds() > 0
+    assert all_events(trainer.submit())[1].started.weight_version == 1
+    assert engine.engine.weight_version == 2
+
+
+def test_a_refused_step_ends_the_run_resumes_vllm_and_changes_nothing(
+    attached: Any, all_events: Events, kinds: Any
+) -> None:
+    engine, trainer = attached
+    with torch.no_grad():
+        engine.model.module.model.norm.weight[0] = math.nan
+    before = engine.model.values()
+    events = all_events(trainer.submit(epochs=3))
+    assert kinds(events) == ["queued", "started", "checkpoint", "finished"]
+    assert finished_of(events).state == pb.RUN_STATE_FAILED
+    assert finished_of(events).failure.reason == "NONFINITE_LOSS"
+    assert finished_of(events).steps_done == 0
+    assert engine.calls == ["pause keep", "resume"]
+    assert all(t.equal(before[n]) for n, t in engine.model.values().items() if "norm" not in n)
+
+
+def test_a_step_that_breaks_halfway_resumes_vllm_with_its_caches_dropped(
+    attached: Any, all_events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, trainer = attached
+
+    def write_half(optimizer: Apollo) -> None:
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0].add_(1.0)
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(Apollo, "step", write_half)
+    failure = finished_of(all_events(trainer.submit())).failure
+    assert failure.reason == "INTERNAL"
+    assert "secret" not in failure.message
+    assert engine.calls == ["pause keep", "reset caches", "resume"]
+    monkeypatch.undo()
+    assert finished_of(all_events(trainer.submit())).state == pb.RUN_STATE_SUCCEEDED
+
+
+def test_a_state_that_cannot_be_saved_is_a_warning_and_the_run_succeeds(
+    attached: Any, all_events: Events, kinds: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, trainer = attached
+
+    def refuse(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(trainer.owner.session()), "save", refuse)
+    events = all_events(trainer.submit())
+    assert kinds(events) == ["queued", "started", "step", "warning", "finished"]
+    assert events[-2].warning.reason == "STATE_NOT_SAVED"
+    assert finished_of(events).state == pb.RUN_STATE_SUCCEEDED
+
+
+def test_a_pause_that_vllm_ended_fails_the_run_before_the_next_write(
+    attached: Any, all_events: Events, monkeypatch: pytest.MonkeyPatch, wait: Any
+) -> None:
+    engine, trainer = attached
+    trainer.owner.session().settings.lease_seconds = 0.09
+    take_step = execution_module.take_step
+
+    def end_the_pause_then_step(*arguments: Any) -> Any:
+        leases = engine.engine.leases
+        if leases.active:
+            leases.release(leases._lease_id, True)
+        return take_step(*arguments)
+
+    monkeypatch.setattr(execution_module, "take_step", end_the_pause_then_step)
+    finished = finished_of(all_events(trainer.submit(epochs=100_000)))
+    assert finished.failure.reason == "PAUSE_LOST"
+    assert 0 < finished.steps_done < 100_000
+
+
+def test_stopping_ends_the_run_after_its_step_and_saves(
+    attached: Any, all_events: Events, start_trainer: Any, wait: Any
+) -> None:
+    engine, trainer = attached
+    log, waiting = trainer.submit(epochs=100_000), trainer.submit()
+    wait(lambda: len(log._events) > 4, "a step")
+    trainer.stop()
+    finished = finished_of(all_events(log))
+    assert finished.failure.reason == "SERVER_STOPPED"
+    assert finished_of(all_events(waiting)).failure.reason == "SERVER_STOPPED"
+    assert engine.calls[-1] == "resume"
+    again = start_trainer()
+    wait(lambda: again.status.optimizer_step == finished.steps_done, "the restored state")

@@ -1,0 +1,113 @@
+"""What a spec becomes: batches in order, and refusals of what is wrong or not built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from apollo_grpc.errors import InvalidArgument, Unimplemented
+from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.runs.run import PreparedRun, prepare_run
+from apollo_trainer.training.samples import SampleLimits
+
+LIMITS = SampleLimits(vocabulary=100, max_tokens=20, max_samples=50)
+
+
+def spec(count: int = 5, **fields: Any) -> pb.RunSpec:
+    """Samples whose only continuation token is their number."""
+    tokens = [pb.TokenSample(context_ids=[1], continuation_ids=[n]) for n in range(count)]
+    return pb.RunSpec(samples=[pb.Sample(tokens=t) for t in tokens], **fields)
+
+
+def prepared(count: int = 5, **fields: Any) -> PreparedRun:
+    return prepare_run(spec(count, **fields), LIMITS, None)
+
+
+def numbers(run: PreparedRun) -> list[list[int]]:
+    return [[s.continuation_ids[0] for s in batch] for batch in run.batches()]
+
+
+def test_by_default_each_sample_is_one_step_in_order() -> None:
+    run = prepared()
+    assert numbers(run) == [[0], [1], [2], [3], [4]]
+    assert run.steps_total == 5
+
+
+def test_batches_keep_the_order_and_the_last_may_be_short() -> None:
+    run = prepared(samples_per_step=2, epochs=2)
+    assert numbers(run) == [[0, 1], [2, 3], [4]] * 2
+    assert run.steps_total == 6
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7])
+@pytest.mark.parametrize("samples_per_step", [1, 2, 3, 50])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_steps_total_is_the_number_of_batches(
+    count: int, samples_per_step: int, epochs: int
+) -> None:
+    run = prepared(count, samples_per_step=samples_per_step, epochs=epochs, seed=1)
+    assert run.steps_total == len(list(run.batches()))
+
+
+def test_a_seed_shuffles_each_epoch_anew_and_the_same_way_every_time() -> None:
+    run = prepared(20, epochs=2, samples_per_step=20, seed=7)
+    first, second = numbers(run)
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
+    assert first != list(range(20))
+    assert numbers(prepared(20, epochs=2, samples_per_step=20, seed=7)) == [first, second]
+    assert numbers(prepared(20, epochs=2, samples_per_step=20, seed=8)) != [first, second]
+
+
+def test_seed_zero_is_a_seed() -> None:
+    assert prepared(seed=0).seed == 0
+    assert prepared().seed is None
+    assert numbers(prepared(20, samples_per_step=20, seed=0)) != [list(range(20))]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epochs", -1), ("epochs", 100_001), ("samples_per_step", -1), ("samples_per_step", 4097)],
+)
+def test_counts_out_of_range_are_refused_at_their_field(name: str, value: int) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        prepared(**{name: value})
+    assert [v.field for v in caught.value.violations] == [f"spec.{name}"]
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("dry_run", {"dry_run": True}),
+        ("evaluate", {"evaluate": True}),
+        ("max_wall_time", {"max_wall_time": Duration(seconds=1)}),
+        ("guard", {"guard": pb.Guard(max_loss=1.0)}),
+        ("coherence.mode", {"coherence": pb.Coherence(mode=pb.COHERENCE_MODE_LIVE)}),
+        ("coherence.mode", {"coherence": pb.Coherence(mode=pb.COHERENCE_MODE_PAUSE_STEP)}),
+        ("coherence.cache_policy", {"coherence": pb.Coherence(cache_policy=pb.CACHE_POLICY_KEEP)}),
+        (
+            "coherence.cache_policy",
+            {"coherence": pb.Coherence(cache_policy=pb.CACHE_POLICY_RESET_EACH_STEP)},
+        ),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(field: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(Unimplemented, match=f"spec.{field} ") as caught:
+        prepared(**fields)
+    assert caught.value.metadata == {"field": f"spec.{field}"}
+
+
+def test_the_defaults_may_be_spelled_out() -> None:
+    coherence = pb.Coherence(
+        mode=pb.COHERENCE_MODE_PAUSE_RUN, cache_policy=pb.CACHE_POLICY_RESET_AT_END
+    )
+    prepared(coherence=coherence, guard=pb.Guard(), epochs=1, samples_per_step=1)
+
+
+def test_wrong_options_and_wrong_samples_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"spec\.optimizer\.lr"):
+        prepared(optimizer=pb.OptimizerConfig(lr=-1))
+    with pytest.raises(InvalidArgument, match=r"spec\.samples"):
+        prepared(0)
