@@ -51,7 +51,7 @@ class PauseLeases:
                     reason="LEASE_HELD",
                 )
             if not self._lease_id:
-                self._pause(mode)
+                self._begin(mode)
                 self._lease_id = lease_id
             self._arm(min(seconds, MAX_LEASE_SECONDS))
             return self._deadline - time.monotonic()
@@ -62,11 +62,19 @@ class PauseLeases:
         Raises FailedPrecondition for a lease that never was.
         """
         with self._lock:
-            if lease_id == self._last_ended:
+            if lease_id and lease_id == self._last_ended:
                 return
             if not lease_id or lease_id != self._lease_id:
                 raise FailedPrecondition("There is no such pause.", reason="LEASE_UNKNOWN")
             self._end(weights_changed)
+
+    def _begin(self, mode: str) -> None:
+        try:
+            self._pause(mode)
+        except BaseException:
+            # It may have stopped the engine before it failed, and no lease would ever end that.
+            self._resume(False)
+            raise
 
     def _arm(self, seconds: float) -> None:
         if self._timer:
@@ -86,5 +94,9 @@ class PauseLeases:
     def _end(self, weights_changed: bool) -> None:
         if self._timer:
             self._timer.cancel()
-        self._resume(weights_changed)
-        self._last_ended, self._lease_id = self._lease_id, ""
+        try:
+            self._resume(weights_changed)
+        finally:
+            # Otherwise a failed cache reset would leave a lease without a timer, which refuses
+            # every later pause although the engine goes on.
+            self._last_ended, self._lease_id = self._lease_id, ""

@@ -50,7 +50,8 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
         self._engine.require_epoch(request.epoch)
         if not request.request_id:
             raise InvalidArgument.at("request_id", "is required: it names the lease")
-        seconds = request.lease.ToTimedelta().total_seconds()
+        # Not ToTimedelta, which raises for durations of more than a billion days.
+        seconds = request.lease.seconds + request.lease.nanos / 1e9
         if not 0 < seconds <= MAX_LEASE_SECONDS:
             raise InvalidArgument.at(
                 "lease", f"must be above 0 and at most {MAX_LEASE_SECONDS:g} s"

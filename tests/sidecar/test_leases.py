@@ -1,0 +1,167 @@
+"""A pause ends by itself, is renewed by its holder, and belongs to no one else."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from apollo_grpc.errors import FailedPrecondition, Unavailable
+from apollo_sidecar.leases import MAX_LEASE_SECONDS, PauseLeases
+
+
+class Recorded:
+    """Leases over an engine that only remembers what it was told."""
+
+    def __init__(self):
+        self.told: list[object] = []
+        self.resumed = threading.Event()
+        self.fails: dict[str, Exception] = {}
+        self.leases = PauseLeases(self._pause, self._resume)
+
+    def _pause(self, mode):
+        self.told.append(mode)
+        if "pause" in self.fails:
+            raise self.fails["pause"]
+
+    def _resume(self, changed):
+        self.told.append(changed)
+        self.resumed.set()
+        if "resume" in self.fails:
+            raise self.fails["resume"]
+
+
+@pytest.fixture
+def engine():
+    return Recorded()
+
+
+def refused(call, *args):
+    with pytest.raises(FailedPrecondition) as error:
+        call(*args)
+    return error.value.reason
+
+
+def test_a_lease_pauses_once_and_resumes_once(engine):
+    left = engine.leases.acquire("a", 30, "keep")
+    assert 29 < left <= 30
+    assert engine.leases.active
+    engine.leases.release("a", False)
+    assert not engine.leases.active
+    assert engine.told == ["keep", False]
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_the_resume_is_told_whether_the_weights_changed(engine, changed):
+    engine.leases.acquire("a", 30, "wait")
+    engine.leases.release("a", changed)
+    assert engine.told == ["wait", changed]
+
+
+def test_a_lease_that_runs_out_resumes_and_counts_as_changed(engine):
+    engine.leases.acquire("a", 0.05, "keep")
+    assert engine.resumed.wait(10)
+    assert refused(engine.leases.acquire, "a", 30, "keep") == "LEASE_ENDED"
+    assert engine.told == ["keep", True]
+    assert not engine.leases.active
+
+
+def test_a_renewed_lease_outlives_its_first_end_and_pauses_no_second_time(engine):
+    engine.leases.acquire("a", 0.2, "keep")
+    assert engine.leases.acquire("a", 30, "keep") > 29
+    assert not engine.resumed.wait(0.5)
+    engine.leases.release("a", False)
+    assert engine.told == ["keep", False]
+
+
+def test_a_renewal_may_also_shorten(engine):
+    engine.leases.acquire("a", 30, "keep")
+    engine.leases.acquire("a", 0.05, "keep")
+    assert engine.resumed.wait(10)
+
+
+def test_another_holder_is_refused_while_the_lease_lasts(engine):
+    engine.leases.acquire("a", 30, "keep")
+    assert refused(engine.leases.acquire, "b", 30, "keep") == "LEASE_HELD"
+    assert refused(engine.leases.release, "b", True) == "LEASE_UNKNOWN"
+    assert engine.leases.active
+    engine.leases.release("a", False)
+    engine.leases.acquire("b", 30, "keep")
+    engine.leases.release("b", False)
+    assert engine.told == ["keep", False, "keep", False]
+
+
+def test_ending_a_lease_again_does_nothing(engine):
+    engine.leases.acquire("a", 30, "keep")
+    engine.leases.release("a", True)
+    engine.leases.release("a", True)
+    assert engine.told == ["keep", True]
+
+
+def test_a_lease_that_has_ended_cannot_be_taken_up_again(engine):
+    engine.leases.acquire("a", 30, "keep")
+    engine.leases.release("a", False)
+    assert refused(engine.leases.acquire, "a", 30, "keep") == "LEASE_ENDED"
+
+
+@pytest.mark.parametrize("lease_id", ["a", ""])
+def test_a_lease_that_never_was_cannot_be_ended(engine, lease_id):
+    engine.leases.acquire("b", 30, "keep")
+    assert refused(engine.leases.release, lease_id, True) == "LEASE_UNKNOWN"
+    engine.leases.release("b", False)
+
+
+def test_no_lease_is_longer_than_the_limit(engine):
+    assert engine.leases.acquire("a", 10_000, "keep") <= MAX_LEASE_SECONDS
+    engine.leases.release("a", False)
+
+
+def test_a_pause_that_fails_lets_the_engine_go_on_and_holds_no_lease(engine):
+    engine.fails["pause"] = TimeoutError()
+    with pytest.raises(TimeoutError):
+        engine.leases.acquire("a", 30, "wait")
+    assert engine.told == ["wait", False]
+    assert not engine.leases.active
+    engine.fails.clear()
+    engine.leases.acquire("a", 30, "wait")
+    engine.leases.release("a", False)
+
+
+def test_a_resume_that_fails_says_so_and_leaves_room_for_the_next_lease(engine):
+    engine.fails["resume"] = Unavailable("blocks are held", reason="CACHE_NOT_RESET")
+    engine.leases.acquire("a", 30, "keep")
+    with pytest.raises(Unavailable):
+        engine.leases.release("a", True)
+    assert not engine.leases.active
+    engine.fails.clear()
+    engine.leases.acquire("b", 30, "keep")
+    engine.leases.release("b", False)
+    assert engine.told == ["keep", True, "keep", False]
+
+
+def test_of_many_holders_at_once_exactly_one_gets_the_lease(engine):
+    got: list[str] = []
+
+    def take(name):
+        try:
+            engine.leases.acquire(name, 30, "keep")
+        except FailedPrecondition:
+            return
+        got.append(name)
+
+    takers = [threading.Thread(target=take, args=[str(i)]) for i in range(8)]
+    for taker in takers:
+        taker.start()
+    for taker in takers:
+        taker.join(10)
+    assert len(got) == 1
+    assert engine.told == ["keep"]
+    engine.leases.release(got[0], False)
+
+
+def test_a_lease_that_was_ended_in_time_does_not_run_out(engine):
+    engine.leases.acquire("a", 0.1, "keep")
+    engine.leases.release("a", False)
+    time.sleep(0.3)
+    assert engine.told == ["keep", False]

@@ -1,0 +1,250 @@
+"""WeightExportService over a real socket, on an engine client of vLLM's shape without vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import threading
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf import duration_pb2
+
+from apollo_grpc.errors import from_rpc_error
+from apollo_grpc.interceptors import SyncErrors
+from apollo_grpc.transport import SERVER_OPTIONS, Endpoint, open_port
+from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.v1 import weight_export_pb2_grpc as pb_grpc
+from apollo_sidecar.engine import RESET_ATTEMPTS, Engine
+from apollo_sidecar.service import WeightExportService
+
+
+class Client:
+    """Answers as AsyncLLM does (vllm/v1/engine/async_llm.py), and keeps what it was asked."""
+
+    def __init__(self):
+        self.asked: list[tuple[object, ...]] = []
+        self.workers = [("", "", pb.WeightManifest(model="m").SerializeToString())]
+        self.refused_resets = 0
+
+    async def pause_generation(self, *, mode: str, clear_cache: bool):
+        self.asked.append(("pause", mode, clear_cache))
+
+    async def resume_generation(self):
+        self.asked.append(("resume",))
+
+    async def reset_prefix_cache(self, *, reset_running_requests: bool):
+        self.asked.append(("reset", reset_running_requests))
+        self.refused_resets -= 1
+        return self.refused_resets < 0
+
+    async def collective_rpc(self, method: str, args: tuple[bytes, ...] = ()):
+        self.asked.append((method, *args))
+        return self.workers
+
+
+class Served:
+    """A sidecar on a unix socket, its engine on a loop of its own, and a stub to call it."""
+
+    def __init__(self, folder: Path):
+        self.client, self.loop = Client(), asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever)
+        self._thread.start()
+        self.engine = Engine(self.client, self.loop)
+        pool = futures.ThreadPoolExecutor(4)
+        self._server = grpc.server(pool, interceptors=[SyncErrors()], options=SERVER_OPTIONS)
+        pb_grpc.add_WeightExportServiceServicer_to_server(
+            WeightExportService(self.engine), self._server
+        )
+        self._lock = open_port(self._server, f"unix:{folder}/s.sock")
+        self._server.start()
+        self._channel = Endpoint(f"unix:{folder}/s.sock").channel()
+        self.stub = pb_grpc.WeightExportServiceStub(self._channel)
+        self.epoch = self.engine.epoch
+
+    def stop_loop(self):
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10)
+
+    def close(self):
+        self._channel.close()
+        self._server.stop(None).wait()
+        self.stop_loop()
+        self.loop.close()
+
+    def pause(self, request_id="a", seconds=30, **named):
+        fields = {"epoch": self.epoch, "lease": duration_pb2.Duration(seconds=seconds)} | named
+        return self.stub.Pause(pb.PauseRequest(request_id=request_id, **fields), timeout=20)
+
+    def resume(self, lease_id="a", changed=False):
+        request = pb.ResumeRequest(lease_id=lease_id, epoch=self.epoch, weights_changed=changed)
+        return self.stub.Resume(request, timeout=20)
+
+
+@pytest.fixture
+def sidecar():
+    folder = Path(tempfile.mkdtemp(prefix="apollo-"))
+    served = Served(folder)
+    yield served
+    served.close()
+    shutil.rmtree(folder)
+
+
+def failure(call, *args, **named):
+    with pytest.raises(grpc.RpcError) as failed:
+        call(*args, **named)
+    return from_rpc_error(failed.value)
+
+
+def test_the_manifest_carries_the_epoch_and_the_weight_version(sidecar):
+    answer = sidecar.stub.GetWeightManifest(pb.GetWeightManifestRequest(), timeout=20)
+    assert (answer.manifest.model, answer.manifest.epoch) == ("m", sidecar.epoch)
+    assert answer.manifest.weight_version == 0
+    sidecar.pause()
+    sidecar.resume(changed=True)
+    again = sidecar.stub.GetWeightManifest(pb.GetWeightManifestRequest(), timeout=20)
+    assert again.manifest.weight_version == 1
+
+
+def test_a_workers_refusal_arrives_with_its_reason(sidecar):
+    sidecar.client.workers = [("WEIGHTS_NOT_SHARED", "no", b"")]
+    error = failure(sidecar.stub.GetWeightManifest, pb.GetWeightManifestRequest(), timeout=20)
+    assert (error.reason, error.message) == ("WEIGHTS_NOT_SHARED", "no")
+
+
+def test_several_workers_are_refused(sidecar):
+    sidecar.client.workers *= 2
+    error = failure(sidecar.stub.GetWeightManifest, pb.GetWeightManifestRequest(), timeout=20)
+    assert error.reason == "TENSOR_PARALLEL_UNSUPPORTED"
+
+
+def test_the_plan_reaches_the_worker_unchanged(sidecar):
+    answer = pb.TraceCheckpointMapResponse(epoch=sidecar.epoch)
+    sidecar.client.workers = [("", "", answer.SerializeToString())]
+    request = pb.TraceCheckpointMapRequest(epoch=sidecar.epoch)
+    request.roots.add(name="w", shape=(2, 3))
+    assert sidecar.stub.TraceCheckpointMap(request, timeout=20) == answer
+    method, sent = sidecar.client.asked[0]
+    assert method == "apollo_trace"
+    assert pb.TraceCheckpointMapRequest.FromString(sent) == request
+
+
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        ("TraceCheckpointMap", pb.TraceCheckpointMapRequest),
+        ("ScoreTokens", pb.ScoreTokensRequest),
+        ("Pause", pb.PauseRequest),
+        ("Resume", pb.ResumeRequest),
+        ("ResetCaches", pb.ResetCachesRequest),
+    ],
+)
+@pytest.mark.parametrize("epoch", ["", "of another process"])
+def test_another_epoch_is_refused_before_the_engine_is_asked(sidecar, method, request_, epoch):
+    error = failure(getattr(sidecar.stub, method), request_(epoch=epoch), timeout=20)
+    assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert error.reason == "EPOCH_CHANGED"
+    assert sidecar.client.asked == []
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("request_id", {"request_id": ""}),
+        ("lease", {"seconds": 0}),
+        ("lease", {"seconds": -1}),
+        ("lease", {"seconds": 61}),
+        ("lease", {"seconds": 2**62}),
+        ("lease", {"lease": duration_pb2.Duration(seconds=60, nanos=1000)}),
+        ("mode", {"mode": 99}),
+    ],
+)
+def test_a_bad_pause_is_refused_by_field_and_pauses_nothing(sidecar, field, wrong):
+    error = failure(sidecar.pause, **wrong)
+    assert [v.field for v in error.violations] == [field]
+    assert sidecar.client.asked == []
+
+
+@pytest.mark.parametrize("tokens", [[], [5]])
+def test_too_few_tokens_to_score_are_refused(sidecar, tokens):
+    request = pb.ScoreTokensRequest(epoch=sidecar.epoch, token_ids=tokens)
+    assert failure(sidecar.stub.ScoreTokens, request, timeout=20).violations[0].field == "token_ids"
+
+
+def test_scoring_while_paused_is_refused_instead_of_waiting(sidecar):
+    sidecar.pause()
+    request = pb.ScoreTokensRequest(epoch=sidecar.epoch, token_ids=[1, 2, 3])
+    error = failure(sidecar.stub.ScoreTokens, request, timeout=20)
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "PAUSED")
+
+
+@pytest.mark.parametrize(
+    ("mode", "asked"),
+    [
+        (pb.PAUSE_MODE_UNSPECIFIED, "keep"),
+        (pb.PAUSE_MODE_KEEP, "keep"),
+        (pb.PAUSE_MODE_WAIT, "wait"),
+        (pb.PAUSE_MODE_ABORT, "abort"),
+    ],
+)
+def test_each_mode_is_vllms_own_and_leaves_the_cache_to_the_resume(sidecar, mode, asked):
+    sidecar.pause(mode=mode)
+    assert sidecar.client.asked == [("pause", asked, False)]
+
+
+def test_a_pause_that_is_retried_returns_the_same_lease(sidecar):
+    first, second = sidecar.pause(seconds=5), sidecar.pause(seconds=30)
+    assert first.lease_id == second.lease_id == "a"
+    assert 0 < first.remaining.ToTimedelta().total_seconds() <= 5
+    assert 25 < second.remaining.ToTimedelta().total_seconds() <= 30
+    assert sidecar.client.asked == [("pause", "keep", False)]
+    assert failure(sidecar.pause, "b").reason == "LEASE_HELD"
+
+
+def test_changed_weights_raise_the_version_and_reset_before_the_engine_goes_on(sidecar):
+    sidecar.pause()
+    assert sidecar.resume(changed=True).weight_version == 1
+    assert sidecar.client.asked[1:] == [("reset", True), ("resume",)]
+    assert sidecar.resume(changed=True).weight_version == 1
+    assert len(sidecar.client.asked) == 3
+
+
+def test_unchanged_weights_keep_the_version_and_the_caches(sidecar):
+    sidecar.pause()
+    assert sidecar.resume(changed=False).weight_version == 0
+    assert sidecar.client.asked[1:] == [("resume",)]
+
+
+def test_a_reset_that_vllm_refuses_is_tried_again(sidecar):
+    sidecar.client.refused_resets = 2
+    sidecar.stub.ResetCaches(pb.ResetCachesRequest(epoch=sidecar.epoch), timeout=20)
+    assert sidecar.client.asked == [("reset", True)] * 3
+
+
+def test_a_cache_that_is_not_reset_is_said_and_the_engine_goes_on(sidecar):
+    sidecar.client.refused_resets = RESET_ATTEMPTS
+    sidecar.pause()
+    assert failure(sidecar.resume, changed=True).reason == "CACHE_NOT_RESET"
+    assert sidecar.client.asked[-1] == ("resume",)
+    sidecar.pause("b")
+
+
+def test_a_watcher_is_told_the_generation_first_and_then_each_change(sidecar):
+    watch = sidecar.stub.WatchGeneration(pb.WatchGenerationRequest(), timeout=20)
+    assert next(watch).weight_version == 0
+    sidecar.pause()
+    sidecar.resume(changed=True)
+    told = next(watch)
+    assert (told.weight_version, told.epoch) == (1, sidecar.epoch)
+    watch.cancel()
+
+
+def test_a_watch_ends_and_calls_fail_when_vllm_stops(sidecar):
+    watch = sidecar.stub.WatchGeneration(pb.WatchGenerationRequest(), timeout=20)
+    assert next(watch).weight_version == 0
+    sidecar.stop_loop()
+    assert list(watch) == []
+    assert failure(sidecar.pause).reason == "ENGINE_STOPPING"

@@ -1,0 +1,183 @@
+"""Each training parameter is found in modules that load the way vLLM's do, or refused by name."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from apollo_sidecar.live_weights import LiveWeights
+from apollo_sidecar.shadow_load import trace_checkpoint_map
+from tests.sidecar.loaders import (
+    EXPERTS,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KV,
+    VOCAB,
+    FusedQkv,
+    Loading,
+    PaddedVocabulary,
+    Single,
+    Stacked,
+    Transposed,
+    plan,
+    weight,
+)
+
+
+class Traced:
+    """The answer for a module, and its live weights to look the views up in."""
+
+    def __init__(self, module, request):
+        torch.manual_seed(0)
+        self.module, self.live = module, LiveWeights(module)
+        before = bytes(self.live.storage)
+        self.answer = trace_checkpoint_map(module, self.live, request)
+        assert bytes(self.live.storage) == before, "the live weights were touched"
+        self.views = {view.name: view for view in self.answer.views}
+        self.refused = {refused.name: refused.reason for refused in self.answer.refused}
+
+    def tensor(self, name):
+        view = self.views[name]
+        dtype = getattr(torch, view.dtype)
+        offset, remainder = divmod(view.offset_bytes, dtype.itemsize)
+        assert remainder == 0
+        empty = torch.empty(0, dtype=dtype)
+        return empty.set_(self.live.storage, offset, tuple(view.shape), tuple(view.stride))
+
+
+def test_fused_rows_are_found_by_their_place():
+    shapes = {"q": (HEADS, HIDDEN), "k": (KV, HIDDEN), "v": (KV, HIDDEN)}
+    traced = Traced(FusedQkv(), plan(shapes))
+    q, k, v = traced.module.qkv.split([HEADS, KV, KV])
+    for name, expected in {"q": q, "k": k, "v": v}.items():
+        assert torch.equal(traced.tensor(name), expected)
+        assert traced.views[name].tensor == "qkv"
+    assert traced.refused == {}
+
+
+def test_one_parameter_cut_into_three_checkpoint_tensors_is_one_view():
+    rows = [("q", 0, HEADS), ("k", HEADS, KV), ("v", HEADS + KV, KV)]
+    tensors = [(name, "qkv", at * HIDDEN, (n, HIDDEN), None) for name, at, n in rows]
+    traced = Traced(FusedQkv(), plan({"qkv": (HEADS + 2 * KV, HIDDEN)}, tensors))
+    assert torch.equal(traced.tensor("qkv"), traced.module.qkv)
+
+
+def test_a_parameter_whose_parts_vllm_stores_in_another_order_is_refused():
+    rows = [("k", 0, KV), ("q", KV, HEADS), ("v", HEADS + KV, KV)]
+    tensors = [(name, "kqv", at * HIDDEN, (n, HIDDEN), None) for name, at, n in rows]
+    traced = Traced(FusedQkv(), plan({"kqv": (HEADS + 2 * KV, HIDDEN)}, tensors))
+    assert "one set of strides cannot express" in traced.refused["kqv"]
+
+
+def test_a_bias_is_found_beside_its_weight():
+    traced = Traced(FusedQkv(), plan({"k": (KV,)}))
+    assert torch.equal(traced.tensor("k"), traced.module.qkv_bias[HEADS : HEADS + KV])
+
+
+def test_a_transposed_weight_is_a_transposed_view():
+    traced = Traced(Transposed(), plan({"w": (3, 5)}))
+    assert torch.equal(traced.tensor("w"), traced.module.weight.t())
+
+
+def test_experts_are_one_view_of_what_vllm_stacks():
+    shapes = {"gate_up": (EXPERTS, 2 * INNER, HIDDEN), "down": (EXPERTS, HIDDEN, INNER)}
+    tensors = []
+    for e in range(EXPERTS):
+        start = e * 2 * INNER * HIDDEN
+        tensors += [
+            (f"{e}.gate", "gate_up", start, (INNER, HIDDEN), None),
+            (f"{e}.up", "gate_up", start + INNER * HIDDEN, (INNER, HIDDEN), None),
+            (f"{e}.down", "down", e * HIDDEN * INNER, (HIDDEN, INNER), None),
+        ]
+    traced = Traced(Stacked(), plan(shapes, tensors))
+    assert torch.equal(traced.tensor("gate_up"), traced.module.w13)
+    assert torch.equal(traced.tensor("down"), traced.module.w2)
+    missing = Traced(Stacked(), plan(shapes, tensors[:-1]))
+    assert "only 64 of its 96 elements" in missing.refused["down"]
+    assert set(missing.views) == {"gate_up"}
+
+
+def test_a_padded_tied_vocabulary_is_its_first_rows():
+    traced = Traced(PaddedVocabulary(), plan({"embed": (VOCAB, HIDDEN)}))
+    assert torch.equal(traced.tensor("embed"), traced.module.embed[:VOCAB])
+
+
+def test_bfloat16_weights_beside_a_float32_one_keep_their_dtypes():
+    class Mixed(Loading):
+        def __init__(self):
+            super().__init__()
+            self.gain = weight(3)
+            self.weight = nn.Parameter(torch.randn(4, 6).bfloat16())
+
+        def load_g(self, tensor):
+            self.gain.data.copy_(tensor)
+
+        def load_w(self, tensor):
+            self.weight.data.copy_(tensor.to(torch.bfloat16))
+
+    traced = Traced(Mixed(), plan({"g": (3,), "w": (4, 6)}))
+    assert traced.views["w"].dtype == "bfloat16"
+    assert torch.equal(traced.tensor("w"), traced.module.weight)
+    assert torch.equal(traced.tensor("g"), traced.module.gain)
+
+
+def two_places(module, tensor):
+    module.weight.data[:2].copy_(tensor[:2])
+    module.other.data[2:].copy_(tensor[2:])
+
+
+def changed_in_place_first(module, tensor):
+    tensor += 1
+    module.weight.data.copy_(tensor)
+
+
+def copied_then_computed_over(module, tensor):
+    module.weight.data.copy_(tensor)
+    module.weight.data.copy_(tensor + 1)
+
+
+REFUSED = [
+    (lambda m, t: m.weight.data.copy_(t).mul_(2), r"changes it after the copy \(mul_\)"),
+    (lambda m, t: m.weight.data.copy_(t)[0].zero_(), r"changes it after the copy \(zero_\)"),
+    (copied_then_computed_over, r"changes it after the copy \(copy_\)"),
+    (changed_in_place_first, "copies no part of it"),
+    (lambda m, t: m.weight.data.copy_(-t.exp()), "copies no part of it"),
+    (lambda m, t: None, "copies no part of it"),
+    (lambda m, t: m.weight.data[:3].copy_(t[:3]), "only 18 of its 24 elements"),
+    (lambda m, t: m.weight.data.copy_(t[0]), "several places"),
+    (lambda m, t: [m.weight.data.copy_(t), m.other.data.copy_(t)], "more than one place"),
+    (two_places, "spread over several tensors|one set of strides"),
+    (lambda m, t: m.weight.data.copy_(t.view(4, 3, 2).mT.reshape(4, 6)), "loader failed"),
+    (lambda m, t: m.absent, "loader failed.*AttributeError"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_a_parameter_that_is_no_view_is_refused_with_the_reason(number):
+    load, reason = REFUSED[number]
+    traced = Traced(Single(load), plan({"w": (4, 6)}))
+    assert traced.views == {}
+    assert re.search(reason, traced.refused["w"])
+
+
+def test_writes_before_the_copy_or_beside_it_do_not_matter():
+    def load(module, tensor):
+        module.weight.data.zero_()
+        module.weight.data.copy_(tensor)
+        module.other.data.mul_(2)
+
+    traced = Traced(Single(load), plan({"w": (4, 6)}))
+    assert torch.equal(traced.tensor("w"), traced.module.weight)
+
+
+def test_a_refused_parameter_leaves_the_others_found():
+    class Half(FusedQkv):
+        def load_v(self, tensor):
+            self.qkv.data.narrow(0, HEADS + KV, KV).copy_(tensor * 2)
+
+    traced = Traced(Half(), plan({"q": (HEADS, HIDDEN), "v": (KV, HIDDEN)}))
+    assert (set(traced.views), set(traced.refused)) == ({"q"}, {"v"})
