@@ -55,15 +55,18 @@ class Stack:
         self.vllm: subprocess.Popen[bytes] | None = None
         self.server: subprocess.Popen[bytes] | None = None
         self.client = ApolloClient(self.address)
+        self.environment = os.environ | {
+            "APOLLO_STATE_DIR": str(self.state),
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
 
     def _start(self, name: str, core: int, command: list[str], **env: str) -> Any:
         cores = sorted(os.sched_getaffinity(0))
         log = (self.folder / f"{name}.log").open("ab")
         return subprocess.Popen(
             [sys.executable, "-m", *command],
-            env=os.environ
-            | {"APOLLO_STATE_DIR": str(self.state), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            | env,
+            env=self.environment | {"HF_HUB_OFFLINE": "1"} | env,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -77,9 +80,7 @@ class Stack:
 
     def start_vllm(self) -> None:
         """Starts vLLM; `wait_attached` waits for it."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = self.free_port()
         self.vllm = self._start(
             "vllm",
             0,
@@ -90,9 +91,14 @@ class Stack:
             ],
             VLLM_PLUGINS="apollo",
             VLLM_CPU_OMP_THREADS_BIND=str(min(os.sched_getaffinity(0))),
-            VLLM_CPU_KVCACHE_SPACE="1",
             VLLM_NO_USAGE_STATS="1",
         )
+
+    def free_port(self) -> int:
+        """A TCP port that nobody has."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
 
     def wait_attached(self) -> status_pb2.ServerStatus:
         """Waits for an attachment and for vLLM's HTTP; a refusal is an error at once."""

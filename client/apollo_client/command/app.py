@@ -158,10 +158,7 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     """Show the engine, the weights, the optimizer and the queue."""
     with reported_errors(), context.obj.client() as client:
         found = client.status()
-    if as_json:
-        print(display.to_json(found))
-    else:
-        Console(soft_wrap=True).print(display.status_table(found))
+    print(display.to_json(found) if as_json else "\n".join(display.status_lines(found)))
 
 
 @app.command()

@@ -175,7 +175,9 @@ async def _prefix(name: str, process: asyncio.subprocess.Process) -> None:
             continue
         if not line:
             return
-        typer.echo(head + line.decode(errors="replace").rstrip("\n"))
+        # Of a progress bar, which is drawn over itself, only the last state.
+        text = line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
+        typer.echo(head + text)
 
 
 def _say(text: str) -> None:

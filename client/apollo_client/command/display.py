@@ -16,7 +16,6 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
 
 from apollo_grpc.v1 import checkpoint_pb2, status_pb2, training_pb2
 
@@ -111,12 +110,9 @@ class RunDisplay:
             self._console.print(event_line(event), markup=False, highlight=False)
 
 
-def status_table(status: status_pb2.ServerStatus) -> Table:
-    """The status in two columns."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in _status_rows(status):
-        table.add_row(f"[bold]{name}[/]", value)
-    return table
+def status_lines(status: status_pb2.ServerStatus) -> list[str]:
+    """The status, a line a subject, never cut to a terminal's width."""
+    return [f"{name:<10} {value}" for name, value in _status_rows(status)]
 
 
 def _status_rows(status: status_pb2.ServerStatus) -> Iterable[tuple[str, str]]:
