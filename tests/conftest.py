@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import wait_until
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -71,3 +73,9 @@ def start_engine(model_folder: Path, sidecar_address: str) -> Iterator[Callable[
     yield start
     for engine in started:
         engine.stop()
+
+
+@pytest.fixture
+def wait() -> Callable[[Callable[[], Any], str], None]:
+    """Polls until a condition holds; fails with the name of what did not come."""
+    return wait_until

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,7 @@ from apollo_trainer.runs.owner import ModelOwner
 from apollo_trainer.runs.run import prepare_run
 from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.weights.sidecar import Sidecar
-
-WAIT_SECONDS = 30.0
-
-
-def wait_until(done: Callable[[], Any], what: str) -> None:
-    """Polls until `done`; an AssertionError names what did not come."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not done():
-        assert time.monotonic() < deadline, f"{what} did not come"
-        time.sleep(0.005)
+from tests.waiting import WAIT_SECONDS, wait_until
 
 
 class Trainer:
@@ -73,11 +63,6 @@ def kinds_of(events: list[pb.RunEvent]) -> list[str]:
 def kinds() -> Callable[[list[pb.RunEvent]], list[str]]:
     """Names of events, in order."""
     return kinds_of
-
-
-@pytest.fixture
-def wait() -> Callable[[Callable[[], Any], str], None]:
-    return wait_until
 
 
 @pytest.fixture

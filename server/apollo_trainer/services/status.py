@@ -43,24 +43,29 @@ class StatusService(pb_grpc.StatusServiceServicer):
 
 
 async def _paced(subscriber: Any, run_id: str, interval: float) -> AsyncIterator[Any]:
-    """Updates of one run or all; of several statuses within the interval only the last is sent."""
+    """Updates of one run or all; of several statuses within the interval only the last is sent.
+
+    A heartbeat follows whenever nothing was sent for a while, also while updates are held back.
+    """
     loop = asyncio.get_running_loop()
-    next_status_at, held, dropped = loop.time(), None, 0
+    next_status_at = sent_at = loop.time()
+    held, dropped = None, 0
     while True:
-        wait = HEARTBEAT_SECONDS if held is None else max(0.0, next_status_at - loop.time())
-        update = await subscriber.next(wait)
-        if update is None and held is None:
-            yield pb.WatchStatusResponse(heartbeat=pb.Heartbeat(time=now()))
-            continue
+        beat_at = sent_at + HEARTBEAT_SECONDS
+        due = beat_at if held is None else min(beat_at, next_status_at)
+        update = await subscriber.next(max(0.0, due - loop.time()))
+        answer = None
         if update is not None:
             dropped += update.dropped
-            if update.HasField("event"):
-                if run_id in ("", update.event.run_id):
-                    update.dropped, dropped = dropped, 0
-                    yield update
-                continue
-            held = update
-        if held is not None and loop.time() >= next_status_at:
-            held.dropped, dropped = dropped, 0
-            yield held
-            held, next_status_at = None, loop.time() + interval
+            if not update.HasField("event"):
+                held = update
+            elif run_id in ("", update.event.run_id):
+                answer = update
+        if answer is None and held is not None and loop.time() >= next_status_at:
+            answer, held, next_status_at = held, None, loop.time() + interval
+        if answer is None and loop.time() >= beat_at:
+            answer = pb.WatchStatusResponse(heartbeat=pb.Heartbeat(time=now()))
+        if answer is not None:
+            answer.dropped, dropped = dropped, 0
+            yield answer
+            sent_at = loop.time()

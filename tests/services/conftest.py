@@ -1,0 +1,169 @@
+"""The real training server on a unix socket, in this process or as one of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import apollo_trainer.main as server_module
+from apollo_grpc.errors import ApolloError, from_rpc_error
+from apollo_grpc.transport import Endpoint
+from apollo_grpc.v1 import status_pb2
+from apollo_grpc.v1 import training_pb2 as pb
+from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
+from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
+from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
+from apollo_trainer.config import Settings
+from tests.waiting import wait_until
+
+CALL_SECONDS = 30
+
+
+class Caller:
+    """Stubs of every service on one channel."""
+
+    def __init__(self, address: str):
+        self.channel = Endpoint(address).channel()
+        self.training = TrainingServiceStub(self.channel)
+        self.status_service = StatusServiceStub(self.channel)
+        self.checkpoints = CheckpointServiceStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+
+    def status(self) -> status_pb2.ServerStatus:
+        request = status_pb2.GetStatusRequest()
+        return self.status_service.GetStatus(request, timeout=CALL_SECONDS).status
+
+    def watch(self, **fields: Any) -> Any:
+        return self.status_service.WatchStatus(
+            status_pb2.WatchStatusRequest(**fields), timeout=CALL_SECONDS
+        )
+
+    def start(self, **spec: Any) -> Any:
+        """The stream of a run; without samples of one short sample."""
+        tokens = pb.TokenSample(context_ids=[60, 61, 62], continuation_ids=[70, 71, 72, 73])
+        spec.setdefault("samples", [pb.Sample(tokens=tokens)])
+        request = pb.TrainRequest(spec=pb.RunSpec(**spec))
+        return self.training.Train(request, timeout=CALL_SECONDS)
+
+    def train(self, **spec: Any) -> list[pb.RunEvent]:
+        return [answer.event for answer in self.start(**spec)]
+
+    def wait_attached(self) -> None:
+        state = status_pb2.ATTACHMENT_STATE_ATTACHED
+        wait_until(lambda: self.status().attachment == state, "the attachment")
+
+    def serves(self) -> bool:
+        try:
+            answer = self.health.Check(health_pb2.HealthCheckRequest(), timeout=CALL_SECONDS)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class ServerThread:
+    """A TrainingServer on an event loop in a thread."""
+
+    def __init__(self, settings: Settings, patch: pytest.MonkeyPatch):
+        self._loop, self._signals = asyncio.new_event_loop(), {}
+        # Only a main thread can have signal handlers; the server's own is kept to stop it.
+        patch.setattr(
+            self._loop, "add_signal_handler", lambda n, handler: self._signals.update({n: handler})
+        )
+        self._thread = threading.Thread(target=self._serve, args=[settings], daemon=True)
+        self._thread.start()
+        self.caller = Caller(settings.address)
+        wait_until(self.caller.serves, "the training server")
+
+    def _serve(self, settings: Settings) -> None:
+        async def serve() -> None:
+            await server_module.TrainingServer(settings).serve()
+
+        self._loop.run_until_complete(serve())
+        self._loop.close()
+
+    def stop(self) -> None:
+        self.caller.channel.close()
+        self._loop.call_soon_threadsafe(self._signals[signal.SIGTERM])
+        self._thread.join(CALL_SECONDS)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def start_server(
+    state_dir: Path, sidecar_address: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Caller]]:
+    """Starts a training server in this process and returns a caller of it."""
+    started: list[ServerThread] = []
+
+    def start(**settings: Any) -> Caller:
+        chosen = {"rank": 8, "state_dir": state_dir, "sidecar": sidecar_address} | settings
+        chosen.setdefault("address", f"unix:{state_dir}/training.sock")
+        started.append(ServerThread(Settings(**chosen), monkeypatch))
+        return started[-1].caller
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
+def caller(start_engine: Callable[..., Any], start_server: Callable[..., Caller]) -> Caller:
+    """A caller of a server that is attached to an engine."""
+    start_engine()
+    made = start_server()
+    made.wait_attached()
+    return made
+
+
+@pytest.fixture
+def error_of() -> Callable[[Any], ApolloError]:
+    """The domain error that a call ends with; it must end with one."""
+
+    def get(call: Any) -> ApolloError:
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call) if hasattr(call, "__next__") else call()
+        return from_rpc_error(caught.value)
+
+    return get
+
+
+@pytest.fixture
+def start_process(state_dir: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `python -m apollo_trainer.main`; whatever still runs is killed at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        environment = os.environ | {"APOLLO_STATE_DIR": str(state_dir), "OMP_NUM_THREADS": "1"}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "apollo_trainer.main", *arguments],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stderr:
+            process.stderr.close()
+
+
+@pytest.fixture
+def call_at() -> Callable[[str], Caller]:
+    return Caller

@@ -1,0 +1,17 @@
+"""How tests wait for what another thread or process does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+WAIT_SECONDS = 30.0
+
+
+def wait_until(done: Callable[[], Any], what: str) -> None:
+    """Polls until `done`; an AssertionError names what did not come."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not done():
+        assert time.monotonic() < deadline, f"{what} did not come"
+        time.sleep(0.005)
