@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ class AsyncStream(Generic[T]):
 
     def __init__(self, call: Any, endpoint: Endpoint, read: Callable[[Any], T]):
         self._call, self._endpoint, self._read = call, endpoint, read
+        self._left = False
 
     def __aiter__(self) -> AsyncIterator[T]:
         return self
@@ -33,6 +35,11 @@ class AsyncStream(Generic[T]):
     async def __anext__(self) -> T:
         try:
             message = await self._call.read()
+        except asyncio.CancelledError:
+            # Also raised for a call that was left, which would pass for this task's own end.
+            if self._left:
+                raise StopAsyncIteration from None
+            raise
         except grpc.RpcError as error:
             raise readable(error, self._endpoint) from None
         if message is grpc.aio.EOF:
@@ -40,7 +47,8 @@ class AsyncStream(Generic[T]):
         return self._read(message)
 
     def close(self) -> None:
-        """Leaves the stream. What it watched goes on."""
+        """Leaves the stream: iterating it ends. What it watched goes on."""
+        self._left = True
         self._call.cancel()
 
     async def __aenter__(self) -> Self:

@@ -26,6 +26,7 @@ class Stream(Generic[T]):
 
     def __init__(self, call: Any, endpoint: Endpoint, read: Callable[[Any], T]):
         self._call, self._endpoint, self._read = call, endpoint, read
+        self._left = False
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -34,10 +35,13 @@ class Stream(Generic[T]):
         try:
             return self._read(next(self._call))
         except grpc.RpcError as error:
+            if self._left:
+                raise StopIteration from None
             raise readable(error, self._endpoint) from None
 
     def close(self) -> None:
-        """Leaves the stream. What it watched goes on."""
+        """Leaves the stream: iterating it ends. What it watched goes on."""
+        self._left = True
         self._call.cancel()
 
     def __enter__(self) -> Self:

@@ -29,7 +29,11 @@ def imported_with(package: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("package", "forbidden"),
-    [("apollo_grpc", CLIENT_FORBIDS), ("apollo_sidecar", SIDECAR_FORBIDS)],
+    [
+        ("apollo_grpc", CLIENT_FORBIDS),
+        ("apollo_client", CLIENT_FORBIDS),
+        ("apollo_sidecar", SIDECAR_FORBIDS),
+    ],
 )
 def test_a_room_pulls_in_nothing_of_another(package, forbidden):
     names = imported_with(package)

@@ -2,4 +2,5 @@
 
 from apollo_client.command.app import main
 
-main()
+if __name__ == "__main__":
+    main()

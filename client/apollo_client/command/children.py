@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import typer
 
 from apollo_client.aio import AsyncApolloClient
+from apollo_client.command import launch
 from apollo_grpc.errors import ApolloError
 from apollo_grpc.v1 import status_pb2
 
-# linux/prctl.h
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
 # The training server finishes its step and saves its state; vLLM frees its workers.
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.5
@@ -44,29 +42,16 @@ class Child:
 
     async def start(self) -> asyncio.subprocess.Process:
         """Starts it in a session of its own: Ctrl-C in the terminal would reach it otherwise."""
+        cores = ",".join(str(core) for core in self.cores or ())
         return await asyncio.create_subprocess_exec(
-            *self.command,
+            *(sys.executable, launch.__file__, str(os.getpid()), cores, *self.command),
             env=self.environment,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
             limit=MAX_LINE_BYTES,
-            preexec_fn=self._prepare(),
         )
-
-    def _prepare(self) -> Callable[[], None]:
-        parent, cores = os.getpid(), self.cores
-
-        def prepare() -> None:
-            # Without it a `kill -9` of this command would leave both children behind.
-            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:
-                os._exit(1)
-            if cores:
-                os.sched_setaffinity(0, cores)
-
-        return prepare
 
 
 class Children:

@@ -1,0 +1,101 @@
+"""Both clients, over real sockets: the same calls, the same answers, the same errors."""
+
+from __future__ import annotations
+
+import pytest
+
+from apollo_client import ApolloClient
+from apollo_grpc.errors import InvalidArgument, Unavailable
+from apollo_grpc.v1 import training_pb2 as pb
+from tests.waiting import wait_until
+
+SAMPLE = ("The sea is", " deep.")
+
+
+def steps(events) -> list[pb.Step]:
+    return [event.step for event in events if event.HasField("step")]
+
+
+def test_a_run_tells_every_step_and_ends_with_finished(connect, server):
+    events = connect(server).train([SAMPLE, SAMPLE], epochs=3, lr=1e-3)
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    assert [step.step for step in steps(events)] == [1, 2, 3, 4, 5, 6]
+    assert events[-1].finished.state == pb.RUN_STATE_SUCCEEDED
+
+
+def test_options_reach_the_run(connect, server):
+    options = {"lr": 3e-4, "samples_per_step": 2, "epochs": 2, "warmup_steps": 2, "seed": 1}
+    told = steps(connect(server).train([SAMPLE] * 4, **options))
+    assert [step.learning_rate for step in told] == pytest.approx([1.5e-4, 3e-4, 3e-4, 3e-4])
+
+
+def test_a_run_goes_on_when_its_caller_leaves(connect, server):
+    client = connect(server)
+    first = client.begin([SAMPLE], epochs=30)
+    wait_until(lambda: not client.call("status").active_run_id, "the end of the run")
+    assert client.call("status").optimizer_step == first.optimizer_step + 29
+
+
+def test_a_subscriber_gets_every_step_of_somebody_elses_run(connect, server):
+    told: list[pb.RunEvent] = []
+
+    def somebody_trains() -> None:
+        with ApolloClient(server) as other:
+            told.extend(other.train([SAMPLE], epochs=4))
+
+    updates = connect(server).watch_until(
+        lambda update: update.event.HasField("finished"), somebody_trains
+    )
+    assert updates[0].status.model
+    seen = [update.event for update in updates if update.HasField("event")]
+    assert seen == told
+
+
+def test_sync_tells_its_progress_and_its_result(connect, server):
+    client, told = connect(server), []
+    client.train([SAMPLE], lr=1e-2)
+    result = client.call("sync", told.append)
+    assert (result.files_written, told[-1].bytes_done) == (
+        ["model.safetensors"],
+        told[-1].bytes_total,
+    )
+
+
+def test_a_refusal_names_the_field(connect, server):
+    with pytest.raises(InvalidArgument) as refused:
+        connect(server).train([("a", "b"), ("a", "")])
+    (violation,) = refused.value.violations
+    assert violation.field == "spec.samples[1].text.continuation"
+
+
+@pytest.mark.parametrize(
+    ("options", "field"), [({"lrr": 1.0}, "lrr"), ({"epochs": "three"}, "epochs")]
+)
+def test_an_option_that_no_run_has_is_refused_before_a_call(connect, options, field):
+    with pytest.raises(InvalidArgument) as refused:
+        connect("unix:/nowhere/training.sock").train([SAMPLE], **options)
+    assert refused.value.violations[0].field == field
+
+
+@pytest.mark.parametrize("call", ["status", "sync"])
+def test_without_a_server_the_error_says_what_to_start(connect, state_dir, call):
+    address = f"unix:{state_dir}/training.sock"
+    with pytest.raises(Unavailable, match="apollo up") as error:
+        connect(address).call(call)
+    assert error.value.reason == "SERVER_UNREACHABLE"
+    assert address in error.value.message
+
+
+def test_a_stream_without_a_server_raises_the_same_error(connect, state_dir):
+    with pytest.raises(Unavailable, match="apollo up"):
+        connect(f"unix:{state_dir}/training.sock").train([SAMPLE])
+
+
+def test_a_stream_that_was_left_ends(connect, server):
+    client = connect(server)
+    assert client.after_leaving() == []
+
+
+def test_a_token_never_leaves_for_another_machine_in_the_clear(connect):
+    with pytest.raises(InvalidArgument, match="TLS"):
+        connect("192.0.2.1:50051", token="secret")
