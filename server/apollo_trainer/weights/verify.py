@@ -35,6 +35,12 @@ def require_agreement(ours: torch.Tensor, engine: list[float], dtype: torch.dtyp
     Raises FailedPrecondition when it is more than the dtype explains: the mapped bytes are then
     not what vLLM computes with.
     """
+    if len(engine) != len(ours):
+        # A single score would be compared with every token's, and none with nothing.
+        raise refusal(
+            "LOGPROBS_DISAGREE",
+            f"vLLM scored {len(engine)} tokens where the training model scored {len(ours)}.",
+        )
     difference = float((ours - torch.tensor(engine)).abs().max())
     tolerance = TOLERANCE_NATS[dtype]
     # `not <=` so that NaN, which no comparison finds large, is refused too.
