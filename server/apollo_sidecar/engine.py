@@ -57,7 +57,15 @@ class Engine:
         if not self._loop.is_running():
             coroutine.close()
             raise Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING")
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(CALL_SECONDS)
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(CALL_SECONDS)
+        except TimeoutError:
+            # A pause that takes effect after it was given up would have no lease to end it.
+            future.cancel()
+            raise Unavailable(
+                f"vLLM did not answer within {CALL_SECONDS:g} s.", reason="ENGINE_SLOW"
+            ) from None
 
     def require_epoch(self, epoch: str) -> None:
         """Raises FailedPrecondition when the caller speaks of another engine process."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 
-from apollo_grpc.errors import FailedPrecondition
+from apollo_grpc.errors import ApolloError, FailedPrecondition
+
+log = logging.getLogger("vllm.apollo")
 
 MAX_LEASE_SECONDS = 60.0
 
@@ -88,8 +91,11 @@ class PauseLeases:
     def _expire(self, lease_id: str) -> None:
         with self._lock:
             if lease_id == self._lease_id and time.monotonic() >= self._deadline:
-                # Its holder may have died between two writes: what is cached may be stale.
-                self._end(weights_changed=True)
+                try:
+                    # Its holder may have died between two writes: what is cached may be stale.
+                    self._end(weights_changed=True)
+                except ApolloError as error:
+                    log.warning("apollo: after a pause that ran out: %s", error.message)
 
     def _end(self, weights_changed: bool) -> None:
         if self._timer:

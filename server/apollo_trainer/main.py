@@ -100,6 +100,7 @@ class TrainingServer:
         log.info("stopping: the step at work is finished and the Apollo state saved")
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self._owner.stop)
+        self._board.close()
         await self._server.stop(STOP_GRACE_SECONDS)
         await asyncio.to_thread(watch.stop)
         if self._lock:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import apollo_trainer.runs.execution as execution_module
+from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.optim import Apollo
 
@@ -132,3 +133,65 @@ def test_stopping_ends_the_run_after_its_step_and_saves(
     assert engine.calls[-1] == "resume"
     again = start_trainer()
     wait(lambda: again.status.optimizer_step == finished.steps_done, "the restored state")
+
+
+def test_caches_that_could_not_be_dropped_are_a_warning(
+    attached: Any, all_events: Events, kinds: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, trainer = attached
+
+    async def refuse(*, reset_running_requests: bool) -> bool:
+        return False
+
+    monkeypatch.setattr(engine.client, "reset_prefix_cache", refuse)
+    events = all_events(trainer.submit())
+    assert kinds(events) == ["queued", "started", "step", "warning", "checkpoint", "finished"]
+    assert events[3].warning.reason == "CACHE_NOT_RESET"
+    assert finished_of(events).state == pb.RUN_STATE_SUCCEEDED
+    assert not engine.engine.leases.active, "vLLM goes on"
+
+
+def test_an_engine_that_goes_after_the_last_step_fails_the_run_and_saves_nothing(
+    attached: Any, all_events: Events, kinds: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, trainer = attached
+    take_step = execution_module.take_step
+
+    def take_the_last_step(*arguments: Any) -> Any:
+        result = take_step(*arguments)
+        engine.stop()
+        return result
+
+    monkeypatch.setattr(execution_module, "take_step", take_the_last_step)
+    events = all_events(trainer.submit())
+    assert kinds(events) == ["queued", "started", "step", "finished"]
+    assert finished_of(events).failure.reason == "ENGINE_LOST"
+    assert not list(trainer.settings.state_dir.rglob("*.safetensors"))
+
+
+def test_who_reads_finished_sees_the_run_gone_from_the_status(
+    attached: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, trainer = attached
+    seen = []
+    publish = trainer.board.publish
+
+    def look(event: pb.RunEvent) -> None:
+        if event.HasField("finished"):
+            seen.append((trainer.status.active_run_id, trainer.status.optimizer_step))
+        publish(event)
+
+    monkeypatch.setattr(trainer.board, "publish", look)
+    log = trainer.submit(epochs=2)
+    trainer.stop()
+    assert log.ended
+    assert seen[0][0] == ""
+
+
+def test_a_stopping_trainer_takes_neither_runs_nor_syncs(attached: Any) -> None:
+    _, trainer = attached
+    trainer.stop()
+    with pytest.raises(Unavailable, match="stopping"):
+        trainer.owner.sync(lambda *_: None)
+    with pytest.raises(Unavailable, match="stopping"):
+        trainer.submit()

@@ -140,3 +140,15 @@ def test_a_subscriber_whose_loop_has_ended_does_no_harm() -> None:
     board.publish(step(1))
     board.update(queue_length=1)
     assert board.snapshot().queue_length == 1
+
+
+async def test_a_closed_board_ends_its_subscribers_after_what_they_had_not_read() -> None:
+    board = StatusBoard("test", "no engine")
+    subscriber = board.subscribe()
+    board.update(queue_length=3)
+    board.close()
+    read = []
+    while not subscriber.ended:
+        read.append(await subscriber.next(60))
+    assert [update.status.queue_length for update in read] == [0, 3]
+    assert await subscriber.next(60) is None

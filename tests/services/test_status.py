@@ -108,6 +108,19 @@ def test_streams_are_limited_and_a_closed_one_makes_room(
     streams[1].cancel()
 
 
+def test_a_stopping_server_ends_its_watchers(
+    state_dir: Any, start_process: Any, call_at: Any, wait: Any
+) -> None:
+    process, caller = start_process(), call_at(f"unix:{state_dir}/training.sock")
+    wait(caller.serves, "the server")
+    updates = caller.watch()
+    next(updates)
+    process.terminate()
+    # A stream that was cut off would raise.
+    assert all(update.HasField("status") for update in updates)
+    assert process.wait(30) == 0
+
+
 def test_every_service_is_healthy(start_server: Any) -> None:
     caller = start_server()
     for name in ("", *SERVICES):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
+from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.runs.events import EventLog, duration
 from apollo_trainer.runs.pause import EnginePause
@@ -19,6 +20,8 @@ from apollo_trainer.training.step import StepResult, UpdateRefused, take_step
 from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger(__name__)
+# Reasons of a call that nobody answers any more.
+_GONE = (Unavailable.default_reason, "ENGINE_STOPPING")
 
 
 @dataclass
@@ -58,7 +61,18 @@ class Execution:
         finished.steps_done = self.steps_done
         if failure:
             finished.failure.CopyFrom(failure)
+        self._show_end()
         self.log.append(finished=finished)
+
+    def _show_end(self) -> None:
+        """Before `finished` is told: who reads it and asks for the status must not see the run."""
+
+        def change(status: status_pb2.ServerStatus) -> None:
+            status.active_run_id = ""
+            if not self.session.attachment.lost.is_set():
+                self.session.show(status)
+
+        self.board.update(change)
 
     def _train(self) -> None:
         self._require_going()
@@ -93,11 +107,21 @@ class Execution:
             raise
 
     def _resume(self, pause: EnginePause) -> None:
-        version, held = pause.end(weights_changed=self._weights_changed)
-        self._finished.pause_time.CopyFrom(duration(held))
-        if version is not None:
+        try:
+            version = pause.end(weights_changed=self._weights_changed)
+        except ApolloError as error:
+            if error.reason in _GONE:
+                self.session.attachment.lost.set()
+                raise self._engine_lost() from error
+            self._warn(error.reason, error.message)
+        else:
             self._finished.weight_version = version
             self.board.update(weight_version=version)
+        self._finished.pause_time.CopyFrom(duration(pause.held_seconds))
+
+    def _warn(self, reason: str, message: str) -> None:
+        log.warning("run %s: %s (%s)", self.log.run_id, message, reason)
+        self.log.append(warning=pb.Warning(reason=reason, message=message))
 
     def _require_going(self) -> None:
         if self.session.attachment.lost.is_set():
@@ -111,6 +135,9 @@ class Execution:
 
     def _require_paused(self, pause: EnginePause) -> None:
         if isinstance(pause.lost, Unavailable):
+            # Known here before the watch knows; the state must not be saved as that of weights
+            # that are gone.
+            self.session.attachment.lost.set()
             raise self._engine_lost()
         if pause.lost:
             raise FailedPrecondition(
@@ -142,8 +169,7 @@ class Execution:
                 f"The Apollo state could not be written ({error.strerror}); the one on disk is "
                 "that of an earlier run. Make room; the next run writes it again."
             )
-            log.error(message)
-            self.log.append(warning=pb.Warning(reason="STATE_NOT_SAVED", message=message))
+            self._warn("STATE_NOT_SAVED", message)
             return
         step = self.session.optimizer.step_count
         self.log.append(checkpoint=pb.CheckpointWritten(optimizer_step=step, size_bytes=size))

@@ -149,7 +149,7 @@ class ModelOwner:
             status.weight_memory.parameters = memory.parameters
             status.weight_memory.shared_bytes = memory.shared_bytes
             status.weight_memory.copied_bytes = memory.copied_bytes
-            _show_optimizer(session, status)
+            session.show(status)
 
         self._board.update(change)
 
@@ -178,7 +178,7 @@ class ModelOwner:
             self._waiting.append(events.run_id)
             events.append(queued=training_pb2.Queued(position=waiting + self._active))
             self._board.update(queue_length=waiting + 1)
-        self._jobs.put(lambda: self._execute(run, events))
+            self._jobs.put(lambda: self._execute(run, events))
         return events
 
     def _execute(self, run: PreparedRun, events: EventLog) -> None:
@@ -192,8 +192,6 @@ class ModelOwner:
         else:
             stopping = self._stopping
             Execution(session, self._sidecar, self._board, events, run, stopping).execute()
-            if not session.attachment.lost.is_set():
-                self._board.update(lambda status: _show_optimizer(session, status))
         with self._lock:
             self._active = 0
             if session and not self._waiting:
@@ -204,9 +202,16 @@ class ModelOwner:
     # --- checkpoints ------------------------------------------------------------------------
 
     def sync(self, progress: Progress) -> Future[tuple[SyncOutcome, int]]:
-        """Syncs the model directory between two runs; the result holds the weight version too."""
+        """Syncs the model directory between two runs; the result holds the weight version too.
+
+        Raises Unavailable when the server stops.
+        """
         future: Future[tuple[SyncOutcome, int]] = Future()
-        self._jobs.put(lambda: _resolve(future, lambda: self._sync(progress)))
+        with self._lock:
+            # After the thread's last job nobody would ever resolve it.
+            if self._stopping.is_set():
+                raise Unavailable("The server is stopping.", reason="SERVER_STOPPING")
+            self._jobs.put(lambda: _resolve(future, lambda: self._sync(progress)))
         return future
 
     def _sync(self, progress: Progress) -> tuple[SyncOutcome, int]:
@@ -229,20 +234,14 @@ class ModelOwner:
         """Ends the run at work after its step, saves the Apollo state, and joins the thread."""
         with self._lock:
             self._stopping.set()
-        self._jobs.put(self._save_at_end)
-        self._jobs.put(None)
+            self._jobs.put(self._save_at_end)
+            self._jobs.put(None)
         self._thread.join()
 
     def _save_at_end(self) -> None:
         session = self._session
         if session and session.optimizer.step_count and not session.attachment.lost.is_set():
             session.save()
-
-
-def _show_optimizer(session: Session, status: status_pb2.ServerStatus) -> None:
-    status.optimizer_loaded = True
-    status.optimizer_step = session.optimizer.step_count
-    status.state_size_bytes = session.optimizer.state_size_bytes()
 
 
 def _never_began(detail: str) -> training_pb2.Finished:

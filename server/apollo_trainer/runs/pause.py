@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import uuid
@@ -11,7 +10,6 @@ from apollo_grpc.errors import ApolloError
 from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.sidecar import Sidecar
 
-log = logging.getLogger(__name__)
 RENEWALS_PER_LEASE = 3
 
 
@@ -42,19 +40,17 @@ class EnginePause:
                 self.lost = error
                 return
 
-    def end(self, *, weights_changed: bool) -> tuple[int | None, float]:
+    def end(self, *, weights_changed: bool) -> int:
         """Lets vLLM go on, its caches dropped first when the weights changed.
 
-        Returns the weight version, None when the engine could not be asked, and the seconds that
-        vLLM was held.
+        Returns the weight version. Raises the sidecar's error: vLLM then goes on when its lease
+        runs out, or has gone on with caches of older weights.
         """
         self._ended.set()
         self._renewer.join()
-        version = None
-        try:
-            version = self._sidecar.resume(
-                self._epoch, self._lease_id, weights_changed=weights_changed
-            )
-        except ApolloError as error:
-            log.warning("vLLM was not told to resume; its lease runs out: %s", error.message)
-        return version, time.monotonic() - self._began
+        return self._sidecar.resume(self._epoch, self._lease_id, weights_changed=weights_changed)
+
+    @property
+    def held_seconds(self) -> float:
+        """Since the pause began."""
+        return time.monotonic() - self._began

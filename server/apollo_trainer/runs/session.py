@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from apollo_grpc.errors import FailedPrecondition
+from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.apollo_state import FILE_NAME, load_state, save_state
 from apollo_trainer.config import Settings
 from apollo_trainer.optim import Apollo
@@ -49,6 +50,12 @@ class Session:
         self.shape = shape
         self.optimizer.rounding = self.shape.rounding
         options.apply(self.optimizer)
+
+    def show(self, status: status_pb2.ServerStatus) -> None:
+        """Puts the optimizer into a status."""
+        status.optimizer_loaded = True
+        status.optimizer_step = self.optimizer.step_count
+        status.state_size_bytes = self.optimizer.state_size_bytes()
 
     def save(self) -> int:
         """Puts the Apollo state on disk, durably; returns the file's bytes. Raises OSError."""

@@ -24,6 +24,7 @@ class Subscriber:
         self._lock = threading.Lock()
         self._updates: deque[pb.WatchStatusResponse] = deque()
         self._dropped = 0
+        self._closed = False
         self._arrived = asyncio.Event()
 
     def offer(self, update: pb.WatchStatusResponse) -> None:
@@ -33,9 +34,24 @@ class Subscriber:
                 self._updates.popleft()
                 self._dropped += 1
             self._updates.append(update)
+        self._wake()
+
+    def close(self) -> None:
+        """No update comes any more."""
+        with self._lock:
+            self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
         # Raises when the watcher's loop has ended; nobody is left to be told then.
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._arrived.set)
+
+    @property
+    def ended(self) -> bool:
+        """Whether every update was read and none comes any more."""
+        with self._lock:
+            return self._closed and not self._updates
 
     async def next(self, seconds: float) -> pb.WatchStatusResponse | None:
         """The next update with the number lost before it; None when none came in time."""
@@ -46,6 +62,8 @@ class Subscriber:
                     update = self._updates.popleft()
                     update.dropped, self._dropped = self._dropped, 0
                     return update
+                if self._closed:
+                    return None
                 self._arrived.clear()
             try:
                 await asyncio.wait_for(self._arrived.wait(), deadline - self._loop.time())
@@ -111,6 +129,13 @@ class StatusBoard:
             self._subscribers.add(subscriber)
         subscriber.offer(pb.WatchStatusResponse(status=self.snapshot()))
         return subscriber
+
+    def close(self) -> None:
+        """Ends every subscription once its updates were read."""
+        with self._lock:
+            subscribers = list(self._subscribers)
+        for subscriber in subscribers:
+            subscriber.close()
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Ends a subscription."""

@@ -50,7 +50,7 @@ async def _paced(subscriber: Any, run_id: str, interval: float) -> AsyncIterator
     loop = asyncio.get_running_loop()
     next_status_at = sent_at = loop.time()
     held, dropped = None, 0
-    while True:
+    while not subscriber.ended:
         beat_at = sent_at + HEARTBEAT_SECONDS
         due = beat_at if held is None else min(beat_at, next_status_at)
         update = await subscriber.next(max(0.0, due - loop.time()))

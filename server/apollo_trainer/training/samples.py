@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,8 @@ from apollo_grpc.errors import FieldViolation, InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
 
 MAX_VIOLATIONS = 20
+# Far above any use, far below what overflows a float32 loss.
+MAX_WEIGHT = 1e6
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,16 @@ def _tokenize(sample: pb.Sample, limits: SampleLimits, tokenizer: Any) -> Tokeni
     )
     _check_ids(context, continuation, kind, limits)
     weight = sample.weight if sample.HasField("weight") else 1.0
-    if not math.isfinite(weight) or weight < 0:
-        raise _Wrong("weight", f"is {weight:g}; it must be finite and not negative")
+    if not 0 <= weight <= MAX_WEIGHT:
+        raise _Wrong("weight", f"is {weight:g}; it must be from 0 to {MAX_WEIGHT:g}")
     token_weights = tuple(sample.token_weights)
     if token_weights and len(token_weights) != len(continuation):
         raise _Wrong(
             "token_weights",
             f"has {len(token_weights)} entries for {len(continuation)} continuation tokens",
         )
-    if not all(math.isfinite(w) and w >= 0 for w in token_weights):
-        raise _Wrong("token_weights", "must be finite and not negative")
+    if not all(0 <= w <= MAX_WEIGHT for w in token_weights):
+        raise _Wrong("token_weights", f"must be from 0 to {MAX_WEIGHT:g}")
     if weight == 0 or (token_weights and not any(token_weights)):
         raise _Wrong("weight" if weight == 0 else "token_weights", "leave nothing to learn")
     return TokenizedSample(tuple(context), tuple(continuation), weight, token_weights)
