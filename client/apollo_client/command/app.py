@@ -20,7 +20,6 @@ from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import training_pb2
 
 app = typer.Typer(
-    help="A language model that keeps learning while vLLM serves it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
