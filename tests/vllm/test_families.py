@@ -49,7 +49,7 @@ def test_both_sides_agree_before_and_after_training(stacks, family):
     assert status.logprob_difference < TOLERANCE_NATS
     assert (memory.copied_bytes, memory.shared_bytes) == (0, 4 * memory.parameters)
 
-    # Other tests may have trained this model: from here on the directory is what vLLM computes with.
+    # Other tests may have trained this model; now the directory holds what vLLM computes with.
     stack.client.sync()
     ids, long_ids = prompt(40, seed=1), prompt(144, seed=2)
     before = token_scores(stack.directory_logits(ids), ids)
