@@ -51,7 +51,7 @@ def contenders() -> list[Contender]:
     return [*rows, _layers_row()]
 
 
-def _torch(kind: type[Optimizer], weights: Weights, **options: Any) -> Optimizer:
+def _torch(kind: Callable[..., Optimizer], weights: Weights, **options: Any) -> Optimizer:
     return kind(weights.values(), lr=1e-5, **options)
 
 
@@ -98,7 +98,9 @@ def _apollo_torch_row(rank: int, variant: str) -> Contender:
             "scale": 1.0,
             "update_proj_gap": WINDOW,
         }
-        return _apollo_torch_class()([{"params": rest}, projected], lr=1e-5, weight_decay=0.01)
+        groups = [{"params": rest}, projected]
+        made: Optimizer = _apollo_torch_class()(groups, lr=1e-5, weight_decay=0.01)
+        return made
 
     name = f"apollo-torch {_label(rank, variant)}"
     return Contender(name, make, "apollo-torch", rank, _refresh_apollo_torch)

@@ -1,0 +1,115 @@
+"""Line charts as plain SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+COLOURS = (
+    "#1f4e9c", "#c0392b", "#2e8b57", "#e08e0b", "#7d3c98", "#17a2b8", "#8d6e63", "#555555",
+    "#d81b60",
+)  # fmt: skip
+WIDTH, HEIGHT = 860, 460
+LEFT, RIGHT, TOP, BOTTOM = 70, 250, 40, 55
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line; a point whose y is None breaks off there."""
+
+    name: str
+    points: Sequence[tuple[float, float | None]]
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A label, the limits of the values, and whether they are spaced by their logarithm."""
+
+    label: str
+    low: float
+    high: float
+    log: bool = False
+    ticks: tuple[float, ...] = ()
+
+    def at(self, value: float) -> float:
+        """Where a value lies between the limits: 0 to 1, cut at both."""
+        low, high, value = (
+            (math.log(v) for v in (self.low, self.high, value))
+            if self.log
+            else (self.low, self.high, value)
+        )
+        return min(1.0, max(0.0, (value - low) / ((high - low) or 1.0)))
+
+    def marks(self) -> tuple[float, ...]:
+        """The values that are labelled."""
+        return self.ticks or tuple(self.low + (self.high - self.low) * n / 5 for n in range(6))
+
+
+def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
+    """A chart with its legend on the right. What lies outside an axis is drawn at its edge."""
+    drawn = [_line(s, x, y, n) for n, s in enumerate(series)]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+            'font-family="sans-serif" font-size="12" role="img">',
+            f"<title>{escape(title)}</title>",
+            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+            _text(LEFT, 24, title, size=15),
+            *(_x_mark(x, value) for value in x.marks()),
+            *(_y_mark(y, value) for value in y.marks()),
+            _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, x.label, anchor="middle"),
+            _text(18, HEIGHT / 2, y.label, anchor="middle", turned=True),
+            *drawn,
+            "</svg>",
+            "",
+        ]
+    )
+
+
+def _place(x: Axis, y: Axis, point: tuple[float, float]) -> tuple[float, float]:
+    across, up = x.at(point[0]), y.at(point[1])
+    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    return LEFT + across * width, HEIGHT - BOTTOM - up * height
+
+
+def _line(series: Series, x: Axis, y: Axis, number: int) -> str:
+    colour, legend = COLOURS[number % len(COLOURS)], TOP + 12 + 20 * number
+    style = f'stroke="{colour}" stroke-width="2" fill="none"'
+    style += ' stroke-dasharray="6 4"' if series.dashed else ""
+    places = [_place(x, y, (px, py)) for px, py in series.points if py is not None]
+    path = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
+    left = WIDTH - RIGHT + 18
+    return "\n".join(
+        [
+            f'<polyline points="{path}" {style}/>',
+            *(
+                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.4" fill="{colour}"/>'
+                for px, py in places
+            ),
+            f'<line x1="{left}" y1="{legend}" x2="{left + 24}" y2="{legend}" {style}/>',
+            _text(left + 30, legend + 4, series.name),
+        ]
+    )
+
+
+def _x_mark(axis: Axis, value: float) -> str:
+    px = LEFT + axis.at(value) * (WIDTH - LEFT - RIGHT)
+    grid = f'<line x1="{px:.1f}" y1="{TOP}" x2="{px:.1f}" y2="{HEIGHT - BOTTOM}" stroke="#ddd"/>'
+    return grid + _text(px, HEIGHT - BOTTOM + 18, f"{value:.4g}", anchor="middle")
+
+
+def _y_mark(axis: Axis, value: float) -> str:
+    py = HEIGHT - BOTTOM - axis.at(value) * (HEIGHT - TOP - BOTTOM)
+    grid = f'<line x1="{LEFT}" y1="{py:.1f}" x2="{WIDTH - RIGHT}" y2="{py:.1f}" stroke="#ddd"/>'
+    return grid + _text(LEFT - 8, py + 4, f"{value:.4g}", anchor="end")
+
+
+def _text(
+    px: float, py: float, text: str, size: int = 12, anchor: str = "start", turned: bool = False
+) -> str:
+    turn = f' transform="rotate(-90 {px:.1f} {py:.1f})"' if turned else ""
+    where = f'x="{px:.1f}" y="{py:.1f}" font-size="{size}" text-anchor="{anchor}"'
+    return f"<text {where}{turn}>{escape(text)}</text>"
