@@ -11,8 +11,8 @@ COLOURS = (
     "#1f4e9c", "#c0392b", "#2e8b57", "#e08e0b", "#7d3c98", "#17a2b8", "#8d6e63", "#555555",
     "#d81b60",
 )  # fmt: skip
-WIDTH, HEIGHT = 860, 460
-LEFT, RIGHT, TOP, BOTTOM = 70, 250, 40, 55
+WIDTH, HEIGHT = 900, 460
+LEFT, RIGHT, TOP, BOTTOM = 70, 290, 40, 55
 
 
 @dataclass(frozen=True)
