@@ -46,11 +46,14 @@ def test_options_of_the_whole_optimizer_are_refused_in_a_group(option):
         Apollo([{"params": pairs(), option: 0}])
 
 
-def test_fused_is_refused_until_it_exists():
-    with pytest.raises(NotImplementedError, match="impl='reference'"):
-        Apollo(pairs(), impl="fused")
-    Apollo(pairs(), impl="auto")
-    Apollo(pairs(), impl="reference")
+def test_fused_refuses_what_it_cannot_take_and_names_it():
+    with pytest.raises(ValueError, match="impl='reference'"):
+        Apollo(pairs(), impl="fused", compat="apollo-torch")
+    parameter = torch.zeros(3, 3, dtype=torch.float16)
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match=r"^w: impl='fused'"):
+        Apollo([("w", parameter)], impl="fused").step()
+    Apollo([("w", parameter)], impl="auto").step()
 
 
 def test_parameters_that_cannot_be_stepped_are_named():

@@ -6,7 +6,7 @@ Algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from apollo_trainer.optim import named_state
 from apollo_trainer.optim.change import Change
+from apollo_trainer.optim.fused import FusedStepper, Work, fits
 from apollo_trainer.optim.options import (
     CHOICES,
     Compat,
@@ -79,7 +80,8 @@ class Apollo(Optimizer):
             on average; 'split16' keeps the lower 16 bits in the state, an exact float32 master
             (bfloat16 only); 'nearest' loses most updates near lr 1e-5.
         seed: of the projections and of stochastic rounding.
-        impl: 'reference' is plain torch; 'auto' takes the fastest that is available.
+        impl: 'reference' is plain torch on any device; 'fused' is Triton on CUDA, and refuses
+            parameters that it cannot take; 'auto' takes 'fused' for those that it can.
         compat: 'apollo-torch' reproduces apollo-torch 1.0.3 with its faults. Pass eps=1e-6, its
             default; every parameter must then have a gradient at every step.
 
@@ -99,7 +101,6 @@ class Apollo(Optimizer):
 
     Raises:
         ValueError: an option is out of range, or a parameter cannot be stepped; it is named.
-        NotImplementedError: impl='fused'.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Apollo(Optimizer):
         self.seed = seed
         self.variant: Variant = variant
         self.rounding: RoundingMode = rounding
+        self.impl: Impl = impl
         self.compat: Compat | None = compat
         self.step_count = 0
         self.measure = False
@@ -140,6 +142,7 @@ class Apollo(Optimizer):
         self._open: _OpenStep | None = None
         self._skipped_before = 0
         self._skipped: dict[torch.device, Tensor] = {}
+        self._steppers: dict[torch.device, FusedStepper] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -216,8 +219,7 @@ class Apollo(Optimizer):
                 loss = closure()
         self.begin_step()
         try:
-            for slot in self._slots:
-                self._step_slot(slot)
+            self._step_slots(self._slots)
         except BaseException:
             self.abandon_step()
             raise
@@ -237,6 +239,8 @@ class Apollo(Optimizer):
             settings_for(group, number, self.variant, self.compat) for group in self.param_groups
         ]
         self._open = _OpenStep(settings, Change() if self.measure else None)
+        for stepper in self._steppers.values():
+            stepper.begin(number, settings)
 
     def step_param(self, param: Tensor) -> bool:
         """Steps one parameter in the open step. Returns True where its gradient may be released.
@@ -257,13 +261,12 @@ class Apollo(Optimizer):
         if slot.aliases:
             opened.deferred[slot.name] = slot
             return False
-        return self._step_slot(slot)
+        return self._step_slots([slot])
 
     def end_step(self) -> None:
         """Steps the tied parameters that waited, and counts the step."""
         opened = self._opened("end_step")
-        for slot in opened.deferred.values():
-            self._step_slot(slot)
+        self._step_slots(opened.deferred.values())
         self.last_update_norm = self.last_changed_fraction = None
         if opened.change is not None:
             elements = sum(slot.param.numel() for slot in self._slots)
@@ -277,21 +280,58 @@ class Apollo(Optimizer):
         self._open = None
 
     @torch.no_grad()
-    def _step_slot(self, slot: Slot) -> bool:
-        opened = self._opened("a step")
-        grad = slot.gradient()
-        if grad is None:
+    def _step_slots(self, slots: Iterable[Slot]) -> bool:
+        """Steps those that have a gradient; returns whether any had."""
+        opened, fused = self._opened("a step"), dict[torch.device, list[Work]]()
+        stepped = False
+        for slot in slots:
+            grad = slot.gradient()
+            if grad is None:
+                continue
+            stepped = True
+            if self._takes_fused(slot, grad):
+                work = Work(slot, grad, self.state[slot.param])
+                fused.setdefault(slot.param.device, []).append(work)
+            else:
+                self._step_reference(slot, grad, opened)
+            opened.done.add(slot.name)
+        for device, works in fused.items():
+            self._step_fused(device, works, opened)
+        return stepped
+
+    def _takes_fused(self, slot: Slot, grad: Tensor) -> bool:
+        if self.impl == "reference" or self.compat is not None:
             return False
+        if not fits(slot, grad) and self.impl == "fused":
+            raise ValueError(
+                f"{slot.name}: impl='fused' takes bfloat16 and float32 parameters on CUDA, with "
+                "Triton installed; nothing was changed in it. Use impl='auto'."
+            )
+        return fits(slot, grad)
+
+    def _step_reference(self, slot: Slot, grad: Tensor, opened: _OpenStep) -> None:
         settings = opened.settings[slot.group]
         rounding = Rounding(self.rounding, slot.rounding_key, settings.number)
         job = Job(slot, grad, self.state[slot.param], settings, rounding, opened.change)
-        opened.done.add(slot.name)
-        skipped = step_parameter(job)
+        self._count_skipped(step_parameter(job))
+
+    def _step_fused(self, device: torch.device, works: list[Work], opened: _OpenStep) -> None:
+        if device not in self._steppers:
+            self._steppers[device] = FusedStepper(device, self.variant == "mini")
+            self._steppers[device].begin(self.step_count + 1, opened.settings)
+        stepper = self._steppers[device]
+        skipped, change = stepper.step(
+            works, opened.settings, self.rounding, opened.change is not None
+        )
+        self._count_skipped(skipped)
+        if opened.change is not None and change is not None:
+            opened.change.add_sums(*change.unbind())
+
+    def _count_skipped(self, skipped: Tensor) -> None:
         if skipped.device in self._skipped:
             self._skipped[skipped.device] += skipped
         else:
             self._skipped[skipped.device] = skipped.to(torch.int64)
-        return True
 
     def _opened(self, what: str) -> _OpenStep:
         if self._open is None:
@@ -367,6 +407,8 @@ class Apollo(Optimizer):
         self._skipped_before, self._skipped = meta["skipped_nonfinite"], {}
         for slot in self._slots:
             slot.set_seed(self.seed)
+        # Their tables hold keys of the old seed.
+        self._steppers.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and scalars: `torch.load(weights_only=True)` reads it back."""

@@ -23,6 +23,11 @@ class Change:
         self._put(self._changed, changed)
         self._put(self._squares, square)
 
+    def add_sums(self, square: Tensor, changed: Tensor) -> None:
+        """Counts what a kernel summed up: float64, 0-dim each."""
+        self._put(self._changed, changed)
+        self._put(self._squares, square)
+
     def norm(self) -> Tensor:
         """The Euclidean norm of the change: float64, 0-dim."""
         return self._total(self._squares).sqrt()

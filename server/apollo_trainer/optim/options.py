@@ -34,6 +34,7 @@ class StepSettings:
 
     number: int
     window: int
+    proj_refresh: int
     lr: float
     betas: tuple[float, float]
     eps: float
@@ -60,6 +61,7 @@ def settings_for(
     return StepSettings(
         number=number,
         window=(number - 1) // group["proj_refresh"],
+        proj_refresh=group["proj_refresh"],
         lr=lr,
         betas=(group["betas"][0], group["betas"][1]),
         eps=group["eps"],
@@ -96,11 +98,8 @@ def check_choices(seed: int, **chosen: str | None) -> None:
     _count("seed", seed, 0)
     if seed >= 2**63:
         raise ValueError(f"seed is {seed}; it must be below 2**63.")
-    if chosen["impl"] == "fused":
-        raise NotImplementedError(
-            "impl='fused' is not available; use impl='auto' or impl='reference', which compute "
-            "the same update."
-        )
+    if chosen["impl"] == "fused" and chosen["compat"] is not None:
+        raise ValueError(f"compat={chosen['compat']!r} has no fused path; use impl='reference'.")
 
 
 def _number(
