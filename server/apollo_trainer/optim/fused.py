@@ -35,7 +35,7 @@ except ImportError:
 # Triton's own switch: kernels then run in Python, on a CPU's tensors, to be looked into.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Scratch of one wave of matrices: their R must not need memory in proportion to the model.
-WAVE_BYTES = 48 * 2**20
+WAVE_BYTES = 128 * 2**20
 BLOCK_DRAW = 1024
 BLOCK_ELEMENTS = 1024
 BLOCK_MOMENTS = 64
@@ -296,7 +296,8 @@ def _padded(rank: int) -> int:
 
 
 def _project_block(kind: _Kind) -> int:
-    return BLOCK_N_WIDE if _padded(kind.rank or 0) > 64 or kind.g_dtype != torch.bfloat16 else BLOCK_N
+    wide = _padded(kind.rank or 0) > 64 or kind.g_dtype != torch.bfloat16
+    return BLOCK_N_WIDE if wide else BLOCK_N
 
 
 def _plan(works: Sequence[Work]) -> list[_Wave]:

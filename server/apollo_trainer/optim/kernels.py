@@ -93,12 +93,11 @@ def _bits16(element, step, k0, k1):
 
 
 @triton.jit
-def _bits16_of_blocks(block, step, k0, k1, ROWS_: tl.constexpr, COLS_: tl.constexpr):
-    """The same for whole blocks [ROWS, COLS / 8]: eight elements for one draw."""
+def _bits16_of_blocks(block, step, k0, k1):
+    """The same for whole blocks: eight elements for one draw, in three more dimensions of 2."""
     w0, w1, w2, w3 = _blocks(block, step, k0, k1)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    halves = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(halves, (ROWS_, COLS_))
+    return tl.join(words & 0xFFFF, words >> 16)
 
 
 @triton.jit
@@ -112,7 +111,9 @@ def draw_projections(desc, tiles, table, P, number, settings, RANK: tl.constexpr
     settings += tl.load(d + GROUP) * SETTINGS
     refresh = tl.load(settings + REFRESH).to(tl.int64)
     window = (tl.load(number) - 1) // refresh
-    bits = _bits16(element, window, tl.load(d + P_KEY), tl.load(d + P_KEY + 1))
+    block = (first >> 3) + tl.arange(0, BLOCK // 8)
+    bits = _bits16_of_blocks(block, window, tl.load(d + P_KEY), tl.load(d + P_KEY + 1))
+    bits = tl.reshape(bits, (BLOCK,))
     value = tl.load(table + bits.to(tl.int64))
     value = tl.where(element < RANK * k, value, 0.0)
     tl.store(P + tl.load(d + P_OFFSET) + element, value, mask=element < RANK_PADDED * k)
@@ -147,10 +148,12 @@ def project(desc, tiles, P, R, squares, flags, RANK: tl.constexpr, RANK_PADDED: 
     square = tl.zeros((BLOCK_N,), tl.float32)
     for k0 in range(0, k, BLOCK_K):
         i = k0 + tl.arange(0, BLOCK_K)
-        p = tl.load(p_base + r[:, None] * k + i[None, :], mask=(i < k)[None, :], other=0.0)
+        p_at = p_base + r[:, None] * k + i[None, :]
+        p = tl.load(p_at, mask=(i < k)[None, :], other=0.0, eviction_policy="evict_last")
         if G_UNIT == 1:  # along the smaller side
             mask = (j < n)[:, None] & (i < k)[None, :]
-            g = tl.load(G + j[:, None] * g_n + i[None, :], mask=mask, other=0.0)
+            g_at = G + j[:, None] * g_n + i[None, :]
+            g = tl.load(g_at, mask=mask, other=0.0, eviction_policy="evict_first")
             g32 = g.to(tl.float32)
             square += tl.sum(g32 * g32, 1)
             g = tl.trans(g)
@@ -374,9 +377,8 @@ def write(desc, tiles, settings, factors, rates, number, changes,
         step = tl.load(number)
         if ALIGNED:
             blocks = (first_col >> 3) + tl.arange(0, BLOCK_COLS // 8)
-            bits = _bits16_of_blocks(
-                (base >> 3)[:, None] + blocks[None, :], step, k0, k1, BLOCK_ROWS, BLOCK_COLS
-            )
+            bits = _bits16_of_blocks((base >> 3)[:, None] + blocks[None, :], step, k0, k1)
+            bits = tl.reshape(bits, (BLOCK_ROWS, BLOCK_COLS))
         else:
             bits = _bits16(base[:, None] + b[None, :], step, k0, k1)
         rounded = _round_up(_within_range(new), bits, W_TYPE)
