@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from apollo_trainer.optim import Apollo
+from apollo_trainer.optim.cuda import tables
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
@@ -82,6 +83,27 @@ def test_bfloat16_weights_agree_to_one_number(rounding):
     reference, _ = run("reference", SHAPES, grads, rounding=rounding)
     for name in SHAPES:
         assert ulps(fused[name], reference[name]) <= 1, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rank", [64, 100, 256, 300])
+def test_wide_projections_agree_to_one_number(rank):
+    shapes = {"tall": (1032, 512), "wide": (320, 776), "square": (512, 512), "stack": (2, 328, 640)}
+    grads = gradients(shapes, torch.bfloat16, 3)
+    fused, _ = run("fused", shapes, grads, rank=rank, rounding="nearest")
+    reference, _ = run("reference", shapes, grads, rank=rank, rounding="nearest")
+    for name in shapes:
+        assert ulps(fused[name], reference[name]) <= 1, name
+
+
+def test_many_waves_leave_the_same_bits_as_one(monkeypatch):
+    shapes = {f"{kind}{i}": shape for i in range(3) for kind, shape in SHAPES.items()}
+    grads = gradients(shapes, torch.float32, 4)
+    one, _ = run("fused", shapes, grads, torch.float32)
+    monkeypatch.setattr(tables, "WAVE_BYTES", 1)
+    many, _ = run("fused", shapes, grads, torch.float32)
+    for name in shapes:
+        assert torch.equal(one[name], many[name]), name
 
 
 def test_stochastic_rounding_draws_the_same_bits():

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from apollo_trainer.optim import named_state
 from apollo_trainer.optim.change import Change
-from apollo_trainer.optim.fused import FusedStepper, Work, fits
+from apollo_trainer.optim.cuda import FusedStepper, Work, fits
 from apollo_trainer.optim.options import (
     CHOICES,
     Compat,

@@ -1,0 +1,105 @@
+"""Random numbers on the device: the bits of `philox.py`, and the projections made of them."""
+
+# Triton reads the source of these functions, with its own types; mypy's rules do not apply to them.
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from apollo_trainer.optim.cuda.columns import (
+    BETA1,
+    COLS,
+    FIELDS,
+    GROUP,
+    P_KEY,
+    P_OFFSET,
+    REFRESH,
+    ROWS,
+    SETTINGS,
+    STEP_PTR,
+)
+
+
+@triton.jit
+def _philox(c0, c1, c2, c3, k0, k1):
+    for _ in tl.static_range(10):
+        high0 = tl.umulhi(c0, 0xD2511F53)
+        high1 = tl.umulhi(c2, 0xCD9E8D57)
+        low0 = c0 * 0xD2511F53
+        low1 = c2 * 0xCD9E8D57
+        c0 = high1 ^ c1 ^ k0
+        c2 = high0 ^ c3 ^ k1
+        c1 = low1
+        c3 = low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _blocks(block, step, k0, k1):
+    """The four words of each Philox block (int64 numbers)."""
+    zero = (block * 0).to(tl.uint32)
+    low = (block & 0xFFFFFFFF).to(tl.uint32)
+    high = (block >> 32).to(tl.uint32)
+    s0 = zero + (step & 0xFFFFFFFF).to(tl.uint32)
+    s1 = zero + (step >> 32).to(tl.uint32)
+    return _philox(low, high, s0, s1, zero + k0.to(tl.uint32), zero + k1.to(tl.uint32))
+
+
+@triton.jit
+def bits16(element, step, k0, k1):
+    """16 random bits of each element by its number, as `philox.draw_16_bits` draws them."""
+    w0, w1, w2, w3 = _blocks(element >> 3, step, k0, k1)
+    which = ((element >> 1) & 3).to(tl.int32)
+    word = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
+    return tl.where((element & 1) == 1, word >> 16, word & 0xFFFF)
+
+
+@triton.jit
+def bits16_of_blocks(block, step, k0, k1):
+    """The same for whole blocks: eight elements for one draw, in three more dimensions of 2."""
+    w0, w1, w2, w3 = _blocks(block, step, k0, k1)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.join(words & 0xFFFF, words >> 16)
+
+
+@triton.jit
+def power(base, exponent):
+    """base ** exponent in float64, by squaring."""
+    result = base * 0 + 1.0
+    for _ in range(48):
+        result = tl.where((exponent & 1) == 1, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit
+def draw_projections(desc, tiles, table, P, corrections, number, settings, RANK: tl.constexpr,
+                     RANK_PADDED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Entries of P, unscaled, in bfloat16; rows beyond the rank are zero.
+
+    The first program of a matrix also leaves 1 / (1 - beta ** t) of both moments.
+    """
+    matrix = tl.load(tiles + 2 * tl.program_id(0)).to(tl.int64)
+    tile = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int64)
+    d = desc + matrix * FIELDS
+    settings += tl.load(d + GROUP) * SETTINGS
+    if tile == 0:
+        t = tl.load(tl.load(d + STEP_PTR).to(tl.pointer_type(tl.int64))) + 1
+        for i in tl.static_range(2):
+            correction = 1.0 / (1.0 - power(tl.load(settings + BETA1 + i), t))
+            tl.store(corrections + 2 * matrix + i, correction.to(tl.float32))
+    first = tile * BLOCK
+    k = tl.minimum(tl.load(d + ROWS), tl.load(d + COLS))
+    element = first + tl.arange(0, BLOCK).to(tl.int64)
+    refresh = tl.load(settings + REFRESH).to(tl.int64)
+    window = (tl.load(number) - 1) // refresh
+    block = (first >> 3) + tl.arange(0, BLOCK // 8)
+    bits = bits16_of_blocks(block, window, tl.load(d + P_KEY), tl.load(d + P_KEY + 1))
+    bits = tl.reshape(bits, (BLOCK,))
+    value = tl.load(table + bits.to(tl.int64))
+    value = tl.where(element < RANK * k, value, 0.0)
+    tl.store(P + tl.load(d + P_OFFSET) + element, value, mask=element < RANK_PADDED * k)
