@@ -90,10 +90,14 @@ def test_bfloat16_weights_agree_to_one_number(rounding):
 def test_wide_projections_agree_to_one_number(rank):
     shapes = {"tall": (1032, 512), "wide": (320, 776), "square": (512, 512), "stack": (2, 328, 640)}
     grads = gradients(shapes, torch.bfloat16, 3)
-    fused, _ = run("fused", shapes, grads, rank=rank, rounding="nearest")
-    reference, _ = run("reference", shapes, grads, rank=rank, rounding="nearest")
+    fused, _ = run("fused", shapes, grads, rank=rank, rounding="nearest", lr=1e-3)
+    reference, _ = run("reference", shapes, grads, rank=rank, rounding="nearest", lr=1e-3)
     for name in shapes:
-        assert ulps(fused[name], reference[name]) <= 1, name
+        # Weights that a step carried across zero are held to the spacing of numbers as large as
+        # the step: their own is below the rounding of float32 sums.
+        largest = torch.maximum(reference[name].abs(), torch.tensor(1e-3))
+        spacing = torch.exp2(largest.log2().floor() - 7)
+        assert ((fused[name] - reference[name]).abs() <= spacing).all(), name
 
 
 def test_many_waves_leave_the_same_bits_as_one(monkeypatch):

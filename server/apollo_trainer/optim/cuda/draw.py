@@ -100,6 +100,10 @@ def draw_projections(desc, tiles, table, P, corrections, number, settings, RANK:
     block = (first >> 3) + tl.arange(0, BLOCK // 8)
     bits = bits16_of_blocks(block, window, tl.load(d + P_KEY), tl.load(d + P_KEY + 1))
     bits = tl.reshape(bits, (BLOCK,))
-    value = tl.load(table + bits.to(tl.int64))
+    # The table is odd: half of it fits the fast memory beside the tensor cores.
+    upper = (bits >> 15) == 1
+    magnitude = tl.where(upper, bits & 0x7FFF, 0x7FFF - bits).to(tl.int32)
+    value = tl.gather(tl.load(table + 0x8000 + tl.arange(0, 0x8000)), magnitude, 0).to(tl.float32)
+    value = tl.where(upper, value, -value)
     value = tl.where(element < RANK * k, value, 0.0)
     tl.store(P + tl.load(d + P_OFFSET) + element, value, mask=element < RANK_PADDED * k)

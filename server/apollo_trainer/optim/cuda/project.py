@@ -21,7 +21,7 @@ from apollo_trainer.optim.cuda.columns import (
 
 
 @triton.jit
-def project(desc, tiles, P, R, squares, flags, RANK: tl.constexpr, RANK_PADDED: tl.constexpr,
+def project(desc, tiles, P, R, squares, flags, RANK_PADDED: tl.constexpr,
             ROW_CHANNELS: tl.constexpr, G_UNIT: tl.constexpr, G_TYPE: tl.constexpr,
             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """R = T G for the unscaled T, and |G_j|^2 of each channel; for gradients of any layout."""
@@ -53,15 +53,19 @@ def project(desc, tiles, P, R, squares, flags, RANK: tl.constexpr, RANK_PADDED: 
             acc = tl.dot(p, g, acc)
         else:
             acc = tl.dot(p.to(tl.float32), g.to(tl.float32), acc, input_precision="ieee")
-    _leave(acc, square, d, matrix, j, n, R, squares, flags, RANK, RANK_PADDED)
+    _store(acc, R, d, tiles, RANK_PADDED, BLOCK_N)
+    _leave(square, d, matrix, j, n, squares, flags)
 
 
 @triton.jit
-def project_aligned(desc, tiles, P, R, squares, flags, RANK: tl.constexpr,
-                    RANK_PADDED: tl.constexpr, ROW_CHANNELS: tl.constexpr, G_UNIT: tl.constexpr,
-                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                    IN_LOOP: tl.constexpr):  # fmt: skip
-    """The same for aligned bfloat16: tiles come by the copy engine, through descriptors."""
+def project_aligned(desc, tiles, P, R, squares, flags, RANK_PADDED: tl.constexpr,
+                    ROW_CHANNELS: tl.constexpr, G_UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BLOCK_K: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """The same for aligned bfloat16: tiles come by the copy engine, through descriptors.
+
+    A thread adds up squares of its own; LANES partial sums of a channel are added at the end.
+    Sums across threads in the loop would stall the tensor cores.
+    """
     matrix, first, n, k, g_n, g_k, d = _tile(desc, tiles, ROW_CHANNELS, BLOCK_N)
     first32, n32, k32 = first.to(tl.int32), n.to(tl.int32), k.to(tl.int32)
     G = tl.multiple_of(tl.load(d + G_PTR).to(tl.pointer_type(tl.bfloat16)), 16)
@@ -69,29 +73,26 @@ def project_aligned(desc, tiles, P, R, squares, flags, RANK: tl.constexpr,
     p_tiles = tl.make_tensor_descriptor(p_base, [RANK_PADDED, k32], [k, 1], [RANK_PADDED, BLOCK_K])
     if G_UNIT == 1:
         g_tiles = tl.make_tensor_descriptor(G, [n32, k32], [g_n, 1], [BLOCK_N, BLOCK_K])
-        sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        sums = tl.zeros((BLOCK_N, BLOCK_K // 8), tl.float32)
     else:
         g_tiles = tl.make_tensor_descriptor(G, [k32, n32], [g_k, 1], [BLOCK_K, BLOCK_N])
-        sums = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+        sums = tl.zeros((LANES, BLOCK_N), tl.float32)
     acc = tl.zeros((RANK_PADDED, BLOCK_N), tl.float32)
-    square = tl.zeros((BLOCK_N,), tl.float32)
     for k0 in range(0, k32, BLOCK_K):
         p = p_tiles.load([0, k0])
         if G_UNIT == 1:
             g = g_tiles.load([first32, k0])
             acc = tl.dot(p, tl.trans(g), acc)
+            g32 = g.to(tl.float32)
+            sums += tl.sum(tl.reshape(g32 * g32, (BLOCK_N, BLOCK_K // 8, 8)), 2)
         else:
             g = g_tiles.load([k0, first32])
             acc = tl.dot(p, g, acc)
-        g32 = g.to(tl.float32)
-        if IN_LOOP:
-            square += tl.sum(g32 * g32, 1 if G_UNIT == 1 else 0)
-        else:
-            sums += g32 * g32
-    if not IN_LOOP:
-        square = tl.sum(sums, 1 if G_UNIT == 1 else 0)
-    j = first + tl.arange(0, BLOCK_N)
-    _leave(acc, square, d, matrix, j, n, R, squares, flags, RANK, RANK_PADDED)
+            g32 = g.to(tl.float32)
+            sums += tl.sum(tl.reshape(g32 * g32, (BLOCK_K // LANES, LANES, BLOCK_N)), 0)
+    _store(acc, R, d, tiles, RANK_PADDED, BLOCK_N)
+    square = tl.sum(sums, 1 if G_UNIT == 1 else 0)
+    _leave(square, d, matrix, first + tl.arange(0, BLOCK_N), n, squares, flags)
 
 
 @triton.jit
@@ -109,12 +110,17 @@ def _tile(desc, tiles, ROW_CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _leave(acc, square, d, matrix, j, n, R, squares, flags, RANK: tl.constexpr,
-           RANK_PADDED: tl.constexpr):  # fmt: skip
-    """Stores what a program found about its channels j."""
-    r = tl.arange(0, RANK_PADDED)
-    out = R + tl.load(d + R_OFFSET) + r[:, None] * n + j[None, :]
-    tl.store(out, acc, mask=(r < RANK)[:, None] & (j < n)[None, :])
+def _store(acc, R, d, tiles, RANK_PADDED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Stores a tile of R, whole: R is kept tile by tile, so that no number needs a comparison."""
+    r, i = tl.arange(0, RANK_PADDED), tl.arange(0, BLOCK_N)
+    tile = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int64)
+    out = R + tl.load(d + R_OFFSET) + tile * (RANK_PADDED * BLOCK_N)
+    tl.store(out + r[:, None] * BLOCK_N + i[None, :], acc)
+
+
+@triton.jit
+def _leave(square, d, matrix, j, n, squares, flags):
+    """Stores the squares of channels j, and what they tell about the matrix."""
     tl.store(squares + tl.load(d + S_OFFSET) + j, square, mask=j < n)
     # Squares of NaN and infinity stay such; so a flag of each kind says all about the matrix.
     bad = (j < n) & ~(square < float("inf"))

@@ -42,8 +42,8 @@ def _active(flags, matrix, stacked):
 
 @triton.jit
 def moments(desc, tiles, settings, R, squares, factors, parts, flags, corrections,
-            root_rank, RANK: tl.constexpr, BLOCK_R: tl.constexpr, MINI: tl.constexpr,
-            BLOCK_N: tl.constexpr):  # fmt: skip
+            root_rank, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, TILE: tl.constexpr,
+            BLOCK_R: tl.constexpr, MINI: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Both moments, and s_j = |R~_j| / |R_j|; or, for MINI, the sums that make the one s."""
     matrix = tl.load(tiles + 2 * tl.program_id(0)).to(tl.int64)
     block = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int64)
@@ -60,13 +60,15 @@ def moments(desc, tiles, settings, R, squares, factors, parts, flags, correction
     c1, c2 = (1.0 - beta1).to(tl.float32), (1.0 - beta2).to(tl.float32)
     eps = tl.load(settings + EPS).to(tl.float32)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    # R lies tile by tile, as `project` stores it.
+    tile = R + tl.load(d + R_OFFSET) + (j // TILE * (RANK_PADDED * TILE) + j % TILE)[None, :]
     plain = tl.zeros((BLOCK_N,), tl.float32)
     scaled = tl.zeros((BLOCK_N,), tl.float32)
     for r0 in tl.static_range(0, RANK, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         at = r[:, None] * n + j[None, :]
         mask = (r < RANK)[:, None] & (j < n)[None, :]
-        x = tl.load(R + tl.load(d + R_OFFSET) + at, mask=mask, other=0.0) * root_rank
+        x = tl.load(tile + r[:, None] * TILE, mask=mask, other=0.0) * root_rank
         new_m = tl.load(m + at, mask=mask, other=0.0) * b1 + x * c1
         new_v = tl.load(v + at, mask=mask, other=0.0) * b2 + x * x * c2
         kept = (r < RANK)[:, None] & (j < written)[None, :]

@@ -47,9 +47,8 @@ except ImportError:
 
 # Triton's own switch: kernels then run in Python, on a CPU's tensors, to be looked into.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OVERLAP = True
-WRITE_WARPS = 4
-SUM_IN_LOOP, SUM_IN_LOOP_WIDE = False, False
+OVERLAP = False
+WRITE_WARPS, WRITE_STAGES = 4, 1
 W_DTYPES = (torch.bfloat16, torch.float32)
 G_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -236,7 +235,7 @@ class FusedStepper:
         draw.draw_projections[(len(tiles["draw"]),)](
             wave.desc, tiles["draw"], normal_quantiles(self.device), scratch.P, corrections,
             self._number, self._settings_on_device, RANK=kind.rank, RANK_PADDED=kind.padded,
-            BLOCK=tables.BLOCK_DRAW,
+            BLOCK=tables.BLOCK_DRAW, num_warps=tables.DRAW_WARPS,
         )  # fmt: skip
         along_k = 1 if kind.row_channels else 2
         unit = 0 if kind.g_unit == 0 else 1 if kind.g_unit == along_k else 2
@@ -244,10 +243,10 @@ class FusedStepper:
         options: dict[str, Any] = {"G_TYPE": _TYPES[kind.g_dtype]}
         if kind.by_descriptor:
             kernel = project.project_aligned
-            options = {"IN_LOOP": SUM_IN_LOOP_WIDE if kind.padded > 64 else SUM_IN_LOOP}
+            options = {"LANES": kind.lanes}
         kernel[(len(tiles["project"]),)](
             wave.desc, tiles["project"], scratch.P, scratch.R, scratch.squares, flags,
-            RANK=kind.rank, RANK_PADDED=kind.padded, ROW_CHANNELS=kind.row_channels, G_UNIT=unit,
+            RANK_PADDED=kind.padded, ROW_CHANNELS=kind.row_channels, G_UNIT=unit,
             **kind.projection, **options,
         )  # fmt: skip
 
@@ -258,7 +257,9 @@ class FusedStepper:
         scale.moments[(len(tiles["moments"]),)](
             wave.desc, tiles["moments"], settings, scratch.R, scratch.squares, scratch.factors,
             scratch.parts, flags, corrections, 1.0 / math.sqrt(kind.rank or 1), RANK=kind.rank,
-            BLOCK_R=min(64, kind.padded), MINI=self.mini, BLOCK_N=tables.BLOCK_MOMENTS,
+            RANK_PADDED=kind.padded, TILE=kind.projection["BLOCK_N"], MINI=self.mini,
+            BLOCK_R=min(tables.BLOCK_R, kind.padded), BLOCK_N=tables.BLOCK_MOMENTS,
+            num_warps=tables.MOMENTS_WARPS,
         )  # fmt: skip
         scale.limit[(len(wave.matrices),)](
             wave.desc, settings, scratch.parts, flags, rates, step.slot_flags, NORM_FLOOR,
@@ -270,7 +271,8 @@ class FusedStepper:
             ROW_CHANNELS=kind.row_channels, W_UNIT=kind.w_unit, G_UNIT=kind.g_unit,
             ALIGNED=kind.aligned, MINI=self.mini, STOCHASTIC=step.rounding == "stochastic",
             SPLIT=_splits(kind, step), MEASURE=step.measure, BLOCK_ROWS=tables.BLOCK_ROWS,
-            BLOCK_COLS=tables.BLOCK_COLS, num_warps=WRITE_WARPS,
+            BLOCK_COLS=tables.BLOCK_COLS, REPEATS=tables.REPEATS, STAGES=WRITE_STAGES,
+            num_warps=WRITE_WARPS,
         )  # fmt: skip
         return changes
 

@@ -19,11 +19,11 @@ from apollo_trainer.optim.options import StepSettings
 from apollo_trainer.optim.parameters import Slot
 
 # Scratch of one wave of matrices: their R must not need memory in proportion to the model.
-WAVE_BYTES = 64 * 2**20
-BLOCK_DRAW = 1024
+WAVE_BYTES = 512 * 2**20
+BLOCK_DRAW, DRAW_WARPS = 16384, 16
 BLOCK_ELEMENTS = 1024
-BLOCK_MOMENTS = 64
-BLOCK_ROWS, BLOCK_COLS = 32, 128
+BLOCK_MOMENTS, BLOCK_R, MOMENTS_WARPS = 64, 16, 4
+BLOCK_ROWS, BLOCK_COLS, REPEATS = 32, 128, 1
 PROJECT = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
 PROJECT_WIDE = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 PROJECT_ANY = {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
@@ -70,6 +70,16 @@ class Kind:
             return PROJECT_ANY
         return PROJECT_WIDE if self.padded > 64 else PROJECT
 
+    @property
+    def lanes(self) -> int:
+        """Partial sums of a channel's squares that the threads of a program keep."""
+        return min(2 * self.projection["num_warps"], self.projection["BLOCK_K"])
+
+    def projected(self, n: int) -> int:
+        """Elements of R for n channels; R is kept in whole tiles."""
+        tile = self.projection["BLOCK_N"]
+        return self.padded * tile * -(-n // tile) if self.rank is not None else 0
+
 
 @dataclass
 class Matrix:
@@ -108,7 +118,7 @@ class Sizes:
         taken = (self.p, self.r, self.channels, self.parts, count)
         # A multiple of 8 elements keeps the next P aligned for vector loads.
         self.p += -(-kind.padded * matrix.k // 8) * 8
-        self.r += (kind.rank or 0) * matrix.n
+        self.r += kind.projected(matrix.n)
         self.channels += matrix.n
         self.parts += count
         return taken
@@ -159,11 +169,12 @@ class Wave:
         if self.kind.rank is None:
             return {"elements": _table([-(-m.cols // BLOCK_ELEMENTS) for m in self.matrices])}
         block_n, padded = self.kind.projection["BLOCK_N"], self.kind.padded
+        block_rows = BLOCK_ROWS * REPEATS
         counts = {
             "draw": [-(-padded * m.k // BLOCK_DRAW) for m in self.matrices],
             "project": [-(-m.n // block_n) for m in self.matrices],
             "moments": [-(-m.n // BLOCK_MOMENTS) for m in self.matrices],
-            "write": [-(-m.rows // BLOCK_ROWS) * -(-m.cols // BLOCK_COLS) for m in self.matrices],
+            "write": [-(-m.rows // block_rows) * -(-m.cols // BLOCK_COLS) for m in self.matrices],
         }
         return {name: _table(count) for name, count in counts.items()}
 
@@ -178,7 +189,7 @@ def plan(works: Sequence[Work]) -> list[Wave]:
     for kind, matrices in kinds.items():
         room = 0
         for matrix in matrices:
-            need = 4 * (kind.rank or 0) * matrix.n
+            need = 4 * kind.projected(matrix.n)
             if not waves or waves[-1].kind != kind or room + need > WAVE_BYTES:
                 waves.append(Wave(kind, first))
                 room = 0

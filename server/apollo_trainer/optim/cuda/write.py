@@ -34,7 +34,8 @@ def write(desc, tiles, settings, factors, rates, number, changes,
           W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ROW_CHANNELS: tl.constexpr,
           W_UNIT: tl.constexpr, G_UNIT: tl.constexpr, ALIGNED: tl.constexpr,
           MINI: tl.constexpr, STOCHASTIC: tl.constexpr, SPLIT: tl.constexpr,
-          MEASURE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):  # fmt: skip
+          MEASURE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+          REPEATS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """W <- W (1 - lr lambda) - lr alpha G diag(s), rounded: the second read of G.
 
     *_UNIT: 1 where the elements of a row are neighbours, 2 those of a column, 0 neither.
@@ -55,63 +56,70 @@ def write(desc, tiles, settings, factors, rates, number, changes,
     # A matrix that is not stepped has no rows to write.
     rows = tl.where(tl.load(rates + 2 * matrix + 1) > 0.5, rows, 0)
     across = tl.cdiv(cols, BLOCK_COLS)
-    a = (tile // across) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_row = (tile // across) * (BLOCK_ROWS * REPEATS)
     first_col = (tile % across) * BLOCK_COLS
     b = first_col + tl.arange(0, BLOCK_COLS)
-    mask = (a < rows)[:, None] & (b < cols)[None, :]
-    if W_UNIT == 1:
-        at = W + a[:, None] * w_row + b[None, :]
-    elif W_UNIT == 2:
-        at = W + a[:, None] + b[None, :] * w_col
-    else:
-        at = W + a[:, None] * w_row + b[None, :] * w_col
-    if G_UNIT == 1:
-        g_at = G + a[:, None] * g_row + b[None, :]
-    elif G_UNIT == 2:
-        g_at = G + a[:, None] + b[None, :] * g_col
-    else:
-        g_at = G + a[:, None] * g_row + b[None, :] * g_col
-    stored = tl.load(at, mask=mask, other=0.0)
-    g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
-    if MINI:
-        update = g * rate
-    elif ROW_CHANNELS:
-        s = tl.load(factors + tl.load(d + S_OFFSET) + a, mask=a < rows, other=0.0)
-        update = g * (s * rate)[:, None]
-    else:
-        s = tl.load(factors + tl.load(d + S_OFFSET) + b, mask=b < cols, other=0.0)
-        update = g * (s * rate)[None, :]
-    old = stored.to(tl.float32)
-    if SPLIT:
-        low_at = tl.load(d + LOW_PTR).to(tl.pointer_type(tl.int16))
-        low_at = low_at + a[:, None] * cols + b[None, :]
-        old = join_halves(stored, tl.load(low_at, mask=mask, other=0).to(tl.int32))
     settings += tl.load(d + GROUP) * SETTINGS
     decay = tl.load(settings + DECAY).to(tl.float32)
-    new = old * decay - update
-    if tl.float32 == W_TYPE:
-        rounded = new
-    elif SPLIT:
-        upper, low = split_halves(new)
-        rounded = upper.to(W_TYPE)
-        tl.store(low_at, low, mask=mask)
-    elif STOCHASTIC:
-        k0, k1 = tl.load(d + ROUND_KEY), tl.load(d + ROUND_KEY + 1)
-        base = tl.load(d + FIRST) + a * cols
-        step = tl.load(number)
-        if ALIGNED:
-            blocks = (first_col >> 3) + tl.arange(0, BLOCK_COLS // 8)
-            bits = bits16_of_blocks((base >> 3)[:, None] + blocks[None, :], step, k0, k1)
-            bits = tl.reshape(bits, (BLOCK_ROWS, BLOCK_COLS))
+    squared = tl.zeros((), tl.float64)
+    changed = tl.zeros((), tl.float64)
+    for repeat in tl.range(0, REPEATS, num_stages=STAGES):
+        a = first_row + repeat * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask = (a < rows)[:, None] & (b < cols)[None, :]
+        if W_UNIT == 1:
+            at = W + a[:, None] * w_row + b[None, :]
+        elif W_UNIT == 2:
+            at = W + a[:, None] + b[None, :] * w_col
         else:
-            bits = bits16(base[:, None] + b[None, :], step, k0, k1)
-        rounded = round_up(within_range(new), bits, W_TYPE)
-    else:
-        rounded = within_range(new).to(W_TYPE)
-    tl.store(at, rounded, mask=mask)
+            at = W + a[:, None] * w_row + b[None, :] * w_col
+        if G_UNIT == 1:
+            g_at = G + a[:, None] * g_row + b[None, :]
+        elif G_UNIT == 2:
+            g_at = G + a[:, None] + b[None, :] * g_col
+        else:
+            g_at = G + a[:, None] * g_row + b[None, :] * g_col
+        stored = tl.load(at, mask=mask, other=0.0)
+        g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
+        if MINI:
+            update = g * rate
+        elif ROW_CHANNELS:
+            s = tl.load(factors + tl.load(d + S_OFFSET) + a, mask=a < rows, other=0.0)
+            update = g * (s * rate)[:, None]
+        else:
+            s = tl.load(factors + tl.load(d + S_OFFSET) + b, mask=b < cols, other=0.0)
+            update = g * (s * rate)[None, :]
+        old = stored.to(tl.float32)
+        if SPLIT:
+            low_at = tl.load(d + LOW_PTR).to(tl.pointer_type(tl.int16))
+            low_at = low_at + a[:, None] * cols + b[None, :]
+            old = join_halves(stored, tl.load(low_at, mask=mask, other=0).to(tl.int32))
+        new = old * decay - update
+        if tl.float32 == W_TYPE:
+            rounded = new
+        elif SPLIT:
+            upper, low = split_halves(new)
+            rounded = upper.to(W_TYPE)
+            tl.store(low_at, low, mask=mask)
+        elif STOCHASTIC:
+            k0, k1 = tl.load(d + ROUND_KEY), tl.load(d + ROUND_KEY + 1)
+            base = tl.load(d + FIRST) + a * cols
+            step = tl.load(number)
+            if ALIGNED:
+                blocks = (first_col >> 3) + tl.arange(0, BLOCK_COLS // 8)
+                bits = bits16_of_blocks((base >> 3)[:, None] + blocks[None, :], step, k0, k1)
+                bits = tl.reshape(bits, (BLOCK_ROWS, BLOCK_COLS))
+            else:
+                bits = bits16(base[:, None] + b[None, :], step, k0, k1)
+            rounded = round_up(within_range(new), bits, W_TYPE)
+        else:
+            rounded = within_range(new).to(W_TYPE)
+        tl.store(at, rounded, mask=mask)
+        if MEASURE:
+            difference = tl.where(mask, rounded.to(tl.float32) - stored.to(tl.float32), 0.0)
+            squared += tl.sum(tl.sum((difference * difference).to(tl.float64), 1), 0)
+            # A difference of zero with other bits is -0 for +0: too rare to count apart.
+            changed += tl.sum(tl.sum((difference != 0).to(tl.float64), 1), 0)
     if MEASURE:
-        difference = tl.where(mask, rounded.to(tl.float32) - stored.to(tl.float32), 0.0)
         out = changes + 2 * tl.program_id(0).to(tl.int64)
-        tl.store(out, tl.sum(tl.sum((difference * difference).to(tl.float64), 1), 0))
-        # A difference of zero with other bits is -0 for +0: too rare to count apart.
-        tl.store(out + 1, tl.sum(tl.sum((difference != 0).to(tl.float64), 1), 0))
+        tl.store(out, squared)
+        tl.store(out + 1, changed)
