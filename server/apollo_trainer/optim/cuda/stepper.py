@@ -47,8 +47,8 @@ except ImportError:
 
 # Triton's own switch: kernels then run in Python, on a CPU's tensors, to be looked into.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OVERLAP = False
-WRITE_WARPS, WRITE_STAGES = 4, 1
+OVERLAP, PRIORITY = False, -1
+WRITE_WARPS, WRITE_STAGES = 2, 2
 W_DTYPES = (torch.bfloat16, torch.float32)
 G_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -106,7 +106,7 @@ class FusedStepper:
         self._number = torch.zeros(1, dtype=torch.int64, device=device)
         self._aside: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._aside = torch.cuda.Stream(device, priority=PRIORITY)  # type: ignore[no-untyped-call]
 
     def begin(self, number: int, settings: Sequence[StepSettings]) -> None:
         """Fixes a step's number and settings. While a graph is captured, it counts on by itself."""
@@ -180,7 +180,11 @@ class FusedStepper:
             triton.set_allocator(self._workspace)
         changes = [self._adam(wave, step) for wave in waves if wave.kind.rank is None]
         projected = [wave for wave in waves if wave.kind.rank is not None]
-        if self._aside is None or len(projected) < 2 or not OVERLAP:
+        if (
+            self._aside is None
+            or len(projected) < 2
+            or not (OVERLAP and max(w.kind.padded for w in projected) > 64)
+        ):
             for scratch, wave in zip(
                 self._scratch(projected, 1) * len(projected), projected, strict=True
             ):
@@ -192,20 +196,19 @@ class FusedStepper:
     def _launch_overlapped(
         self, waves: list[Wave], step: _Step, aside: torch.cuda.Stream
     ) -> list[Tensor]:
-        """Projects on the current stream, and writes aside, one wave behind."""
+        """Projects aside, while the wave before is written on the current stream."""
         current, changes = torch.cuda.current_stream(self.device), []
-        scratches, written = self._scratch(waves, 2), list[torch.cuda.Event]()
+        scratches, written = self._scratch(waves, 2), [torch.cuda.Event() for _ in waves]
+        # All memory is of the current stream, and freed in its order.
+        aside.wait_stream(current)
         for i, wave in enumerate(waves):
-            scratch = scratches[i % 2]
-            if i >= 2:
-                current.wait_event(written[i - 2])
-            self._project(wave, scratch, step)
-            aside.wait_event(current.record_event())
             with torch.cuda.stream(aside):
-                changes.append(self._write(wave, scratch, step))
-            written.append(aside.record_event())
-        # All scratch is of the current stream, and freed in its order.
-        current.wait_stream(aside)
+                if i >= 2:
+                    aside.wait_event(written[i - 2])
+                self._project(wave, scratches[i % 2], step)
+            current.wait_stream(aside)
+            changes.append(self._write(wave, scratches[i % 2], step))
+            written[i].record(current)
         return changes
 
     def _workspace(self, size: int, alignment: int, stream: int | None) -> Tensor:

@@ -23,9 +23,9 @@ WAVE_BYTES = 512 * 2**20
 BLOCK_DRAW, DRAW_WARPS = 16384, 16
 BLOCK_ELEMENTS = 1024
 BLOCK_MOMENTS, BLOCK_R, MOMENTS_WARPS = 64, 16, 4
-BLOCK_ROWS, BLOCK_COLS, REPEATS = 32, 128, 1
-PROJECT = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
-PROJECT_WIDE = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+BLOCK_ROWS, BLOCK_COLS, REPEATS = 16, 128, 8
+PROJECT = {"BLOCK_N": 128, "MAIN": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+PROJECT_WIDE = {"BLOCK_N": 128, "MAIN": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 PROJECT_ANY = {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 
 
