@@ -86,10 +86,10 @@ def _line(row: Row) -> str:
 
 
 def _layer_line(row: Row) -> str:
-    over = _scaled("peak_over_weights_and_state_bytes", 1e-6, 1)(row) or "not measured"
+    over = _scaled("peak_extra_bytes", 1e-6, 1)(row) or "not measured"
     allowed = row["peak_allowed_bytes"] / 1e6
     return (
         f"\n{row['name']} ({row['dtype']}, impl {row['impl']}): its times include making the "
-        f"gradients; peak over weights and state, MB: {over}; "
+        f"gradients; peak over what weights and state hold before the first step, MB: {over}; "
         f"largest gradient + 64 MB: {allowed:.1f}"
     )

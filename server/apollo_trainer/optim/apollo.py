@@ -27,15 +27,7 @@ from apollo_trainer.optim.options import (
     check_group,
     settings_for,
 )
-from apollo_trainer.optim.parameters import (
-    Slot,
-    check_overlap,
-    check_parameter,
-    effective_rank,
-    named,
-    new_state,
-    region,
-)
+from apollo_trainer.optim.parameters import Slot, named, new_state, sort_out
 from apollo_trainer.optim.reference import Job, step_parameter
 from apollo_trainer.optim.rounding import Rounding, RoundingMode
 
@@ -155,7 +147,10 @@ class Apollo(Optimizer):
         if isinstance(param_group["params"], set):
             raise TypeError("params is a set, whose order changes between runs; pass a list.")
         rank = param_group.get("rank", self.defaults["rank"])
-        new, ties = self._plan(named(param_group["params"], len(self._slots)), rank)
+        pairs = named(param_group["params"], len(self._slots))
+        new, ties = sort_out(
+            pairs, self._slots, len(self.param_groups), rank=rank, mode=self.rounding
+        )
         super().add_param_group(
             {
                 **param_group,
@@ -171,36 +166,6 @@ class Apollo(Optimizer):
         for tensor, slot in ties:
             self._slot_of[tensor] = slot
             slot.aliases.append(tensor)
-
-    def _plan(
-        self, pairs: list[tuple[str, Tensor]], rank: int | None
-    ) -> tuple[list[Slot], list[tuple[Tensor, Slot]]]:
-        """Sorts tensors into new parameters and into ties with others; registers nothing."""
-        new: list[Slot] = []
-        ties: list[tuple[Tensor, Slot]] = []
-        known = {id(t): slot for t, slot in self._slot_of.items()}
-        regions = {region(s.param): s for s in self._slots if s.param.numel()}
-        names = {s.name for s in self._slots}
-        for name, tensor in pairs:
-            if id(tensor) in known:
-                continue
-            check_parameter(name, tensor, self.rounding)
-            slot = regions.get(region(tensor))
-            if slot is not None:
-                ties.append((tensor, slot))
-            else:
-                if name in names:
-                    raise ValueError(f"{name}: two parameters have this name.")
-                check_overlap(name, tensor, (*self._slots, *new))
-                index = len(self._slots) + len(new) + 1
-                group = len(self.param_groups)
-                slot = Slot(name, tensor, index, group, effective_rank(tensor, rank))
-                new.append(slot)
-                names.add(name)
-                if tensor.numel():
-                    regions[region(tensor)] = slot
-            known[id(tensor)] = slot
-        return new, ties
 
     @overload
     def step(self, closure: None = None) -> None: ...

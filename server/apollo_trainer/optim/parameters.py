@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,7 @@ def new_state(slot: Slot, mode: RoundingMode) -> dict[str, Tensor]:
     return state
 
 
-def effective_rank(param: Tensor, rank: int | None) -> int | None:
+def _effective_rank(param: Tensor, rank: int | None) -> int | None:
     """The rank of a matrix or a stack of matrices [E, a, b] no smaller than it, otherwise None."""
     if rank is None or param.ndim not in (2, 3) or min(param.shape[-2:]) < rank:
         return None
@@ -95,7 +95,44 @@ def named(params: Iterable[Any], first: int) -> list[tuple[str, Tensor]]:
     return pairs
 
 
-def check_parameter(name: str, param: Tensor, mode: RoundingMode) -> None:
+def sort_out(
+    pairs: Iterable[tuple[str, Tensor]],
+    slots: Sequence[Slot],
+    group: int,
+    *,
+    rank: int | None,
+    mode: RoundingMode,
+) -> tuple[list[Slot], list[tuple[Tensor, Slot]]]:
+    """Sorts tensors into new parameters of `group` and into ties with others; registers nothing.
+
+    Raises ValueError naming the tensor that cannot be a parameter beside `slots`.
+    """
+    new: list[Slot] = []
+    ties: list[tuple[Tensor, Slot]] = []
+    known = {id(t) for slot in slots for t in (slot.param, *slot.aliases)}
+    regions = {_region(slot.param): slot for slot in slots if slot.param.numel()}
+    names = {slot.name for slot in slots}
+    for name, tensor in pairs:
+        if id(tensor) in known:
+            continue
+        _check_parameter(name, tensor, mode)
+        known.add(id(tensor))
+        tied = regions.get(_region(tensor))
+        if tied is not None:
+            ties.append((tensor, tied))
+            continue
+        if name in names:
+            raise ValueError(f"{name}: two parameters have this name.")
+        _check_overlap(name, tensor, (*slots, *new))
+        index = len(slots) + len(new) + 1
+        new.append(Slot(name, tensor, index, group, _effective_rank(tensor, rank)))
+        names.add(name)
+        if tensor.numel():
+            regions[_region(tensor)] = new[-1]
+    return new, ties
+
+
+def _check_parameter(name: str, param: Tensor, mode: RoundingMode) -> None:
     """Raises ValueError naming a parameter that cannot be stepped."""
     if param.dtype not in DTYPES:
         raise ValueError(f"{name}: dtype {param.dtype} is not supported; it is one of {DTYPES}.")
@@ -110,14 +147,14 @@ def check_parameter(name: str, param: Tensor, mode: RoundingMode) -> None:
         raise ValueError(f"{name}: is an expanded view, whose elements share memory.")
 
 
-def region(param: Tensor) -> Region:
+def _region(param: Tensor) -> Region:
     """What two tied tensors have in common: device, dtype, address, shape and strides."""
     sides = [(n, s) for n, s in zip(param.shape, param.stride(), strict=True) if n > 1]
     strides = tuple(s for _, s in sides)
     return param.device, param.dtype, param.data_ptr(), tuple(param.shape), strides
 
 
-def check_overlap(name: str, param: Tensor, others: Iterable[Slot]) -> None:
+def _check_overlap(name: str, param: Tensor, others: Iterable[Slot]) -> None:
     """Raises ValueError where two gapless tensors share a part of their memory.
 
     Views with gaps are not compared: their spans may interleave without sharing an element.

@@ -53,14 +53,14 @@ def project(desc, tiles, P, R, squares, flags, RANK_PADDED: tl.constexpr,
             acc = tl.dot(p, g, acc)
         else:
             acc = tl.dot(p.to(tl.float32), g.to(tl.float32), acc, input_precision="ieee")
-    _store(acc, R, d, tiles, RANK_PADDED, BLOCK_N, 0, BLOCK_N)
+    _store(acc, R, d, tiles, RANK_PADDED, BLOCK_N)
     _leave(square, d, matrix, j, n, squares, flags)
 
 
 @triton.jit
 def project_aligned(desc, tiles, P, R, squares, flags, RANK_PADDED: tl.constexpr,
                     ROW_CHANNELS: tl.constexpr, G_UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_K: tl.constexpr, LANES: tl.constexpr, MAIN: tl.constexpr):  # fmt: skip
+                    BLOCK_K: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """The same for aligned bfloat16: tiles come by the copy engine, through descriptors.
 
     A thread adds up squares of its own; LANES partial sums of a channel are added at the end.
@@ -72,52 +72,27 @@ def project_aligned(desc, tiles, P, R, squares, flags, RANK_PADDED: tl.constexpr
     p_base = tl.multiple_of(P + tl.load(d + P_OFFSET), 16)
     p_tiles = tl.make_tensor_descriptor(p_base, [RANK_PADDED, k32], [k, 1], [RANK_PADDED, BLOCK_K])
     if G_UNIT == 1:
-        g_tiles = tl.make_tensor_descriptor(G, [n32, k32], [g_n, 1], [MAIN, BLOCK_K])
-        sums = tl.zeros((MAIN, BLOCK_K // 8), tl.float32)
+        g_tiles = tl.make_tensor_descriptor(G, [n32, k32], [g_n, 1], [BLOCK_N, BLOCK_K])
+        sums = tl.zeros((BLOCK_N, BLOCK_K // 8), tl.float32)
     else:
-        g_tiles = tl.make_tensor_descriptor(G, [k32, n32], [g_k, 1], [BLOCK_K, MAIN])
-        sums = tl.zeros((LANES, MAIN), tl.float32)
-    acc = tl.zeros((RANK_PADDED, MAIN), tl.float32)
-    SIDE: tl.constexpr = BLOCK_N - MAIN
-    if SIDE > 0:
-        if G_UNIT == 1:
-            g_tiles2 = tl.make_tensor_descriptor(G, [n32, k32], [g_n, 1], [SIDE, BLOCK_K])
-            sums2 = tl.zeros((SIDE, BLOCK_K // 8), tl.float32)
-        else:
-            g_tiles2 = tl.make_tensor_descriptor(G, [k32, n32], [g_k, 1], [BLOCK_K, SIDE])
-            sums2 = tl.zeros((2 * LANES, SIDE), tl.float32)
-        acc2 = tl.zeros((RANK_PADDED, SIDE), tl.float32)
+        g_tiles = tl.make_tensor_descriptor(G, [k32, n32], [g_k, 1], [BLOCK_K, BLOCK_N])
+        sums = tl.zeros((LANES, BLOCK_N), tl.float32)
+    acc = tl.zeros((RANK_PADDED, BLOCK_N), tl.float32)
     for k0 in range(0, k32, BLOCK_K):
         p = p_tiles.load([0, k0])
         if G_UNIT == 1:
             g = g_tiles.load([first32, k0])
             acc = tl.dot(p, tl.trans(g), acc)
-            if SIDE > 0:
-                h = g_tiles2.load([first32 + MAIN, k0])
-                acc2 = tl.dot(p, tl.trans(h), acc2)
             g32 = g.to(tl.float32)
-            sums += tl.sum(tl.reshape(g32 * g32, (MAIN, BLOCK_K // 8, 8)), 2)
-            if SIDE > 0:
-                h32 = h.to(tl.float32)
-                sums2 += tl.sum(tl.reshape(h32 * h32, (SIDE, BLOCK_K // 8, 8)), 2)
+            sums += tl.sum(tl.reshape(g32 * g32, (BLOCK_N, BLOCK_K // 8, 8)), 2)
         else:
             g = g_tiles.load([k0, first32])
             acc = tl.dot(p, g, acc)
-            if SIDE > 0:
-                h = g_tiles2.load([k0, first32 + MAIN])
-                acc2 = tl.dot(p, h, acc2)
             g32 = g.to(tl.float32)
-            sums += tl.sum(tl.reshape(g32 * g32, (BLOCK_K // LANES, LANES, MAIN)), 0)
-            if SIDE > 0:
-                h32 = h.to(tl.float32)
-                sums2 += tl.sum(tl.reshape(h32 * h32, (BLOCK_K // (2 * LANES), 2 * LANES, SIDE)), 0)
-    _store(acc, R, d, tiles, RANK_PADDED, BLOCK_N, 0, MAIN)
-    if SIDE > 0:
-        _store(acc2, R, d, tiles, RANK_PADDED, BLOCK_N, MAIN, SIDE)
-        square2 = tl.sum(sums2, 1 if G_UNIT == 1 else 0)
-        _leave(square2, d, matrix, first + MAIN + tl.arange(0, SIDE), n, squares, flags)
+            sums += tl.sum(tl.reshape(g32 * g32, (BLOCK_K // LANES, LANES, BLOCK_N)), 0)
+    _store(acc, R, d, tiles, RANK_PADDED, BLOCK_N)
     square = tl.sum(sums, 1 if G_UNIT == 1 else 0)
-    _leave(square, d, matrix, first + tl.arange(0, MAIN), n, squares, flags)
+    _leave(square, d, matrix, first + tl.arange(0, BLOCK_N), n, squares, flags)
 
 
 @triton.jit
@@ -135,12 +110,11 @@ def _tile(desc, tiles, ROW_CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _store(acc, R, d, tiles, RANK_PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
-           SKIP: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+def _store(acc, R, d, tiles, RANK_PADDED: tl.constexpr, BLOCK_N: tl.constexpr):
     """Stores a tile of R, whole: R is kept tile by tile, so that no number needs a comparison."""
-    r, i = tl.arange(0, RANK_PADDED), tl.arange(0, COUNT)
+    r, i = tl.arange(0, RANK_PADDED), tl.arange(0, BLOCK_N)
     tile = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int64)
-    out = R + tl.load(d + R_OFFSET) + tile * (RANK_PADDED * BLOCK_N) + SKIP
+    out = R + tl.load(d + R_OFFSET) + tile * (RANK_PADDED * BLOCK_N)
     tl.store(out + r[:, None] * BLOCK_N + i[None, :], acc)
 
 

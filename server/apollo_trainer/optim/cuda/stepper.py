@@ -5,8 +5,6 @@ The arithmetic is in the kernels beside this file, the algorithm beside the pape
 step (its number, learning rate) is read from device memory, so that a captured CUDA graph can be
 replayed.
 
-A wave of matrices is first projected (bound by tensor cores and the copy engine) and then written
-(bound by memory). The two run on two streams: one wave is written while the next is projected.
 Sums over tiles go through memory in a fixed order, never through float atomics, so that a step has
 the same bits however its launches are grouped.
 """
@@ -47,8 +45,6 @@ except ImportError:
 
 # Triton's own switch: kernels then run in Python, on a CPU's tensors, to be looked into.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OVERLAP, PRIORITY = False, -1
-WRITE_WARPS, WRITE_STAGES = 2, 2
 W_DTYPES = (torch.bfloat16, torch.float32)
 G_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -104,9 +100,6 @@ class FusedStepper:
         self._settings: tuple[float, ...] = ()
         self._settings_on_device = torch.zeros(0, dtype=torch.float64, device=device)
         self._number = torch.zeros(1, dtype=torch.int64, device=device)
-        self._aside: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._aside = torch.cuda.Stream(device, priority=PRIORITY)  # type: ignore[no-untyped-call]
 
     def begin(self, number: int, settings: Sequence[StepSettings]) -> None:
         """Fixes a step's number and settings. While a graph is captured, it counts on by itself."""
@@ -180,57 +173,26 @@ class FusedStepper:
             triton.set_allocator(self._workspace)
         changes = [self._adam(wave, step) for wave in waves if wave.kind.rank is None]
         projected = [wave for wave in waves if wave.kind.rank is not None]
-        if (
-            self._aside is None
-            or len(projected) < 2
-            or not (OVERLAP and max(w.kind.padded for w in projected) > 64)
-        ):
-            for scratch, wave in zip(
-                self._scratch(projected, 1) * len(projected), projected, strict=True
-            ):
-                self._project(wave, scratch, step)
-                changes.append(self._write(wave, scratch, step))
-            return changes
-        return changes + self._launch_overlapped(projected, step, self._aside)
-
-    def _launch_overlapped(
-        self, waves: list[Wave], step: _Step, aside: torch.cuda.Stream
-    ) -> list[Tensor]:
-        """Projects aside, while the wave before is written on the current stream."""
-        current, changes = torch.cuda.current_stream(self.device), []
-        scratches, written = self._scratch(waves, 2), [torch.cuda.Event() for _ in waves]
-        # All memory is of the current stream, and freed in its order.
-        aside.wait_stream(current)
-        for i, wave in enumerate(waves):
-            with torch.cuda.stream(aside):
-                if i >= 2:
-                    aside.wait_event(written[i - 2])
-                self._project(wave, scratches[i % 2], step)
-            current.wait_stream(aside)
-            changes.append(self._write(wave, scratches[i % 2], step))
-            written[i].record(current)
+        scratch = self._scratch(projected)
+        for wave in projected:
+            self._project(wave, scratch, step)
+            changes.append(self._write(wave, scratch, step))
         return changes
 
     def _workspace(self, size: int, alignment: int, stream: int | None) -> Tensor:
         return torch.empty(size, dtype=torch.int8, device=self.device)
 
-    def _scratch(self, waves: list[Wave], count: int) -> list[_Scratch]:
-        """Scratch that holds any of the waves, `count` times."""
+    def _scratch(self, waves: list[Wave]) -> _Scratch:
+        """Scratch that holds any of the waves."""
         largest = Sizes()
         for wave in waves:
             largest.cover(wave.sizes)
-
-        def floats(size: int) -> Tensor:
-            return torch.empty(size, dtype=torch.float32, device=self.device)
-
-        return [
-            _Scratch(
-                torch.empty(largest.p, dtype=torch.bfloat16, device=self.device),
-                *(floats(largest.r), floats(largest.channels), floats(largest.channels)),
-                floats(3 * largest.parts),
-            )
-            for _ in range(count if waves else 0)
-        ]
+        P = torch.empty(largest.p, dtype=torch.bfloat16, device=self.device)
+        R, squares, factors, parts = (
+            torch.empty(size, dtype=torch.float32, device=self.device)
+            for size in (largest.r, largest.channels, largest.channels, 3 * largest.parts)
+        )
+        return _Scratch(P, R, squares, factors, parts)
 
     def _project(self, wave: Wave, scratch: _Scratch, step: _Step) -> None:
         kind, tiles = wave.kind, wave.tiles
@@ -274,8 +236,8 @@ class FusedStepper:
             ROW_CHANNELS=kind.row_channels, W_UNIT=kind.w_unit, G_UNIT=kind.g_unit,
             ALIGNED=kind.aligned, MINI=self.mini, STOCHASTIC=step.rounding == "stochastic",
             SPLIT=_splits(kind, step), MEASURE=step.measure, BLOCK_ROWS=tables.BLOCK_ROWS,
-            BLOCK_COLS=tables.BLOCK_COLS, REPEATS=tables.REPEATS, STAGES=WRITE_STAGES,
-            num_warps=WRITE_WARPS,
+            BLOCK_COLS=tables.BLOCK_COLS, REPEATS=tables.REPEATS, STAGES=tables.WRITE_STAGES,
+            num_warps=tables.WRITE_WARPS,
         )  # fmt: skip
         return changes
 

@@ -18,14 +18,16 @@ from torch import Tensor
 from apollo_trainer.optim.options import StepSettings
 from apollo_trainer.optim.parameters import Slot
 
-# Scratch of one wave of matrices: their R must not need memory in proportion to the model.
+# Scratch of one wave of matrices: their R must not need memory in proportion to the model. Smaller
+# waves leave the device idle between their launches.
 WAVE_BYTES = 512 * 2**20
+# Tiles and launches that were fastest on an H200; docs/LOG.md tells what else was tried.
 BLOCK_DRAW, DRAW_WARPS = 16384, 16
 BLOCK_ELEMENTS = 1024
 BLOCK_MOMENTS, BLOCK_R, MOMENTS_WARPS = 64, 16, 4
-BLOCK_ROWS, BLOCK_COLS, REPEATS = 16, 128, 8
-PROJECT = {"BLOCK_N": 128, "MAIN": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-PROJECT_WIDE = {"BLOCK_N": 128, "MAIN": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+BLOCK_ROWS, BLOCK_COLS, REPEATS, WRITE_WARPS, WRITE_STAGES = 16, 128, 8, 2, 2
+PROJECT = {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+PROJECT_WIDE = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 PROJECT_ANY = {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 
 
