@@ -39,11 +39,13 @@ def origin(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` where files differ; else $APOLLO_COMMIT; else `unknown`."""
+    """$APOLLO_COMMIT, else the checkout's, with `+` where files differ; or `unknown`."""
+    if os.environ.get("APOLLO_COMMIT"):
+        return os.environ["APOLLO_COMMIT"]
     head = _git("rev-parse", "HEAD")
     if head:
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
-    return os.environ.get("APOLLO_COMMIT", "unknown")
+    return "unknown"
 
 
 def _git(*arguments: str) -> str:

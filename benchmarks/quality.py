@@ -35,7 +35,8 @@ def main() -> None:
     """Trains the grid and the fine-tuning runs, or writes the report of a result."""
     args = _arguments()
     if args.report:
-        written = write_report(json.loads(args.report.read_text()), args.docs)
+        longer = json.loads(args.longer.read_text()) if args.longer else None
+        written = write_report(json.loads(args.report.read_text()), longer, args.docs)
         print("Written: " + ", ".join(str(path) for path in written))
         return
     torch.set_num_threads(args.threads)
@@ -139,6 +140,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--report", type=Path, help="write the report of this JSON file, and train nothing")
+    add("--longer", type=Path, help="with --report: a JSON file of the same runs with more steps")
     add("--docs", type=Path, default=ROOT / "docs", help="where the report goes")
     add("--out", type=Path, help="the JSON file")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))

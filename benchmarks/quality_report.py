@@ -24,20 +24,23 @@ QUESTIONS = (
     (NEAREST, "Apollo fp32", "What bf16 rounded to nearest costs Apollo"),
     ("Apollo mini bf16 stochastic", STOCHASTIC, "Rank 1 and one factor a matrix against rank 64"),
     ("Apollo rank 16 bf16 stochastic", STOCHASTIC, "Rank 16 against rank 64"),
+    ("Apollo rank 128 fp32", "Apollo fp32", "Rank 128 against rank 64"),
+    ("Apollo fp32, ends by AdamW", "Apollo fp32", "Embeddings and head by AdamW, as the paper"),
+    ("apollo-torch's arithmetic fp32", "Apollo fp32", "The published arithmetic against ours"),
     ("AdamW bf16 with fp32 master", CEILING, "What a bf16 forward pass costs AdamW"),
 )
 
 
-def write_report(result: Result, docs: Path) -> list[Path]:
-    """Writes the page and the charts; returns their paths."""
+def write_report(result: Result, longer: Result | None, docs: Path) -> list[Path]:
+    """Writes the page and the charts; returns their paths. `longer` is a result of more steps."""
     docs.mkdir(parents=True, exist_ok=True)
-    contents = {**charts(result), "quality.md": _page(result)}
+    contents = {**charts(result), "quality.md": _page(result, longer)}
     for name, content in contents.items():
         (docs / name).write_text(content)
     return [docs / name for name in contents]
 
 
-def _page(result: Result) -> str:
+def _page(result: Result, longer: Result | None) -> str:
     parts = [
         "# What Apollo learns beside AdamW",
         _setting(result),
@@ -50,6 +53,8 @@ def _page(result: Result) -> str:
         _grid(result),
         "![Held-out loss over the learning rate](quality-rates.svg)",
     ]
+    if longer is not None:
+        parts += [f"## The same for {longer['plan']['steps']} steps", _longer(longer)]
     if "fine_tune" in result:
         parts += _fine_part(result["fine_tune"])
     return "\n\n".join(parts) + "\n"
@@ -130,6 +135,21 @@ def _judged(question: str, one: Cell, other: Cell) -> str:
     else:
         verdict = f"{one.variant} **{word}**, beyond the seeds' noise of {gap.noise:.4f}"
     return f"{question}: {gap.shown()}; {verdict}."
+
+
+def _longer(result: Result) -> str:
+    best, seeds = best_cells(result["runs"]), {run["seed"] for run in result["runs"]}
+    found = [
+        _judged(question, best[one], best[other])
+        for one, other, question in QUESTIONS
+        if one in best and other in best
+    ]
+    return (
+        f"Seeds: {len(seeds)}. Commit `{result['commit']}`, {result['date']}.\n\n"
+        + _grid(result)
+        + "\n\n"
+        + "\n".join(f"- {line}" for line in found)
+    )
 
 
 def _edges(result: Result, best: dict[str, Cell]) -> list[str]:

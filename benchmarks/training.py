@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class Variant:
     rounding: Literal["stochastic", "nearest", "split16"] = "stochastic"
     rank: int | None = 64
     kind: Literal["channel", "mini"] = "channel"
+    compat: Literal["apollo-torch"] | None = None
+    elementwise: str = ""  # regular expression: parameters that AdamW serves
 
 
 VARIANTS = (
@@ -42,6 +45,11 @@ VARIANTS = (
 )
 OPTIONAL = (
     Variant("Apollo rank 16 bf16 stochastic", "apollo", "bfloat16", rank=16),
+    Variant("Apollo rank 128 fp32", "apollo", "float32", rank=128),
+    # As the paper trains: only the blocks' matrices are projected.
+    Variant("Apollo fp32, ends by AdamW", "apollo", "float32", elementwise="embed|position|head"),
+    # Tells whether a difference is the algorithm's or this implementation's.
+    Variant("apollo-torch's arithmetic fp32", "apollo", "float32", compat="apollo-torch"),
     # The rank None of Apollo is AdamW: here with a float32 master in two halves.
     Variant("AdamW bf16 with fp32 master", "apollo", "bfloat16", "split16", rank=None),
 )
@@ -123,13 +131,21 @@ def make_optimizer(model: ByteLM, variant: Variant, plan: Plan, seed: int) -> Op
     common: dict[str, Any] = {"betas": plan.betas, "eps": 1e-8, "weight_decay": plan.weight_decay}
     if variant.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), fused=plan.device != "cpu", **common)
+    if variant.compat:
+        common["eps"] = 1e-6  # its default
+    named = list(model.named_parameters())
+    apart = [n for n, _ in named if variant.elementwise and re.search(variant.elementwise, n)]
+    groups: list[dict[str, Any]] = [{"params": [(n, p) for n, p in named if n not in apart]}]
+    if apart:
+        groups.append({"params": [(n, p) for n, p in named if n in apart], "rank": None})
     return Apollo(
-        model.named_parameters(),
+        groups,
         rank=variant.rank,
         variant=variant.kind,
         rounding=variant.rounding,
         seed=seed,
-        impl=plan.impl,
+        impl="reference" if variant.compat else plan.impl,
+        compat=variant.compat,
         **common,
     )
 
