@@ -79,8 +79,7 @@ def _refresh(optimizer: Optimizer) -> None:
 
 def _layers_row() -> Contender:
     def make(weights: Weights) -> Optimizer:
-        on_gpu = next(iter(weights.values())).is_cuda
-        return _apollo(weights, 64, "channel", "fused" if on_gpu else "reference")
+        return _apollo(weights, 64, "channel", "fused")
 
     return replace(_apollo_row(64, "channel", "layer by layer"), make=make, layers=True)
 

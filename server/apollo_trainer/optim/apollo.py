@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from apollo_trainer.optim import named_state
+from apollo_trainer.optim import cpu, cuda, named_state
 from apollo_trainer.optim.change import Change
-from apollo_trainer.optim.cuda import FusedStepper, Work, fits
+from apollo_trainer.optim.cuda import FusedStepper, Work
 from apollo_trainer.optim.options import (
     CHOICES,
     Compat,
@@ -72,8 +72,9 @@ class Apollo(Optimizer):
             on average; 'split16' keeps the lower 16 bits in the state, an exact float32 master
             (bfloat16 only); 'nearest' loses most updates near lr 1e-5.
         seed: of the projections and of stochastic rounding.
-        impl: 'reference' is plain torch on any device; 'fused' is Triton on CUDA, and refuses
-            parameters that it cannot take; 'auto' takes 'fused' for those that it can.
+        impl: 'reference' is plain torch on any device; 'fused' is Triton on CUDA and compiled
+            loops on a CPU, and refuses parameters that it cannot take; 'auto' takes 'fused' for
+            those that it can.
         compat: 'apollo-torch' reproduces apollo-torch 1.0.3 with its faults. Pass eps=1e-6, its
             default; every parameter must then have a gradient at every step.
 
@@ -247,40 +248,48 @@ class Apollo(Optimizer):
     @torch.no_grad()
     def _step_slots(self, slots: Iterable[Slot]) -> bool:
         """Steps those that have a gradient; returns whether any had."""
-        opened, fused = self._opened("a step"), dict[torch.device, list[Work]]()
-        stepped = False
+        opened = self._opened("a step")
+        on_cpu, on_cuda, stepped = list[Job](), dict[torch.device, list[Work]](), False
         for slot in slots:
             grad = slot.gradient()
             if grad is None:
                 continue
-            stepped = True
-            if self._takes_fused(slot, grad):
+            stepped, path = True, self._path(slot, grad)
+            if path == "cuda":
                 work = Work(slot, grad, self.state[slot.param])
-                fused.setdefault(slot.param.device, []).append(work)
+                on_cuda.setdefault(slot.param.device, []).append(work)
+            elif path == "cpu":
+                on_cpu.append(self._job(slot, grad, opened))
             else:
-                self._step_reference(slot, grad, opened)
+                self._count_skipped(step_parameter(self._job(slot, grad, opened)))
             opened.done.add(slot.name)
-        for device, works in fused.items():
-            self._step_fused(device, works, opened)
+        if on_cpu:
+            self._count_skipped(torch.stack(cpu.step_parameters(on_cpu)).sum())
+        for device, works in on_cuda.items():
+            self._step_cuda(device, works, opened)
         return stepped
 
-    def _takes_fused(self, slot: Slot, grad: Tensor) -> bool:
+    def _path(self, slot: Slot, grad: Tensor) -> Literal["reference", "cpu", "cuda"]:
         if self.impl == "reference" or self.compat is not None:
-            return False
-        if not fits(slot, grad) and self.impl == "fused":
+            return "reference"
+        if cuda.fits(slot, grad):
+            return "cuda"
+        if cpu.fits(slot, grad):
+            return "cpu"
+        if self.impl == "fused":
             raise ValueError(
                 f"{slot.name}: impl='fused' takes bfloat16 and float32 parameters on CUDA, with "
-                "Triton installed; nothing was changed in it. Use impl='auto'."
+                "Triton installed, and on a CPU, with numba installed; nothing was changed in it. "
+                "Use impl='auto'."
             )
-        return fits(slot, grad)
+        return "reference"
 
-    def _step_reference(self, slot: Slot, grad: Tensor, opened: _OpenStep) -> None:
+    def _job(self, slot: Slot, grad: Tensor, opened: _OpenStep) -> Job:
         settings = opened.settings[slot.group]
         rounding = Rounding(self.rounding, slot.rounding_key, settings.number)
-        job = Job(slot, grad, self.state[slot.param], settings, rounding, opened.change)
-        self._count_skipped(step_parameter(job))
+        return Job(slot, grad, self.state[slot.param], settings, rounding, opened.change)
 
-    def _step_fused(self, device: torch.device, works: list[Work], opened: _OpenStep) -> None:
+    def _step_cuda(self, device: torch.device, works: list[Work], opened: _OpenStep) -> None:
         if device not in self._steppers:
             self._steppers[device] = FusedStepper(device, self.variant == "mini")
             self._steppers[device].begin(self.step_count + 1, opened.settings)
@@ -337,16 +346,13 @@ class Apollo(Optimizer):
         """
         self._refuse_while_open("read the state")
         meta = {
-            "format": named_state.FORMAT,
-            "version": named_state.VERSION,
             "seed": self.seed,
             "step_count": self.step_count,
             "skipped_nonfinite": self.skipped_nonfinite,
             "variant": self.variant,
             "rounding": self.rounding,
             "compat": self.compat,
-            "parameters": {slot.name: named_state.describe(slot) for slot in self._slots},
-            "param_groups": [named_state.describe_group(group) for group in self.param_groups],
+            **named_state.contents(self._slots, self.param_groups),
         }
         return self._named_tensors(), meta
 
@@ -384,14 +390,7 @@ class Apollo(Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave; raises as `load_named_state` does."""
-        missing = {"state", "param_groups", "apollo"} - state_dict.keys()
-        if missing:
-            raise ValueError(
-                f"The optimizer state was not loaded: it has no {min(missing)!r}, so it is not "
-                "one of this optimizer. Nothing was changed."
-            )
-        meta = {**state_dict["apollo"], "param_groups": state_dict["param_groups"]}
-        self.load_named_state(state_dict["state"], meta)
+        self.load_named_state(*named_state.unpack(state_dict))
 
     def _named_tensors(self) -> dict[str, Tensor]:
         return {

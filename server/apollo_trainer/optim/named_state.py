@@ -62,6 +62,16 @@ def check_meta(meta: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         raise _refusal(f"rounding is {meta['rounding']!r} there and {expected['rounding']!r} here")
 
 
+def contents(slots: Iterable[Slot], groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the metadata says of the format, of every parameter and of every group."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "parameters": {slot.name: describe(slot) for slot in slots},
+        "param_groups": [describe_group(group) for group in groups],
+    }
+
+
 def check_parameters(meta: Mapping[str, Any], slots: Iterable[Slot]) -> None:
     """Raises ValueError naming the first parameter that differs in name, shape, dtype or rank."""
     here, there = {s.name: describe(s) for s in slots}, dict(meta["parameters"])
@@ -132,3 +142,15 @@ def _refusal(reason: str) -> ValueError:
         f"The optimizer state was not loaded: {reason}. Nothing was changed. Load the state of "
         "this model and these options, or start without one."
     )
+
+
+def unpack(state_dict: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of what `Apollo.state_dict` gave; raises ValueError on another's."""
+    missing = {"state", "param_groups", "apollo"} - state_dict.keys()
+    if missing:
+        raise ValueError(
+            f"The optimizer state was not loaded: it has no {min(missing)!r}, so it is not one of "
+            "this optimizer. Nothing was changed."
+        )
+    meta = {**state_dict["apollo"], "param_groups": state_dict["param_groups"]}
+    return state_dict["state"], meta

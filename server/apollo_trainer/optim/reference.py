@@ -68,12 +68,12 @@ def _step_matrices(job: Job) -> Tensor:
     finite = X_norm.isfinite()
     # An expert that no token reached has no gradient at all: it keeps its weights and moments.
     active = finite & (G_norms > 0).any(-1) if job.grad.ndim == 3 else finite
-    factor, norm = _limit(job, X_norm, step)
+    factor, norm = limit(job, X_norm, step)
     state = job.state
     for key, new in (("m", m), ("v", v), ("step", step), ("norm", norm)):
         old = state[key].view(new.shape)
         torch.where(_like(active, new), new, old, out=old)
-    _write_matrices(job, G, s * (factor * _rate(job, step)).unsqueeze(-1), active)
+    _write_matrices(job, G, s * (factor * rate(job, step)).unsqueeze(-1), active)
     return finite.all().logical_not()
 
 
@@ -96,7 +96,7 @@ def _project(G: Tensor, P: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     R = torch.empty((count, rank, n), dtype=torch.float32, device=G.device)
     norms = torch.empty((count, n), dtype=torch.float32, device=G.device)
     for b in range(count):
-        for rows in _row_tiles(n, m, G.device):
+        for rows in row_tiles(n, m, G.device):
             tile = large[b, rows].to(torch.float32, memory_format=torch.contiguous_format)
             tile = tile.contiguous()
             R[b, :, rows] = P @ tile.mT
@@ -116,12 +116,13 @@ def _direction(job: Job, m: Tensor, v: Tensor, step: Tensor) -> Tensor:
     """R~ = M^ / (sqrt(V^) + eps), of the shape of m; without the corrections in compat."""
     if job.uncorrected:
         return m / v.sqrt().add_(job.settings.eps)
-    correction1, correction2 = _bias_corrections(job, step)
+    correction1, correction2 = bias_corrections(job, step)
     denominator = (v / _like(correction2, v)).sqrt_().add_(job.settings.eps)
     return (m / _like(correction1, m)).div_(denominator)
 
 
-def _bias_corrections(job: Job, step: Tensor) -> tuple[Tensor, Tensor]:
+def bias_corrections(job: Job, step: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - beta ** step of both moments, float32 of the shape of `step`."""
     t = step.to(torch.float64)
     first, second = (1.0 - torch.pow(beta, t) for beta in job.settings.betas)
     return first.to(torch.float32), second.to(torch.float32)
@@ -139,7 +140,7 @@ def _scaling_factors(job: Job, m: Tensor, v: Tensor, step: Tensor, R: Tensor) ->
     return torch.where(plain == 0, 0.0, scaled / plain)
 
 
-def _limit(job: Job, X_norm: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+def limit(job: Job, X_norm: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the limiter's factor on G diag(s) and the norm to remember, both [B].
 
     A step of norm zero leaves the remembered norm alone.
@@ -157,13 +158,13 @@ def _limit(job: Job, X_norm: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     return factor, torch.where(X_norm > 0, X_norm * factor, previous)
 
 
-def _rate(job: Job, step: Tensor) -> Tensor:
+def rate(job: Job, step: Tensor) -> Tensor:
     """lr * alpha [B]; in compat with the bias corrections that the direction left out."""
     s, rank = job.settings, job.slot.rank
     lr = s.lr * s.alpha(min(job.grad.shape[-2:]), rank) if rank is not None else s.lr
     if not job.uncorrected:
         return torch.full(step.shape, lr, dtype=torch.float32, device=step.device)
-    first, second = _bias_corrections(job, step)
+    first, second = bias_corrections(job, step)
     return second.sqrt().div(first).mul(lr)
 
 
@@ -173,7 +174,7 @@ def _write_matrices(job: Job, G: Tensor, factors: Tensor, active: Tensor) -> Non
     count, a, b = W.shape
     along_rows = factors.shape[-1] > 1 and a >= b
     for e in range(count):
-        for rows in _row_tiles(a, b, W.device):
+        for rows in row_tiles(a, b, W.device):
             f = factors[e, rows].unsqueeze(-1) if along_rows else factors[e]
             update = G[e, rows].to(torch.float32) * f
             half = _as_stack(low)[e, rows] if low is not None else None
@@ -187,10 +188,10 @@ def _step_elements(job: Job) -> Tensor:
     low = _as_rows(job.state["low"]) if "low" in job.state else None
     finite: Tensor = torch.linalg.vector_norm(G, dtype=torch.float32).isfinite()
     step = job.state["step"] + 1
-    rate, width = _rate(job, step), math.prod(G.shape[1:])
-    for rows in _row_tiles(len(G), width, G.device):
+    lr, width = rate(job, step), math.prod(G.shape[1:])
+    for rows in row_tiles(len(G), width, G.device):
         moments = _next_moments(job.settings, m[rows], v[rows], G[rows].to(torch.float32))
-        update = _direction(job, *moments, step).mul_(rate)
+        update = _direction(job, *moments, step).mul_(lr)
         for old, new in zip((m[rows], v[rows]), moments, strict=True):
             torch.where(finite, new, old, out=old)
         half = low[rows] if low is not None else None
@@ -218,7 +219,7 @@ def _write_tile(
         low.copy_(new_low)
 
 
-def _row_tiles(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+def row_tiles(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     """Slices of dimension 0 that bound the temporaries; on a CPU they stay in its caches."""
     elements = _TILE_CPU if device.type == "cpu" else _TILE_DEVICE
     size = max(1, elements // max(1, width))
