@@ -88,6 +88,7 @@ class WeightManifest(google.protobuf.message.Message):
     TENSORS_FIELD_NUMBER: builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: builtins.int
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
+    AS_LOADED_FIELD_NUMBER: builtins.int
     epoch: builtins.str
     """Random for each engine process."""
     generation: builtins.int
@@ -101,6 +102,8 @@ class WeightManifest(google.protobuf.message.Message):
     max_model_len: builtins.int
     """Longest sequence that the engine accepts, in tokens."""
     weight_version: builtins.int
+    as_loaded: builtins.bool
+    """No pause was ever granted: the weights are what vLLM loaded."""
     @property
     def buffers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Buffer]: ...
     @property
@@ -118,8 +121,9 @@ class WeightManifest(google.protobuf.message.Message):
         tensors: collections.abc.Iterable[global___Tensor] | None = ...,
         max_model_len: builtins.int = ...,
         weight_version: builtins.int = ...,
+        as_loaded: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["buffers", b"buffers", "epoch", b"epoch", "generation", b"generation", "max_model_len", b"max_model_len", "model", b"model", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "tensors", b"tensors", "weight_version", b"weight_version", "worker_pid", b"worker_pid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["as_loaded", b"as_loaded", "buffers", b"buffers", "epoch", b"epoch", "generation", b"generation", "max_model_len", b"max_model_len", "model", b"model", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "tensors", b"tensors", "weight_version", b"weight_version", "worker_pid", b"worker_pid"]) -> None: ...
 
 global___WeightManifest = WeightManifest
 

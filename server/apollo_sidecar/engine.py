@@ -50,6 +50,7 @@ class Engine:
         self._client, self._loop = client, loop
         self.epoch = uuid.uuid4().hex
         self._weight_version = 0
+        self._as_loaded = True
         self._changed = threading.Condition()
         self.leases = PauseLeases(self._pause, self._resume)
 
@@ -81,6 +82,7 @@ class Engine:
         manifest = pb.WeightManifest.FromString(self._ask_worker("apollo_manifest"))
         manifest.epoch = self.epoch
         manifest.weight_version = self._weight_version
+        manifest.as_loaded = self._as_loaded
         return manifest
 
     def trace(self, request: pb.TraceCheckpointMapRequest) -> pb.TraceCheckpointMapResponse:
@@ -122,6 +124,8 @@ class Engine:
         return [float(entry[token].logprob) for token, entry in scored]
 
     def _pause(self, mode: str) -> None:
+        # Its holder may write from now on, and die without a word of what it wrote.
+        self._as_loaded = False
         # `keep` leaves the cache alone whatever clear_cache says in some versions; the reset at
         # the resume is what clears it, and its answer is checked.
         self._call(self._client.pause_generation(mode=mode, clear_cache=False))

@@ -45,6 +45,11 @@ class Settings(BaseSettings):
     )
     seed: int = Field(default=0, ge=0, description="of projections and rounding")
 
+    check_all_values: bool = Field(
+        default=False,
+        description="compare every weight with the model directory at the first attach, "
+        "not blocks of each",
+    )
     max_queued_runs: int = Field(default=64, ge=1, description="runs that may wait")
     max_samples: int = Field(default=10_000, ge=1, description="samples of one run")
     max_streams: int = Field(default=256, ge=1, description="streams open at one time")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
-from apollo_trainer.checkpoints.sync import CheckpointReader
 from apollo_trainer.weights.checkpoint_plan import plan_checkpoint
+from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from apollo_trainer.weights.live_model import meta_model
 
 SHARED = {"vocab_size": 64, "eos_token_id": 0, "bos_token_id": None}

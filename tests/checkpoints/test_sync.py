@@ -23,7 +23,8 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
-from apollo_trainer.checkpoints.sync import CheckpointReader, sync_directory
+from apollo_trainer.checkpoints.sync import sync_directory
+from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from apollo_trainer.weights.checkpoint_plan import plan_checkpoint
 from apollo_trainer.weights.live_model import meta_model
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import apollo_trainer.runs.owner as owner_module
 from apollo_grpc.errors import FailedPrecondition, ResourceExhausted, Unavailable
@@ -54,6 +55,29 @@ def test_another_model_than_the_mapped_one_is_refused(
     with pytest.raises(FailedPrecondition, match="vLLM does not compute") as caught:
         trainer.submit()
     assert caught.value.reason == "ATTACHMENT_REFUSED"
+
+
+def test_a_directory_that_holds_other_weights_is_refused(
+    start_engine: Start, start_trainer: Start, model_folder: Any
+) -> None:
+    start_engine()
+    file = model_folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = 7.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    trainer = start_trainer()
+    detail = trainer.wait_for(REFUSED).attachment_detail
+    assert "model.norm.weight" in detail
+    assert "VALUES_DIFFER" in detail
+
+
+def test_trained_weights_that_the_directory_does_not_hold_are_attached_again(
+    attached: Any, start_trainer: Start, all_events: Events
+) -> None:
+    engine, trainer = attached
+    all_events(trainer.submit(optimizer=FAST))
+    trainer.stop()
+    assert start_trainer().wait_for(ATTACHED).engine_epoch == engine.engine.epoch
 
 
 def test_an_engine_that_stops_in_mid_run_fails_the_run_and_a_new_one_is_found(

@@ -109,6 +109,18 @@ def test_the_manifest_carries_the_epoch_and_the_weight_version(sidecar):
     assert again.manifest.weight_version == 1
 
 
+def test_weights_count_as_loaded_until_the_first_pause(sidecar):
+    def as_loaded():
+        answer = sidecar.stub.GetWeightManifest(pb.GetWeightManifestRequest(), timeout=20)
+        return answer.manifest.as_loaded
+
+    assert as_loaded()
+    sidecar.pause()
+    assert not as_loaded(), "its holder may die before it says what it wrote"
+    sidecar.resume(changed=False)
+    assert not as_loaded()
+
+
 def test_a_workers_refusal_arrives_with_its_reason(sidecar):
     sidecar.client.workers = [("WEIGHTS_NOT_SHARED", "no", b"")]
     error = failure(sidecar.stub.GetWeightManifest, pb.GetWeightManifestRequest(), timeout=20)

@@ -16,7 +16,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Starcoder2Config,
+)
 
 from apollo_client import ApolloClient
 from apollo_grpc.errors import Unavailable
@@ -35,12 +49,30 @@ SMALL = SHARED | {
     "head_dim": 32,
     "max_position_embeddings": 256,
 }
+WITHOUT_HEAD_DIM = {name: value for name, value in SMALL.items() if name != "head_dim"}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: Qwen3Config(**SMALL, tie_word_embeddings=True),
     "llama": lambda: LlamaConfig(**SMALL, tie_word_embeddings=False),
     "gpt2": lambda: GPT2Config(**SHARED, n_embd=128, n_layer=2, n_head=4, n_positions=256),
     "qwen3_moe": lambda: Qwen3MoeConfig(**SMALL, **EXPERTS, tie_word_embeddings=False),
+    "qwen2": lambda: Qwen2Config(**WITHOUT_HEAD_DIM, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**SMALL, sliding_window=None),
+    "gemma2": lambda: Gemma2Config(**SMALL, query_pre_attn_scalar=32, sliding_window=64),
+    "gemma3": lambda: Gemma3TextConfig(**SMALL, query_pre_attn_scalar=32, sliding_window=64),
+    "phi3": lambda: Phi3Config(**WITHOUT_HEAD_DIM, pad_token_id=0),
+    "opt": lambda: OPTConfig(
+        **(SHARED | {"bos_token_id": 0, "pad_token_id": 1}),
+        hidden_size=128,
+        word_embed_proj_dim=128,
+        ffn_dim=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        init_std=0.08,
+    ),
+    "starcoder2": lambda: Starcoder2Config(**WITHOUT_HEAD_DIM),
+    "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
 }
 
 
@@ -184,32 +216,48 @@ class Stack:
 
     def directory_logits(self, ids: list[int]) -> torch.Tensor:
         """Log-probabilities [T, V] of the model as it lies on disk, by transformers, in fp32."""
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
+        # Written out step by step: it computes what a model's paper says, soft caps included.
+        model = AutoModelForCausalLM.from_pretrained(
+            self.model, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         with torch.no_grad():
             return torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
 
 
+class Stacks:
+    """Attached stacks by family, each started when it is first asked for."""
+
+    def __init__(self, new_folder: Callable[[str], Path]):
+        self._new_folder = new_folder
+        self._started: dict[str, Stack] = {}
+
+    def __call__(self, family: str) -> Stack:
+        """The family's stack; training server first, then vLLM."""
+        if family not in self._started:
+            stack = self._started[family] = Stack(self._new_folder("s"), family)
+            stack.start_server()
+            stack.start_vllm()
+            stack.wait_attached()
+        return self._started[family]
+
+    def end(self, *families: str) -> None:
+        """Ends the families' processes, and all where none is named."""
+        for family in families or tuple(self._started):
+            stack = self._started.pop(family)
+            stack.end("server")
+            stack.end("vllm")
+
+
 @pytest.fixture(scope="session")
-def stacks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Stack]]:
-    """Attached stacks by family, each started once; training server first, then vLLM."""
+def stacks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stacks]:
+    """Stacks that tests share; what is left of them ends with the session."""
     torch.set_num_threads(1)
-    started: dict[str, Stack] = {}
-
-    def get(family: str) -> Stack:
-        if family not in started:
-            started[family] = Stack(tmp_path_factory.mktemp("s"), family)
-            started[family].start_server()
-            started[family].start_vllm()
-            started[family].wait_attached()
-        return started[family]
-
-    yield get
-    for stack in started.values():
-        stack.end("server")
-        stack.end("vllm")
+    started = Stacks(tmp_path_factory.mktemp)
+    yield started
+    started.end()
 
 
 @pytest.fixture(scope="session")
-def qwen3(stacks: Callable[[str], Stack]) -> Stack:
+def qwen3(stacks: Stacks) -> Stack:
     """The family that most tests share."""
     return stacks("qwen3")

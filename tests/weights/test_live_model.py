@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from transformers import Gemma2Config
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.weights.checkpoint_plan import plan_checkpoint
@@ -112,3 +113,18 @@ def test_a_directory_that_is_not_there_is_refused_without_its_path(tmp_path):
     error = refused(meta_model, str(tmp_path / "absent"))
     assert error.reason == "MODEL_UNSUPPORTED"
     assert "absent" not in error.message
+
+
+def test_a_soft_cap_on_attention_is_computed(tmp_path):
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        attn_logit_softcapping=2.0,
+    )
+    config.save_pretrained(tmp_path)
+    assert meta_model(str(tmp_path)).config._attn_implementation == "eager"

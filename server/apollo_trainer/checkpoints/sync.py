@@ -19,7 +19,7 @@ from safetensors import safe_open
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.checkpoints.durable_write import flush_file, flush_folder, new_file_beside
 from apollo_trainer.checkpoints.tensor_file import write_tensors
-from apollo_trainer.weights.checkpoint_plan import CheckpointPlan
+from apollo_trainer.weights.checkpoint_reader import CheckpointReader, same_bytes
 
 Progress = Callable[[int, int, str], None]
 
@@ -32,27 +32,6 @@ class SyncOutcome:
     bytes_written: int = 0
     tensors_changed: int = 0
     files_written: list[str] = field(default_factory=list)
-
-
-class CheckpointReader:
-    """Checkpoint tensors by name, read from the live parameters."""
-
-    def __init__(self, plan: CheckpointPlan, parameters: dict[str, torch.nn.Parameter]):
-        self._plan, self._parameters = plan, parameters
-        self._planned = {tensor.name: tensor for tensor in plan.tensors}
-
-    def read(self, name: str) -> torch.Tensor | None:
-        """The live values, contiguous; None for a name that belongs to no parameter."""
-        if planned := self._planned.get(name):
-            return self._plan.read(planned, self._parameters[planned.root])
-        root = self._plan.tied.get(name)
-        return self._parameters[root].detach().contiguous() if root else None
-
-    def missing_from(self, names: set[str]) -> list[str]:
-        """Checkpoint tensors that no file of the directory holds, under any tied name."""
-        present = {self._planned[n].root for n in names if n in self._planned}
-        present |= {self._plan.tied[n] for n in names if n in self._plan.tied}
-        return [t.name for t in self._plan.tensors if t.root not in present]
 
 
 def sync_directory(
@@ -128,16 +107,8 @@ def _live_shard(
             tensors[name] = on_disk if live is None else live
             if live is not None:
                 outcome.bytes_compared += live.numel() * live.element_size()
-                changed += not _same_bytes(on_disk, live)
+                changed += not same_bytes(on_disk, live)
     return tensors, changed
-
-
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bits, not values: NaN differs from itself and zeros of both signs do not."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    flat = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(*flat)
 
 
 def _write_shard(old: Path, new: Path, tensors: dict[str, torch.Tensor]) -> None:

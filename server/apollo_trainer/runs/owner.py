@@ -13,12 +13,7 @@ from pathlib import Path
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, ResourceExhausted, Unavailable
 from apollo_grpc.v1 import status_pb2, training_pb2
-from apollo_trainer.checkpoints.sync import (
-    CheckpointReader,
-    Progress,
-    SyncOutcome,
-    sync_directory,
-)
+from apollo_trainer.checkpoints.sync import Progress, SyncOutcome, sync_directory
 from apollo_trainer.config import Settings
 from apollo_trainer.runs.events import EventLog, now
 from apollo_trainer.runs.execution import Execution
@@ -103,7 +98,8 @@ class ModelOwner:
             attachment_detail="vLLM was found; its weights are being mapped and verified.",
         )
         try:
-            session = open_session(attach(self._sidecar), self._settings)
+            attachment = attach(self._sidecar, check_all_values=self._settings.check_all_values)
+            session = open_session(attachment, self._settings)
         except ApolloError as error:
             self._refuse(error)
             return
@@ -216,8 +212,8 @@ class ModelOwner:
 
     def _sync(self, progress: Progress) -> tuple[SyncOutcome, int]:
         attachment = self.session().attachment
-        reader = CheckpointReader(attachment.plan, attachment.parameters())
-        outcome = sync_directory(Path(attachment.directory), reader, progress)
+        directory, reader = Path(attachment.directory), attachment.checkpoint()
+        outcome = sync_directory(directory, reader, progress)
         version = self._board.snapshot().weight_version
 
         def change(status: status_pb2.ServerStatus) -> None:

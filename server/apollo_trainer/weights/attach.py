@@ -6,15 +6,18 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from apollo_trainer.weights import manifest as manifests
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, plan_checkpoint
+from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from apollo_trainer.weights.live_model import fill_with_views, meta_model
 from apollo_trainer.weights.mapping import Mapping, MemoryUse, map_buffer, measure
 from apollo_trainer.weights.sidecar import Sidecar
+from apollo_trainer.weights.values import require_checkpoint_values
 from apollo_trainer.weights.verify import log_probabilities, probe_tokens, require_agreement
 
 log = logging.getLogger(__name__)
@@ -48,14 +51,21 @@ class Attachment:
         """The live parameters by name, tied ones once."""
         return dict(self.model.named_parameters())
 
+    def checkpoint(self) -> CheckpointReader:
+        """The live weights by the names of the model directory."""
+        return CheckpointReader(self.plan, self.parameters())
+
     def memory(self) -> MemoryUse:
         """Where the parameters lie, measured now."""
         inodes = {mapping.inode for mapping in self.mappings.values()}
         return measure(list(self.parameters().values()), inodes)
 
 
-def attach(sidecar: Sidecar) -> Attachment:
+def attach(sidecar: Sidecar, *, check_all_values: bool = False) -> Attachment:
     """Maps and verifies the weights of the engine behind the sidecar.
+
+    Args:
+        check_all_values: compare every weight with the model directory, not blocks of each.
 
     Raises FailedPrecondition when they may not be trained, Unavailable when the engine is gone.
     """
@@ -81,10 +91,17 @@ def attach(sidecar: Sidecar) -> Attachment:
         mappings,
     )
     attachment.logprob_difference = _verify(attachment, sidecar)
+    compared = 0
+    # Once trained, the weights are ahead of the directory, and rightly so.
+    if manifest.as_loaded:
+        directory, reader = Path(attachment.directory), attachment.checkpoint()
+        compared = require_checkpoint_values(directory, reader, check_all_values)
     log.info(
-        "attached to %s: %d parameters, log-probabilities within %.2g nats, %.2f s",
+        "attached to %s: %d parameters, %d values compared with the directory, "
+        "log-probabilities within %.2g nats, %.2f s",
         manifest.model,
         len(views),
+        compared,
         attachment.logprob_difference,
         time.monotonic() - began,
     )

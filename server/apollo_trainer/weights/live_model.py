@@ -20,8 +20,11 @@ def meta_model(directory: str) -> Any:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         if getattr(config, "quantization_config", None):
             raise refusal("QUANTIZED", "The model is quantised; train an unquantised one.")
+        # torch's own attention has no soft cap, and would leave it out in silence.
+        capped = getattr(config, "attn_logit_softcapping", None)
+        chosen = {"attn_implementation": "eager"} if capped else {}
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            return AutoModelForCausalLM.from_config(config, **chosen)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, KeyError) as error:
         raise refusal(
             "MODEL_UNSUPPORTED",

@@ -1,0 +1,36 @@
+"""The live weights as checkpoint tensors, by their names in the model directory."""
+
+from __future__ import annotations
+
+import torch
+
+from apollo_trainer.weights.checkpoint_plan import CheckpointPlan
+
+
+class CheckpointReader:
+    """Checkpoint tensors by name, read from the live parameters."""
+
+    def __init__(self, plan: CheckpointPlan, parameters: dict[str, torch.nn.Parameter]):
+        self._plan, self._parameters = plan, parameters
+        self._planned = {tensor.name: tensor for tensor in plan.tensors}
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """The live values, contiguous; None for a name that belongs to no parameter."""
+        if planned := self._planned.get(name):
+            return self._plan.read(planned, self._parameters[planned.root])
+        root = self._plan.tied.get(name)
+        return self._parameters[root].detach().contiguous() if root else None
+
+    def missing_from(self, names: set[str]) -> list[str]:
+        """Checkpoint tensors that no file of the directory holds, under any tied name."""
+        present = {self._planned[n].root for n in names if n in self._planned}
+        present |= {self._plan.tied[n] for n in names if n in self._plan.tied}
+        return [t.name for t in self._plan.tensors if t.root not in present]
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bits, not values: NaN differs from itself and zeros of both signs do not."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    flat = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(*flat)

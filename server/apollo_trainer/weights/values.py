@@ -1,0 +1,93 @@
+"""Compares mapped weights with the model directory: is this what vLLM loaded?
+
+The map is proved by arithmetic; this finds a loader that changed values, a layout that changed
+after the load, and a directory that is not the one that was loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from apollo_trainer.weights.checkpoint_reader import CheckpointReader, same_bytes
+from apollo_trainer.weights.manifest import refusal
+
+log = logging.getLogger(__name__)
+BLOCKS = 6  # of each tensor, unless all of it is compared: both ends, and some between
+BLOCK_ELEMENTS = 4096
+SEED = 20412
+
+
+def require_checkpoint_values(directory: Path, reader: CheckpointReader, everything: bool) -> int:
+    """Compares live weights with the directory's safetensors; returns the elements compared.
+
+    A tensor of another dtype on disk is converted first, as vLLM does when it loads. Without
+    safetensors nothing is compared, and the log says so: other formats would be unpickled.
+
+    Args:
+        everything: compare every element instead of seeded blocks of each tensor.
+
+    Raises FailedPrecondition that names the tensor which differs.
+    """
+    shards = sorted(directory.glob("*.safetensors"))
+    if not shards:
+        log.warning("%s has no safetensors: mapped values were not compared with it", directory)
+    compared = 0
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    compared += _require_equal(file, shard.name, name, reader, everything)
+        except (SafetensorError, OSError) as error:
+            raise refusal(
+                "CHECKPOINT_UNREADABLE", f"{shard.name} of the model directory: {error}."
+            ) from error
+    return compared
+
+
+def _require_equal(
+    file: Any, shard: str, name: str, reader: CheckpointReader, everything: bool
+) -> int:
+    live = reader.read(name)
+    if live is None:
+        return 0
+    on_disk = file.get_slice(name)
+    if tuple(on_disk.get_shape()) != tuple(live.shape):
+        raise _differs(name, shard, f"has the shape {on_disk.get_shape()} there")
+    compared = 0
+    for block in [...] if everything else _blocks(name, tuple(live.shape)):
+        ours, theirs = live[block], on_disk[block].to(live.dtype)
+        if not same_bytes(ours, theirs):
+            raise _differs(name, shard, "holds other values there")
+        compared += ours.numel()
+    return compared
+
+
+def _differs(name: str, shard: str, how: str) -> Exception:
+    return refusal(
+        "VALUES_DIFFER",
+        f"The checkpoint tensor {name} ({shard}) {how} than where vLLM's weights were mapped. "
+        "Either the directory changed after vLLM loaded it (restart vLLM), or vLLM keeps this "
+        "weight in a form that cannot be trained.",
+    )
+
+
+def _blocks(name: str, shape: tuple[int, ...]) -> Iterator[Any]:
+    """Indices of the first and the last block of a tensor, and of seeded ones between."""
+    if not shape:
+        yield ...
+        return
+    width = 1
+    for side in shape[1:]:
+        width *= side
+    rows = max(1, BLOCK_ELEMENTS // max(1, width))
+    last = max(0, shape[0] - rows)
+    draw = random.Random(f"{SEED}/{name}")
+    starts = {0, last} | {draw.randint(0, last) for _ in range(BLOCKS - 2)}
+    for start in sorted(starts):
+        yield slice(start, start + rows)

@@ -1,0 +1,79 @@
+"""Mapped weights are compared with the directory that they are said to come from."""
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from apollo_grpc.errors import FailedPrecondition
+from apollo_trainer.weights import values
+from apollo_trainer.weights.checkpoint_reader import CheckpointReader
+from apollo_trainer.weights.values import require_checkpoint_values
+from examples.byte_model import write_model
+
+
+@pytest.fixture
+def mapped(tmp_path, config, live):
+    made = live(write_model(tmp_path / "model", config(vocab_size=700), seed=3))
+    made.reader = CheckpointReader(made.plan, dict(made.model.named_parameters()))
+    return made
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_weights_as_they_were_loaded_are_accepted(mapped, everything, monkeypatch):
+    monkeypatch.setattr(values, "BLOCK_ELEMENTS", 64)
+    compared = require_checkpoint_values(mapped.directory, mapped.reader, everything)
+    whole = sum(p.numel() for p in mapped.model.parameters())
+    assert compared == whole if everything else 0 < compared < whole
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize("end", [0, -1])
+def test_another_value_at_either_end_is_refused_by_name(mapped, name, end):
+    with torch.no_grad():
+        mapped.model.get_parameter(name).view(-1)[end] += 1.0
+    with pytest.raises(FailedPrecondition, match=rf"{name} .* holds other values") as caught:
+        require_checkpoint_values(mapped.directory, mapped.reader, False)
+    assert caught.value.reason == "VALUES_DIFFER"
+
+
+def test_one_value_among_all_is_found_where_all_are_compared(mapped):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for place in (7, 300, 1023):
+        with torch.no_grad():
+            mapped.model.get_parameter(name).view(-1)[place] *= -1
+        with pytest.raises(FailedPrecondition, match=name):
+            require_checkpoint_values(mapped.directory, mapped.reader, True)
+        with torch.no_grad():
+            mapped.model.get_parameter(name).view(-1)[place] *= -1
+    assert require_checkpoint_values(mapped.directory, mapped.reader, True)
+
+
+def test_the_directorys_dtype_is_converted_as_by_the_engine(mapped):
+    file = mapped.directory / "model.safetensors"
+    tensors = {name: t.to(torch.float64) for name, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert require_checkpoint_values(mapped.directory, mapped.reader, True)
+
+
+def test_a_tensor_of_another_shape_is_refused_by_name(mapped):
+    file = mapped.directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = torch.zeros(31)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FailedPrecondition, match=r"model\.norm\.weight .* shape \[31\]"):
+        require_checkpoint_values(mapped.directory, mapped.reader, False)
+
+
+def test_a_directory_without_safetensors_is_told_of_and_accepted(mapped, caplog):
+    (mapped.directory / "model.safetensors").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert require_checkpoint_values(mapped.directory, mapped.reader, False) == 0
+    assert "not compared" in caplog.text
+
+
+def test_a_broken_file_is_refused(mapped):
+    (mapped.directory / "model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(FailedPrecondition, match=r"model\.safetensors"):
+        require_checkpoint_values(mapped.directory, mapped.reader, False)
