@@ -1,6 +1,8 @@
 """The compiled path on a CPU against the reference path: the same step, in other loops."""
 
 import math
+import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -280,3 +282,30 @@ def test_an_error_in_one_parameter_reaches_the_caller(monkeypatch):
     monkeypatch.undo()
     optimizer.step()
     assert optimizer.step_count == 1
+
+
+def test_a_failure_does_not_wait_for_works_that_end_after_it():
+    from apollo_trainer.optim.cpu import threads
+
+    begun, failed = threading.Event(), threading.Event()
+
+    def fail():
+        begun.wait(10)
+        failed.set()
+        raise MemoryError("no room")
+
+    def end_later():
+        begun.set()
+        failed.wait(10)
+        time.sleep(0.1)
+
+    def work(task):
+        yield [task]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(MemoryError, match="no room"):
+            threads.run([work(fail), work(end_later)])
+    finally:
+        torch.set_num_threads(before)

@@ -60,7 +60,7 @@ class _Line(Generic[Outcome]):
     def __init__(self, works: Sequence[Stages[Outcome]]) -> None:
         self._works = works
         self.outcomes: dict[int, Outcome] = {}
-        self.unfinished = len(works)
+        self.unfinished, self._failed = len(works), False
         self._changed = Condition()
         starts: list[Task] = [partial(self.resume, n, None) for n in range(len(works))]
         self._ready = deque(starts if len(works) > 1 else [])
@@ -72,15 +72,15 @@ class _Line(Generic[Outcome]):
                 task()
         except BaseException:
             with self._changed:
-                self.unfinished = 0
+                self._failed = True
                 self._changed.notify_all()
             raise
 
     def _next(self) -> Task | None:
         with self._changed:
-            while self.unfinished and not self._ready:
+            while self.unfinished and not self._failed and not self._ready:
                 self._changed.wait()
-            return self._ready.popleft() if self.unfinished else None
+            return None if self._failed or not self.unfinished else self._ready.popleft()
 
     def resume(self, n: int, results: list[Any] | None) -> None:
         """Lets a work go on to its next tasks, or to its end."""
