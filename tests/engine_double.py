@@ -23,7 +23,7 @@ from apollo_grpc.transport import SERVER_OPTIONS, open_port
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1.weight_export_pb2_grpc import add_WeightExportServiceServicer_to_server
 from apollo_sidecar.engine import Engine
-from apollo_sidecar.live_weights import LiveWeights
+from apollo_sidecar.memfd_weights import MemfdWeights
 from apollo_sidecar.service import WeightExportService
 from apollo_sidecar.shadow_load import trace_checkpoint_map
 
@@ -36,7 +36,7 @@ class ServedModel:
     def __init__(self, folder: Path, dtype: torch.dtype):
         self.folder = folder
         self.module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        self.live = LiveWeights(self.module)
+        self.live = MemfdWeights(self.module)
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """vLLM's own entry point, which the shadow load traces."""
@@ -67,6 +67,8 @@ class ClientDouble:
         if method == "apollo_manifest":
             answer: Any = self._model.live.manifest()
             answer.model, answer.max_model_len = str(self._model.folder), MAX_MODEL_LEN
+        elif method == "apollo_synchronize":
+            return [("", "", b"")]
         else:
             request = pb.TraceCheckpointMapRequest.FromString(args[0])
             answer = trace_checkpoint_map(self._model, self._model.live, request)

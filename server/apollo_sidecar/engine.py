@@ -129,6 +129,8 @@ class Engine:
         # `keep` leaves the cache alone whatever clear_cache says in some versions; the reset at
         # the resume is what clears it, and its answer is checked.
         self._call(self._client.pause_generation(mode=mode, clear_cache=False))
+        # Otherwise the step in flight would read weights that are being written (vLLM 0.26).
+        self._ask_worker("apollo_synchronize")
 
     def _resume(self, weights_changed: bool) -> None:
         try:

@@ -57,7 +57,7 @@ def _run_loader(model: Any, live: LiveWeights, request: pb.TraceCheckpointMapReq
     dtype = _main_dtype(live.tensors)
     with torch.device("meta"):
         sources = {r.name: torch.empty(math.prod(r.shape), dtype=dtype) for r in request.roots}
-    trace = LoaderTrace([live.storage], sources.values())
+    trace = LoaderTrace(live.storages, sources.values())
     with torch.no_grad(), trace:
         model.load_weights(_planned_tensors(request, sources))
     name_of = {source.untyped_storage()._cdata: name for name, source in sources.items()}
@@ -106,28 +106,35 @@ def _view_of(root: pb.PlannedRoot, recorded: _Trace, live: LiveWeights) -> pb.Pa
         )
         for c in copies
     ]
+    storages = {copy.target.storage for copy in copies}
+    if len(storages) > 1:
+        raise NotAView("it is spread over several tensors of the live weights")
+    buffer_id = live.buffer_id(storages.pop())
     view = solve(shape, boxes)
     dtype = dtypes.pop()
-    owner = _owner(live, shape, view, dtype)
+    held = [tensor for tensor in live.tensors if tensor.buffer_id == buffer_id]
+    owner = _owner(held, shape, view, dtype)
     _refuse_later_writes(copies, recorded)
     return pb.ParameterView(
         name=root.name,
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         stride=view.stride,
-        buffer_id=0,
+        buffer_id=buffer_id,
         offset_bytes=view.base * dtype.itemsize,
         tensor=owner.name,
     )
 
 
-def _owner(live: LiveWeights, shape: tuple[int, ...], view: View, dtype: torch.dtype) -> LiveTensor:
-    """The one live tensor that holds the whole view."""
+def _owner(
+    held: list[LiveTensor], shape: tuple[int, ...], view: View, dtype: torch.dtype
+) -> LiveTensor:
+    """The one live tensor, of those in the view's buffer, that holds the whole of it."""
     if any(s < 0 for s in view.stride):
         raise NotAView("it lies backwards in the live weights")
     last = view.base + sum((n - 1) * s for n, s in zip(shape, view.stride, strict=True))
     first_byte, end_byte = view.base * dtype.itemsize, (last + 1) * dtype.itemsize
-    for tensor in live.tensors:
+    for tensor in held:
         if tensor.offset_bytes <= first_byte and end_byte <= tensor.end_bytes:
             return tensor
     raise NotAView("it is spread over several tensors of the live weights")
@@ -142,7 +149,7 @@ def _refuse_later_writes(copies: list[Copy], recorded: _Trace) -> None:
         low, high = _byte_bounds(write.target.bounds(), write.dtype)
         for copy in copies:
             start, end = _byte_bounds(copy.target.bounds(), copy.dtype)
-            if low < end and start < high:
+            if copy.target.storage == write.target.storage and low < end and start < high:
                 raise NotAView(f"vLLM's loader changes it after the copy ({write.operator})")
 
 

@@ -1,4 +1,4 @@
-"""What the plugin adds to vLLM's workers: live weights at load, and two calls to ask about them.
+"""What the plugin adds to vLLM's workers: live weights at load, and calls to ask about them.
 
 Messages cross vLLM's process boundary as serialized protobuf, which every serializer of
 `collective_rpc` carries as plain bytes.
@@ -9,10 +9,15 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from apollo_grpc.errors import ApolloError, FailedPrecondition
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_sidecar.cpu_live import keep_cpu_weights_live
-from apollo_sidecar.live_weights import LiveWeights, require_cpu
+from apollo_sidecar.cuda_weights import CudaWeights
+from apollo_sidecar.live_weights import LiveWeights
+from apollo_sidecar.memfd_weights import MemfdWeights
+from apollo_sidecar.refusals import device_of, require_live_experts, require_shareable
 from apollo_sidecar.shadow_load import trace_checkpoint_map
 
 log = logging.getLogger("vllm.apollo")
@@ -31,50 +36,64 @@ def install(worker_base: Any) -> None:
     worker_base.WorkerWrapperBase.load_model = _load_model
     worker_base.WorkerBase.apollo_manifest = _manifest
     worker_base.WorkerBase.apollo_trace = _trace
+    worker_base.WorkerBase.apollo_synchronize = _synchronize
 
 
 def _load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-    """Loads as vLLM does, then moves the weights to shared memory.
+    """Loads as vLLM does; on CPU the weights are moved to shared memory then.
 
     A failure of ours is logged and leaves vLLM serving; the training server is told why it
     cannot attach.
     """
     worker = wrapper.worker
     try:
+        require_shareable(worker.vllm_config)
         keep_cpu_weights_live()
     except Exception as error:
         _refuse(worker, error)
     result = worker.load_model(*args, **kwargs)
     if getattr(worker, _REFUSAL, None) is None:
         try:
-            _export(worker)
+            _prepare(worker)
         except Exception as error:
             _refuse(worker, error)
     return result
 
 
-def _export(worker: Any) -> None:
+def _prepare(worker: Any) -> None:
     model = worker.model_runner.get_model()
-    require_cpu(model)
-    live = LiveWeights(model)
+    require_live_experts(model)
+    # Weights on a GPU stay where they are, and are exported once somebody asks for them.
+    if device_of(model) == "cpu":
+        _share(worker, MemfdWeights(model))
+
+
+def _share(worker: Any, live: LiveWeights) -> LiveWeights:
     setattr(worker, _EXPORT, live)
     log.info("apollo: %d tensors, %d bytes, are shared", len(live.tensors), live.size_bytes)
+    return live
 
 
 def _refuse(worker: Any, error: Exception) -> None:
     log.error("apollo: the weights are not shared; vLLM goes on serving", exc_info=error)
-    message = error.message if isinstance(error, ApolloError) else type(error).__name__
-    setattr(worker, _REFUSAL, message)
+    why, reason = type(error).__name__, "WEIGHTS_NOT_SHARED"
+    if isinstance(error, ApolloError):
+        why, reason = error.message, error.reason
+    setattr(worker, _REFUSAL, (why, reason))
 
 
 def _live_weights(worker: Any) -> LiveWeights:
-    live: LiveWeights | None = getattr(worker, _EXPORT, None)
-    if live is None:
-        refusal = getattr(worker, _REFUSAL, None) or "this worker loaded no model"
+    why, reason = getattr(worker, _REFUSAL, None) or ("", "")
+    model_runner = worker.model_runner
+    if model_runner is None:
+        why, reason = "this worker loaded no model", "WEIGHTS_NOT_SHARED"
+    if why:
         raise FailedPrecondition(
-            f"vLLM does not share its weights: {refusal}. Its log says more.",
-            reason="WEIGHTS_NOT_SHARED",
+            f"vLLM does not share its weights: {why}. Its log says more.", reason=reason
         )
+    model = model_runner.get_model()
+    live: LiveWeights = getattr(worker, _EXPORT, None) or _share(worker, CudaWeights(model))
+    live.require_unmoved(model)
     return live
 
 
@@ -103,3 +122,10 @@ def _trace(worker: Any, request: bytes) -> tuple[str, str, bytes]:
     parsed = pb.TraceCheckpointMapRequest.FromString(request)
     response = trace_checkpoint_map(worker.model_runner.get_model(), live, parsed)
     return _answer(None, response.SerializeToString())
+
+
+def _synchronize(worker: Any) -> tuple[str, str, bytes]:
+    """Waits for what the GPU still computes: a pause ends before that in some versions."""
+    if worker.device is not None and worker.device.type == "cuda":
+        torch.cuda.synchronize(worker.device)
+    return _answer(None)

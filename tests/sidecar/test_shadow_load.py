@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from apollo_sidecar.live_weights import LiveWeights
+from apollo_sidecar.memfd_weights import MemfdWeights
 from apollo_sidecar.shadow_load import trace_checkpoint_map
 from tests.sidecar.loaders import (
     EXPERTS,
@@ -33,10 +33,10 @@ class Traced:
 
     def __init__(self, module, request):
         torch.manual_seed(0)
-        self.module, self.live = module, LiveWeights(module)
-        before = bytes(self.live.storage)
+        self.module, self.live = module, MemfdWeights(module)
+        before = bytes(self.live.storages[0])
         self.answer = trace_checkpoint_map(module, self.live, request)
-        assert bytes(self.live.storage) == before, "the live weights were touched"
+        assert bytes(self.live.storages[0]) == before, "the live weights were touched"
         self.views = {view.name: view for view in self.answer.views}
         self.refused = {refused.name: refused.reason for refused in self.answer.refused}
 
@@ -46,7 +46,7 @@ class Traced:
         offset, remainder = divmod(view.offset_bytes, dtype.itemsize)
         assert remainder == 0
         empty = torch.empty(0, dtype=dtype)
-        return empty.set_(self.live.storage, offset, tuple(view.shape), tuple(view.stride))
+        return empty.set_(self.live.storages[0], offset, tuple(view.shape), tuple(view.stride))
 
 
 def test_fused_rows_are_found_by_their_place():

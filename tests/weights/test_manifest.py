@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import weight_export_pb2 as pb
-from apollo_trainer.weights.manifest import MAX_ELEMENTS, check_manifest, check_views
+from apollo_trainer.weights.manifest import MAX_ELEMENTS, Region, check_manifest, check_views
 
 QUICK = settings(deadline=None, max_examples=150, derandomize=True)
 SIZE = 4096
@@ -31,16 +32,22 @@ def view(name="w", shape=(2, 3), stride=(3, 1), offset=0, dtype="float32", buffe
     )
 
 
-def refused(views, expected=None, sizes=None):
+def whole(size, buffers=(0,)):
+    """One tensor a buffer, that fills it; `t` is the first one's name."""
+    names = ["t", "u", "v"]
+    return {n: Region(b, 0, size, b) for n, b in zip(names, buffers, strict=False)}
+
+
+def refused(views, expected=None, regions=None):
     expected = expected or {v.name: tuple(v.shape) for v in views}
     with pytest.raises(FailedPrecondition) as error:
-        check_views(views, sizes or {0: SIZE}, expected)
+        check_views(views, regions or whole(SIZE), expected)
     assert "Nothing was written." in error.value.message
     return error.value.reason
 
 
 def checked(views):
-    return check_views(views, {0: SIZE}, {v.name: tuple(v.shape) for v in views})
+    return check_views(views, whole(SIZE), {v.name: tuple(v.shape) for v in views})
 
 
 def addresses(found):
@@ -69,7 +76,7 @@ def views(draw, name="w"):
 def test_what_passes_touches_each_byte_once_and_stays_inside(pair, size):
     expected = {v.name: tuple(v.shape) for v in pair}
     try:
-        found = check_views(list(pair), {0: size}, expected)
+        found = check_views(list(pair), whole(size), expected)
     except FailedPrecondition:
         return
     touched = list(addresses(found))
@@ -146,8 +153,9 @@ def test_two_parameters_pass_exactly_when_they_are_apart(a, b, m, n):
 
 def test_the_same_offset_in_two_buffers_is_apart():
     pair = [view("a", buffer_id=0), view("b", buffer_id=1)]
+    pair[1].tensor = "u"
     expected = {"a": (2, 3), "b": (2, 3)}
-    assert len(check_views(pair, {0: SIZE, 1: SIZE}, expected)) == 2
+    assert len(check_views(pair, whole(SIZE, (0, 1)), expected)) == 2
 
 
 def test_a_parameter_inside_a_larger_one_overlaps_though_others_lie_between():
@@ -174,38 +182,166 @@ def test_a_parameter_that_is_mapped_twice_or_never_is_refused_by_name():
     assert refused([view()], {"w": (2, 3), "v": (2,)}) == "PARAMETER_UNMAPPED"
 
 
-def good_manifest():
+MEMFD = pb.MemfdHandle(pid=1, fd=3, inode=9)
+IPC = pb.CudaIpcHandle(
+    device_uuid="u", handle=b"h", reference_counter_handle=b"r", event_handle=b"e"
+)
+
+
+def good_manifest(handle=MEMFD):
     manifest = pb.WeightManifest(epoch="e", tensor_parallel_size=1)
-    manifest.buffers.add(buffer_id=0, size_bytes=4, memfd=pb.MemfdHandle(pid=1, fd=3, inode=9))
+    kind = "cuda_ipc" if handle is IPC else "memfd"
+    manifest.buffers.add(buffer_id=0, size_bytes=64, **{kind: handle})
+    manifest.buffers.add(buffer_id=1, size_bytes=16, **{kind: handle})
+    add = manifest.tensors.add
+    add(name="a", dtype="float32", shape=[2, 3], stride=[3, 1], offset_bytes=0, alias_group=0)
+    add(name="b", dtype="bfloat16", shape=[3], stride=[2], offset_bytes=24, alias_group=1)
+    add(name="tied", dtype="float32", shape=[3, 2], stride=[1, 3], offset_bytes=0, alias_group=0)
+    add(name="c", dtype="float32", shape=[4], stride=[1], buffer_id=1, alias_group=2)
     return manifest
 
 
-def another_buffer(manifest, **buffer):
-    manifest.buffers.add(**({"buffer_id": 1, "size_bytes": 4, "memfd": pb.MemfdHandle()} | buffer))
-
-
-BAD_MANIFESTS = [
-    (lambda m: m.ClearField("epoch"), "MANIFEST_INVALID"),
-    (lambda m: m.ClearField("buffers"), "MANIFEST_INVALID"),
-    (lambda m: another_buffer(m, buffer_id=0), "MANIFEST_INVALID"),
-    (lambda m: another_buffer(m, size_bytes=0), "MANIFEST_INVALID"),
-    (lambda m: another_buffer(m, size_bytes=-4), "MANIFEST_INVALID"),
-    (lambda m: another_buffer(m, memfd=None), "BUFFER_UNSUPPORTED"),
-    (
-        lambda m: another_buffer(m, memfd=None, cuda_ipc=pb.CudaIpcHandle(handle=b"x")),
-        "BUFFER_UNSUPPORTED",
-    ),
-    (lambda m: setattr(m, "tensor_parallel_size", 2), "TENSOR_PARALLEL_UNSUPPORTED"),
-    (lambda m: m.ClearField("tensor_parallel_size"), "TENSOR_PARALLEL_UNSUPPORTED"),
-]
-
-
-@pytest.mark.parametrize("number", range(len(BAD_MANIFESTS)))
-def test_a_manifest_that_cannot_be_mapped_is_refused(number):
-    spoil, reason = BAD_MANIFESTS[number]
-    manifest = good_manifest()
-    check_manifest(manifest)
-    spoil(manifest)
+def of_manifest(manifest, epoch="e"):
     with pytest.raises(FailedPrecondition) as error:
-        check_manifest(manifest)
-    assert error.value.reason == reason
+        check_manifest(manifest, epoch)
+    assert "Nothing was written." in error.value.message
+    return error.value.reason
+
+
+@pytest.mark.parametrize("handle", [MEMFD, IPC])
+def test_a_manifest_that_holds_together_says_where_each_tensor_lies(handle):
+    regions = check_manifest(good_manifest(handle), "e")
+    assert regions["a"] == regions["tied"] == (0, 0, 24, 0)
+    assert (regions["b"], regions["c"]) == ((0, 24, 34, 1), (1, 0, 16, 2))
+
+
+def test_a_manifest_of_another_engine_process_is_refused():
+    assert of_manifest(good_manifest(), "another") == "EPOCH_CHANGED"
+    manifest = good_manifest()
+    manifest.ClearField("epoch")
+    assert of_manifest(manifest, "") == "EPOCH_CHANGED"
+
+
+BUFFERS = {
+    "none": lambda m: m.ClearField("buffers"),
+    "one twice": lambda m: setattr(m.buffers[1], "buffer_id", 0),
+    "empty": lambda m: setattr(m.buffers[1], "size_bytes", 0),
+    "negative": lambda m: setattr(m.buffers[1], "size_bytes", -4),
+    "larger than any memory": lambda m: setattr(m.buffers[1], "size_bytes", 2**60),
+    "without a handle": lambda m: m.buffers[1].ClearField("memfd"),
+    "on a GPU and on the CPU": lambda m: m.buffers[1].cuda_ipc.CopyFrom(IPC),
+}
+HANDLES = {
+    "no device": lambda h: h.ClearField("device_uuid"),
+    "another device than the first": lambda h: setattr(h, "device_uuid", "v"),
+    "no handle": lambda h: h.ClearField("handle"),
+    "no counter": lambda h: h.ClearField("reference_counter_handle"),
+    "before the allocation": lambda h: setattr(h, "offset_bytes", -8),
+}
+
+
+@pytest.mark.parametrize("spoil", BUFFERS.values(), ids=BUFFERS)
+def test_impossible_buffers_are_refused(spoil):
+    manifest = good_manifest()
+    spoil(manifest)
+    assert of_manifest(manifest) == "MANIFEST_INVALID"
+
+
+@pytest.mark.parametrize("spoil", HANDLES.values(), ids=HANDLES)
+def test_incomplete_handles_of_gpu_memory_are_refused(spoil):
+    manifest = good_manifest(IPC)
+    spoil(manifest.buffers[1].cuda_ipc)
+    assert of_manifest(manifest) == "MANIFEST_INVALID"
+
+
+@pytest.mark.parametrize("size", [0, 2, -1])
+def test_several_workers_are_refused_with_the_flag(size):
+    manifest = good_manifest()
+    manifest.tensor_parallel_size = size
+    assert of_manifest(manifest) == "TENSOR_PARALLEL_UNSUPPORTED"
+
+
+def test_tensors_that_overlap_outside_their_alias_group_are_refused():
+    manifest = good_manifest()
+    manifest.tensors[1].offset_bytes = 22
+    assert of_manifest(manifest) == "MANIFEST_INVALID"
+
+
+@st.composite
+def forged(draw):
+    """A good manifest with one number of one tensor or buffer replaced by any other."""
+    manifest = good_manifest(draw(st.sampled_from([MEMFD, IPC])))
+    number = st.integers(-(2**40), 2**40) | st.integers(-80, 80)
+    tensor = manifest.tensors[draw(st.integers(0, 3))]
+    match draw(st.sampled_from(["offset", "shape", "stride", "buffer", "size", "dtype", "sides"])):
+        case "offset":
+            tensor.offset_bytes = draw(number)
+        case "shape":
+            tensor.shape[0] = draw(number)
+        case "stride":
+            tensor.stride[0] = draw(number)
+        case "buffer":
+            tensor.buffer_id = draw(st.integers(-3, 3))
+        case "size":
+            manifest.buffers[tensor.buffer_id].size_bytes = draw(number)
+        case "dtype":
+            tensor.dtype = draw(st.sampled_from(["float64", "bfloat16", "Tensor", "load", ""]))
+        case "sides":
+            tensor.stride.append(draw(number))
+    return manifest
+
+
+def span(tensor):
+    """First byte and one past the last, by counting every element."""
+    width = getattr(torch, tensor.dtype).itemsize
+    corners = itertools.product(*[{0, n - 1} for n in tensor.shape])
+    at = [sum(i * s for i, s in zip(c, tensor.stride, strict=True)) for c in corners]
+    first = tensor.offset_bytes
+    return first + min(at) * width, first + (max(at) + 1) * width
+
+
+@QUICK
+@given(forged())
+def test_a_forged_manifest_is_refused_or_keeps_every_tensor_inside_and_apart(manifest):
+    try:
+        check_manifest(manifest, "e")
+    except FailedPrecondition as error:
+        assert error.reason == "MANIFEST_INVALID"
+        return
+    spans = [(t.buffer_id, *span(t), t.alias_group) for t in manifest.tensors]
+    sizes = {b.buffer_id: b.size_bytes for b in manifest.buffers}
+    for buffer, start, end, _ in spans:
+        assert 0 <= start < end <= sizes[buffer]
+    for (b1, s1, e1, g1), (b2, s2, e2, g2) in itertools.combinations(spans, 2):
+        assert b1 != b2 or g1 == g2 or e1 <= s2 or e2 <= s1
+
+
+@QUICK
+@given(st.data())
+def test_a_truncated_manifest_is_refused(data):
+    whole = good_manifest(IPC).SerializeToString()
+    cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    try:
+        manifest = pb.WeightManifest.FromString(cut)
+    except DecodeError:
+        return
+    # Cut between two whole tensors, what is left holds together; the map misses the others.
+    views = [
+        view(t.name, tuple(t.shape), tuple(t.stride), t.offset_bytes, t.dtype, t.buffer_id)
+        for t in good_manifest().tensors
+        if t.name != "tied"
+    ]
+    for each in views:
+        each.tensor = each.name
+    with pytest.raises(FailedPrecondition):
+        check_views(views, check_manifest(manifest, "e"), {v.name: tuple(v.shape) for v in views})
+
+
+def test_a_view_outside_the_tensor_that_it_names_is_refused():
+    regions = {"t": Region(0, 0, 24, 0), "u": Region(0, 24, 48, 1)}
+    assert refused([view(offset=4)], regions=regions) == "MAP_OUT_OF_BOUNDS"
+    there = view(offset=24)
+    there.tensor = "u"
+    check_views([there], regions, {"w": (2, 3)})
+    there.tensor = "nowhere"
+    assert refused([there], regions=regions) == "MAP_OUT_OF_BOUNDS"

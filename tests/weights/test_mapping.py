@@ -129,14 +129,14 @@ def test_measuring_tells_shared_parameters_from_copied_ones(owner):
         mapping.view(live((8,), (1,))),
         mapping.view(live((4, 2), (1, 4), offset=128)),
     )
-    use = measure([shared, strided, shared.clone()], {mapping.inode})
+    use = measure([shared, strided, shared.clone()], [mapping])
     assert (use.parameters, use.shared_bytes, use.copied_bytes) == (24, 64, 32)
 
 
 def test_memory_of_another_file_counts_as_copied(owner):
     other = Owner()
     mapping, theirs = map_buffer(owner.buffer()), map_buffer(other.buffer())
-    use = measure([theirs.view(live((8,), (1,)))], {mapping.inode})
+    use = measure([theirs.view(live((8,), (1,)))], [mapping])
     assert (use.shared_bytes, use.copied_bytes) == (0, 32)
     other.end()
 

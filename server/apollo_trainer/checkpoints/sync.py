@@ -104,6 +104,7 @@ def _live_shard(
         for name in file.keys():  # noqa: SIM118
             on_disk = file.get_tensor(name)
             live = reader.read(name)
+            live = live if live is None else live.cpu()
             tensors[name] = on_disk if live is None else live
             if live is not None:
                 outcome.bytes_compared += live.numel() * live.element_size()

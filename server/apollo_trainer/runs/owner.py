@@ -98,7 +98,8 @@ class ModelOwner:
             attachment_detail="vLLM was found; its weights are being mapped and verified.",
         )
         try:
-            attachment = attach(self._sidecar, check_all_values=self._settings.check_all_values)
+            everything = self._settings.check_all_values
+            attachment = attach(self._sidecar, epoch, check_all_values=everything)
             session = open_session(attachment, self._settings)
         except ApolloError as error:
             self._refuse(error)

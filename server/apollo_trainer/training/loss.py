@@ -39,11 +39,11 @@ def continuation_loss(model: Any, sample: TokenizedSample) -> ContinuationLoss:
     """Runs both forward passes of one sample; the graph holds the continuation's only."""
     began = time.perf_counter()
     logits = continuation_logits(model, sample.context_ids, sample.continuation_ids)
-    targets = torch.tensor(sample.continuation_ids)
+    targets = torch.tensor(sample.continuation_ids, device=logits.device)
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
     weights = torch.full_like(losses, sample.weight)
     if sample.token_weights:
-        weights *= torch.tensor(sample.token_weights, dtype=weights.dtype)
+        weights *= weights.new_tensor(sample.token_weights)
     return ContinuationLoss(
         weighted=(losses * weights).sum(),
         loss_sum=float(losses.detach().sum()),
@@ -64,8 +64,12 @@ def continuation_logits(
     cache = None
     if frozen:
         with torch.no_grad():
-            context = model(torch.tensor([frozen]), use_cache=True, logits_to_keep=1)
+            context = model(_ids(frozen, model), use_cache=True, logits_to_keep=1)
         cache = context.past_key_values
-    ids = torch.tensor([[last, *continuation_ids[:-1]]])
+    ids = _ids((last, *continuation_ids[:-1]), model)
     logits: torch.Tensor = model(ids, past_key_values=cache, use_cache=cache is not None).logits
     return logits[0]
+
+
+def _ids(token_ids: tuple[int, ...], model: Any) -> torch.Tensor:
+    return torch.tensor([token_ids], device=model.device)

@@ -15,7 +15,7 @@ from apollo_trainer.weights import manifest as manifests
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, plan_checkpoint
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from apollo_trainer.weights.live_model import fill_with_views, meta_model
-from apollo_trainer.weights.mapping import Mapping, MemoryUse, map_buffer, measure
+from apollo_trainer.weights.mapping import Mapping, MemoryUse, map_buffers, measure
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.values import require_checkpoint_values
 from apollo_trainer.weights.verify import log_probabilities, probe_tokens, require_agreement
@@ -57,28 +57,28 @@ class Attachment:
 
     def memory(self) -> MemoryUse:
         """Where the parameters lie, measured now."""
-        inodes = {mapping.inode for mapping in self.mappings.values()}
-        return measure(list(self.parameters().values()), inodes)
+        return measure(list(self.parameters().values()), self.mappings.values())
 
 
-def attach(sidecar: Sidecar, *, check_all_values: bool = False) -> Attachment:
+def attach(sidecar: Sidecar, epoch: str, *, check_all_values: bool = False) -> Attachment:
     """Maps and verifies the weights of the engine behind the sidecar.
 
     Args:
+        epoch: of the engine process that was found.
         check_all_values: compare every weight with the model directory, not blocks of each.
 
     Raises FailedPrecondition when they may not be trained, Unavailable when the engine is gone.
     """
     began = time.monotonic()
     manifest = sidecar.manifest()
-    manifests.check_manifest(manifest)
-    mappings = {buffer.buffer_id: map_buffer(buffer) for buffer in manifest.buffers}
+    regions = manifests.check_manifest(manifest, epoch)
     model = meta_model(manifest.model)
     plan = plan_checkpoint(model)
     answer = sidecar.trace(plan.request(manifest.epoch))
     _require_all_views(list(answer.refused), len(plan.roots))
-    sizes = {buffer_id: mapping.size_bytes for buffer_id, mapping in mappings.items()}
-    views = manifests.check_views(list(answer.views), sizes, plan.roots)
+    views = manifests.check_views(list(answer.views), regions, plan.roots)
+    # Only now: what is refused above was never mapped.
+    mappings = map_buffers(manifest.buffers)
     tensors = {name: mappings[live.buffer_id].view(live) for name, live in views.items()}
     fill_with_views(model, plan, tensors)
     attachment = Attachment(

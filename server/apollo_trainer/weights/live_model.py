@@ -55,12 +55,13 @@ def fill_with_views(model: Any, plan: CheckpointPlan, views: dict[str, torch.Ten
 
 def _give_buffers_memory(model: Any) -> None:
     """Computes buffers that no checkpoint holds, such as rotary frequencies."""
+    device = next(model.parameters()).device
     for parameter in model.parameters():
         # initialize_weights() would overwrite the live weights of any parameter without the mark.
         parameter._is_hf_initialized = True
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             owner, _, attribute = name.rpartition(".")
-            memory = torch.zeros_like(buffer, device="cpu")
+            memory = torch.zeros_like(buffer, device=device)
             model.get_submodule(owner)._buffers[attribute] = memory
     model.initialize_weights()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -49,15 +50,30 @@ class LiveView:
         return math.prod(self.shape)
 
 
+class Region(NamedTuple):
+    """The bytes of a buffer that one of vLLM's tensors spans."""
+
+    buffer_id: int
+    start_bytes: int
+    end_bytes: int
+    alias_group: int
+
+
 def refusal(reason: str, message: str) -> FailedPrecondition:
     """The error that keeps a model from being trained; nothing was written."""
     return FailedPrecondition(f"{message} Nothing was written.", reason=reason)
 
 
-def check_manifest(manifest: pb.WeightManifest) -> None:
-    """Raises FailedPrecondition where a manifest is not one that this version can map."""
-    if not manifest.epoch:
-        raise refusal("MANIFEST_INVALID", "The sidecar's manifest has no epoch.")
+def check_manifest(manifest: pb.WeightManifest, epoch: str) -> dict[str, Region]:
+    """Where each tensor of vLLM's lies, in a manifest that this version can map.
+
+    Args:
+        epoch: of the engine process that was found.
+
+    Raises FailedPrecondition for a manifest of another process, or one that contradicts itself.
+    """
+    if not manifest.epoch or manifest.epoch != epoch:
+        raise refusal("EPOCH_CHANGED", "The sidecar's manifest is of another engine process.")
     if manifest.tensor_parallel_size != 1:
         raise refusal(
             "TENSOR_PARALLEL_UNSUPPORTED",
@@ -66,32 +82,78 @@ def check_manifest(manifest: pb.WeightManifest) -> None:
         )
     ids = [buffer.buffer_id for buffer in manifest.buffers]
     if not ids or len(set(ids)) != len(ids):
-        raise refusal("MANIFEST_INVALID", "The sidecar's manifest names no buffers, or one twice.")
+        raise _invalid("names no buffers, or one twice")
     for buffer in manifest.buffers:
-        if buffer.WhichOneof("handle") != "memfd":
-            raise refusal(
-                "BUFFER_UNSUPPORTED",
-                "vLLM exports weights on a GPU; this version maps CPU weights only.",
-            )
-        if buffer.size_bytes <= 0:
-            raise refusal("MANIFEST_INVALID", "The sidecar's manifest has a buffer without size.")
+        _check_buffer(buffer)
+    if len({buffer.cuda_ipc.device_uuid for buffer in manifest.buffers}) != 1:
+        raise _invalid("names buffers on several devices")
+    sizes = {buffer.buffer_id: buffer.size_bytes for buffer in manifest.buffers}
+    regions = {tensor.name: _region(tensor, sizes) for tensor in manifest.tensors}
+    if not regions or len(regions) != len(manifest.tensors):
+        raise _invalid("names no tensors, or one twice")
+    _require_apart(list(regions.values()))
+    return regions
+
+
+def _invalid(what: str) -> FailedPrecondition:
+    return refusal("MANIFEST_INVALID", f"The sidecar's manifest {what}.")
+
+
+def _check_buffer(buffer: pb.Buffer) -> None:
+    if not 0 < buffer.size_bytes < MAX_ELEMENTS:
+        raise _invalid("has a buffer without a possible size")
+    kind = buffer.WhichOneof("handle")
+    if kind is None:
+        raise _invalid("has a buffer without a handle")
+    if kind == "cuda_ipc":
+        handle = buffer.cuda_ipc
+        complete = handle.device_uuid and handle.handle and handle.reference_counter_handle
+        if not complete or handle.offset_bytes < 0:
+            raise _invalid("has an incomplete handle of GPU memory")
+
+
+def _region(tensor: pb.Tensor, sizes: dict[int, int]) -> Region:
+    dtype = getattr(torch, tensor.dtype, None)
+    sides = zip(tensor.shape, tensor.stride, strict=False)
+    if not isinstance(dtype, torch.dtype) or len(tensor.shape) != len(tensor.stride):
+        raise _invalid(f"describes {tensor.name} by no dtype, or shape and strides of two tensors")
+    if any(n <= 0 or not 0 <= s < MAX_ELEMENTS for n, s in sides):
+        raise _invalid(f"has impossible strides for {tensor.name}")
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride, strict=True)) + 1
+    end = tensor.offset_bytes + reach * dtype.itemsize
+    if tensor.offset_bytes < 0 or end > sizes.get(tensor.buffer_id, 0):
+        raise _invalid(f"puts {tensor.name} outside its buffer")
+    return Region(tensor.buffer_id, tensor.offset_bytes, end, tensor.alias_group)
+
+
+def _require_apart(regions: list[Region]) -> None:
+    """Tensors may share bytes only with those of their alias group."""
+    here, reach, group = -1, 0, -1
+    for region in sorted(regions):
+        overlaps = region.buffer_id == here and region.start_bytes < reach
+        if overlaps and region.alias_group != group:
+            raise _invalid("has tensors that overlap")
+        reach = max(reach, region.end_bytes) if overlaps else region.end_bytes
+        here, group = region.buffer_id, region.alias_group
 
 
 def check_views(
-    views: list[pb.ParameterView], sizes: dict[int, int], expected: dict[str, tuple[int, ...]]
+    views: list[pb.ParameterView],
+    regions: dict[str, Region],
+    expected: dict[str, tuple[int, ...]],
 ) -> dict[str, LiveView]:
     """The views by name, each in bounds, writable element by element, and apart from the others.
 
     Args:
         views: the sidecar's answer.
-        sizes: bytes of each buffer.
+        regions: of vLLM's tensors, by name; each view must lie inside the one it names.
         expected: shape of each parameter of the training model.
 
     Raises FailedPrecondition that names the parameter.
     """
     checked: dict[str, LiveView] = {}
     for view in views:
-        live = _check_view(view, sizes, expected)
+        live = _check_view(view, regions.get(view.tensor), expected)
         if live.name in checked:
             raise refusal("MAP_INVALID", f"The sidecar maps the parameter {live.name} twice.")
         checked[live.name] = live
@@ -103,7 +165,7 @@ def check_views(
 
 
 def _check_view(
-    view: pb.ParameterView, sizes: dict[int, int], expected: dict[str, tuple[int, ...]]
+    view: pb.ParameterView, region: Region | None, expected: dict[str, tuple[int, ...]]
 ) -> LiveView:
     shape, stride = tuple(view.shape), tuple(view.stride)
     if expected.get(view.name) != shape or len(stride) != len(shape):
@@ -117,14 +179,20 @@ def _check_view(
     live = LiveView(
         view.name, DTYPES[view.dtype], shape, stride, view.buffer_id, view.offset_bytes, view.tensor
     )
-    size = sizes.get(live.buffer_id, 0)
     if not all(0 <= s < MAX_ELEMENTS for s in stride) or not 0 < live.numel < MAX_ELEMENTS:
         raise refusal("MAP_INVALID", f"The sidecar maps {view.name} with impossible strides.")
-    if live.offset_bytes < 0 or live.offset_bytes % live.dtype.itemsize or live.end_bytes > size:
-        raise refusal("MAP_OUT_OF_BOUNDS", f"The sidecar maps {view.name} outside its buffer.")
+    if region is None or live.offset_bytes % live.dtype.itemsize or not _within(live, region):
+        raise refusal(
+            "MAP_OUT_OF_BOUNDS", f"The sidecar maps {view.name} outside the tensor it names."
+        )
     if _overlaps_itself(live):
         raise refusal("MAP_OVERLAPS", f"Elements of {view.name} share memory with each other.")
     return live
+
+
+def _within(view: LiveView, region: Region) -> bool:
+    here = view.buffer_id == region.buffer_id
+    return here and region.start_bytes <= view.offset_bytes and view.end_bytes <= region.end_bytes
 
 
 def _overlaps_itself(view: LiveView) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,31 +11,68 @@ from typing import Any
 import torch
 
 from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_trainer.weights.cuda_mapping import device_index, open_ipc_handle, own_segments
 from apollo_trainer.weights.manifest import LiveView, refusal
 
 MAPS = Path("/proc/self/maps")
+Ranges = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Mapping:
-    """A buffer of live weights in this process; writes to it are what vLLM computes with next."""
+    """A buffer of live weights in this process; writes to it are what vLLM computes with next.
+
+    Attributes:
+        inode: of the memfd behind it; None for memory of a GPU.
+    """
 
     storage: Any
-    inode: int
     size_bytes: int
+    inode: int | None = None
 
     def view(self, live: LiveView) -> torch.Tensor:
         """The live parameter, of its shape, dtype and strides."""
-        empty = torch.empty(0, dtype=live.dtype)
+        empty = torch.empty(0, dtype=live.dtype, device=self.storage.device)
         offset = live.offset_bytes // live.dtype.itemsize
         return empty.set_(self.storage, offset, live.shape, live.stride)
 
 
-def map_buffer(buffer: pb.Buffer) -> Mapping:
-    """Maps a memfd of the engine's worker, without copying a byte.
+def map_buffers(buffers: Iterable[pb.Buffer]) -> dict[int, Mapping]:
+    """All buffers of a checked manifest by id, without copying a byte.
 
-    Raises FailedPrecondition when the descriptor no longer is what the manifest describes: the
-    process may have ended and its pid been given to another.
+    Raises FailedPrecondition when one no longer is what the manifest describes.
+    """
+    return {buffer.buffer_id: map_buffer(buffer) for buffer in buffers}
+
+
+def map_buffer(buffer: pb.Buffer) -> Mapping:
+    """Maps one buffer. Raises as `map_buffers` does."""
+    if buffer.WhichOneof("handle") == "cuda_ipc":
+        return Mapping(_open_on_gpu(buffer), buffer.size_bytes)
+    return _map_memfd(buffer)
+
+
+def _open_on_gpu(buffer: pb.Buffer) -> Any:
+    device = device_index(buffer.cuda_ipc.device_uuid)
+    if device is None:
+        raise refusal(
+            "DEVICE_NOT_VISIBLE",
+            f"vLLM's weights lie on the GPU {buffer.cuda_ipc.device_uuid}, which this process does "
+            "not see. Start the training server with CUDA_VISIBLE_DEVICES set to it.",
+        )
+    try:
+        return open_ipc_handle(buffer, device)
+    except RuntimeError as error:
+        raise refusal(
+            "BUFFER_GONE",
+            f"CUDA does not open the memory of vLLM's worker ({str(error).splitlines()[0]}).",
+        ) from None
+
+
+def _map_memfd(buffer: pb.Buffer) -> Mapping:
+    """Maps a memfd of the engine's worker.
+
+    The process may have ended and its pid been given to another: the file is checked first.
     """
     handle = buffer.memfd
     path = f"/proc/{handle.pid}/fd/{handle.fd}"
@@ -56,7 +94,7 @@ def map_buffer(buffer: pb.Buffer) -> Mapping:
         )
     finally:
         os.close(descriptor)
-    return Mapping(storage, handle.inode, buffer.size_bytes)
+    return Mapping(storage, buffer.size_bytes, handle.inode)
 
 
 @dataclass(frozen=True)
@@ -68,26 +106,38 @@ class MemoryUse:
     copied_bytes: int
 
 
-def measure(parameters: list[torch.Tensor], inodes: set[int]) -> MemoryUse:
-    """Where the parameters' bytes really lie, read from the kernel's list of mappings.
+def measure(parameters: list[torch.Tensor], mappings: Iterable[Mapping]) -> MemoryUse:
+    """Where the parameters' bytes really lie.
+
+    On CPU this is read from the kernel's list of mappings; on a GPU, from torch's list of the
+    segments that this process allocated itself.
 
     Args:
         parameters: each one once.
-        inodes: of the engine's buffers.
+        mappings: of the engine's buffers.
     """
-    shared_ranges = _shared_ranges(inodes)
+    inodes = {mapping.inode for mapping in mappings if mapping.inode is not None}
+    opened = [mapping.storage for mapping in mappings if mapping.inode is None]
+    on_cpu = _shared_ranges(inodes) if inodes else []
+    on_gpu = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in opened]
+    own = own_segments() if opened else []
     shared = copied = count = 0
     for parameter in parameters:
         count += parameter.numel()
         size = parameter.numel() * parameter.element_size()
-        if any(low <= parameter.data_ptr() < high for low, high in shared_ranges):
+        ranges = on_gpu if parameter.is_cuda else on_cpu
+        if _inside(parameter, ranges) and not (parameter.is_cuda and _inside(parameter, own)):
             shared += size
         else:
             copied += size
     return MemoryUse(count, shared, copied)
 
 
-def _shared_ranges(inodes: set[int]) -> list[tuple[int, int]]:
+def _inside(tensor: torch.Tensor, ranges: Ranges) -> bool:
+    return any(low <= tensor.data_ptr() < high for low, high in ranges)
+
+
+def _shared_ranges(inodes: set[int]) -> Ranges:
     """Address ranges of shared mappings of the given files (proc(5), /proc/pid/maps)."""
     ranges = []
     for line in MAPS.read_text().splitlines():

@@ -61,7 +61,7 @@ def _require_equal(
         raise _differs(name, shard, f"has the shape {on_disk.get_shape()} there")
     compared = 0
     for block in [...] if everything else _blocks(name, tuple(live.shape)):
-        ours, theirs = live[block], on_disk[block].to(live.dtype)
+        ours, theirs = live[block].cpu(), on_disk[block].to(live.dtype)
         if not same_bytes(ours, theirs):
             raise _differs(name, shard, "holds other values there")
         compared += ours.numel()

@@ -23,10 +23,10 @@ def probe_tokens(vocabulary: int, max_model_len: int) -> list[int]:
 
 @torch.no_grad()
 def log_probabilities(model: Any, token_ids: list[int]) -> torch.Tensor:
-    """The model's log-probability of each token after the first: [T - 1], fp32, in nats."""
-    ids = torch.tensor([token_ids])
+    """The model's log-probability of each token after the first: [T - 1], fp32, CPU, in nats."""
+    ids = torch.tensor([token_ids], device=model.device)
     logits = model(ids, use_cache=False).logits[0, :-1].float()
-    return torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0]
+    return torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0].cpu()
 
 
 def require_agreement(ours: torch.Tensor, engine: list[float], dtype: torch.dtype) -> float:

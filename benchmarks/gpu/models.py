@@ -1,0 +1,74 @@
+"""Model directories of real shapes with random weights, made on the GPU, seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+VOCABULARY = 151_936
+_QWEN3 = {
+    "vocab_size": VOCABULARY,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "rope_theta": 1e6,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+# Sizes as published in the models' config.json; the mixture is a small one of the same kind.
+SHAPES: dict[str, Callable[[], Any]] = {
+    "qwen3-0.6b": lambda: Qwen3Config(
+        **_QWEN3,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-4b": lambda: Qwen3Config(
+        **_QWEN3,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-moe-1b": lambda: Qwen3MoeConfig(
+        **_QWEN3,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        num_experts=32,
+        num_experts_per_tok=4,
+        moe_intermediate_size=512,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+def write_shape(name: str, folder: Path, seed: int) -> Path:
+    """A model directory in bf16, with a tokenizer that has a word for each token id."""
+    torch.manual_seed(seed)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    words = {f"t{token}": token for token in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+    return folder

@@ -1,0 +1,133 @@
+"""vLLM with the sidecar, and the training server, as child processes on one GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from apollo_client import ApolloClient
+from apollo_grpc.errors import Unavailable
+from apollo_grpc.v1 import status_pb2
+
+START_SECONDS = 420
+# Room for the training server on the same card.
+VLLM = ("--max-model-len", "1024", "--gpu-memory-utilization", "0.35", "--moe-backend", "triton")
+# What vLLM's log says of how it computes.
+SAID = re.compile(
+    r"(torch\.compile took [^\n]{0,60}|Capturing CUDA graphs \(\w+\)(?=: 100%)|apollo: \d[^\n]*"
+    r"|Using [\w ]*model runner|Using \w+ attention backend|Using '?\w+'? [\w ]*MoE backend)",
+    re.IGNORECASE,
+)
+
+
+class Stack:
+    """Both services over one model directory; ends them when left."""
+
+    def __init__(self, model: Path, folder: Path):
+        self.model, self._folder = model, folder
+        state = folder / "state"
+        self.sidecar = f"unix:{state}/sidecar.sock"
+        self._environment = os.environ | {
+            "APOLLO_STATE_DIR": str(state),
+            "APOLLO_SIDECAR": self.sidecar,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        self.client = ApolloClient(f"unix:{state}/training.sock")
+
+    def __enter__(self) -> Self:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = int(probe.getsockname()[1])
+        served = ("--model", str(self.model), "--port", str(self._port), "--host", "127.0.0.1")
+        self.server = self._start("server", "apollo_trainer.main")
+        self.vllm = self._start("vllm", "vllm.entrypoints.openai.api_server", *served, *VLLM)
+        try:
+            self._wait()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error:
+            print(f"--- server\n{self._tail('server')}\n--- vllm\n{self._tail('vllm')}")
+        self._end()
+
+    def _start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            env=self._environment | {"VLLM_PLUGINS": "apollo"},
+            stdout=(self._folder / f"{name}.log").open("ab"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not self._attached():
+            ended = self.vllm.poll() is not None or self.server.poll() is not None
+            if ended or time.monotonic() > deadline:
+                raise SystemExit(f"not ready:\n{self._tail('vllm')}\n{self._tail('server')}")
+            time.sleep(0.2)
+
+    def _attached(self) -> bool:
+        try:
+            status = self.client.status()
+        except Unavailable:
+            return False
+        if status.attachment == status_pb2.ATTACHMENT_STATE_REFUSED:
+            raise SystemExit(
+                f"refused: {status.attachment_detail}\n{self._tail('server')}\n{self._tail('vllm')}"
+            )
+        return status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED
+
+    def _tail(self, name: str) -> str:
+        return "\n".join(self._log(name).splitlines()[-40:])
+
+    def _log(self, name: str) -> str:
+        return (self._folder / f"{name}.log").read_text(errors="replace")
+
+    def _end(self) -> None:
+        for child in (self.server, self.vllm):
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                try:
+                    os.killpg(child.pid, number)
+                    child.wait(20)
+                    break
+                except ProcessLookupError:
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """The token ids that vLLM decodes."""
+        fields: dict[str, Any] = {"logprobs": 1, "return_tokens_as_token_ids": True}
+        body = {"model": str(self.model), "prompt": prompt, "max_tokens": count, "temperature": 0}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}/v1/completions",
+            json.dumps(body | fields | {"ignore_eos": True}).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            scores = json.load(answer)["choices"][0]["logprobs"]
+        return [int(token.removeprefix("token_id:")) for token in scores["tokens"]]
+
+    def engine_says(self) -> list[str]:
+        """Lines of vLLM's log on compilation, CUDA graphs, attention and the sidecar."""
+        return sorted({match[0].strip() for match in SAID.finditer(self._log("vllm"))})

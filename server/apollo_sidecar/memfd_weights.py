@@ -1,0 +1,90 @@
+"""Weights on CPU: every parameter and buffer of the module is moved into one memfd.
+
+Another process maps the bytes that vLLM computes with. The module's Parameter objects stay; only
+what they point to moves, once, before profiling and compilation bake addresses in.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import Any
+
+import torch
+
+from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_sidecar.live_weights import (
+    Group,
+    LiveTensor,
+    LiveWeights,
+    group_by_storage,
+    live_tensor,
+)
+
+# A cache line and more; every dtype's alignment divides it.
+ALIGNMENT_BYTES = 256
+
+
+class MemfdWeights(LiveWeights):
+    """One memfd with every parameter and buffer of a module."""
+
+    def __init__(self, model: torch.nn.Module):
+        groups = group_by_storage(model)
+        offsets, size = _lay_out(groups)
+        self._fd = _sealed_memfd(size)
+        path = f"/proc/self/fd/{self._fd}"
+        shared: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
+        self.storages = [shared]
+        self.tensors = [
+            entry
+            for offset, group in zip(offsets, groups, strict=True)
+            for entry in self._move(offset, group)
+        ]
+
+    def _move(self, offset: int, group: Group) -> list[LiveTensor]:
+        """Copies one old storage into the buffer and points its tensors there."""
+        old = group[0][1].untyped_storage()
+        _bytes(self.storages[0], offset, old.nbytes()).copy_(_bytes(old, 0, old.nbytes()))
+        # All entries first: a tied parameter is listed by each of its names, and once it has
+        # moved, its offset is no longer that of the old storage.
+        entries = [live_tensor(name, tensor, offset, 0) for name, tensor in group]
+        for entry, (_, tensor) in zip(entries, group, strict=True):
+            tensor.data = self.view(entry)
+        return entries
+
+    def view(self, entry: LiveTensor) -> torch.Tensor:
+        """The live tensor itself, of the entry's shape and dtype."""
+        offset = entry.offset_bytes // entry.dtype.itemsize
+        empty = torch.empty(0, dtype=entry.dtype)
+        return empty.set_(self.storages[0], offset, entry.shape, entry.stride)
+
+    def buffers(self) -> list[pb.Buffer]:
+        """The memfd, reached through this process's descriptor."""
+        inode = os.fstat(self._fd).st_ino
+        handle = pb.MemfdHandle(pid=os.getpid(), fd=self._fd, inode=inode)
+        return [pb.Buffer(buffer_id=0, size_bytes=self.size_bytes, memfd=handle)]
+
+
+def _bytes(storage: torch.UntypedStorage, offset: int, size: int) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage, offset, (size,), (1,))
+
+
+def _lay_out(groups: list[Group]) -> tuple[list[int], int]:
+    """The aligned offset of each group's storage, and the size of the whole, in bytes."""
+    offsets, end = [], 0
+    for group in groups:
+        offsets.append(end)
+        size = group[0][1].untyped_storage().nbytes()
+        end += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return offsets, end
+
+
+def _sealed_memfd(size: int) -> int:
+    """An anonymous file of `size` bytes that no one can shrink.
+
+    Without the seal a truncation by any holder would end both processes with SIGBUS.
+    """
+    fd = os.memfd_create("apollo-live-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return fd
