@@ -204,7 +204,7 @@ def test_scoring_while_paused_is_refused_instead_of_waiting(sidecar):
 )
 def test_each_mode_is_vllms_own_and_leaves_the_cache_to_the_resume(sidecar, mode, asked):
     sidecar.pause(mode=mode)
-    assert sidecar.client.asked == [("pause", asked, False)]
+    assert sidecar.client.asked == [("pause", asked, False), ("apollo_synchronize",)]
 
 
 def test_a_pause_that_is_retried_returns_the_same_lease(sidecar):
@@ -212,22 +212,22 @@ def test_a_pause_that_is_retried_returns_the_same_lease(sidecar):
     assert first.lease_id == second.lease_id == "a"
     assert 0 < first.remaining.ToTimedelta().total_seconds() <= 5
     assert 25 < second.remaining.ToTimedelta().total_seconds() <= 30
-    assert sidecar.client.asked == [("pause", "keep", False)]
+    assert sidecar.client.asked == [("pause", "keep", False), ("apollo_synchronize",)]
     assert failure(sidecar.pause, "b").reason == "LEASE_HELD"
 
 
 def test_changed_weights_raise_the_version_and_reset_before_the_engine_goes_on(sidecar):
     sidecar.pause()
     assert sidecar.resume(changed=True).weight_version == 1
-    assert sidecar.client.asked[1:] == [("reset", True), ("resume",)]
+    assert sidecar.client.asked[2:] == [("reset", True), ("resume",)]
     assert sidecar.resume(changed=True).weight_version == 1
-    assert len(sidecar.client.asked) == 3
+    assert len(sidecar.client.asked) == 4
 
 
 def test_unchanged_weights_keep_the_version_and_the_caches(sidecar):
     sidecar.pause()
     assert sidecar.resume(changed=False).weight_version == 0
-    assert sidecar.client.asked[1:] == [("resume",)]
+    assert sidecar.client.asked[2:] == [("resume",)]
 
 
 def test_a_reset_that_vllm_refuses_is_tried_again(sidecar):
