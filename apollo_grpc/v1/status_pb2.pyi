@@ -5,8 +5,10 @@ isort:skip_file
 
 import apollo_grpc.v1.training_pb2
 import builtins
+import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.duration_pb2
+import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
@@ -166,6 +168,7 @@ class ServerStatus(google.protobuf.message.Message):
     WEIGHT_MEMORY_FIELD_NUMBER: builtins.int
     LOGPROB_DIFFERENCE_FIELD_NUMBER: builtins.int
     SERVER_VERSION_FIELD_NUMBER: builtins.int
+    WEIGHT_MAP_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Model directory that vLLM serves; empty while none was ever attached."""
     attachment: global___AttachmentState.ValueType
@@ -197,6 +200,12 @@ class ServerStatus(google.protobuf.message.Message):
     def uptime(self) -> google.protobuf.duration_pb2.Duration: ...
     @property
     def weight_memory(self) -> global___WeightMemory: ...
+    @property
+    def weight_map(self) -> global___WeightMap:
+        """What the last attachment found, also when it was refused; unset before
+        vLLM's loader was traced.
+        """
+
     def __init__(
         self,
         *,
@@ -216,9 +225,10 @@ class ServerStatus(google.protobuf.message.Message):
         weight_memory: global___WeightMemory | None = ...,
         logprob_difference: builtins.float = ...,
         server_version: builtins.str = ...,
+        weight_map: global___WeightMap | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["device_memory", b"device_memory", "last_sync", b"last_sync", "uptime", b"uptime", "weight_memory", b"weight_memory"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active_run_id", b"active_run_id", "attachment", b"attachment", "attachment_detail", b"attachment_detail", "device_memory", b"device_memory", "engine_epoch", b"engine_epoch", "last_sync", b"last_sync", "logprob_difference", b"logprob_difference", "model", b"model", "optimizer_loaded", b"optimizer_loaded", "optimizer_step", b"optimizer_step", "queue_length", b"queue_length", "server_version", b"server_version", "state_size_bytes", b"state_size_bytes", "uptime", b"uptime", "weight_memory", b"weight_memory", "weight_version", b"weight_version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["device_memory", b"device_memory", "last_sync", b"last_sync", "uptime", b"uptime", "weight_map", b"weight_map", "weight_memory", b"weight_memory"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["active_run_id", b"active_run_id", "attachment", b"attachment", "attachment_detail", b"attachment_detail", "device_memory", b"device_memory", "engine_epoch", b"engine_epoch", "last_sync", b"last_sync", "logprob_difference", b"logprob_difference", "model", b"model", "optimizer_loaded", b"optimizer_loaded", "optimizer_step", b"optimizer_step", "queue_length", b"queue_length", "server_version", b"server_version", "state_size_bytes", b"state_size_bytes", "uptime", b"uptime", "weight_map", b"weight_map", "weight_memory", b"weight_memory", "weight_version", b"weight_version"]) -> None: ...
 
 global___ServerStatus = ServerStatus
 
@@ -291,3 +301,52 @@ class WeightMemory(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["copied_bytes", b"copied_bytes", "parameters", b"parameters", "shared_bytes", b"shared_bytes"]) -> None: ...
 
 global___WeightMemory = WeightMemory
+
+@typing.final
+class WeightMap(google.protobuf.message.Message):
+    """How the training model's parameters lie in vLLM's weights."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ARCHITECTURE_FIELD_NUMBER: builtins.int
+    PARAMETERS_FIELD_NUMBER: builtins.int
+    VIEWS_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
+    architecture: builtins.str
+    """Class of the training model, as transformers names it."""
+    parameters: builtins.int
+    """Parameters of the training model, tied ones once."""
+    views: builtins.int
+    """Those that are views of vLLM's tensors."""
+    @property
+    def refused(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RefusedWeight]: ...
+    def __init__(
+        self,
+        *,
+        architecture: builtins.str = ...,
+        parameters: builtins.int = ...,
+        views: builtins.int = ...,
+        refused: collections.abc.Iterable[global___RefusedWeight] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "parameters", b"parameters", "refused", b"refused", "views", b"views"]) -> None: ...
+
+global___WeightMap = WeightMap
+
+@typing.final
+class RefusedWeight(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    reason: builtins.str
+    """Why it is no view."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "reason", b"reason"]) -> None: ...
+
+global___RefusedWeight = RefusedWeight

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from apollo_client.client import ApolloClient
-from apollo_client.command import display, up
+from apollo_client.command import display, doctor, up
 from apollo_client.command.outcome import INTERRUPTED, REFUSED, reported_errors
 from apollo_client.requests import RunOptions
 from apollo_client.samples import parse_lines, read_samples
@@ -185,9 +185,9 @@ def sync(context: typer.Context, as_json: Json = False) -> None:
     print(display.to_json(result) if as_json else display.sync_line(result))
 
 
-app.command("up", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    up.command
-)
+_PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("up", context_settings=_PASSES_ON)(up.command)
+app.command("doctor", context_settings=_PASSES_ON)(doctor.command)
 
 
 def main() -> None:

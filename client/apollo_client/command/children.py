@@ -83,7 +83,7 @@ class Children:
         ready.cancel()
         _say(f"{first}; stopping both" if first else "stopping both")
         for process in (trainer, vllm):
-            await _end(process)
+            await end(process)
         await asyncio.gather(*logs)
         _say("stopped")
         return 1 if first else 0
@@ -91,7 +91,7 @@ class Children:
     async def _tell_ready(self) -> None:
         """Says once that the model can be asked and trained, or why it never will be."""
         async with AsyncApolloClient(self._address) as client:
-            status = await _attached(client)
+            status = await attached(client)
         if status.attachment == status_pb2.ATTACHMENT_STATE_REFUSED:
             _say(f"vLLM serves, and cannot be trained: {status.attachment_detail}")
         elif self._vllm.listens:
@@ -100,7 +100,7 @@ class Children:
             _say(f"ready: ask vLLM at http://{host}:{port}/v1, train with 'apollo train FILE'")
 
 
-async def _attached(client: AsyncApolloClient) -> status_pb2.ServerStatus:
+async def attached(client: AsyncApolloClient) -> status_pb2.ServerStatus:
     """The first status that says attached, or refused."""
     while True:
         await asyncio.sleep(POLL_SECONDS)
@@ -137,7 +137,7 @@ async def _first_of(asked: asyncio.Event, processes: dict[str, asyncio.subproces
     return f"{waits[ended]} ended by itself with status {ended.result()}"
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def end(process: asyncio.subprocess.Process) -> None:
     """SIGTERM; then SIGKILL to whatever is left of the processes that it started."""
     if process.returncode is None:
         process.terminate()

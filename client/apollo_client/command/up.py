@@ -34,23 +34,29 @@ def command(
 
     What follows MODEL goes to vLLM: apollo up MODEL --max-model-len 4096
     """
+    require_startable(model)
+    with reported_errors():
+        private_folder(state_folder())
+        # An address of another server's would be trained in silence.
+        address = context.obj.address or find_server().address
+        vllm = vllm_child(model, host, port, context.args, sidecar_address())
+        trainer = trainer_child(address, sidecar_address())
+        status = asyncio.run(Children(vllm, trainer, address).run())
+    raise typer.Exit(status)
+
+
+def require_startable(model: Path) -> None:
+    """Ends the command where MODEL is no model directory, or what serves it is not installed."""
     if not (model / "config.json").is_file():
         fail(f"{model} is no model directory: it has no config.json.", WRONG_INPUT)
     for module, extra in _NEEDED.items():
         if importlib.util.find_spec(module) is None:
             fail(f"{module} is not installed here: pip install {extra}.", WRONG_INPUT)
-    with reported_errors():
-        private_folder(state_folder())
-        # An address of another server's would be trained in silence.
-        address = context.obj.address or find_server().address
-        vllm = vllm_child(model, host, port, context.args)
-        status = asyncio.run(Children(vllm, trainer_child(address), address).run())
-    raise typer.Exit(status)
 
 
-def vllm_child(model: Path, host: str, port: int, arguments: list[str]) -> Child:
+def vllm_child(model: Path, host: str, port: int, arguments: list[str], sidecar: str) -> Child:
     """vLLM's API server, on its part of the cores when it computes on them."""
-    environment = os.environ | {"VLLM_PLUGINS": _NAME, "APOLLO_SIDECAR": sidecar_address()}
+    environment = os.environ | {"VLLM_PLUGINS": _NAME, "APOLLO_SIDECAR": sidecar}
     cores = split_cores()
     if cores:
         bind = ",".join(str(core) for core in cores.engine)
@@ -65,9 +71,13 @@ def vllm_child(model: Path, host: str, port: int, arguments: list[str]) -> Child
     )
 
 
-def trainer_child(address: str) -> Child:
-    """The training server, on the other cores."""
-    environment = os.environ | {"APOLLO_ADDRESS": address, "APOLLO_SIDECAR": sidecar_address()}
+def trainer_child(address: str, sidecar: str, **settings: str) -> Child:
+    """The training server, on the other cores.
+
+    Args:
+        settings: environment variables of its own.
+    """
+    environment = os.environ | {"APOLLO_ADDRESS": address, "APOLLO_SIDECAR": sidecar} | settings
     cores = split_cores()
     if cores:
         environment.setdefault("OMP_NUM_THREADS", str(len(cores.trainer)))

@@ -21,7 +21,7 @@ from apollo_trainer.runs.run import PreparedRun
 from apollo_trainer.runs.session import Session, open_session
 from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.training.options import StateShape
-from apollo_trainer.weights.attach import attach
+from apollo_trainer.weights.attach import MapReport, attach
 from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger(__name__)
@@ -94,12 +94,15 @@ class ModelOwner:
         with self._lock:
             self._session, losses = None, self._losses
         self._board.update(
+            lambda status: status.ClearField("weight_map"),
             attachment=status_pb2.ATTACHMENT_STATE_ATTACHING,
             attachment_detail="vLLM was found; its weights are being mapped and verified.",
         )
         try:
             everything = self._settings.check_all_values
-            attachment = attach(self._sidecar, epoch, check_all_values=everything)
+            attachment = attach(
+                self._sidecar, epoch, check_all_values=everything, traced=self._show_map
+            )
             session = open_session(attachment, self._settings)
         except ApolloError as error:
             self._refuse(error)
@@ -132,6 +135,16 @@ class ModelOwner:
             else status_pb2.ATTACHMENT_STATE_REFUSED,
             attachment_detail=f"{error.message} ({error.reason})",
         )
+
+    def _show_map(self, report: MapReport) -> None:
+        def change(status: status_pb2.ServerStatus) -> None:
+            found = status.weight_map
+            found.architecture = report.architecture
+            found.parameters, found.views = report.parameters, report.views
+            for name, reason in report.refused:
+                found.refused.add(name=name, reason=reason)
+
+        self._board.update(change)
 
     def _show(self, session: Session) -> None:
         memory = session.attachment.memory()

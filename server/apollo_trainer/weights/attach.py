@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,23 @@ from apollo_trainer.weights.verify import log_probabilities, probe_tokens, requi
 
 log = logging.getLogger(__name__)
 MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class MapReport:
+    """What the trace of vLLM's loader found.
+
+    Attributes:
+        architecture: class of the transformers model.
+        parameters: of that model, tied ones once.
+        views: how many of them are views of vLLM's tensors.
+        refused: name and reason of each that is none.
+    """
+
+    architecture: str
+    parameters: int
+    views: int
+    refused: list[tuple[str, str]]
 
 
 @dataclass
@@ -60,12 +78,19 @@ class Attachment:
         return measure(list(self.parameters().values()), self.mappings.values())
 
 
-def attach(sidecar: Sidecar, epoch: str, *, check_all_values: bool = False) -> Attachment:
+def attach(
+    sidecar: Sidecar,
+    epoch: str,
+    *,
+    check_all_values: bool = False,
+    traced: Callable[[MapReport], None] = lambda report: None,
+) -> Attachment:
     """Maps and verifies the weights of the engine behind the sidecar.
 
     Args:
         epoch: of the engine process that was found.
         check_all_values: compare every weight with the model directory, not blocks of each.
+        traced: told what the trace found, before anything is refused for it.
 
     Raises FailedPrecondition when they may not be trained, Unavailable when the engine is gone.
     """
@@ -75,7 +100,9 @@ def attach(sidecar: Sidecar, epoch: str, *, check_all_values: bool = False) -> A
     model = meta_model(manifest.model)
     plan = plan_checkpoint(model)
     answer = sidecar.trace(plan.request(manifest.epoch))
-    _require_all_views(list(answer.refused), len(plan.roots))
+    refused = [(parameter.name, parameter.reason) for parameter in answer.refused]
+    traced(MapReport(type(model).__name__, len(plan.roots), len(answer.views), refused))
+    _require_all_views(refused, len(plan.roots))
     views = manifests.check_views(list(answer.views), regions, plan.roots)
     # Only now: what is refused above was never mapped.
     mappings = map_buffers(manifest.buffers)
@@ -108,10 +135,10 @@ def attach(sidecar: Sidecar, epoch: str, *, check_all_values: bool = False) -> A
     return attachment
 
 
-def _require_all_views(refused: list[Any], total: int) -> None:
+def _require_all_views(refused: list[tuple[str, str]], total: int) -> None:
     if not refused:
         return
-    named = "; ".join(f"{r.name}: {r.reason}" for r in refused[:MAX_NAMED])
+    named = "; ".join(f"{name}: {reason}" for name, reason in refused[:MAX_NAMED])
     more = f"; and {len(refused) - MAX_NAMED} more" if len(refused) > MAX_NAMED else ""
     raise manifests.refusal(
         "PARAMETER_REFUSED",

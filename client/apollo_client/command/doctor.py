@@ -1,0 +1,200 @@
+"""`apollo doctor MODEL`: will it work with mine? Serves the model apart from all else, and asks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import socket
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from apollo_client.aio import AsyncApolloClient
+from apollo_client.command.children import attached, end
+from apollo_client.command.outcome import REFUSED, reported_errors
+from apollo_client.command.up import require_startable, trainer_child, vllm_child
+from apollo_grpc.locations import private_folder, socket_address, state_folder
+from apollo_grpc.v1 import status_pb2
+
+# Compilation of a large model for a GPU takes minutes.
+START_SECONDS = 1800.0
+# Enough for the comparison; a long context would only ask for memory.
+MAX_MODEL_LEN = 1024
+LOG_LINES = 15
+# As Python's tracebacks and vLLM's logger write it; a warning that quotes an error is none.
+_ERROR = re.compile(r"^(?:.*\] |\(\S+ pid=\d+\) )?((?:\w+\.)*\w*(?:Error|Exception): .+)$")
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+@dataclass
+class Diagnosis:
+    """Whether a model can be trained while vLLM serves it, and what was found.
+
+    Attributes:
+        architecture: class of the training model; of config.json where none was built.
+        parameters: of the training model, tied ones once; 0 where it came to no trace.
+        views: those that are views of vLLM's weights.
+        refused: name and reason of each that is none; the model's own where it is refused whole.
+        max_logprob_difference: in nats, between vLLM and transformers; None if not compared.
+        detail: the verdict in words.
+    """
+
+    model: str
+    supported: bool = False
+    architecture: str = ""
+    parameters: int = 0
+    views: int = 0
+    refused: list[dict[str, str]] = field(default_factory=list)
+    max_logprob_difference: float | None = None
+    detail: str = ""
+
+    def take(self, status: status_pb2.ServerStatus) -> None:
+        """Fills in what the training server found."""
+        found = status.weight_map
+        self.supported = status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED
+        self.architecture = found.architecture or self.architecture
+        self.parameters, self.views = found.parameters, found.views
+        self.detail = status.attachment_detail
+        self.refused = [{"name": r.name, "reason": r.reason} for r in found.refused]
+        if self.supported:
+            self.max_logprob_difference = status.logprob_difference
+        elif not self.refused:
+            self.refuse(self.detail)
+
+    def refuse(self, reason: str) -> None:
+        """The model as a whole cannot be trained."""
+        self.detail = reason
+        self.refused = [{"name": self.architecture or self.model, "reason": reason}]
+
+    def lines(self) -> list[str]:
+        """A line a subject."""
+        rows = [
+            ("model", self.model),
+            ("architecture", self.architecture or "unknown"),
+            ("parameters", f"{self.views} of {self.parameters} are views of vLLM's weights"),
+            *(("refused", f"{r['name']}: {r['reason']}") for r in self.refused),
+        ]
+        if self.max_logprob_difference is not None:
+            difference = f"log-probabilities within {self.max_logprob_difference:.1e} nats"
+            rows.append(("agreement", difference))
+        rows.append(("supported", "yes" if self.supported else "no"))
+        return [f"{name:<12} {value}" for name, value in rows]
+
+
+def command(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="A directory as Hugging Face lays it out.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    all_values: Annotated[
+        bool, typer.Option("--all-values", help="Compare every weight, not blocks of each.")
+    ] = False,
+) -> None:
+    """Tell whether MODEL can be trained while vLLM serves it; nothing of it is changed.
+
+    Serves it with vLLM, maps its weights, and compares both sides, in a folder of its own: a
+    server that runs already is left alone. What follows MODEL goes to vLLM. Exit status 0 when the
+    model is supported, 1 when not.
+    """
+    require_startable(model)
+    with reported_errors():
+        private_folder(state_folder())
+        folder = Path(tempfile.mkdtemp(prefix="doctor-", dir=state_folder()))
+        try:
+            diagnosis = asyncio.run(_examine(model, folder, context.args, all_values))
+        finally:
+            shutil.rmtree(folder)
+    print(json.dumps(asdict(diagnosis)) if as_json else "\n".join(diagnosis.lines()))
+    raise typer.Exit(0 if diagnosis.supported else REFUSED)
+
+
+async def _examine(model: Path, folder: Path, arguments: list[str], all_values: bool) -> Diagnosis:
+    config = _config(model)
+    diagnosis = Diagnosis(str(model), architecture=(config.get("architectures") or [""])[0])
+    address, sidecar = (socket_address(folder / name) for name in ("t.sock", "s.sock"))
+    settings = {"APOLLO_STATE_DIR": str(folder), "APOLLO_CHECK_ALL_VALUES": str(all_values)}
+    trainer = trainer_child(address, sidecar, **settings)
+    served = [*served_length(config, arguments), *arguments]
+    vllm = vllm_child(model, "127.0.0.1", _free_port(), served, sidecar)
+    # Otherwise it would ask for half of the machine's memory beside a server that runs already.
+    vllm.environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    log = folder / "log"
+    started = {child.name: await child.start() for child in (trainer, vllm)}
+    pumps = [asyncio.create_task(_keep(process, log)) for process in started.values()]
+    try:
+        await _ask(diagnosis, address, started, log)
+    finally:
+        for process in started.values():
+            await end(process)
+        await asyncio.gather(*pumps)
+    return diagnosis
+
+
+async def _ask(
+    diagnosis: Diagnosis,
+    address: str,
+    started: dict[str, asyncio.subprocess.Process],
+    log: Path,
+) -> None:
+    """Waits for the training server's verdict, or for the end of a process."""
+    async with AsyncApolloClient(address) as client:
+        verdict = asyncio.create_task(attached(client))
+        ends = {asyncio.create_task(p.wait()): name for name, p in started.items()}
+        done, pending = await asyncio.wait(
+            {verdict, *ends}, timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
+        for task in pending:
+            task.cancel()
+        if verdict in done:
+            diagnosis.take(verdict.result())
+            return
+    ended = [name for task, name in ends.items() if task in done]
+    what = f"{ended[0]} ended by itself" if ended else f"no answer within {START_SECONDS:g} s"
+    diagnosis.refuse(f"{what}: {stated_cause(log.read_text(errors='replace'))}")
+    typer.echo(_tail(log), err=True)
+
+
+async def _keep(process: asyncio.subprocess.Process, log: Path) -> None:
+    """Writes what a process prints to the log; a pipe that nobody reads would block it."""
+    assert process.stdout is not None
+    with log.open("ab", buffering=0) as file:
+        while chunk := await process.stdout.read(1 << 16):
+            file.write(chunk)
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+
+def stated_cause(log: str) -> str:
+    """The first line of a log that is an error, without what the logger put before it."""
+    for line in log.splitlines():
+        if "WARNING" not in line and (error := _ERROR.match(line)):
+            return error[1].strip()
+    return "its log names no error"
+
+
+def _config(model: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((model / "config.json").read_bytes())
+    except ValueError:
+        return {}  # vLLM says what is wrong with it.
+    return found if isinstance(found, dict) else {}
+
+
+def served_length(config: dict[str, Any], arguments: list[str]) -> list[str]:
+    """`--max-model-len`, unless the user gave one or the model's own is not known."""
+    lengths = [length for name in _LENGTHS if isinstance(length := config.get(name), int)]
+    if not lengths or any(argument.startswith("--max-model-len") for argument in arguments):
+        return []
+    return ["--max-model-len", str(min(*lengths, MAX_MODEL_LEN))]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,88 @@
+"""`apollo doctor`: what it makes of the training server's verdict, of a log and of a config."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+from typer.testing import CliRunner
+
+from apollo_client.command.app import app
+from apollo_client.command.doctor import Diagnosis, served_length, stated_cause
+from apollo_grpc.v1 import status_pb2
+
+REASON = "vLLM's loader copies no part of it"
+
+
+def status(attachment: int, detail: str, difference: float = 0.0) -> status_pb2.ServerStatus:
+    found = status_pb2.ServerStatus(
+        attachment=attachment, attachment_detail=detail, logprob_difference=difference
+    )
+    found.weight_map.architecture = "OtherForCausalLM"
+    found.weight_map.parameters = found.weight_map.views = 13
+    return found
+
+
+def test_an_attached_model_is_supported_with_its_figures():
+    diagnosis = Diagnosis("/m")
+    diagnosis.take(status(status_pb2.ATTACHMENT_STATE_ATTACHED, "mapped", 2e-6))
+    assert (diagnosis.supported, diagnosis.refused) == (True, [])
+    assert (diagnosis.views, diagnosis.parameters) == (13, 13)
+    assert diagnosis.max_logprob_difference == pytest.approx(2e-6)
+    assert diagnosis.lines()[-1].split() == ["supported", "yes"]
+
+
+def test_each_refused_parameter_is_named_with_its_reason():
+    found = status(status_pb2.ATTACHMENT_STATE_REFUSED, "1 of 13 parameters are no views")
+    found.weight_map.views = 12
+    found.weight_map.refused.add(name="h.0.qkv.weight", reason=REASON)
+    diagnosis = Diagnosis("/m")
+    diagnosis.take(found)
+    assert (diagnosis.supported, diagnosis.max_logprob_difference) == (False, None)
+    assert diagnosis.refused == [{"name": "h.0.qkv.weight", "reason": REASON}]
+    assert f"refused      h.0.qkv.weight: {REASON}" in diagnosis.lines()
+
+
+def test_a_model_that_is_refused_as_a_whole_gives_the_servers_reason():
+    found = status(status_pb2.ATTACHMENT_STATE_REFUSED, "quantised (QUANTIZED)")
+    diagnosis = Diagnosis("/m")
+    diagnosis.take(found)
+    assert diagnosis.refused == [{"name": "OtherForCausalLM", "reason": "quantised (QUANTIZED)"}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ValueError: no such layer",
+        "(EngineCore pid=71) ValueError: no such layer",
+        "(EngineCore pid=71) ERROR 11-24 10:00:00 [core.py:12] ValueError: no such layer",
+    ],
+)
+def test_the_cause_is_the_first_error_of_the_log(line):
+    warning = "WARNING 11-24 [system.py:3] could not raise the limit: OSError: too many open files"
+    log = f"INFO fine\n{warning}\n{line}\nRuntimeError: the engine did not start\n"
+    assert stated_cause(log) == "ValueError: no such layer"
+
+
+def test_a_log_without_an_error_is_said_to_have_none():
+    assert stated_cause("INFO Error: rates were low\n") == "its log names no error"
+
+
+def test_a_long_context_is_shortened_unless_the_user_says_how_long_it_is():
+    config = {"max_position_embeddings": 131072}
+    assert served_length(config, []) == ["--max-model-len", "1024"]
+    assert served_length({"n_positions": 256}, []) == ["--max-model-len", "256"]
+    assert served_length(config, ["--max-model-len=99"]) == []
+    assert served_length({}, []) == []
+
+
+def test_a_folder_without_a_model_is_wrong_input(tmp_path):
+    done = CliRunner().invoke(app, ["doctor", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "config.json" in done.output
+
+
+def test_the_json_has_the_documented_names():
+    names = {"supported", "architecture", "parameters", "views", "refused"}
+    assert names | {"max_logprob_difference"} <= set(json.loads(json.dumps(asdict(Diagnosis("m")))))
