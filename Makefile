@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHON
 
-.PHONY: help install demo test check protos lock clean
+.PHONY: help install demo test soak check protos lock clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ demo: install ## Watch a served model learn, on this machine's CPU (about 2 minu
 
 test: install ## Run all tests, those with a real vLLM included
 	@$(BIN)/python -m pytest
+
+soak: install ## Kill the processes again and again, at random instants (about an hour)
+	@$(BIN)/python -m pytest -m soak -s
 
 check: install ## Lint, types, contract, and that the checked-in stubs are the generated ones
 	$(BIN)/ruff check .

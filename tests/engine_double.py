@@ -59,9 +59,17 @@ class ServedModel:
 class ClientDouble:
     """The calls of vLLM's AsyncLLM that the sidecar uses; `calls` remembers their order."""
 
+    errored = False
+
     def __init__(self, model: ServedModel):
         self._model = model
         self.calls: list[str] = []
+        self.answers_pings = True
+
+    async def is_paused(self) -> bool:
+        while not self.answers_pings:
+            await asyncio.sleep(0.01)
+        return True
 
     async def collective_rpc(self, method: str, args: tuple[bytes, ...] = ()) -> list[Any]:
         if method == "apollo_manifest":

@@ -537,6 +537,7 @@ class OptimizerConfig(google.protobuf.message.Message):
     VARIANT_FIELD_NUMBER: builtins.int
     ROUNDING_FIELD_NUMBER: builtins.int
     RESET_OPTIMIZER_FIELD_NUMBER: builtins.int
+    ACCEPT_OTHER_WEIGHTS_FIELD_NUMBER: builtins.int
     lr: builtins.float
     """Learning rate, on AdamW's scale. Default 1e-5."""
     rank: builtins.int
@@ -560,6 +561,11 @@ class OptimizerConfig(google.protobuf.message.Message):
     rounding: global___Rounding.ValueType
     reset_optimizer: builtins.bool
     """Drop the live optimizer state and start anew with these options."""
+    accept_other_weights: builtins.bool
+    """Go on with an Apollo state that belongs to other weights than those that
+    vLLM serves now, as after a restart of vLLM without a sync. Without it, and
+    without `reset_optimizer`, such a run is FAILED_PRECONDITION.
+    """
     def __init__(
         self,
         *,
@@ -576,9 +582,10 @@ class OptimizerConfig(google.protobuf.message.Message):
         variant: global___OptimizerVariant.ValueType = ...,
         rounding: global___Rounding.ValueType = ...,
         reset_optimizer: builtins.bool = ...,
+        accept_other_weights: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_eps", b"_eps", "_lr", b"_lr", "_norm_growth_limit", b"_norm_growth_limit", "_proj_refresh", b"_proj_refresh", "_rank", b"_rank", "_scale", b"_scale", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "eps", b"eps", "lr", b"lr", "norm_growth_limit", b"norm_growth_limit", "proj_refresh", b"proj_refresh", "rank", b"rank", "scale", b"scale", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_eps", b"_eps", "_lr", b"_lr", "_norm_growth_limit", b"_norm_growth_limit", "_proj_refresh", b"_proj_refresh", "_rank", b"_rank", "_scale", b"_scale", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "eps", b"eps", "lr", b"lr", "norm_growth_limit", b"norm_growth_limit", "proj_refresh", b"proj_refresh", "rank", b"rank", "reset_optimizer", b"reset_optimizer", "rounding", b"rounding", "scale", b"scale", "variant", b"variant", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_eps", b"_eps", "_lr", b"_lr", "_norm_growth_limit", b"_norm_growth_limit", "_proj_refresh", b"_proj_refresh", "_rank", b"_rank", "_scale", b"_scale", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "accept_other_weights", b"accept_other_weights", "beta1", b"beta1", "beta2", b"beta2", "eps", b"eps", "lr", b"lr", "norm_growth_limit", b"norm_growth_limit", "proj_refresh", b"proj_refresh", "rank", b"rank", "reset_optimizer", b"reset_optimizer", "rounding", b"rounding", "scale", b"scale", "variant", b"variant", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_beta1", b"_beta1"]) -> typing.Literal["beta1"] | None: ...
     @typing.overload

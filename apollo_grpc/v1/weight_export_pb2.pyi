@@ -89,6 +89,7 @@ class WeightManifest(google.protobuf.message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: builtins.int
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
     AS_LOADED_FIELD_NUMBER: builtins.int
+    WORKER_PID_NAMESPACE_FIELD_NUMBER: builtins.int
     epoch: builtins.str
     """Random for each engine process."""
     generation: builtins.int
@@ -104,6 +105,8 @@ class WeightManifest(google.protobuf.message.Message):
     weight_version: builtins.int
     as_loaded: builtins.bool
     """No pause was ever granted: the weights are what vLLM loaded."""
+    worker_pid_namespace: builtins.int
+    """Inode of the PID namespace that `worker_pid` counts in."""
     @property
     def buffers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Buffer]: ...
     @property
@@ -122,8 +125,9 @@ class WeightManifest(google.protobuf.message.Message):
         max_model_len: builtins.int = ...,
         weight_version: builtins.int = ...,
         as_loaded: builtins.bool = ...,
+        worker_pid_namespace: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["as_loaded", b"as_loaded", "buffers", b"buffers", "epoch", b"epoch", "generation", b"generation", "max_model_len", b"max_model_len", "model", b"model", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "tensors", b"tensors", "weight_version", b"weight_version", "worker_pid", b"worker_pid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["as_loaded", b"as_loaded", "buffers", b"buffers", "epoch", b"epoch", "generation", b"generation", "max_model_len", b"max_model_len", "model", b"model", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "tensors", b"tensors", "weight_version", b"weight_version", "worker_pid", b"worker_pid", "worker_pid_namespace", b"worker_pid_namespace"]) -> None: ...
 
 global___WeightManifest = WeightManifest
 

@@ -132,8 +132,9 @@ class WeightExportServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchGeneration(self, request, context):
-        """Streams the generation first, then each change of it. The end of the
-        stream means that the engine is gone.
+        """Streams the generation at once, at each change of it, and every quarter
+        second for as long as the engine lives and answers. Silence for longer
+        means that it is wedged, the end of the stream that it is gone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

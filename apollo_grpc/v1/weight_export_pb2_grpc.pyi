@@ -75,8 +75,9 @@ class WeightExportServiceStub:
         apollo_grpc.v1.weight_export_pb2.WatchGenerationRequest,
         apollo_grpc.v1.weight_export_pb2.WatchGenerationResponse,
     ]
-    """Streams the generation first, then each change of it. The end of the
-    stream means that the engine is gone.
+    """Streams the generation at once, at each change of it, and every quarter
+    second for as long as the engine lives and answers. Silence for longer
+    means that it is wedged, the end of the stream that it is gone.
     """
 
 class WeightExportServiceAsyncStub:
@@ -136,8 +137,9 @@ class WeightExportServiceAsyncStub:
         apollo_grpc.v1.weight_export_pb2.WatchGenerationRequest,
         apollo_grpc.v1.weight_export_pb2.WatchGenerationResponse,
     ]
-    """Streams the generation first, then each change of it. The end of the
-    stream means that the engine is gone.
+    """Streams the generation at once, at each change of it, and every quarter
+    second for as long as the engine lives and answers. Silence for longer
+    means that it is wedged, the end of the stream that it is gone.
     """
 
 class WeightExportServiceServicer(metaclass=abc.ABCMeta):
@@ -211,8 +213,9 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
         request: apollo_grpc.v1.weight_export_pb2.WatchGenerationRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[apollo_grpc.v1.weight_export_pb2.WatchGenerationResponse], collections.abc.AsyncIterator[apollo_grpc.v1.weight_export_pb2.WatchGenerationResponse]]:
-        """Streams the generation first, then each change of it. The end of the
-        stream means that the engine is gone.
+        """Streams the generation at once, at each change of it, and every quarter
+        second for as long as the engine lives and answers. Silence for longer
+        means that it is wedged, the end of the stream that it is gone.
         """
 
 def add_WeightExportServiceServicer_to_server(servicer: WeightExportServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -33,6 +33,7 @@ class RunOptions(TypedDict, total=False):
     proj_refresh: int
     norm_growth_limit: float
     reset_optimizer: bool
+    accept_other_weights: bool
 
 
 _RUN_FIELDS = ("epochs", "samples_per_step", "seed")

@@ -16,12 +16,17 @@ from typing import Any, TypeVar
 
 from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_sidecar import process_state
 from apollo_sidecar.leases import PauseLeases
 
 log = logging.getLogger("vllm.apollo")
 CALL_SECONDS = 120.0
 RESET_ATTEMPTS = 20
 RESET_WAIT_SECONDS = 0.05
+# A watcher takes an engine that it has not heard of for five beats for wedged.
+BEAT_SECONDS = 0.25
+# A paused engine has nothing else to do than to answer.
+PING_SECONDS = 1.0
 T = TypeVar("T")
 
 
@@ -50,22 +55,23 @@ class Engine:
         self._client, self._loop = client, loop
         self.epoch = uuid.uuid4().hex
         self._weight_version = 0
+        self._worker_pid = 0
         self._as_loaded = True
         self._changed = threading.Condition()
         self.leases = PauseLeases(self._pause, self._resume)
 
-    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def _call(self, coroutine: Coroutine[Any, Any, T], seconds: float = CALL_SECONDS) -> T:
         if not self._loop.is_running():
             coroutine.close()
             raise Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            return future.result(CALL_SECONDS)
+            return future.result(seconds)
         except TimeoutError:
             # A pause that takes effect after it was given up would have no lease to end it.
             future.cancel()
             raise Unavailable(
-                f"vLLM did not answer within {CALL_SECONDS:g} s.", reason="ENGINE_SLOW"
+                f"vLLM did not answer within {seconds:g} s.", reason="ENGINE_SLOW"
             ) from None
 
     def require_epoch(self, epoch: str) -> None:
@@ -80,6 +86,7 @@ class Engine:
     def manifest(self) -> pb.WeightManifest:
         """The weights of every worker; one worker in this version."""
         manifest = pb.WeightManifest.FromString(self._ask_worker("apollo_manifest"))
+        self._worker_pid = manifest.worker_pid
         manifest.epoch = self.epoch
         manifest.weight_version = self._weight_version
         manifest.as_loaded = self._as_loaded
@@ -168,16 +175,31 @@ class Engine:
         if hasattr(self._client, "update_weight_version"):
             self._call(self._client.update_weight_version(str(self._weight_version)))
 
-    def generations(self, poll_seconds: float = 0.25) -> Iterator[Generation | None]:
-        """The generation now and at each change; None in between, so that a caller can leave.
+    def generations(self) -> Iterator[Generation | None]:
+        """The generation now, at each change and at each beat; None for a beat without an answer.
 
-        Ends when vLLM's event loop does.
+        Ends when the engine or vLLM's event loop does.
         """
         told = -1
-        while self._loop.is_running():
+        while self._loop.is_running() and not self._client.errored:
+            if self._responds():
+                told = self._weight_version
+                yield Generation(self.epoch, 1, told)
+            else:
+                yield None
             with self._changed:
-                if told == self._weight_version:
-                    self._changed.wait(poll_seconds)
-                version = self._weight_version
-            yield None if version == told else Generation(self.epoch, 1, version)
-            told = version
+                if told in (-1, self._weight_version):
+                    self._changed.wait(BEAT_SECONDS)
+
+    def _responds(self) -> bool:
+        """Whether the engine is known to answer; one that decodes is not asked, only watched."""
+        if self._worker_pid and not process_state.runs(self._worker_pid):
+            return False
+        if not self.leases.active:
+            return True
+        try:
+            self._call(self._client.is_paused(), PING_SECONDS)
+        except Exception as error:
+            log.debug("apollo: the paused engine does not answer: %s", error)
+            return False
+        return True

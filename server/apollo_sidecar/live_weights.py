@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +64,12 @@ class LiveWeights(ABC):
 
     def manifest(self) -> pb.WeightManifest:
         """What another process needs to map the weights; the epoch is filled in by the engine."""
-        manifest = pb.WeightManifest(generation=1, worker_pid=os.getpid(), tensor_parallel_size=1)
+        manifest = pb.WeightManifest(
+            generation=1,
+            worker_pid=os.getpid(),
+            worker_pid_namespace=Path("/proc/self/ns/pid").stat().st_ino,
+            tensor_parallel_size=1,
+        )
         manifest.buffers.extend(self.buffers())
         groups = alias_groups(self.tensors)
         for entry in self.tensors:

@@ -76,7 +76,7 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
         return pb.ResetCachesResponse()
 
     def WatchGeneration(self, request: Any, context: Any) -> Iterator[pb.WatchGenerationResponse]:  # noqa: N802
-        """The generation now and at each change, until the engine or the caller is gone."""
+        """The generation, again at each beat, until the engine or the caller is gone."""
         for generation in self._engine.generations():
             if not context.is_active():
                 return

@@ -25,6 +25,11 @@ from apollo_sidecar.service import WeightExportService
 class Client:
     """Answers as AsyncLLM does (vllm/v1/engine/async_llm.py), and keeps what it was asked."""
 
+    errored = False
+
+    async def is_paused(self):
+        return True
+
     def __init__(self):
         self.asked: list[tuple[object, ...]] = []
         self.workers = [("", "", pb.WeightManifest(model="m").SerializeToString())]

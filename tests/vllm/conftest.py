@@ -197,6 +197,15 @@ class Stack:
                 continue
         return None
 
+    def vllm_processes(self) -> dict[str, int]:
+        """Pids of vLLM's API server, and of the process that computes."""
+        assert self.vllm
+        pid = self.vllm.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        names = {int(child): Path(f"/proc/{child}/comm").read_text() for child in children}
+        (core,) = [child for child, name in names.items() if "EngineCor" in name]
+        return {"api server": pid, "engine core": core}
+
     def complete(self, prompt: list[int] | str, **fields: Any) -> dict[str, Any]:
         """vLLM's answer over its OpenAI-compatible HTTP API, greedy, one token unless told."""
         body = {"model": str(self.model), "prompt": prompt, "temperature": 0, "max_tokens": 1}

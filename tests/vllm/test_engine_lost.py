@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from apollo_grpc.errors import Unavailable
+from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 
@@ -29,6 +29,7 @@ def read_steps(stream, count: int) -> list[pb.RunEvent]:
 
 
 def test_a_run_whose_engine_is_killed_fails_with_a_reason_and_the_server_lives(qwen3):
+    list(qwen3.client.train([SAMPLE]))
     epoch = qwen3.client.status().engine_epoch
     pid = qwen3.server.pid
     stream = qwen3.client.train([SAMPLE], epochs=5000)
@@ -49,6 +50,41 @@ def test_a_run_whose_engine_is_killed_fails_with_a_reason_and_the_server_lives(q
     qwen3.start_vllm()
     assert qwen3.wait_attached().engine_epoch != epoch
     assert (qwen3.server.pid, qwen3.server.poll()) == (pid, None)
+    # The state on disk is of weights that went with the engine; it waits to be told.
+    with pytest.raises(FailedPrecondition, match="accept_other_weights") as refused:
+        list(qwen3.client.train([SAMPLE]))
+    assert refused.value.reason == "STATE_OF_OTHER_WEIGHTS"
+    *_, last = qwen3.client.train([SAMPLE], accept_other_weights=True)
+    assert last.finished.state == pb.RUN_STATE_SUCCEEDED
+    *_, last = qwen3.client.train([SAMPLE])
+    assert last.finished.state == pb.RUN_STATE_SUCCEEDED
+
+
+@pytest.mark.parametrize("wedged", ["api server", "engine core"])
+@pytest.mark.parametrize("running", [True, False], ids=["in mid-run", "idle"])
+def test_a_wedged_vllm_is_noticed_within_two_seconds_and_found_again(qwen3, wedged, running):
+    list(qwen3.client.train([SAMPLE], accept_other_weights=True))
+    before = qwen3.client.status()
+    stream = qwen3.client.train([SAMPLE], epochs=5000) if running else iter(())
+    events = read_steps(stream, 3) if running else []
+    pid = qwen3.vllm_processes()[wedged]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        qwen3.wait_for(lambda: qwen3.client.status().attachment == DETACHED, "the detachment")
+        assert time.monotonic() - began < 2.0
+        events += stream
+        assert time.monotonic() - began < 2.5
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    status = qwen3.wait_attached()
+    assert status.engine_epoch == before.engine_epoch
+    if running:
+        finished = events[-1].finished
+        assert finished.failure.reason == "ENGINE_LOST"
+        # The same engine, with the same weights: the state in memory goes on.
+        assert status.optimizer_step == before.optimizer_step + finished.steps_done
+    assert qwen3.complete([70, 71])["choices"]
     *_, last = qwen3.client.train([SAMPLE])
     assert last.finished.state == pb.RUN_STATE_SUCCEEDED
 

@@ -102,6 +102,13 @@ def train(
     reset_optimizer: Annotated[
         bool, typer.Option("--reset-optimizer", help="Drop the optimizer's state first.")
     ] = False,
+    accept_other_weights: Annotated[
+        bool,
+        typer.Option(
+            "--accept-other-weights",
+            help="Go on with a state of other weights, as after vLLM restarted without a sync.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Learn the samples of FILE; the model serves what it learned as soon as the run has ended.
@@ -119,6 +126,7 @@ def train(
         "weight_decay": weight_decay,
         "warmup_steps": warmup_steps,
         "reset_optimizer": reset_optimizer or None,
+        "accept_other_weights": accept_other_weights or None,
     }
     with reported_errors():
         samples = parse_lines(sys.stdin, "stdin") if str(file) == "-" else read_samples(file)

@@ -6,7 +6,7 @@ Algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
@@ -88,6 +88,8 @@ class Apollo(Optimizer):
 
     Attributes:
         step_count: completed steps.
+        before_write: called before parameters are written; what it raises ends the step, with
+            those unwritten that it was called for.
         measure: set it to True to fill the next two at every step.
         last_update_norm: Euclidean norm of the stored change of the last step; float64, 0-dim.
         last_changed_fraction: part of all the stored elements whose bits changed in it; likewise.
@@ -128,6 +130,7 @@ class Apollo(Optimizer):
         self.compat: Compat | None = compat
         self.step_count = 0
         self.measure = False
+        self.before_write: Callable[[], None] = lambda: None
         self.last_update_norm: Tensor | None = None
         self.last_changed_fraction: Tensor | None = None
         self._slots: list[Slot] = []
@@ -246,9 +249,11 @@ class Apollo(Optimizer):
         self._open = None
 
     @torch.no_grad()
-    def _step_slots(self, slots: Iterable[Slot]) -> bool:
+    def _step_slots(self, slots: Collection[Slot]) -> bool:
         """Steps those that have a gradient; returns whether any had."""
         opened = self._opened("a step")
+        if slots:
+            self.before_write()
         on_cpu, on_cuda, stepped = list[Job](), dict[torch.device, list[Work]](), False
         for slot in slots:
             grad = slot.gradient()

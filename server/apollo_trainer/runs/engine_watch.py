@@ -1,4 +1,4 @@
-"""Watches the sidecar: finds an engine when it appears, and knows at once when it is gone."""
+"""Watches the sidecar: finds an engine when it appears, and knows when it is gone or wedged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from apollo_trainer.runs.owner import ModelOwner
 from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger(__name__)
-RETRY_SECONDS = 0.5
+RETRY_SECONDS = 0.25
+# The sidecar beats four times a second; a silent engine is to be lost within two seconds.
+SILENCE_SECONDS = 1.1
+# This process may itself have been stopped, and have beats to read first.
+GRACE_SECONDS = 0.25
 
 
 def no_engine(address: str) -> str:
@@ -22,32 +26,55 @@ def no_engine(address: str) -> str:
 
 
 class EngineWatch:
-    """A thread that follows WatchGeneration and tells the owner what it sees."""
+    """Two threads: one reads the beats of WatchGeneration, one notices when they stay away."""
 
     def __init__(self, sidecar: Sidecar, owner: ModelOwner):
         self._sidecar, self._owner = sidecar, owner
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="engine-watch", daemon=True)
-        self._thread.start()
+        self._stopped, self._beat = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._heard = False
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for work, name in ((self._read, "engine-watch"), (self._guard, "engine-silence"))
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def _watch(self) -> None:
-        attached = False
+    def _read(self) -> None:
         while not self._stopped.is_set():
             try:
                 for generation in self._sidecar.generations():
+                    with self._lock:
+                        self._heard = True
+                    self._beat.set()
                     self._owner.engine_found(generation.epoch)
-                    attached = True
             except ApolloError as error:
                 log.debug("the watch ended: %s", error.message)
-            # A stopped server closes the channel, which is no word about the engine.
-            if attached and not self._stopped.is_set():
-                log.warning("vLLM is gone")
-                self._owner.engine_lost(f"vLLM is gone. {no_engine(self._sidecar.address)}")
-                attached = False
+            self._lose("vLLM is gone.")
             self._stopped.wait(RETRY_SECONDS)
+
+    def _guard(self) -> None:
+        while not self._stopped.is_set():
+            silent = not (self._beat.wait(SILENCE_SECONDS) or self._beat.wait(GRACE_SECONDS))
+            self._beat.clear()
+            if silent and self._lose("vLLM does not answer: it is stopped or wedged."):
+                self._sidecar.abandon()
+
+    def _lose(self, what: str) -> bool:
+        """Tells the owner, once for each engine that was heard; returns whether it did."""
+        with self._lock:
+            was_heard, self._heard = self._heard, False
+        # A stopped server closes the channel, which is no word about the engine.
+        if not was_heard or self._stopped.is_set():
+            return False
+        log.warning("%s", what)
+        self._owner.engine_lost(f"{what} {no_engine(self._sidecar.address)}")
+        return True
 
     def stop(self) -> None:
         """Ends the watch."""
         self._stopped.set()
+        self._beat.set()
         self._sidecar.close()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()

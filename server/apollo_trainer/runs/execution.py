@@ -69,7 +69,7 @@ class Execution:
 
         def change(status: status_pb2.ServerStatus) -> None:
             status.active_run_id = ""
-            if not self.session.attachment.lost.is_set():
+            if self.session.attachment.alive:
                 self.session.show(status)
 
         self.board.update(change)
@@ -86,14 +86,17 @@ class Execution:
         )
         lease_seconds = self.session.settings.lease_seconds
         pause = EnginePause(self.sidecar, self.session.attachment, lease_seconds)
+        # A step takes long enough for vLLM to go, or to go on, between its beginning and its write.
+        self.session.optimizer.before_write = lambda: self._require_writable(pause)
         try:
             for samples in self.run.batches():
                 self._require_going()
-                self._require_paused(pause)
+                self._require_writable(pause)
                 result = self._step(samples)
                 self.steps_done += 1
                 self._tell(result)
         finally:
+            self.session.optimizer.before_write = lambda: None
             self._resume(pause)
             self._save_state()
 
@@ -110,7 +113,7 @@ class Execution:
         try:
             version = pause.end(weights_changed=self._weights_changed)
         except ApolloError as error:
-            if error.reason in _GONE:
+            if error.reason in _GONE or not self.session.attachment.alive:
                 self.session.attachment.lost.set()
                 raise self._engine_lost() from error
             self._warn(error.reason, error.message)
@@ -124,7 +127,7 @@ class Execution:
         self.log.append(warning=pb.Warning(reason=reason, message=message))
 
     def _require_going(self) -> None:
-        if self.session.attachment.lost.is_set():
+        if not self.session.attachment.alive:
             raise self._engine_lost()
         if self.stopping.is_set():
             raise Unavailable(
@@ -133,15 +136,18 @@ class Execution:
                 reason="SERVER_STOPPED",
             )
 
-    def _require_paused(self, pause: EnginePause) -> None:
-        if isinstance(pause.lost, Unavailable):
+    def _require_writable(self, pause: EnginePause) -> None:
+        if not self.session.attachment.alive:
+            raise self._engine_lost()
+        lost = pause.lost
+        if isinstance(lost, Unavailable):
             # Known here before the watch knows; the state must not be saved as that of weights
             # that are gone.
             self.session.attachment.lost.set()
             raise self._engine_lost()
-        if pause.lost:
+        if lost:
             raise FailedPrecondition(
-                f"vLLM went on before the run was done ({pause.lost.message}); "
+                f"vLLM went on before the run was done ({lost.message}); "
                 f"{self.steps_done} steps are in the weights. Send the run again.",
                 reason="PAUSE_LOST",
             )
@@ -160,7 +166,7 @@ class Execution:
 
     def _save_state(self) -> None:
         """The state is kept as it was on disk when the weights that it belongs to are gone."""
-        if self.session.attachment.lost.is_set():
+        if not self.session.attachment.alive:
             return
         try:
             size = self.session.save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import threading
@@ -18,7 +19,7 @@ from apollo_trainer.config import Settings
 from apollo_trainer.runs.events import EventLog, now
 from apollo_trainer.runs.execution import Execution
 from apollo_trainer.runs.run import PreparedRun
-from apollo_trainer.runs.session import Session, open_session
+from apollo_trainer.runs.session import KeptState, Session, open_session
 from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.training.options import StateShape
 from apollo_trainer.weights.attach import MapReport, attach
@@ -43,6 +44,8 @@ class ModelOwner:
         self._active = 0
         self._losses = 0
         self._session: Session | None = None
+        self._kept: KeptState | None = None
+        self._found_epoch, self._attach_queued = "", False
         self._expected_shape: StateShape | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="training", daemon=True)
@@ -60,7 +63,7 @@ class ModelOwner:
     def session(self) -> Session:
         """The session now. Raises Unavailable, or FailedPrecondition when the map was refused."""
         session = self._session
-        if session and not session.attachment.lost.is_set():
+        if session and session.attachment.alive:
             return session
         status = self._board.snapshot()
         if status.attachment == status_pb2.ATTACHMENT_STATE_REFUSED:
@@ -70,14 +73,23 @@ class ModelOwner:
         )
 
     def engine_found(self, epoch: str) -> None:
-        """Attaches to an engine, unless it is the one that is attached."""
-        self._jobs.put(lambda: self._attach(epoch))
+        """Attaches to an engine, unless it is attached, about to be, or was refused.
+
+        Called at every beat: an attachment that failed because the engine was busy is tried again.
+        """
+        with self._lock:
+            lost = self._session is not None and not self._session.attachment.alive
+            if self._attach_queued or (epoch == self._found_epoch and not lost):
+                return
+            self._found_epoch, self._attach_queued = epoch, True
+            self._jobs.put(lambda: self._attach(epoch))
 
     def engine_lost(self, detail: str) -> None:
         """From now on nothing is written; called from any thread, also in mid-run."""
         with self._lock:
-            self._losses += 1
+            self._losses, self._found_epoch = self._losses + 1, ""
             session = self._session
+            self._jobs.put(self._let_go)
         if session:
             session.attachment.lost.set()
         self._board.update(
@@ -87,12 +99,9 @@ class ModelOwner:
         )
 
     def _attach(self, epoch: str) -> None:
-        attached = self._session.attachment if self._session else None
-        # A lost connection to an engine that lives on comes back with the same epoch.
-        if attached and attached.epoch == epoch and not attached.lost.is_set():
-            return
         with self._lock:
-            self._session, losses = None, self._losses
+            self._attach_queued, losses = False, self._losses
+        self._let_go()
         self._board.update(
             lambda status: status.ClearField("weight_map"),
             attachment=status_pb2.ATTACHMENT_STATE_ATTACHING,
@@ -103,7 +112,7 @@ class ModelOwner:
             attachment = attach(
                 self._sidecar, epoch, check_all_values=everything, traced=self._show_map
             )
-            session = open_session(attachment, self._settings)
+            session = open_session(attachment, self._settings, self._kept)
         except ApolloError as error:
             self._refuse(error)
             return
@@ -119,6 +128,7 @@ class ModelOwner:
         with self._lock:
             if still_there := losses == self._losses:
                 self._session, self._expected_shape = session, session.shape
+                self._kept = None
         if still_there:
             self._show(session)
         else:
@@ -126,9 +136,23 @@ class ModelOwner:
                 Unavailable("vLLM went while its weights were mapped.", reason="ENGINE_LOST")
             )
 
+    def _let_go(self) -> None:
+        """Unmaps the memory of a lost engine; beside a new one's it would be held twice."""
+        session = self._session
+        if session is None or session.attachment.alive:
+            return
+        with self._lock:
+            self._kept, self._session = session.keep() or self._kept, None
+        del session
+        # Modules and their parameters refer to each other in circles.
+        gc.collect()
+
     def _refuse(self, error: ApolloError) -> None:
         log.error("not attached: %s (%s)", error.message, error.reason)
         gone = isinstance(error, Unavailable)
+        if gone:
+            with self._lock:
+                self._found_epoch = ""
         self._board.update(
             attachment=status_pb2.ATTACHMENT_STATE_DETACHED
             if gone
@@ -152,6 +176,8 @@ class ModelOwner:
         def change(status: status_pb2.ServerStatus) -> None:
             status.attachment = status_pb2.ATTACHMENT_STATE_ATTACHED
             status.attachment_detail = "vLLM's live weights are mapped and verified."
+            if session.other_weights:
+                status.attachment_detail += f" Runs are refused: {session.other_weights}"
             status.model = session.attachment.directory
             status.engine_epoch = session.attachment.epoch
             status.weight_version = session.attachment.weight_version
@@ -182,6 +208,8 @@ class ModelOwner:
                     reason="QUEUE_FULL",
                     metadata={"limit": str(self._settings.max_queued_runs)},
                 )
+            if self._session:
+                self._session.require_accepted(run.options)
             if self._expected_shape:
                 self._expected_shape = run.options.shape_on(self._expected_shape)
             events = EventLog(uuid.uuid4().hex, self._board.publish)
@@ -250,7 +278,10 @@ class ModelOwner:
 
     def _save_at_end(self) -> None:
         session = self._session
-        if session and session.optimizer.step_count and not session.attachment.lost.is_set():
+        # The state of other weights must not be saved as that of these.
+        if session is None or session.other_weights or not session.attachment.alive:
+            return
+        if session.optimizer.step_count:
             session.save()
 
 

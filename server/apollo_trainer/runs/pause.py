@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 
-from apollo_grpc.errors import ApolloError
+from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.sidecar import Sidecar
 
@@ -20,25 +20,36 @@ class EnginePause:
     """
 
     def __init__(self, sidecar: Sidecar, attachment: Attachment, lease_seconds: float):
-        self._sidecar, self._epoch = sidecar, attachment.epoch
+        self._sidecar, self._attachment = sidecar, attachment
         self._lease_id, self._seconds = uuid.uuid4().hex, lease_seconds
         self._ended = threading.Event()
-        self.lost: ApolloError | None = None
+        self._error: ApolloError | None = None
         self._began = time.monotonic()
+        self._held_until = 0.0
         self._renew()
         self._renewer = threading.Thread(target=self._keep_renewing, daemon=True)
         self._renewer.start()
 
     def _renew(self) -> None:
-        self._sidecar.pause(self._epoch, self._lease_id, self._seconds)
+        # From before the call on: the sidecar counts from when it arrives, which is later.
+        asked = time.monotonic()
+        self._sidecar.pause(self._attachment.epoch, self._lease_id, self._seconds)
+        self._held_until = asked + self._seconds
 
     def _keep_renewing(self) -> None:
         while not self._ended.wait(self._seconds / RENEWALS_PER_LEASE):
             try:
                 self._renew()
             except ApolloError as error:
-                self.lost = error
+                self._error = error
                 return
+
+    @property
+    def lost(self) -> ApolloError | None:
+        """Why vLLM may have gone on already; None while it certainly has not."""
+        if self._error is None and time.monotonic() >= self._held_until:
+            return FailedPrecondition("it ran out unrenewed", reason="LEASE_ENDED")
+        return self._error
 
     def end(self, *, weights_changed: bool) -> int:
         """Lets vLLM go on, its caches dropped first when the weights changed.
@@ -48,7 +59,13 @@ class EnginePause:
         """
         self._ended.set()
         self._renewer.join()
-        return self._sidecar.resume(self._epoch, self._lease_id, weights_changed=weights_changed)
+        if not self._attachment.alive:
+            # A wedged engine would hold the training thread until the call's deadline.
+            raise Unavailable("vLLM is gone, or does not answer.")
+        self._attachment.synchronize()
+        return self._sidecar.resume(
+            self._attachment.epoch, self._lease_id, weights_changed=weights_changed
+        )
 
     @property
     def held_seconds(self) -> float:

@@ -18,10 +18,22 @@ from apollo_trainer.optim import Apollo
 from apollo_trainer.training.options import OptimizerOptions, StateShape
 from apollo_trainer.training.samples import SampleLimits
 from apollo_trainer.weights.attach import Attachment
+from apollo_trainer.weights.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 SHAPE_KEY = "shape"
 OPTIMIZER_KEY = "optimizer"
+WEIGHTS_KEY = "weights"
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """The Apollo state of an engine that was lost from sight: it may come back as it was."""
+
+    epoch: str
+    tensors: dict[str, Any]
+    description: dict[str, Any]
+    other_weights: str
 
 
 @dataclass
@@ -32,6 +44,7 @@ class Session:
         shape: of the live optimizer state.
         state_path: where that state is kept on disk.
         tokenizer: of the served model; None where its directory has none.
+        other_weights: why the state does not belong to the live weights; empty when it does.
     """
 
     attachment: Attachment
@@ -41,36 +54,74 @@ class Session:
     tokenizer: Any
     limits: SampleLimits
     settings: Settings
+    other_weights: str = ""
+
+    def require_accepted(self, options: OptimizerOptions) -> None:
+        """Raises FailedPrecondition when a run would go on with a state of other weights."""
+        if self.other_weights and not (options.reset or options.accept_other_weights):
+            raise FailedPrecondition(
+                f"{self.other_weights} Nothing was written. Bring back the weights that it belongs "
+                "to, or send the run with accept_other_weights to go on with this state, or with "
+                "reset_optimizer to begin a new one.",
+                reason="STATE_OF_OTHER_WEIGHTS",
+            )
 
     def begin_run(self, options: OptimizerOptions) -> None:
         """Makes the optimizer what the run asks for. Raises FailedPrecondition on a mismatch."""
+        self.require_accepted(options)
         shape = options.shape_on(self.shape)
         if options.reset:
             self.optimizer = new_optimizer(self.attachment, shape, self.settings)
-        self.shape = shape
+        self.shape, self.other_weights = shape, ""
         self.optimizer.rounding = self.shape.rounding
         options.apply(self.optimizer)
 
     def show(self, status: status_pb2.ServerStatus) -> None:
         """Puts the optimizer into a status."""
-        status.optimizer_loaded = True
+        status.optimizer_loaded = not self.other_weights
         status.optimizer_step = self.optimizer.step_count
         status.state_size_bytes = self.optimizer.state_size_bytes()
 
     def save(self) -> int:
-        """Puts the Apollo state on disk, durably; returns the file's bytes. Raises OSError."""
+        """Puts the Apollo state on disk, durably; returns the file's bytes. Raises OSError.
+
+        With it goes the fingerprint of the weights that it belongs to.
+        """
         tensors, description = self.optimizer.named_state()
-        wrapped = {OPTIMIZER_KEY: description, SHAPE_KEY: vars(self.shape)}
+        weights = {
+            "fingerprint": fingerprint(self.attachment.parameters()),
+            "epoch": self.attachment.epoch,
+        }
+        wrapped = {
+            OPTIMIZER_KEY: description,
+            SHAPE_KEY: vars(self.shape),
+            WEIGHTS_KEY: weights,
+        }
         return save_state(self.state_path, tensors, wrapped)
 
+    def keep(self) -> KeptState | None:
+        """The state in memory, without a hold on the engine's; None in the middle of a step."""
+        try:
+            tensors, description = self.optimizer.named_state()
+        except RuntimeError:
+            return None
+        wrapped = {OPTIMIZER_KEY: description, SHAPE_KEY: vars(self.shape)}
+        return KeptState(self.attachment.epoch, tensors, wrapped, self.other_weights)
 
-def open_session(attachment: Attachment, settings: Settings) -> Session:
-    """The session of a new attachment, its Apollo state restored from disk where there is one.
+
+def open_session(
+    attachment: Attachment, settings: Settings, kept: KeptState | None = None
+) -> Session:
+    """The session of a new attachment, with the Apollo state that belongs to its weights.
+
+    Args:
+        kept: of an engine that was lost; taken when it is this one, else the state on disk is.
 
     Raises FailedPrecondition when the state on disk is unreadable or of another model.
     """
     state_path = _state_path(settings.state_dir, attachment.directory)
-    on_disk = load_state(state_path)
+    came_back = kept is not None and kept.epoch == attachment.epoch
+    on_disk = (kept.tensors, kept.description) if kept and came_back else load_state(state_path)
     shape = configured = StateShape(settings.rank, settings.variant, settings.rounding)
     if on_disk:
         shape = StateShape(**on_disk[1][SHAPE_KEY])
@@ -84,7 +135,27 @@ def open_session(attachment: Attachment, settings: Settings) -> Session:
     embedding = attachment.model.get_input_embeddings().weight
     limits = SampleLimits(embedding.shape[0], attachment.max_model_len, settings.max_samples)
     tokenizer = _tokenizer(attachment.directory)
-    return Session(attachment, optimizer, shape, state_path, tokenizer, limits, settings)
+    session = Session(attachment, optimizer, shape, state_path, tokenizer, limits, settings)
+    if kept and came_back:
+        session.other_weights = kept.other_weights
+    elif on_disk:
+        session.other_weights = _other_weights(on_disk[1], attachment, optimizer.step_count)
+    return session
+
+
+def _other_weights(description: dict[str, Any], attachment: Attachment, step: int) -> str:
+    """Why a state on disk is not that of the live weights; empty where it is, or may go on."""
+    weights = description.get(WEIGHTS_KEY, {})
+    if weights.get("fingerprint") == fingerprint(attachment.parameters()):
+        return ""
+    if weights.get("epoch") == attachment.epoch:
+        # A training server that was killed: what it wrote after the save is in the weights.
+        log.warning("the weights are ahead of the Apollo state, which is that of step %d", step)
+        return ""
+    return (
+        f"The Apollo state on disk is that of step {step} of other weights than those that vLLM "
+        "serves: they were lost with an engine before a sync, or the model directory was changed."
+    )
 
 
 def new_optimizer(attachment: Attachment, shape: StateShape, settings: Settings) -> Apollo:

@@ -64,6 +64,7 @@ class OptimizerOptions:
     variant: Variant | None = None
     rounding: RoundingMode | None = None
     reset: bool = False
+    accept_other_weights: bool = False
 
     def shape_on(self, live: StateShape) -> StateShape:
         """The shape that the state has once this run has begun.
@@ -146,6 +147,7 @@ def read_options(config: pb.OptimizerConfig) -> OptimizerOptions:
         variant=VARIANTS.get(config.variant),
         rounding=ROUNDINGS.get(config.rounding),
         reset=config.reset_optimizer,
+        accept_other_weights=config.accept_other_weights,
         **given,
     )
 

@@ -12,17 +12,22 @@ from typing import Any
 
 import torch
 
+from apollo_grpc.errors import Unavailable
 from apollo_trainer.weights import manifest as manifests
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, plan_checkpoint
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from apollo_trainer.weights.live_model import fill_with_views, meta_model
 from apollo_trainer.weights.mapping import Mapping, MemoryUse, map_buffers, measure
+from apollo_trainer.weights.producer import Producer
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.values import require_checkpoint_values
 from apollo_trainer.weights.verify import log_probabilities, probe_tokens, require_agreement
 
 log = logging.getLogger(__name__)
 MAX_NAMED = 5
+# The sidecar grants no longer lease.
+LONGEST_LEASE_SECONDS = 60.0
+RESUMED_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,9 @@ class Attachment:
         directory: the model directory that vLLM serves.
         model: transformers model whose parameters are the live weights.
         plan: how parameters make checkpoint tensors.
+        producer: the process that owns the memory.
         logprob_difference: between both sides when attached, in nats.
-        lost: set once the engine is gone; from then on nothing may be written.
+        lost: set once the engine is known to be gone, wedged, or not to be trusted.
     """
 
     epoch: str
@@ -62,8 +68,14 @@ class Attachment:
     model: Any
     plan: CheckpointPlan
     mappings: dict[int, Mapping]
+    producer: Producer
     logprob_difference: float = 0.0
     lost: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine may be written to: not lost, and its process there."""
+        return not self.lost.is_set() and self.producer.alive
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The live parameters by name, tied ones once."""
@@ -72,6 +84,11 @@ class Attachment:
     def checkpoint(self) -> CheckpointReader:
         """The live weights by the names of the model directory."""
         return CheckpointReader(self.plan, self.parameters())
+
+    def synchronize(self) -> None:
+        """Waits until every write has arrived: before that vLLM must not go on."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
 
     def memory(self) -> MemoryUse:
         """Where the parameters lie, measured now."""
@@ -97,6 +114,8 @@ def attach(
     began = time.monotonic()
     manifest = sidecar.manifest()
     regions = manifests.check_manifest(manifest, epoch)
+    # Before the trace: whoever answers that was the same process all the while.
+    producer = Producer(manifest.worker_pid, manifest.worker_pid_namespace)
     model = meta_model(manifest.model)
     plan = plan_checkpoint(model)
     answer = sidecar.trace(plan.request(manifest.epoch))
@@ -116,6 +135,7 @@ def attach(
         model,
         plan,
         mappings,
+        producer,
     )
     attachment.logprob_difference = _verify(attachment, sidecar)
     compared = 0
@@ -146,6 +166,18 @@ def _require_all_views(refused: list[tuple[str, str]], total: int) -> None:
     )
 
 
+def _scores_when_resumed(sidecar: Sidecar, epoch: str, tokens: list[int]) -> list[float]:
+    """vLLM's scores, after the pause of a training server that died has run out."""
+    deadline = time.monotonic() + LONGEST_LEASE_SECONDS
+    while True:
+        try:
+            return sidecar.score(epoch, tokens)
+        except Unavailable as error:
+            if error.reason != "PAUSED" or time.monotonic() > deadline:
+                raise
+        time.sleep(RESUMED_POLL_SECONDS)
+
+
 def _verify(attachment: Attachment, sidecar: Sidecar) -> float:
     """The training model against vLLM on seeded tokens, and its memory against the manifest."""
     memory = attachment.memory()
@@ -156,6 +188,6 @@ def _verify(attachment: Attachment, sidecar: Sidecar) -> float:
         )
     vocabulary = attachment.model.get_input_embeddings().weight.shape[0]
     tokens = probe_tokens(vocabulary, attachment.max_model_len)
-    engine = sidecar.score(attachment.epoch, tokens)
+    engine = _scores_when_resumed(sidecar, attachment.epoch, tokens)
     dtype = max((p.dtype for p in attachment.model.parameters()), key=lambda d: -d.itemsize)
     return require_agreement(log_probabilities(attachment.model, tokens), engine, dtype)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import grpc
 from google.protobuf import duration_pb2
 
-from apollo_grpc.errors import from_rpc_error
+from apollo_grpc.errors import ApolloError, Cancelled, Unavailable, from_rpc_error
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1.weight_export_pb2_grpc import WeightExportServiceStub
@@ -16,7 +17,6 @@ from apollo_grpc.v1.weight_export_pb2_grpc import WeightExportServiceStub
 CALL_SECONDS = 130.0
 # A healthy engine answers in milliseconds; a wedged one must not hold the training thread long.
 CONTROL_SECONDS = 30.0
-T = TypeVar("T")
 
 
 class Sidecar:
@@ -27,28 +27,44 @@ class Sidecar:
 
     def __init__(self, address: str):
         self.address = address
-        self._channel = Endpoint(address).channel()
-        self._stub = WeightExportServiceStub(self._channel)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._channel, self._stub = self._connect()
 
-    def _call(self, method: Callable[..., T], request: Any, seconds: float = CALL_SECONDS) -> T:
+    def _connect(self) -> tuple[grpc.Channel, WeightExportServiceStub]:
+        channel = Endpoint(self.address).channel()
+        return channel, WeightExportServiceStub(channel)
+
+    def _call(self, method: str, request: Any, seconds: float = CALL_SECONDS) -> Any:
         try:
-            return method(request, timeout=seconds)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+            return getattr(self._stub, method)(request, timeout=seconds)
+        except (grpc.RpcError, ValueError) as error:
+            raise _failure(error) from None
+
+    def abandon(self) -> None:
+        """Ends all calls to an engine that does not answer; later ones connect anew."""
+        with self._lock:
+            old = self._channel
+            if not self._closed:
+                self._channel, self._stub = self._connect()
+        old.close()
 
     def manifest(self) -> pb.WeightManifest:
         """Describes the live weights."""
-        answer = self._call(self._stub.GetWeightManifest, pb.GetWeightManifestRequest())
+        answer: pb.GetWeightManifestResponse = self._call(
+            "GetWeightManifest", pb.GetWeightManifestRequest()
+        )
         return answer.manifest
 
     def trace(self, request: pb.TraceCheckpointMapRequest) -> pb.TraceCheckpointMapResponse:
         """Asks where the plan's parameters lie."""
-        return self._call(self._stub.TraceCheckpointMap, request)
+        answer: pb.TraceCheckpointMapResponse = self._call("TraceCheckpointMap", request)
+        return answer
 
     def score(self, epoch: str, token_ids: list[int]) -> list[float]:
         """vLLM's log-probability of each token after the first, in nats."""
         request = pb.ScoreTokensRequest(epoch=epoch, token_ids=token_ids)
-        return list(self._call(self._stub.ScoreTokens, request).logprobs)
+        return list(self._call("ScoreTokens", request).logprobs)
 
     def pause(self, epoch: str, lease_id: str, seconds: float) -> None:
         """Begins or renews a pause; requests in flight go on after it."""
@@ -57,20 +73,30 @@ class Sidecar:
         request = pb.PauseRequest(
             request_id=lease_id, epoch=epoch, lease=lease, mode=pb.PAUSE_MODE_KEEP
         )
-        self._call(self._stub.Pause, request, CONTROL_SECONDS)
+        self._call("Pause", request, CONTROL_SECONDS)
 
     def resume(self, epoch: str, lease_id: str, *, weights_changed: bool) -> int:
         """Ends a pause; returns the weight version. Changed weights reset the caches first."""
         request = pb.ResumeRequest(lease_id=lease_id, epoch=epoch, weights_changed=weights_changed)
-        return self._call(self._stub.Resume, request, CONTROL_SECONDS).weight_version
+        return int(self._call("Resume", request, CONTROL_SECONDS).weight_version)
 
     def generations(self) -> Iterator[pb.WatchGenerationResponse]:
-        """The generation now and at each change; raises when the engine is gone."""
+        """The generation at each change and each beat; raises when the engine is gone."""
         try:
             yield from self._stub.WatchGeneration(pb.WatchGenerationRequest())
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        except (grpc.RpcError, ValueError) as error:
+            raise _failure(error) from None
 
     def close(self) -> None:
-        """Ends all calls, a watch included."""
+        """Ends all calls for good, a watch included."""
+        with self._lock:
+            self._closed = True
         self._channel.close()
+
+
+def _failure(error: Exception) -> ApolloError:
+    """The domain error of a failed call; grpc raises ValueError for one on a closed channel."""
+    found = None if isinstance(error, ValueError) else from_rpc_error(error)
+    if found is None or isinstance(found, Cancelled):
+        return Unavailable("The connection to vLLM's sidecar was given up.")
+    return found

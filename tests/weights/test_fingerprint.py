@@ -1,0 +1,83 @@
+"""The digest of weights changes with any bit of them, and with nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apollo_trainer.weights import fingerprint as module
+from apollo_trainer.weights.fingerprint import BLOCK_WORDS, fingerprint
+
+QUICK = settings(deadline=None, max_examples=60, derandomize=True)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Within a block, at its end, over it, and over what is taken at a time.
+COUNTS = (1, 3, BLOCK_WORDS - 1, BLOCK_WORDS, BLOCK_WORDS + 1, 5 * BLOCK_WORDS + 7)
+
+
+def weights(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(count)).to(dtype)
+
+
+@QUICK
+@given(st.sampled_from(COUNTS), st.sampled_from(DTYPES), st.data())
+def test_one_flipped_bit_changes_it(count, dtype, data):
+    tensor = weights(count, dtype)
+    before = fingerprint({"w": tensor})
+    words = tensor.view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+    place = data.draw(st.integers(0, count - 1))
+    words[place] ^= 1 << data.draw(st.integers(0, 8 * dtype.itemsize - 2))
+    assert fingerprint({"w": tensor}) != before
+
+
+@QUICK
+@given(st.integers(0, 3 * BLOCK_WORDS), st.integers(0, 3 * BLOCK_WORDS))
+def test_two_exchanged_values_change_it(a, b):
+    tensor = weights(3 * BLOCK_WORDS + 1)
+    before = fingerprint({"w": tensor})
+    tensor[[a, b]] = tensor[[b, a]]
+    assert (fingerprint({"w": tensor}) == before) == (a == b)
+
+
+def test_zeros_of_both_signs_and_nan_payloads_differ():
+    same_values = torch.tensor([0.0, -0.0, float("nan")])
+    other_nan = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)
+    digests = {fingerprint({"w": same_values[i : i + 1]}) for i in range(3)}
+    assert len(digests | {fingerprint({"w": other_nan})}) == 4
+
+
+def test_layout_in_memory_and_order_of_names_do_not_matter():
+    square = weights(600).view(20, 30)
+    turned = square.t().contiguous().t()
+    assert turned.stride() != square.stride()
+    one, two = {"a": square, "b": square[0]}, {"b": square[0].clone(), "a": turned}
+    assert fingerprint(one) == fingerprint(two)
+
+
+def test_name_shape_and_dtype_matter():
+    tensor = weights(12)
+    others = ({"v": tensor}, {"w": tensor.view(3, 4)}, {"w": tensor.view(torch.bfloat16)})
+    assert fingerprint({"w": tensor}) not in {fingerprint(other) for other in others}
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 128])
+def test_how_much_is_taken_at_a_time_does_not_matter(blocks, monkeypatch):
+    tensor = weights(5 * BLOCK_WORDS + 7)
+    before = fingerprint({"w": tensor})
+    monkeypatch.setattr(module, "_BLOCKS", {"cpu": blocks})
+    assert fingerprint({"w": tensor}) == before
+
+
+def test_the_weights_are_not_touched():
+    tensor = weights(100)
+    copy = tensor.clone()
+    fingerprint({"w": tensor})
+    assert torch.equal(tensor, copy)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_gives_the_same(dtype):
+    tensor = weights(200 * BLOCK_WORDS + 7, dtype)
+    assert fingerprint({"w": tensor}) == fingerprint({"w": tensor.cuda()})
