@@ -1,8 +1,9 @@
 """A digest of all weights, by which an optimizer state knows the weights that it belongs to.
 
 Sums of integers, so that it is the same on every device and in whatever order it is added up: each
-word of a block of 65536 is multiplied by an odd key of its place, the block's sum by one of the
-block's. One changed word always changes the digest; it is no defence against an adversary.
+8-byte word is multiplied by an odd key of its place in a block of 65536, and each block's sum by an
+odd number of the block's, modulo 2**64. One changed word always changes the digest, and others do
+but for one case in 2**64; it is no defence against an adversary.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Mapping
 import torch
 
 BLOCK_WORDS = 65536
-# Blocks at a time: what fits a core's cache, and what keeps a GPU busy within 64 MB.
-_BLOCKS = {"cpu": 4, "cuda": 128}
-_KEY_STEP, _BLOCK_STEP = 0x9E3779B1, 0x632BE5AB
+_WORD_BYTES = 8
+# Blocks at a time: what stays in a core's cache, and what keeps a GPU busy within 64 MB.
+_BLOCKS = {"cpu": 2, "cuda": 64}
+_KEY_STEP, _BLOCK_STEP = 0x1E3779B97F4A7C15, 0x632BE5AB
 
 
 @torch.no_grad()
@@ -23,7 +25,7 @@ def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
     """The digest, in hexadecimal: of names, dtypes, shapes and bits, in row-major order.
 
     Args:
-        parameters: of 2 or 4 bytes an element, each one once.
+        parameters: each one once.
     """
     sums = [(name, tensor, _sum(tensor)) for name, tensor in sorted(parameters.items())]
     digest = hashlib.sha256()
@@ -39,8 +41,7 @@ def _read(sums: list[torch.Tensor]) -> list[int]:
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
     """int64, 0-dim, on the tensor's device; wraps around."""
-    flat = tensor.detach().contiguous().view(-1)
-    words = flat.view(torch.int16 if flat.element_size() == 2 else torch.int32)
+    words = _words(tensor.detach().contiguous().view(-1))
     keys = _keys(words.device)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     chunk = _BLOCKS.get(words.device.type, 1) * BLOCK_WORDS
@@ -52,14 +53,26 @@ def _sum(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def _words(flat: torch.Tensor) -> torch.Tensor:
+    """int64 [words]: the bytes themselves, or a copy with zeros after the last of them."""
+    ragged = flat.nbytes % _WORD_BYTES
+    # torch views another width only where the tensor begins at a whole word of its storage.
+    if not ragged and flat.storage_offset() * flat.element_size() % _WORD_BYTES == 0:
+        return flat.view(torch.int64)
+    missing = (_WORD_BYTES - ragged) // flat.element_size() if ragged else 0
+    padded = flat.new_zeros(flat.numel() + missing)
+    padded[: flat.numel()] = flat
+    return padded.view(torch.int64)
+
+
 def _keys(device: torch.device) -> torch.Tensor:
-    """int32 [BLOCK_WORDS]: odd, so that a product loses no bit of the word."""
-    keys = torch.arange(BLOCK_WORDS, dtype=torch.int64, device=device) * _KEY_STEP
-    return ((keys ^ (keys >> 15)) & 0x7FFFFFFF | 1).to(torch.int32)
+    """int64 [BLOCK_WORDS]: odd, so that a product loses no bit of the word."""
+    keys = torch.arange(1, BLOCK_WORDS + 1, dtype=torch.int64, device=device) * _KEY_STEP
+    return (keys ^ (keys >> 29)) | 1
 
 
 def _blocks(words: torch.Tensor) -> torch.Tensor:
-    """int32 [blocks, BLOCK_WORDS], the last one filled up with zeros."""
+    """int64 [blocks, BLOCK_WORDS], the last one filled up with zeros."""
     missing = -words.numel() % BLOCK_WORDS
     filled = torch.nn.functional.pad(words, (0, missing)) if missing else words
-    return filled.view(-1, BLOCK_WORDS).to(torch.int32)
+    return filled.view(-1, BLOCK_WORDS)
