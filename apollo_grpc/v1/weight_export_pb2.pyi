@@ -520,18 +520,24 @@ class ResumeRequest(google.protobuf.message.Message):
     LEASE_ID_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     WEIGHTS_CHANGED_FIELD_NUMBER: builtins.int
+    UPDATES_FIELD_NUMBER: builtins.int
     lease_id: builtins.str
     epoch: builtins.str
     weights_changed: builtins.bool
     """Raise the weight version and reset the caches before the engine goes on."""
+    updates: builtins.int
+    """By how much the version is raised: updates written since the last resume.
+    0 counts as 1 when the weights changed.
+    """
     def __init__(
         self,
         *,
         lease_id: builtins.str = ...,
         epoch: builtins.str = ...,
         weights_changed: builtins.bool = ...,
+        updates: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "lease_id", b"lease_id", "weights_changed", b"weights_changed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "lease_id", b"lease_id", "updates", b"updates", "weights_changed", b"weights_changed"]) -> None: ...
 
 global___ResumeRequest = ResumeRequest
 

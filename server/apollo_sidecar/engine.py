@@ -139,10 +139,10 @@ class Engine:
         # Otherwise the step in flight would read weights that are being written (vLLM 0.26).
         self._ask_worker("apollo_synchronize")
 
-    def _resume(self, weights_changed: bool) -> None:
+    def _resume(self, updates: int) -> None:
         try:
-            if weights_changed:
-                self.raise_version()
+            if updates:
+                self.raise_version(updates)
                 self.reset_caches()
         finally:
             self._call(self._client.resume_generation())
@@ -164,13 +164,16 @@ class Engine:
 
     @property
     def weight_version(self) -> int:
-        """How many times the weights were changed since this engine started."""
+        """How many updates were written to the weights since this engine started.
+
+        Those of a training server that died in a pause count as one.
+        """
         return self._weight_version
 
-    def raise_version(self) -> None:
-        """Counts one change of the weights, stamps it on outputs where vLLM can, tells watchers."""
+    def raise_version(self, updates: int) -> None:
+        """Counts updates of the weights, stamps outputs with it where vLLM can, tells watchers."""
         with self._changed:
-            self._weight_version += 1
+            self._weight_version += updates
             self._changed.notify_all()
         if hasattr(self._client, "update_weight_version"):
             self._call(self._client.update_weight_version(str(self._weight_version)))

@@ -19,10 +19,11 @@ class PauseLeases:
 
     Args:
         pause: stops the engine; called when a lease begins, with its mode.
-        resume: lets it go on; called once a lease, with whether the weights may have changed.
+        resume: lets it go on; called once a lease, with how many updates were written, at least 1
+            where the weights may have changed.
     """
 
-    def __init__(self, pause: Callable[[str], None], resume: Callable[[bool], None]):
+    def __init__(self, pause: Callable[[str], None], resume: Callable[[int], None]):
         self._pause, self._resume = pause, resume
         # Held while the engine is asked to pause or resume, so that the two never cross.
         self._lock = threading.Lock()
@@ -59,7 +60,7 @@ class PauseLeases:
             self._arm(min(seconds, MAX_LEASE_SECONDS))
             return self._deadline - time.monotonic()
 
-    def release(self, lease_id: str, weights_changed: bool) -> None:
+    def release(self, lease_id: str, updates: int) -> None:
         """Ends a lease. Ending the last one again does nothing.
 
         Raises FailedPrecondition for a lease that never was.
@@ -69,14 +70,14 @@ class PauseLeases:
                 return
             if not lease_id or lease_id != self._lease_id:
                 raise FailedPrecondition("There is no such pause.", reason="LEASE_UNKNOWN")
-            self._end(weights_changed)
+            self._end(updates)
 
     def _begin(self, mode: str) -> None:
         try:
             self._pause(mode)
         except BaseException:
             # It may have stopped the engine before it failed, and no lease would ever end that.
-            self._resume(False)
+            self._resume(0)
             raise
 
     def _arm(self, seconds: float) -> None:
@@ -93,15 +94,15 @@ class PauseLeases:
             if lease_id == self._lease_id and time.monotonic() >= self._deadline:
                 try:
                     # Its holder may have died between two writes: what is cached may be stale.
-                    self._end(weights_changed=True)
+                    self._end(updates=1)
                 except ApolloError as error:
                     log.warning("apollo: after a pause that ran out: %s", error.message)
 
-    def _end(self, weights_changed: bool) -> None:
+    def _end(self, updates: int) -> None:
         if self._timer:
             self._timer.cancel()
         try:
-            self._resume(weights_changed)
+            self._resume(updates)
         finally:
             # Otherwise a failed cache reset would leave a lease without a timer, which refuses
             # every later pause although the engine goes on.

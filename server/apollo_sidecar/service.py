@@ -66,7 +66,10 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
     def Resume(self, request: Any, context: Any) -> pb.ResumeResponse:  # noqa: N802
         """Ends a lease."""
         self._engine.require_epoch(request.epoch)
-        self._engine.leases.release(request.lease_id, request.weights_changed)
+        if request.updates < 0:
+            raise InvalidArgument.at("updates", "must not be negative")
+        updates = max(1, request.updates) if request.weights_changed else 0
+        self._engine.leases.release(request.lease_id, updates)
         return pb.ResumeResponse(weight_version=self._engine.weight_version)
 
     def ResetCaches(self, request: Any, context: Any) -> pb.ResetCachesResponse:  # noqa: N802

@@ -45,7 +45,7 @@ def test_vllm_is_paused_for_the_run_and_drops_its_caches_before_it_goes_on(
     engine, trainer = attached
     events = all_events(trainer.submit(epochs=3))
     assert engine.calls == ["pause keep", "reset caches", "resume"]
-    assert finished_of(events).weight_version == trainer.status.weight_version == 1
+    assert finished_of(events).weight_version == trainer.status.weight_version == 3
     assert finished_of(events).pause_time.ToNanoseconds() > 0
     assert all_events(trainer.submit())[1].started.weight_version == 1
     assert engine.engine.weight_version == 2

@@ -111,7 +111,8 @@ class Execution:
 
     def _resume(self, pause: EnginePause) -> None:
         try:
-            version = pause.end(weights_changed=self._weights_changed)
+            changed = self._weights_changed
+            version = pause.end(weights_changed=changed, updates=self.steps_done)
         except ApolloError as error:
             if error.reason in _GONE or not self.session.attachment.alive:
                 self.session.attachment.lost.set()

@@ -51,8 +51,11 @@ class EnginePause:
             return FailedPrecondition("it ran out unrenewed", reason="LEASE_ENDED")
         return self._error
 
-    def end(self, *, weights_changed: bool) -> int:
+    def end(self, *, weights_changed: bool, updates: int = 0) -> int:
         """Lets vLLM go on, its caches dropped first when the weights changed.
+
+        Args:
+            updates: how many were written; those that failed halfway not counted.
 
         Returns the weight version. Raises the sidecar's error: vLLM then goes on when its lease
         runs out, or has gone on with caches of older weights.
@@ -64,7 +67,10 @@ class EnginePause:
             raise Unavailable("vLLM is gone, or does not answer.")
         self._attachment.synchronize()
         return self._sidecar.resume(
-            self._attachment.epoch, self._lease_id, weights_changed=weights_changed
+            self._attachment.epoch,
+            self._lease_id,
+            weights_changed=weights_changed,
+            updates=updates,
         )
 
     @property

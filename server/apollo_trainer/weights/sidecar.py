@@ -75,9 +75,15 @@ class Sidecar:
         )
         self._call("Pause", request, CONTROL_SECONDS)
 
-    def resume(self, epoch: str, lease_id: str, *, weights_changed: bool) -> int:
-        """Ends a pause; returns the weight version. Changed weights reset the caches first."""
-        request = pb.ResumeRequest(lease_id=lease_id, epoch=epoch, weights_changed=weights_changed)
+    def resume(self, epoch: str, lease_id: str, *, weights_changed: bool, updates: int = 0) -> int:
+        """Ends a pause; returns the weight version. Changed weights reset the caches first.
+
+        Args:
+            updates: written since the last resume; the version is raised by as many, at least by 1.
+        """
+        request = pb.ResumeRequest(
+            lease_id=lease_id, epoch=epoch, weights_changed=weights_changed, updates=updates
+        )
         return int(self._call("Resume", request, CONTROL_SECONDS).weight_version)
 
     def generations(self) -> Iterator[pb.WatchGenerationResponse]:
