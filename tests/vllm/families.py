@@ -116,9 +116,7 @@ def _vary_constants(model: PreTrainedModel) -> None:
 TESTED: dict[str, Family] = {
     "qwen3": Family("qwen3", SMALL | {"tie_word_embeddings": True}),
     "llama": Family("llama", SMALL | {"tie_word_embeddings": False}),
-    "gpt2": Family(
-        "gpt2", SHARED | {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}
-    ),
+    "gpt2": Family("gpt2", SHARED | {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}),
     "qwen3_moe": Family("qwen3_moe", SMALL | EXPERTS | {"tie_word_embeddings": False}),
     "qwen2": Family("qwen2", WITHOUT_HEAD_DIM | {"tie_word_embeddings": True}),
     "mistral": Family("mistral", SMALL | {"sliding_window": None}),
@@ -153,9 +151,7 @@ TESTED: dict[str, Family] = {
 FURTHER: dict[str, Family] = {
     "afmoe": Family(
         "afmoe",
-        PLAIN
-        | EXPERTS
-        | {"num_shared_experts": 1, "sliding_window": 64, "score_func": "sigmoid"},
+        PLAIN | EXPERTS | {"num_shared_experts": 1, "sliding_window": 64, "score_func": "sigmoid"},
     ),
     "apertus": Family("apertus"),
     "arcee": Family("arcee"),
@@ -254,9 +250,7 @@ FURTHER: dict[str, Family] = {
         },
     ),
     "granite": Family("granite"),
-    "granitemoe": Family(
-        "granitemoe", PLAIN | {"num_local_experts": 4, "num_experts_per_tok": 2}
-    ),
+    "granitemoe": Family("granitemoe", PLAIN | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "granitemoehybrid": Family(
         "granitemoehybrid",
         PLAIN
@@ -271,8 +265,7 @@ FURTHER: dict[str, Family] = {
     ),
     "granitemoeshared": Family(
         "granitemoeshared",
-        PLAIN
-        | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
+        PLAIN | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
     ),
     "hunyuan_dense": Family("hunyuan_v1_dense"),
     "hunyuan_moe": Family("hunyuan_v1_moe", PLAIN | {"num_experts": 4, "moe_topk": 2}),
@@ -344,9 +337,7 @@ FURTHER: dict[str, Family] = {
     "olmo_hybrid": Family(
         "olmo_hybrid", ALL_HEADS | DELTA_NET | {"linear_num_key_heads": 2}, "bfloat16"
     ),
-    "olmoe": Family(
-        "olmoe", PLAIN_WITHOUT_HEAD_DIM | {"num_experts": 4, "num_experts_per_tok": 2}
-    ),
+    "olmoe": Family("olmoe", PLAIN_WITHOUT_HEAD_DIM | {"num_experts": 4, "num_experts_per_tok": 2}),
     "phi": Family("phi", ALL_HEADS),
     "qwen2_moe": Family(
         "qwen2_moe",

@@ -1,4 +1,4 @@
-"""What a run saw of each family, one file a family in build/models: docs/models.md is made of it."""
+"""What a run saw of each family: one file a family in build/models, for docs/models.md."""
 
 from __future__ import annotations
 
