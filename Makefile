@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHON
 
-.PHONY: help install demo test check protos lock clean
+.PHONY: help install demo test models check protos lock clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,11 @@ demo: install ## Watch a served model learn, on this machine's CPU (about 2 minu
 
 test: install ## Run all tests, those with a real vLLM included
 	@$(BIN)/python -m pytest
+
+models: install ## Try some 75 model families with real vLLM, and write docs/models.md (about an hour)
+	@rm -rf build/models
+	@$(BIN)/python -m pytest tests/vllm/test_families.py tests/vllm/sweep_models.py; tried=$$?; \
+		$(BIN)/python -m tests.vllm.models_table && exit $$tried
 
 check: install ## Lint, types, contract, and that the checked-in stubs are the generated ones
 	$(BIN)/ruff check .

@@ -32,21 +32,6 @@ EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 PADDED = {"pad_token_id": 0, "bos_token_id": 0}
 PLAIN, PLAIN_WITHOUT_HEAD_DIM = SMALL | PADDED, WITHOUT_HEAD_DIM | PADDED
 ALL_HEADS = PLAIN_WITHOUT_HEAD_DIM | {"num_key_value_heads": 4}
-LATENT = PLAIN_WITHOUT_HEAD_DIM | {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 32,
-    "q_lora_rank": 48,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-}
 ROUTED = {
     "n_routed_experts": 4,
     "n_shared_experts": 1,
@@ -56,8 +41,24 @@ ROUTED = {
     "n_group": 1,
     "topk_group": 1,
 }
+# The sizes that vLLM's latent attention takes.
+LATENT = (
+    PLAIN_WITHOUT_HEAD_DIM
+    | ROUTED
+    | {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 48,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    }
+)
+# In bfloat16 a router's near ties fall differently on both sides, by half a nat at a token.
+EVERY_EXPERT = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
 # vLLM's gated delta net on CPU wants linear heads of 128 and bfloat16.
 DELTA_NET = {
+    "initializer_range": 0.05,
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 1,
     "linear_num_value_heads": 2,
@@ -142,7 +143,7 @@ TESTED: dict[str, Family] = {
     "mixtral": Family("mixtral", SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_next": Family(
         "qwen3_next",
-        SMALL | EXPERTS | DELTA_NET | {"shared_expert_intermediate_size": 64},
+        SMALL | EVERY_EXPERT | DELTA_NET | {"shared_expert_intermediate_size": 64},
         "bfloat16",
     ),
 }

@@ -32,6 +32,7 @@ def write_record(name: str, verdict: str, reason: str = "", **found: Any) -> Non
         "family": name,
         "model_type": family.model_type,
         "dtype": family.dtype,
+        "environment": family.environment,
         "in_test_suite": name in TESTED,
         "verdict": verdict,
         "reason": reason,

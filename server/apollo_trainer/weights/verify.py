@@ -59,6 +59,7 @@ def require_agreement(ours: torch.Tensor, engine: list[float], dtype: torch.dtyp
         raise refusal(
             "LOGPROBS_DISAGREE",
             f"vLLM and the training model disagree by {difference:.3g} nats on the same tokens "
-            f"(at most {tolerance:g} for {dtype}): vLLM does not compute with the mapped weights.",
+            f"(at most {tolerance:g} for {dtype}): vLLM does not compute with the mapped weights, or "
+            "computes something else with them than transformers does.",
         )
     return difference
