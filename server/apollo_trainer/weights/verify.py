@@ -34,9 +34,12 @@ def log_probabilities(model: Any, token_ids: list[int]) -> torch.Tensor:
     """The model's log-probability of each token after the first: [T - 1], fp32, CPU, in nats."""
     ids = torch.tensor([token_ids], device=model.device)
     logits = model(ids, use_cache=False).logits[0, :-1]
+    scores = []
     # In fp32 and all at once, a long probe would take gigabytes at a large vocabulary.
-    rows = zip(logits.split(ROWS_AT_A_TIME), ids[0, 1:].split(ROWS_AT_A_TIME), strict=True)
-    scores = [torch.log_softmax(part.float(), -1).gather(1, to[:, None]) for part, to in rows]
+    for start in range(0, len(logits), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        targets = ids[0, 1:][rows, None]
+        scores.append(torch.log_softmax(logits[rows].float(), -1).gather(1, targets))
     return torch.cat(scores)[:, 0].cpu()
 
 
@@ -59,7 +62,7 @@ def require_agreement(ours: torch.Tensor, engine: list[float], dtype: torch.dtyp
         raise refusal(
             "LOGPROBS_DISAGREE",
             f"vLLM and the training model disagree by {difference:.3g} nats on the same tokens "
-            f"(at most {tolerance:g} for {dtype}): vLLM does not compute with the mapped weights, or "
-            "computes something else with them than transformers does.",
+            f"(at most {tolerance:g} for {dtype}): vLLM does not compute with the mapped weights, "
+            "or not what transformers computes with them.",
         )
     return difference
