@@ -290,7 +290,13 @@ FURTHER: dict[str, Family] = {
     "lfm2": Family(
         "lfm2",
         PLAIN_WITHOUT_HEAD_DIM
-        | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        | {
+            "layer_types": ["conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+            "conv_dim": 128,
+            "block_dim": 128,
+            "block_ff_dim": 192,
+        },
     ),
     "lfm2_moe": Family(
         "lfm2_moe",
@@ -312,7 +318,7 @@ FURTHER: dict[str, Family] = {
     "mamba2": Family(
         "mamba2", MAMBA | {"num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 64}
     ),
-    "minicpm3": Family("minicpm3", LATENT),
+    "minicpm3": Family("minicpm3", LATENT | {"initializer_range": 0.05}),
     "minimax_m2": Family(
         "minimax_m2",
         PLAIN | {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 16},

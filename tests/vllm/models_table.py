@@ -120,6 +120,8 @@ def _name(record: Record) -> str:
 
 def _reason(record: Record) -> str:
     said = record["reason"].replace(" Nothing was written.", "").replace("|", "\\|")
+    if alone := record.get("without_sidecar"):
+        said += f" vLLM without the sidecar is {alone:.2g} nats from transformers, too."
     return " ".join(said.split())
 
 
