@@ -17,6 +17,7 @@ import torch
 
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_sidecar.affine_map import NotAView, View, solve, to_box
+from apollo_sidecar.kept_module import kept_module
 from apollo_sidecar.live_weights import LiveTensor, LiveWeights
 from apollo_sidecar.loader_trace import Copy, LoaderTrace
 
@@ -59,7 +60,7 @@ def _run_loader(model: Any, live: LiveWeights, request: pb.TraceCheckpointMapReq
     with torch.device("meta"):
         sources = {r.name: torch.empty(math.prod(r.shape), dtype=dtype) for r in request.roots}
     trace = LoaderTrace(live.storages, sources.values())
-    with torch.no_grad(), trace:
+    with kept_module(model), torch.no_grad(), trace:
         model.load_weights(_planned_tensors(request, sources))
     storages = {name: source.untyped_storage()._cdata for name, source in sources.items()}
     name_of = {storage: name for name, storage in storages.items()}

@@ -189,6 +189,36 @@ def test_writes_before_the_copy_or_beside_it_do_not_matter():
     assert torch.equal(traced.tensor("w"), traced.module.weight)
 
 
+class MadeAnew(Loading):
+    """Makes its bias when it is loaded, as vLLM's Transformers backend does for a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.rows = weight(6), 6
+
+    def load_b(self, tensor):
+        self.bias = weight(self.rows)
+        self.bias.weight_loader = "an attribute that a parameter can be given once"
+        self.bias.data[: tensor.shape[0]].copy_(tensor)
+
+
+def test_a_parameter_that_the_loader_makes_anew_is_the_live_one():
+    module = MadeAnew()
+    before = module.bias
+    traced = Traced(module, plan({"b": (4,)}))
+    assert torch.equal(traced.tensor("b"), before[:4])
+    assert module.bias is before
+
+
+def test_a_parameter_made_anew_in_another_shape_is_refused_and_the_module_stays_whole():
+    module = MadeAnew()
+    before, module.rows = module.bias, 9
+    traced = Traced(module, plan({"b": (4,)}))
+    assert set(traced.refused) == {"b"}
+    assert module.bias is before
+    assert dict(module.named_parameters()).keys() == {"bias"}
+
+
 def test_a_refused_parameter_leaves_the_others_found():
     class Half(FusedQkv):
         def load_v(self, tensor):

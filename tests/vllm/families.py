@@ -152,9 +152,18 @@ TESTED: dict[str, Family] = {
 FURTHER: dict[str, Family] = {
     "afmoe": Family(
         "afmoe",
-        PLAIN | EXPERTS | {"num_shared_experts": 1, "sliding_window": 64, "score_func": "sigmoid"},
+        PLAIN
+        | EXPERTS
+        | {
+            "num_shared_experts": 1,
+            "sliding_window": 64,
+            "score_func": "sigmoid",
+            "route_norm": True,
+            "n_group": 1,
+            "topk_group": 1,
+        },
     ),
-    "apertus": Family("apertus"),
+    "apertus": Family("apertus", dtype="bfloat16"),
     "arcee": Family("arcee"),
     "bloom": Family("bloom", SHARED | PADDED | {"hidden_size": 128, "n_layer": 2, "n_head": 4}),
     "cohere": Family("cohere", PLAIN | {"use_qk_norm": True, "logit_scale": 1.0}),
@@ -321,7 +330,13 @@ FURTHER: dict[str, Family] = {
     "minicpm3": Family("minicpm3", LATENT | {"initializer_range": 0.05}),
     "minimax_m2": Family(
         "minimax_m2",
-        PLAIN | {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 16},
+        PLAIN
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rotary_dim": 16,
+            "scoring_func": "sigmoid",
+        },
     ),
     "ministral3": Family("ministral3"),
     "nemotron": Family("nemotron"),
