@@ -327,7 +327,7 @@ FURTHER: dict[str, Family] = {
     "mamba2": Family(
         "mamba2", MAMBA | {"num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 64}
     ),
-    "minicpm3": Family("minicpm3", LATENT | {"initializer_range": 0.05}),
+    "minicpm3": Family("minicpm3", LATENT | {"scale_emb": 1, "dim_model_base": 128}),
     "minimax_m2": Family(
         "minimax_m2",
         PLAIN
@@ -336,6 +336,7 @@ FURTHER: dict[str, Family] = {
             "num_experts_per_tok": 2,
             "rotary_dim": 16,
             "scoring_func": "sigmoid",
+            "use_routing_bias": True,
         },
     ),
     "ministral3": Family("ministral3"),
