@@ -15,10 +15,12 @@ from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.apollo_state import FILE_NAME, load_state, save_state
 from apollo_trainer.config import Settings
 from apollo_trainer.optim import Apollo
+from apollo_trainer.training.context_check import require_frozen_context
 from apollo_trainer.training.options import OptimizerOptions, StateShape
 from apollo_trainer.training.samples import SampleLimits
 from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.fingerprint import fingerprint
+from apollo_trainer.weights.verify import probe_tokens
 
 log = logging.getLogger(__name__)
 SHAPE_KEY = "shape"
@@ -117,8 +119,12 @@ def open_session(
     Args:
         kept: of an engine that was lost; taken when it is this one, else the state on disk is.
 
-    Raises FailedPrecondition when the state on disk is unreadable or of another model.
+    Raises FailedPrecondition when the model cannot learn after a frozen context, or the state on
+    disk is unreadable or of another model.
     """
+    require_frozen_context(
+        attachment.model, probe_tokens(attachment.model, attachment.max_model_len)
+    )
     state_path = _state_path(settings.state_dir, attachment.directory)
     came_back = kept is not None and kept.epoch == attachment.epoch
     on_disk = (kept.tensors, kept.description) if kept and came_back else load_state(state_path)
