@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from apollo_trainer.optim import Apollo
+from apollo_trainer.training.guard import UpdateRefused
 from apollo_trainer.training.loss import continuation_loss
 from apollo_trainer.training.samples import TokenizedSample
-from apollo_trainer.training.step import UpdateRefused, take_step
+from apollo_trainer.training.step import StepPolicy, take_step
 
 Make = Callable[[str], Any]
 ONE = TokenizedSample((3, 50, 7, 99), (140, 2, 77, 30))
@@ -84,7 +85,7 @@ def test_samples_of_one_step_make_the_gradient_of_their_weighted_token_mean(
         step()
 
     monkeypatch.setattr(optimizer, "step", look_and_step)
-    result = take_step(model, optimizer, samples)
+    result = take_step(model, optimizer, samples, StepPolicy(release=False))
     for name, gradient in expected.items():
         torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6)
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
