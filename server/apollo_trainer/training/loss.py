@@ -28,7 +28,7 @@ class BatchLoss:
     """The loss of one micro-batch.
 
     Attributes:
-        weighted: sum over its tokens of weight times loss, with gradient; a scalar.
+        weighted: sum over its tokens of weight times loss, divided, with gradient; a scalar.
         sums: of each sample's token losses, in nats and unweighted; float32 [samples], detached.
         seconds: of the forward passes; on a GPU, of launching them.
     """
@@ -38,11 +38,17 @@ class BatchLoss:
     seconds: float
 
 
-def batch_loss(model: Any, batch: MicroBatch, contexts: FrozenContexts) -> BatchLoss:
-    """Runs a micro-batch; equal to `continuation_loss` of each of its samples, but for rounding."""
+def batch_loss(
+    model: Any, batch: MicroBatch, contexts: FrozenContexts, divisor: float = 1.0
+) -> BatchLoss:
+    """Runs a micro-batch; equal to `continuation_loss` of each of its samples, but for rounding.
+
+    Args:
+        divisor: of all weights, such as the sum of those of the whole step.
+    """
     began = time.perf_counter()
     logits = batch_logits(model, batch, contexts)
-    targets, weights = _targets(batch, logits.device)
+    targets, weights = _targets(batch, divisor, logits.device)
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED
     ).view_as(targets)
@@ -50,7 +56,9 @@ def batch_loss(model: Any, batch: MicroBatch, contexts: FrozenContexts) -> Batch
     return BatchLoss(weighted, losses.detach().sum(1), time.perf_counter() - began)
 
 
-def _targets(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _targets(
+    batch: MicroBatch, divisor: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What is learned, and its weights: [samples, learned_width]; padding is ignored, weight 0."""
     width = batch.learned_width
     targets, weights = [], []
@@ -58,7 +66,8 @@ def _targets(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, tor
         learned, padding = sample.continuation_ids, width - len(sample.continuation_ids)
         factors = sample.token_weights or (1.0,) * len(learned)
         targets.append((*learned, *(IGNORED,) * padding))
-        weights.append((*(sample.weight * f for f in factors), *(0.0,) * padding))
+        # Divided before it is a float32, which holds no very small weight.
+        weights.append((*(sample.weight * f / divisor for f in factors), *(0.0,) * padding))
     return (
         torch.tensor(targets, device=device),
         torch.tensor(weights, dtype=torch.float32, device=device),
@@ -67,8 +76,8 @@ def _targets(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, tor
 
 def total_weight(sample: TokenizedSample) -> float:
     """Sum of the weights on a sample's tokens."""
-    tokens = math.fsum(sample.token_weights) if sample.token_weights else None
-    return sample.weight * (len(sample.continuation_ids) if tokens is None else tokens)
+    factors = sample.token_weights or (1.0,) * len(sample.continuation_ids)
+    return math.fsum(sample.weight * factor for factor in factors)
 
 
 @dataclass(frozen=True)

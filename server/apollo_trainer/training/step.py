@@ -192,9 +192,9 @@ class _Step:
     def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """The micro-batch's part of the step's loss, and the sum of its losses: float64, 0-dim."""
         self.before_batch()
-        loss = batch_loss(self.model, batch, self.contexts)
+        loss = batch_loss(self.model, batch, self.contexts, self.weight)
         self.times.forward += loss.seconds
-        return loss.weighted / self.weight, loss.sums.double().sum()
+        return loss.weighted, loss.sums.double().sum()
 
     def _check_gradients(self) -> None:
         guard = self.policy.guard
