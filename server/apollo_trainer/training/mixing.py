@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from apollo_trainer.training.batch import Mixing, TokenIds, plan_batches
 from apollo_trainer.training.frozen_context import FrozenContexts, batch_logits
 from apollo_trainer.training.loss import continuation_logits
+from apollo_trainer.training.out_of_memory import is_out_of_memory
 from apollo_trainer.training.samples import TokenizedSample
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ def mixing_of(model: Any) -> Mixing:
     forward, runs one by one.
     """
     if model not in _found:
+        if not _computes(model):
+            return Mixing.ONE
         tries = (m for m in (Mixing.PADDED, Mixing.SAME_LENGTH) if _works(model, m))
         _found[model] = next(tries, Mixing.ONE)
         log.info("samples in one forward: %s", _found[model].name)
@@ -47,10 +50,21 @@ def _works(model: Any, mixing: Mixing) -> bool:
         TokenizedSample(_within(vocabulary, context), _within(vocabulary, continuation))
         for context, continuation in _PROBES[mixing]
     ]
+    try:
+        with torch.no_grad():
+            keeps = _holds_keys_and_values_only(model, samples[0].context_ids)
+            return keeps and _agrees(model, samples, mixing)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        log.info("no %s forward: %s", mixing.name, error)
+        return False
+
+
+def _computes(model: Any) -> bool:
+    """Nothing is learned about a model whose weights are not finite now; they may be restored."""
     with torch.no_grad():
-        if not _holds_keys_and_values_only(model, samples[0].context_ids):
-            return False
-        return _agrees(model, samples, mixing)
+        return bool(continuation_logits(model, (1, 2), (3,)).isfinite().all())
 
 
 def _within(vocabulary: int, ids: TokenIds) -> TokenIds:
