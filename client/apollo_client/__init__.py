@@ -3,7 +3,7 @@
 from apollo_client.aio import AsyncApolloClient, AsyncStream
 from apollo_client.client import ApolloClient, Stream
 from apollo_client.requests import RunOptions, run_spec
-from apollo_client.samples import SampleLike, read_samples, to_sample
+from apollo_client.samples import SampleLike, read_samples, to_sample, to_samples
 
 __all__ = [
     "ApolloClient",
@@ -15,4 +15,5 @@ __all__ = [
     "read_samples",
     "run_spec",
     "to_sample",
+    "to_samples",
 ]

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from google.protobuf import duration_pb2
 
-from apollo_client.samples import SampleLike, to_sample
+from apollo_client.samples import SampleLike, to_samples
 from apollo_grpc.errors import FieldViolation, InvalidArgument
 from apollo_grpc.v1 import status_pb2, training_pb2
 
@@ -54,7 +54,7 @@ def run_spec(samples: Iterable[SampleLike], options: RunOptions) -> training_pb2
 def _each(samples: Iterable[SampleLike]) -> Iterable[training_pb2.Sample]:
     for index, sample in enumerate(samples):
         try:
-            yield to_sample(sample)
+            yield from to_samples(sample)
         except InvalidArgument as error:
             violation = FieldViolation(f"samples[{index}]", error.message)
             raise InvalidArgument(

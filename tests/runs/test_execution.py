@@ -72,14 +72,14 @@ def test_a_step_that_breaks_halfway_resumes_vllm_with_its_caches_dropped(
 ) -> None:
     engine, trainer = attached
 
-    def write_half(optimizer: Apollo) -> None:
+    def write_half(optimizer: Apollo, param: torch.Tensor) -> bool:
         with torch.no_grad():
-            optimizer.param_groups[0]["params"][0].add_(1.0)
+            param.add_(1.0)
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(Apollo, "step", write_half)
+    monkeypatch.setattr(Apollo, "step_param", write_half)
     failure = finished_of(all_events(trainer.submit())).failure
-    assert failure.reason == "INTERNAL"
+    assert failure.reason == "STEP_INCOMPLETE"
     assert "secret" not in failure.message
     assert engine.calls == ["pause keep", "reset caches", "resume"]
     monkeypatch.undo()

@@ -17,6 +17,16 @@ from apollo_trainer.training.samples import TokenizedSample
 
 Make = Callable[[str], Any]
 FAMILIES = ("qwen3", "gpt2")
+EVERY_KIND = (
+    *FAMILIES,
+    "opt",
+    "bloom",
+    "gemma2",
+    "gemma3",
+    "qwen3_moe",
+    "qwen3_next",
+    "mamba2",
+)
 LINEAR_ATTENTION = ("qwen3_next", "mamba2")
 LONG = TokenizedSample((3, 50, 7, 99, 12), (140, 2, 77, 30))
 SHORT = TokenizedSample((12,), (140, 2, 77, 30))
@@ -67,7 +77,7 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
-@pytest.mark.parametrize("family", (*FAMILIES, *LINEAR_ATTENTION))
+@pytest.mark.parametrize("family", EVERY_KIND)
 def test_the_loss_is_that_of_a_full_forward(
     make_model: Make, family: str, sample: TokenizedSample
 ) -> None:

@@ -114,7 +114,8 @@ def train(
     """Learn the samples of FILE; the model serves what it learned as soon as the run has ended.
 
     A line is {"context": "...", "continuation": "..."}, or {"context_ids": [...],
-    "continuation_ids": [...]}, or {"messages": [...]} whose last one is the assistant's. The
+    "continuation_ids": [...]}, or {"messages": [...]} whose last one is the assistant's; messages
+    may have OpenAI's "weight": 0 or 1, and then each answer of weight 1 is learned. The
     continuation is learned, the context is read. Ctrl-C leaves the run going.
     """
     options: Any = {

@@ -15,8 +15,9 @@ from apollo_trainer.runs.pause import EnginePause
 from apollo_trainer.runs.run import PreparedRun
 from apollo_trainer.runs.session import Session
 from apollo_trainer.runs.status_board import StatusBoard
+from apollo_trainer.training.release import StepIncomplete
 from apollo_trainer.training.samples import TokenizedSample
-from apollo_trainer.training.step import StepResult, UpdateRefused, take_step
+from apollo_trainer.training.step import StepResult, take_step
 from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger(__name__)
@@ -104,8 +105,10 @@ class Execution:
         before, self._weights_changed = self._weights_changed, True
         try:
             return take_step(self.session.attachment.model, self.session.optimizer, samples)
-        except UpdateRefused:
-            # Any other failure may have come halfway through the write.
+        except StepIncomplete:
+            raise
+        except BaseException:
+            # Nothing of this step was written.
             self._weights_changed = before
             raise
 

@@ -8,18 +8,81 @@ context's keys and values: this is cheaper than masking the prompt's loss, and a
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from apollo_trainer.training.batch import MicroBatch
+from apollo_trainer.training.frozen_context import (
+    FrozenContexts,
+    batch_logits,
+    caches_of,
+    for_backward,
+)
 from apollo_trainer.training.samples import TokenizedSample
 
-# What transformers' classes call the thing that continues a text, in answers and arguments.
-CACHES = ("past_key_values", "cache_params")
+IGNORED = -100  # cross_entropy's own mark: no loss and no gradient
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of one micro-batch.
+
+    Attributes:
+        weighted: sum over its tokens of weight times loss, divided, with gradient; a scalar.
+        sums: of each sample's token losses, in nats and unweighted; float32 [samples], detached.
+        seconds: of the forward passes; on a GPU, of launching them.
+    """
+
+    weighted: torch.Tensor
+    sums: torch.Tensor
+    seconds: float
+
+
+def batch_loss(
+    model: Any, batch: MicroBatch, contexts: FrozenContexts, divisor: float = 1.0
+) -> BatchLoss:
+    """Runs a micro-batch; equal to `continuation_loss` of each of its samples, but for rounding.
+
+    Args:
+        divisor: of all weights, such as the sum of those of the whole step.
+    """
+    began = time.perf_counter()
+    logits = batch_logits(model, batch, contexts)
+    targets, weights = _targets(batch, divisor, logits.device)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED
+    ).view_as(targets)
+    weighted = (losses * weights).sum()
+    return BatchLoss(weighted, losses.detach().sum(1), time.perf_counter() - began)
+
+
+def _targets(
+    batch: MicroBatch, divisor: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is learned, and its weights: [samples, learned_width]; padding is ignored, weight 0."""
+    width = batch.learned_width
+    targets, weights = [], []
+    for sample in batch.samples:
+        learned, padding = sample.continuation_ids, width - len(sample.continuation_ids)
+        factors = sample.token_weights or (1.0,) * len(learned)
+        targets.append((*learned, *(IGNORED,) * padding))
+        # Divided before it is a float32, which holds no very small weight.
+        weights.append((*(sample.weight * f / divisor for f in factors), *(0.0,) * padding))
+    return (
+        torch.tensor(targets, device=device),
+        torch.tensor(weights, dtype=torch.float32, device=device),
+    )
+
+
+def total_weight(sample: TokenizedSample) -> float:
+    """Sum of the weights on a sample's tokens."""
+    factors = sample.token_weights or (1.0,) * len(sample.continuation_ids)
+    return math.fsum(sample.weight * factor for factor in factors)
 
 
 @dataclass(frozen=True)
@@ -40,7 +103,7 @@ class ContinuationLoss:
 
 
 def continuation_loss(model: Any, sample: TokenizedSample) -> ContinuationLoss:
-    """Runs both forward passes of one sample; the graph holds the continuation's only."""
+    """One sample by itself: what `batch_loss` must be equal to."""
     began = time.perf_counter()
     logits = continuation_logits(model, sample.context_ids, sample.continuation_ids)
     targets = torch.tensor(sample.continuation_ids, device=logits.device)
@@ -72,25 +135,10 @@ def continuation_logits(
 
 
 def _frozen_context(model: Any, ids: tuple[int, ...]) -> dict[str, Any]:
-    """The argument with which the model continues after the ids."""
+    """The arguments with which the model continues after the ids."""
     with torch.no_grad():
         answer = model(_ids(ids, model), use_cache=True, logits_to_keep=1)
-    cache = {name: answer[name] for name in CACHES if answer.get(name) is not None}
-    for layers in (getattr(value, "layers", ()) for value in cache.values()):
-        for layer in layers:
-            if isinstance(getattr(layer, "recurrent_states", None), dict):
-                layer.update_recurrent_state = MethodType(_replace_state, layer)
-    return cache
-
-
-def _replace_state(layer: Any, state: torch.Tensor, state_idx: int = 0, **_: Any) -> torch.Tensor:
-    """Linear attention's new state, as a tensor of its own.
-
-    transformers writes it over the context's, which the backward pass of the continuation still
-    needs (LinearAttentionLayer.update_recurrent_state in its cache_utils.py).
-    """
-    layer.recurrent_states[state_idx] = state
-    return state
+    return {name: for_backward(cache) for name, cache in caches_of(answer).items()}
 
 
 def _ids(token_ids: tuple[int, ...], model: Any) -> torch.Tensor:
