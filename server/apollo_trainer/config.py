@@ -51,6 +51,20 @@ class Settings(BaseSettings):
         "not blocks of each",
     )
     max_queued_runs: int = Field(default=64, ge=1, description="runs that may wait")
+    ledger_days: float = Field(
+        default=30.0, gt=0, description="events and specs of ended runs are kept this long"
+    )
+    ledger_mebibytes: int = Field(
+        default=256, ge=1, description="of the ledger; the oldest events go first"
+    )
+    save_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="between two saves of the Apollo state in a run; 0: not by time",
+    )
+    save_steps: int = Field(
+        default=0, ge=0, description="steps between two saves in a run; 0: not by steps"
+    )
     max_samples: int = Field(default=10_000, ge=1, description="samples of one run")
     max_streams: int = Field(default=256, ge=1, description="streams open at one time")
     lease_seconds: float = Field(

@@ -31,6 +31,7 @@ from apollo_grpc.v1 import (
 from apollo_trainer.config import Settings
 from apollo_trainer.runs.engine_watch import EngineWatch, no_engine
 from apollo_trainer.runs.owner import ModelOwner
+from apollo_trainer.runs.queue import RunQueue
 from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.services.checkpoint import CheckpointService
 from apollo_trainer.services.status import StatusService
@@ -67,13 +68,14 @@ class TrainingServer:
         self._board = StatusBoard(version("apollo-grpc"), no_engine(settings.sidecar))
         self._sidecar = Sidecar(settings.sidecar)
         self._owner = ModelOwner(self._sidecar, self._board, settings)
+        self._queue = RunQueue(self._owner, self._board, settings)
         self._health = HealthServicer()
         self._add_services()
 
     def _add_services(self) -> None:
         server, streams = self._server, StreamLimit(self._settings.max_streams)
         training_pb2_grpc.add_TrainingServiceServicer_to_server(
-            TrainingService(self._owner, streams), server
+            TrainingService(self._owner, self._queue, streams), server
         )
         checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(
             CheckpointService(self._owner, streams), server
@@ -99,9 +101,10 @@ class TrainingServer:
         await stop.wait()
         log.info("stopping: the step at work is finished and the Apollo state saved")
         await self._health.enter_graceful_shutdown()
-        await asyncio.to_thread(self._owner.stop)
+        await asyncio.to_thread(self._queue.stop)
         self._board.close()
         await self._server.stop(STOP_GRACE_SECONDS)
+        self._queue.close()
         await asyncio.to_thread(watch.stop)
         if self._lock:
             self._lock.release()
