@@ -521,6 +521,7 @@ class ResumeRequest(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     WEIGHTS_CHANGED_FIELD_NUMBER: builtins.int
     UPDATES_FIELD_NUMBER: builtins.int
+    KEEP_CACHES_FIELD_NUMBER: builtins.int
     lease_id: builtins.str
     epoch: builtins.str
     weights_changed: builtins.bool
@@ -529,6 +530,10 @@ class ResumeRequest(google.protobuf.message.Message):
     """By how much the version is raised: updates written since the last resume.
     0 counts as 1 when the weights changed.
     """
+    keep_caches: builtins.bool
+    """Leave the caches as they are: whoever asks will reset them, or accepts that
+    answers from a cached prefix mix old and new weights.
+    """
     def __init__(
         self,
         *,
@@ -536,8 +541,9 @@ class ResumeRequest(google.protobuf.message.Message):
         epoch: builtins.str = ...,
         weights_changed: builtins.bool = ...,
         updates: builtins.int = ...,
+        keep_caches: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "lease_id", b"lease_id", "updates", b"updates", "weights_changed", b"weights_changed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "keep_caches", b"keep_caches", "lease_id", b"lease_id", "updates", b"updates", "weights_changed", b"weights_changed"]) -> None: ...
 
 global___ResumeRequest = ResumeRequest
 
@@ -555,6 +561,40 @@ class ResumeResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["weight_version", b"weight_version"]) -> None: ...
 
 global___ResumeResponse = ResumeResponse
+
+@typing.final
+class RaiseVersionRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    UPDATES_FIELD_NUMBER: builtins.int
+    epoch: builtins.str
+    updates: builtins.int
+    """Above 0."""
+    def __init__(
+        self,
+        *,
+        epoch: builtins.str = ...,
+        updates: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "updates", b"updates"]) -> None: ...
+
+global___RaiseVersionRequest = RaiseVersionRequest
+
+@typing.final
+class RaiseVersionResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WEIGHT_VERSION_FIELD_NUMBER: builtins.int
+    weight_version: builtins.int
+    def __init__(
+        self,
+        *,
+        weight_version: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["weight_version", b"weight_version"]) -> None: ...
+
+global___RaiseVersionResponse = RaiseVersionResponse
 
 @typing.final
 class ResetCachesRequest(google.protobuf.message.Message):

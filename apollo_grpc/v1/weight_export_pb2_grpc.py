@@ -64,6 +64,11 @@ class WeightExportServiceStub(object):
                 request_serializer=apollo_dot_v1_dot_weight__export__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=apollo_dot_v1_dot_weight__export__pb2.ResumeResponse.FromString,
                 _registered_method=True)
+        self.RaiseVersion = channel.unary_unary(
+                '/apollo.v1.WeightExportService/RaiseVersion',
+                request_serializer=apollo_dot_v1_dot_weight__export__pb2.RaiseVersionRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.RaiseVersionResponse.FromString,
+                _registered_method=True)
         self.ResetCaches = channel.unary_unary(
                 '/apollo.v1.WeightExportService/ResetCaches',
                 request_serializer=apollo_dot_v1_dot_weight__export__pb2.ResetCachesRequest.SerializeToString,
@@ -124,6 +129,14 @@ class WeightExportServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RaiseVersion(self, request, context):
+        """Counts updates that were written without a pause, and stamps answers with
+        the new version where vLLM can.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ResetCaches(self, request, context):
         """Drops what vLLM computed from old weights.
         """
@@ -167,6 +180,11 @@ def add_WeightExportServiceServicer_to_server(servicer, server):
                     servicer.Resume,
                     request_deserializer=apollo_dot_v1_dot_weight__export__pb2.ResumeRequest.FromString,
                     response_serializer=apollo_dot_v1_dot_weight__export__pb2.ResumeResponse.SerializeToString,
+            ),
+            'RaiseVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.RaiseVersion,
+                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.RaiseVersionRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.RaiseVersionResponse.SerializeToString,
             ),
             'ResetCaches': grpc.unary_unary_rpc_method_handler(
                     servicer.ResetCaches,
@@ -319,6 +337,33 @@ class WeightExportService(object):
             '/apollo.v1.WeightExportService/Resume',
             apollo_dot_v1_dot_weight__export__pb2.ResumeRequest.SerializeToString,
             apollo_dot_v1_dot_weight__export__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RaiseVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.WeightExportService/RaiseVersion',
+            apollo_dot_v1_dot_weight__export__pb2.RaiseVersionRequest.SerializeToString,
+            apollo_dot_v1_dot_weight__export__pb2.RaiseVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -65,6 +65,14 @@ class WeightExportServiceStub:
     prefix cache is dropped before the engine goes on.
     """
 
+    RaiseVersion: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.weight_export_pb2.RaiseVersionRequest,
+        apollo_grpc.v1.weight_export_pb2.RaiseVersionResponse,
+    ]
+    """Counts updates that were written without a pause, and stamps answers with
+    the new version where vLLM can.
+    """
+
     ResetCaches: grpc.UnaryUnaryMultiCallable[
         apollo_grpc.v1.weight_export_pb2.ResetCachesRequest,
         apollo_grpc.v1.weight_export_pb2.ResetCachesResponse,
@@ -125,6 +133,14 @@ class WeightExportServiceAsyncStub:
     ]
     """Ends a lease. When the weights changed, their version is raised and the
     prefix cache is dropped before the engine goes on.
+    """
+
+    RaiseVersion: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.weight_export_pb2.RaiseVersionRequest,
+        apollo_grpc.v1.weight_export_pb2.RaiseVersionResponse,
+    ]
+    """Counts updates that were written without a pause, and stamps answers with
+    the new version where vLLM can.
     """
 
     ResetCaches: grpc.aio.UnaryUnaryMultiCallable[
@@ -197,6 +213,16 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.ResumeResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.ResumeResponse]]:
         """Ends a lease. When the weights changed, their version is raised and the
         prefix cache is dropped before the engine goes on.
+        """
+
+    @abc.abstractmethod
+    def RaiseVersion(
+        self,
+        request: apollo_grpc.v1.weight_export_pb2.RaiseVersionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.RaiseVersionResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.RaiseVersionResponse]]:
+        """Counts updates that were written without a pause, and stamps answers with
+        the new version where vLLM can.
         """
 
     @abc.abstractmethod

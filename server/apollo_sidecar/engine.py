@@ -139,10 +139,11 @@ class Engine:
         # Otherwise the step in flight would read weights that are being written (vLLM 0.26).
         self._ask_worker("apollo_synchronize")
 
-    def _resume(self, updates: int) -> None:
+    def _resume(self, updates: int, reset_caches: bool) -> None:
         try:
             if updates:
                 self.raise_version(updates)
+            if updates and reset_caches:
                 self.reset_caches()
         finally:
             self._call(self._client.resume_generation())
@@ -172,6 +173,7 @@ class Engine:
 
     def raise_version(self, updates: int) -> None:
         """Counts updates of the weights, stamps outputs with it where vLLM can, tells watchers."""
+        self._as_loaded = False
         with self._changed:
             self._weight_version += updates
             self._changed.notify_all()

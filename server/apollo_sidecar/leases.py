@@ -20,10 +20,10 @@ class PauseLeases:
     Args:
         pause: stops the engine; called when a lease begins, with its mode.
         resume: lets it go on; called once a lease, with how many updates were written, at least 1
-            where the weights may have changed.
+            where the weights may have changed, and whether what is cached goes with them.
     """
 
-    def __init__(self, pause: Callable[[str], None], resume: Callable[[int], None]):
+    def __init__(self, pause: Callable[[str], None], resume: Callable[[int, bool], None]):
         self._pause, self._resume = pause, resume
         # Held while the engine is asked to pause or resume, so that the two never cross.
         self._lock = threading.Lock()
@@ -60,7 +60,7 @@ class PauseLeases:
             self._arm(min(seconds, MAX_LEASE_SECONDS))
             return self._deadline - time.monotonic()
 
-    def release(self, lease_id: str, updates: int) -> None:
+    def release(self, lease_id: str, updates: int, reset_caches: bool = True) -> None:
         """Ends a lease. Ending the last one again does nothing.
 
         Raises FailedPrecondition for a lease that never was.
@@ -70,14 +70,14 @@ class PauseLeases:
                 return
             if not lease_id or lease_id != self._lease_id:
                 raise FailedPrecondition("There is no such pause.", reason="LEASE_UNKNOWN")
-            self._end(updates)
+            self._end(updates, reset_caches)
 
     def _begin(self, mode: str) -> None:
         try:
             self._pause(mode)
         except BaseException:
             # It may have stopped the engine before it failed, and no lease would ever end that.
-            self._resume(0)
+            self._resume(0, False)
             raise
 
     def _arm(self, seconds: float) -> None:
@@ -94,15 +94,15 @@ class PauseLeases:
             if lease_id == self._lease_id and time.monotonic() >= self._deadline:
                 try:
                     # Its holder may have died between two writes: what is cached may be stale.
-                    self._end(updates=1)
+                    self._end(1, True)
                 except ApolloError as error:
                     log.warning("apollo: after a pause that ran out: %s", error.message)
 
-    def _end(self, updates: int) -> None:
+    def _end(self, updates: int, reset_caches: bool) -> None:
         if self._timer:
             self._timer.cancel()
         try:
-            self._resume(updates)
+            self._resume(updates, reset_caches)
         finally:
             # Otherwise a failed cache reset would leave a lease without a timer, which refuses
             # every later pause although the engine goes on.

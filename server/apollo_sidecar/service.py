@@ -69,8 +69,16 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
         if request.updates < 0:
             raise InvalidArgument.at("updates", "must not be negative")
         updates = max(1, request.updates) if request.weights_changed else 0
-        self._engine.leases.release(request.lease_id, updates)
+        self._engine.leases.release(request.lease_id, updates, not request.keep_caches)
         return pb.ResumeResponse(weight_version=self._engine.weight_version)
+
+    def RaiseVersion(self, request: Any, context: Any) -> pb.RaiseVersionResponse:  # noqa: N802
+        """Counts updates that were written while vLLM decoded."""
+        self._engine.require_epoch(request.epoch)
+        if request.updates < 1:
+            raise InvalidArgument.at("updates", "must be above 0")
+        self._engine.raise_version(request.updates)
+        return pb.RaiseVersionResponse(weight_version=self._engine.weight_version)
 
     def ResetCaches(self, request: Any, context: Any) -> pb.ResetCachesResponse:  # noqa: N802
         """Drops what was computed from old weights."""

@@ -47,8 +47,8 @@ def test_vllm_is_paused_for_the_run_and_drops_its_caches_before_it_goes_on(
     assert engine.calls == ["pause keep", "reset caches", "resume"]
     assert finished_of(events).weight_version == trainer.status.weight_version == 3
     assert finished_of(events).pause_time.ToNanoseconds() > 0
-    assert all_events(trainer.submit())[1].started.weight_version == 1
-    assert engine.engine.weight_version == 2
+    assert all_events(trainer.submit())[1].started.weight_version == 3
+    assert engine.engine.weight_version == 4
 
 
 def test_a_refused_step_ends_the_run_resumes_vllm_and_changes_nothing(

@@ -24,12 +24,12 @@ def test_a_sync_brings_the_learned_weights_to_the_directory(
     caller.train(epochs=3, optimizer=pb.OptimizerConfig(lr=1e-2))
     *progress, last = list(caller.checkpoints.Sync(cp.SyncRequest(), timeout=30))
     assert last.result.method == cp.SYNC_METHOD_RENAME
-    assert last.result.weight_version == 1
+    assert last.result.weight_version == 3
     assert list(last.result.files_written) == ["model.safetensors"]
     assert [p.progress.bytes_done for p in progress][-1] == progress[-1].progress.bytes_total
     after = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert caller.status().last_sync.weight_version == 1
+    assert caller.status().last_sync.weight_version == 3
 
     *_, again = list(caller.checkpoints.Sync(cp.SyncRequest(), timeout=30))
     assert again.result.method == cp.SYNC_METHOD_UNCHANGED

@@ -100,4 +100,4 @@ def test_a_caller_that_goes_away_does_not_stop_its_run(caller: Any, wait: Any) -
     stream.cancel()
     wait(lambda: not caller.status().active_run_id, "the end of the run")
     assert caller.status().optimizer_step == 40
-    assert caller.status().weight_version == 1
+    assert caller.status().weight_version == 40

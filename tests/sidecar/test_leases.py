@@ -25,7 +25,7 @@ class Recorded:
         if "pause" in self.fails:
             raise self.fails["pause"]
 
-    def _resume(self, changed):
+    def _resume(self, changed, reset_caches):
         self.told.append(changed)
         self.resumed.set()
         if "resume" in self.fails:

@@ -51,11 +51,12 @@ class EnginePause:
             return FailedPrecondition("it ran out unrenewed", reason="LEASE_ENDED")
         return self._error
 
-    def end(self, *, weights_changed: bool, updates: int = 0) -> int:
+    def end(self, *, weights_changed: bool, updates: int = 0, keep_caches: bool = False) -> int:
         """Lets vLLM go on, its caches dropped first when the weights changed.
 
         Args:
             updates: how many were written; those that failed halfway not counted.
+            keep_caches: do not drop them.
 
         Returns the weight version. Raises the sidecar's error: vLLM then goes on when its lease
         runs out, or has gone on with caches of older weights.
@@ -71,6 +72,7 @@ class EnginePause:
             self._lease_id,
             weights_changed=weights_changed,
             updates=updates,
+            keep_caches=keep_caches,
         )
 
     @property

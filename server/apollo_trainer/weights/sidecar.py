@@ -75,16 +75,38 @@ class Sidecar:
         )
         self._call("Pause", request, CONTROL_SECONDS)
 
-    def resume(self, epoch: str, lease_id: str, *, weights_changed: bool, updates: int = 0) -> int:
+    def resume(
+        self,
+        epoch: str,
+        lease_id: str,
+        *,
+        weights_changed: bool,
+        updates: int = 0,
+        keep_caches: bool = False,
+    ) -> int:
         """Ends a pause; returns the weight version. Changed weights reset the caches first.
 
         Args:
             updates: written since the last resume; the version is raised by as many, at least by 1.
+            keep_caches: do not reset them.
         """
         request = pb.ResumeRequest(
-            lease_id=lease_id, epoch=epoch, weights_changed=weights_changed, updates=updates
+            lease_id=lease_id,
+            epoch=epoch,
+            weights_changed=weights_changed,
+            updates=updates,
+            keep_caches=keep_caches,
         )
         return int(self._call("Resume", request, CONTROL_SECONDS).weight_version)
+
+    def raise_version(self, epoch: str, updates: int) -> int:
+        """Tells of updates written without a pause; returns the weight version."""
+        request = pb.RaiseVersionRequest(epoch=epoch, updates=updates)
+        return int(self._call("RaiseVersion", request, CONTROL_SECONDS).weight_version)
+
+    def reset_caches(self, epoch: str) -> None:
+        """Drops vLLM's cached prefixes."""
+        self._call("ResetCaches", pb.ResetCachesRequest(epoch=epoch), CONTROL_SECONDS)
 
     def generations(self) -> Iterator[pb.WatchGenerationResponse]:
         """The generation at each change and each beat; raises when the engine is gone."""

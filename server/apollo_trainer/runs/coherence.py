@@ -1,0 +1,191 @@
+"""How a run's writes and vLLM's reads go together: which pauses are held, and when caches go.
+
+LIVE writes while vLLM decodes: a forward pass may read weights of two versions. PAUSE_STEP holds
+vLLM around each write, PAUSE_RUN around the whole run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from apollo_grpc.errors import FailedPrecondition, Unavailable
+from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.runs.pause import EnginePause
+from apollo_trainer.weights.attach import Attachment
+from apollo_trainer.weights.sidecar import Sidecar
+
+
+@dataclass
+class Written:
+    """What a run has done to the weights.
+
+    Attributes:
+        updates: whole updates that vLLM has not been told of.
+        dirty: whether vLLM's caches may be of older weights, by an unfinished update too.
+    """
+
+    updates: int = 0
+    dirty: bool = False
+
+
+class Coherence(ABC):
+    """The part that all modes share; one object a run.
+
+    `begin`, then for each step `before_write` (any number of times) and `after_step`, at last
+    `end`. All raise the sidecar's error, and `before_write` whatever forbids the write.
+
+    Attributes:
+        held_seconds: how long vLLM was paused for the run so far.
+        step_held_seconds: how long for the last step alone.
+        weight_version: the last one that the sidecar told of; None before.
+    """
+
+    def __init__(self, sidecar: Sidecar, attachment: Attachment, seconds: float, policy: Any):
+        self._sidecar, self._attachment, self._seconds = sidecar, attachment, seconds
+        self._policy = policy or pb.CACHE_POLICY_RESET_AT_END
+        self._written = Written()
+        self.held_seconds = self.step_held_seconds = 0.0
+        self.weight_version: int | None = None
+
+    def begin(self) -> None:  # noqa: B027
+        """Before the first step."""
+
+    def before_write(self) -> None:
+        """Right before weights are written.
+
+        Raises Unavailable where the engine is gone, FailedPrecondition where it went on early.
+        """
+        if not self._attachment.alive:
+            raise Unavailable("vLLM is gone.", reason="ENGINE_LOST")
+        self._hold()
+        self._written.dirty = True
+
+    @abstractmethod
+    def _hold(self) -> None:
+        """Makes sure that vLLM is where the mode wants it for a write."""
+
+    @abstractmethod
+    def after_step(self) -> None:
+        """The step's update is whole; vLLM is told of it."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """After the last step, whole or not: vLLM goes on, with caches as the policy says."""
+
+    @property
+    def _resets_each_step(self) -> bool:
+        return bool(self._policy == pb.CACHE_POLICY_RESET_EACH_STEP)
+
+    @property
+    def _resets_at_end(self) -> bool:
+        return bool(self._policy != pb.CACHE_POLICY_KEEP)
+
+    def _reset_caches(self) -> None:
+        if self._written.dirty:
+            self._sidecar.reset_caches(self._attachment.epoch)
+            self._written.dirty = False
+
+
+class Live(Coherence):
+    """Writes while vLLM decodes."""
+
+    def _hold(self) -> None:
+        """Nothing is held."""
+
+    def after_step(self) -> None:
+        """One update more."""
+        self._attachment.synchronize()
+        self.weight_version = self._sidecar.raise_version(self._attachment.epoch, 1)
+        if self._resets_each_step:
+            self._reset_caches()
+
+    def end(self) -> None:
+        """Resets what the policy says."""
+        self._attachment.synchronize()
+        if self._resets_at_end:
+            self._reset_caches()
+
+
+class _Pausing(Coherence):
+    _pause: EnginePause | None = None
+
+    def _acquire(self) -> None:
+        self._pause = EnginePause(self._sidecar, self._attachment, self._seconds)
+
+    def _hold(self) -> None:
+        lost = self._pause.lost if self._pause else None
+        if isinstance(lost, Unavailable):
+            raise lost
+        if lost:
+            raise FailedPrecondition(
+                f"vLLM went on before the run was done ({lost.message})", reason="PAUSE_LOST"
+            )
+
+    def _release(self, *, reset_caches: bool) -> None:
+        pause, self._pause = self._pause, None
+        if pause is None:
+            return
+        written = self._written
+        changed = bool(written.dirty or written.updates)
+        try:
+            self.weight_version = pause.end(
+                weights_changed=changed, updates=written.updates, keep_caches=not reset_caches
+            )
+        finally:
+            self.step_held_seconds = pause.held_seconds
+            self.held_seconds += self.step_held_seconds
+        written.updates = 0
+        written.dirty = changed and not reset_caches
+
+
+class PauseRun(_Pausing):
+    """vLLM waits while the run is at work."""
+
+    def begin(self) -> None:
+        """Pauses vLLM."""
+        self._acquire()
+
+    def after_step(self) -> None:
+        """vLLM is told at the end: it reads nothing before."""
+        self._written.updates += 1
+
+    def end(self) -> None:
+        """Lets vLLM go on."""
+        self._release(reset_caches=self._resets_at_end)
+
+
+class PauseStep(_Pausing):
+    """vLLM decodes during forward and backward, and waits while weights are written."""
+
+    def _hold(self) -> None:
+        if self._pause is None:
+            self._acquire()
+        super()._hold()
+
+    def after_step(self) -> None:
+        """Lets vLLM go on with the update."""
+        self._written.updates += 1
+        self._release(reset_caches=self._resets_each_step)
+
+    def end(self) -> None:
+        """Ends the pause of a step that failed, and resets what the policy says."""
+        self._release(reset_caches=self._resets_at_end)
+        if self._resets_at_end:
+            self._reset_caches()
+
+
+_MODES: dict[int, type[Coherence]] = {
+    pb.COHERENCE_MODE_UNSPECIFIED: PauseRun,
+    pb.COHERENCE_MODE_PAUSE_RUN: PauseRun,
+    pb.COHERENCE_MODE_PAUSE_STEP: PauseStep,
+    pb.COHERENCE_MODE_LIVE: Live,
+}
+
+
+def coherence_of(
+    asked: pb.Coherence, sidecar: Sidecar, attachment: Attachment, lease_seconds: float
+) -> Coherence:
+    """The mode that a spec asks for, and its cache policy; unset is PAUSE_RUN, RESET_AT_END."""
+    return _MODES[asked.mode](sidecar, attachment, lease_seconds, asked.cache_policy)
