@@ -232,6 +232,9 @@ class EventLog:
                         return
                 if self._closed and position >= self._visible:
                     raise stopping()
+                if self._finished and position >= self._sequence:
+                    require_reached(self._sequence, position)
+                    return
                 # A follower may ask for what comes after events that have not happened yet.
                 if position >= self._visible:
                     await changed.wait()
@@ -264,6 +267,16 @@ def require_next(events: Iterable[pb.RunEvent], after: int) -> None:
             + (f"the first one kept is {first.sequence}." if first else "none is kept."),
             reason="EVENTS_PRUNED",
             metadata={"first_kept": str(first.sequence)} if first else {},
+        )
+
+
+def require_reached(last: int, after: int) -> None:
+    """Raises OutOfRange where a run ended before the sequence that is asked for."""
+    if after > last:
+        raise OutOfRange(
+            f"The run ended with sequence {last}; there is none after {after}.",
+            reason="BEYOND_THE_END",
+            metadata={"last_sequence": str(last)},
         )
 
 

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from apollo_grpc.errors import InvalidArgument, NotFound, OutOfRange
+from apollo_grpc.errors import InvalidArgument, NotFound
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_grpc.v1 import training_pb2_grpc as pb_grpc
-from apollo_trainer.runs.events import PAGE, require_next
+from apollo_trainer.runs.events import PAGE, require_next, require_reached
 from apollo_trainer.runs.ledger import RunRow
 from apollo_trainer.runs.owner import ModelOwner
 from apollo_trainer.runs.queue import RunQueue
@@ -64,12 +64,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
                 yield event
             return
         row = await self._row(run_id)
-        if after > row.last_sequence:
-            raise OutOfRange(
-                f"The run ended with sequence {row.last_sequence}; there is none after {after}.",
-                reason="BEYOND_THE_END",
-                metadata={"last_sequence": str(row.last_sequence)},
-            )
+        require_reached(row.last_sequence, after)
         while after < row.last_sequence:
             page = await asyncio.to_thread(self._queue.ledger.events, run_id, after, PAGE)
             require_next(page, after)
