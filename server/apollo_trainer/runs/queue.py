@@ -60,16 +60,18 @@ class QueuedRun:
 
 
 @dataclass(frozen=True)
-class _Store:
+class Store:
     """The ledger as event logs use it."""
 
     ledger: Ledger
     writer: LedgerWriter
 
     def append(self, sink: EventSink, event: pb.RunEvent) -> None:
+        """Has an event written."""
         self.writer.append(sink, event)
 
     def events(self, run_id: str, after: int, limit: int) -> list[pb.RunEvent]:
+        """Events from disk."""
         return self.ledger.events(run_id, after, limit)
 
 
@@ -116,7 +118,7 @@ class RunQueue:
         self._waiting.append(entry)
 
     def _new_log(self, run_id: str, sequence: int) -> EventLog:
-        store = _Store(self.ledger, self._writer)
+        store = Store(self.ledger, self._writer)
         settled = partial(self._forget, run_id)
         return EventLog(run_id, self._board.publish, store, sequence, settled)
 

@@ -71,7 +71,7 @@ def _interrupted(row: RunRow, journal: JournalContents, saved: int | None) -> pb
     done = max([row.steps_done, *told])
     in_doubt = journal.begun > done
     reached = row.optimizer_step + done
-    lost = max(0, reached - (saved or 0)) if done else 0
+    lost = min(done, max(0, reached - (saved or 0)))
     message = (
         f"The training server ended during this run. {done} of {row.steps_total} steps are in "
     )
