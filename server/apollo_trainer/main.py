@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from importlib.metadata import version
@@ -28,7 +29,7 @@ from apollo_grpc.v1 import (
     training_pb2,
     training_pb2_grpc,
 )
-from apollo_trainer.config import Settings
+from apollo_trainer.config import Settings, described, unknown_names
 from apollo_trainer.runs.engine_watch import EngineWatch, no_engine
 from apollo_trainer.runs.owner import ModelOwner
 from apollo_trainer.runs.queue import RunQueue
@@ -130,13 +131,20 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
+    given = sys.argv[1:] if arguments is None else arguments
+    if unknown := unknown_names(os.environ):
+        for name in unknown:
+            print(f"apollo-training-server: {name}: is no setting; see --help", file=sys.stderr)
+        sys.exit(2)
     try:
-        settings: Any = CliApp.run(Settings, cli_args=arguments or sys.argv[1:])
+        settings: Any = CliApp.run(Settings, cli_args=given)
     except ValidationError as error:
         for problem in error.errors():
             where = ".".join(str(part) for part in problem["loc"])
             print(f"apollo-training-server: {where}: {problem['msg']}", file=sys.stderr)
         sys.exit(2)
+    for line in described(settings, os.environ, given):
+        log.info("setting %s", line)
     try:
         asyncio.run(_serve(settings))
     except ApolloError as error:

@@ -1,4 +1,4 @@
-"""The ledger: what it was given, it gives back, in order, after a crash too; what it cannot, it says."""
+"""The ledger: it gives back what it was given, in order, after a crash too, or says why not."""
 
 from __future__ import annotations
 
