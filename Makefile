@@ -19,6 +19,7 @@ test: install ## Run all tests, those with a real vLLM included
 
 soak: install ## Kill the processes again and again, at random instants (about an hour)
 	@$(BIN)/python -m pytest -m soak -s
+	@SOAK_MALFORMED=10000 $(BIN)/python -m pytest -s --timeout 3600 tests/services/test_malformed.py
 
 models: install ## Try some 75 model families with real vLLM, and write docs/models.md (about an hour)
 	@rm -rf build/models
