@@ -53,6 +53,7 @@ class Execution:
     _began: float = field(default_factory=time.monotonic)
     _saved_at: float = field(default_factory=time.monotonic)
     _weights_changed: bool = False
+    _writing: bool = False
     _finished: pb.Finished = field(default_factory=pb.Finished)
     _state: CapturedState | None = None
 
@@ -139,14 +140,24 @@ class Execution:
                 self._state = self.session.capture(running=False)
 
     def _before_write(self, pause: EnginePause) -> None:
+        """Asked before each part of a step is written."""
+        if not self.session.attachment.alive:
+            raise self._engine_lost()
+        if self._writing:
+            # A pause that is lost halfway is no reason to leave half a step in the weights.
+            return
         self._require_writable(pause)
         self.log.begin_step(self.steps_done + 1)
+        self._writing = True
 
     def _step(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
         before, self._weights_changed = self._weights_changed, True
+        self._writing = False
         try:
             return take_step(self.session.attachment.model, self.session.optimizer, samples)
-        except StepIncomplete:
+        except StepIncomplete as error:
+            if not self.session.attachment.alive:
+                raise self._engine_lost() from error
             raise
         except BaseException:
             # Nothing of this step was written.

@@ -60,6 +60,9 @@ def write_backward(loss: Tensor, params: Sequence[Tensor], optimizer: Apollo) ->
 
     def use(param: Tensor) -> None:
         nonlocal seconds, begun
+        if not begun:
+            # What forbids the write must not be told as a write that failed halfway.
+            optimizer.before_write()
         began, begun = time.perf_counter(), True
         if optimizer.step_param(param):
             param.grad = None
