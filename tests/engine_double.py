@@ -30,10 +30,11 @@ from apollo_sidecar.shadow_load import trace_checkpoint_map
 MAX_MODEL_LEN = 48
 
 
-class ServedModel:
+class ServedModel(torch.nn.Module):
     """A model of a directory, loaded by name as vLLM loads; its weights live in a memfd."""
 
     def __init__(self, folder: Path, dtype: torch.dtype):
+        super().__init__()
         self.folder = folder
         self.module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self.live = MemfdWeights(self.module)

