@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from apollo_sidecar.cpu_live import mix_experts
+from apollo_sidecar.cpu_live import live_linear, mix_experts
 
 
 def by_token(hidden, weights, biases, routing, activation):
@@ -89,3 +89,15 @@ def test_a_write_to_the_raw_weights_changes_the_next_answer(changed):
     weights[changed == "w2"].mul_(1.5)
     after = mix_experts(hidden, weights, biases, routing, F.silu)
     assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_experts_product_follows_its_weight_to_another_place(biased):
+    layer = torch.nn.Module()
+    layer.w2_weight = torch.nn.Parameter(torch.randn(3, 5, 4), requires_grad=False)
+    if biased:
+        layer.w2_bias = torch.nn.Parameter(torch.randn(3, 5), requires_grad=False)
+    multiply, x = live_linear(layer, "w2", 1), torch.randn(7, 4)
+    layer.w2_weight.data = torch.randn(3, 5, 4)
+    expected = x @ layer.w2_weight[1].T + (layer.w2_bias[1] if biased else 0)
+    torch.testing.assert_close(multiply(x), expected)
