@@ -136,7 +136,7 @@ def _keep_fused_expert_weights() -> None:
     if fused is None or not hasattr(fused, "init_moe_torch"):
         return
 
-    def init_moe_live(self: Any, layer: torch.nn.Module) -> None:
+    def init_moe_live(self: Any, layer: Any) -> None:
         experts = range(layer.w13_weight.shape[0])
         layer.gate_up_linear = [live_linear(layer, "w13", expert) for expert in experts]
         layer.down_linear = [live_linear(layer, "w2", expert) for expert in experts]
