@@ -23,10 +23,17 @@ def state_folder() -> Path:
 def private_folder(path: Path) -> Path:
     """Makes `path` with mode 0700, or checks that it is a folder of this user's alone.
 
-    Raises FailedPrecondition when another user owns it or can enter it: grpc makes sockets
-    world-writable, so the folder's mode is what keeps others out.
+    Raises FailedPrecondition when it cannot be made, or when another user owns it or can enter it:
+    grpc makes sockets world-writable, so the folder's mode is what keeps others out.
     """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise FailedPrecondition(
+            f"The folder {path} cannot be made: {error.strerror}. Choose another with "
+            "APOLLO_STATE_DIR.",
+            reason="STATE_FOLDER_UNUSABLE",
+        ) from error
     found = path.stat()
     if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise FailedPrecondition(

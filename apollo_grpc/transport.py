@@ -120,8 +120,7 @@ def open_port(
     beyond loopback without TLS.
     """
     if path := socket_path(address):
-        private_folder(path.parent)
-        lock = PortLock(path)
+        lock = lock_socket(path)
         server.add_insecure_port(address)
         return lock
     _require_guard(address, token, tls)
@@ -146,24 +145,43 @@ def _require_guard(address: str, token: str | None, tls: ServerTls | None) -> No
         raise InvalidArgument.at("listen", f"{address} is beyond this machine and needs TLS")
 
 
+def lock_socket(path: Path, owner: str = "") -> PortLock:
+    """The lock beside a unix socket, in a folder of this user's alone.
+
+    Raises FailedPrecondition where the folder cannot be used, or when another server has the
+    socket; the error's metadata then holds that one's `owner`.
+    """
+    private_folder(path.parent)
+    return PortLock(path, owner)
+
+
 class PortLock:
     """A lock file beside a unix socket.
 
     Without it a second server would take the path over and get every new client, while the first
     one goes on unseen. The kernel drops the lock with the process, however that ends.
+
+    Args:
+        owner: written into the file, for servers that come later.
     """
 
-    def __init__(self, socket: Path):
+    def __init__(self, socket: Path, owner: str = ""):
         self._file = socket.with_suffix(".lock").open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self._file.seek(0)
+            holder = self._file.read()
             self._file.close()
             raise FailedPrecondition(
                 f"Another server already holds {socket}. Stop it, or choose another state folder "
                 "with APOLLO_STATE_DIR.",
                 reason="SOCKET_TAKEN",
+                metadata={"owner": holder},
             ) from error
+        self._file.truncate(0)
+        self._file.write(owner)
+        self._file.flush()
         socket.unlink(missing_ok=True)
 
     def release(self) -> None:

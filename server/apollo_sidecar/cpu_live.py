@@ -4,14 +4,16 @@ On CPU, vLLM packs most weights after loading and computes with the packed copie
 parameter changes nothing. No flag turns that off; these replacements do. They are made before the
 model is loaded, in the worker, and only where VLLM_PLUGINS names this plugin.
 
-Read in vLLM 0.26, 0.32 and 0.33: model_executor/layers/utils.py, model_executor/layers/
-fused_moe/experts/cpu_moe.py, model_executor/layers/mamba/ops/cpu/gdn_attention.py.
+Read in vLLM 0.26, 0.32 and 0.33, below model_executor/layers: utils.py, fused_moe/experts/
+cpu_moe.py, fused_moe/cpu_fused_moe.py (0.26), mamba/ops/cpu/gdn_attention.py. What a release does
+not have is left out.
 """
 
 from __future__ import annotations
 
 import importlib
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +57,7 @@ def keep_cpu_weights_live() -> None:
     """Replaces vLLM's packing of linear, expert and convolution weights. Idempotent."""
     _keep_linear_weights()
     _keep_expert_weights()
+    _keep_fused_expert_weights()
     _keep_convolution_weights()
 
 
@@ -144,6 +147,42 @@ def mix_experts(
         out = F.linear(activation(up), w2[expert], None if bias2 is None else bias2[expert])
         mixed.index_add_(0, token, out.float() * scale[token, slot, None].float())
     return mixed
+
+
+def _keep_fused_expert_weights() -> None:
+    """Makes the CPU experts of older releases take their path expert by expert, over live weights.
+
+    Their own path of that kind keeps slices of the weights, which stay behind when those move.
+    """
+    module = _import_if_there("vllm.model_executor.layers.fused_moe.cpu_fused_moe")
+    fused = getattr(module, "CPUFusedMOE", None)
+    if fused is None or not hasattr(fused, "init_moe_torch"):
+        return
+
+    def init_moe_live(self: Any, layer: Any) -> None:
+        experts = range(layer.w13_weight.shape[0])
+        layer.gate_up_linear = [live_linear(layer, "w13", expert) for expert in experts]
+        layer.down_linear = [live_linear(layer, "w2", expert) for expert in experts]
+        module._CPU_MOE_LAYER_CACHE[id(layer)] = weakref.ref(layer)
+
+    fused.init_moe_torch = init_moe_live
+    fused.check_grouped_gemm = lambda self, layer: (False, "none")
+    # Otherwise the weights are packed before this class is asked (VLLM_CPU_SGL_KERNEL).
+    utils: Any = importlib.import_module("vllm.model_executor.layers.utils")
+    utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
+
+
+def live_linear(
+    layer: torch.nn.Module, name: str, expert: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The product of [T, K] with an expert's [N, K] of `<name>_weight` [E, N, K], as it is then."""
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        bias = getattr(layer, f"{name}_bias", None)
+        weight = getattr(layer, f"{name}_weight")
+        return F.linear(x, weight[expert], None if bias is None else bias[expert])
+
+    return multiply
 
 
 def _keep_convolution_weights() -> None:

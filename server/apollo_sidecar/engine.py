@@ -46,17 +46,26 @@ class Engine:
         client: vLLM's AsyncLLM (vllm/v1/engine/async_llm.py); the methods used here are the same
             in 0.26, 0.32 and 0.33.
         loop: the event loop that `client` lives on.
+        weight_version: updates that were counted before.
+        as_loaded: whether nobody can have written to the weights yet.
 
     Attributes:
         epoch: random for each engine process; another epoch means that every handle is dead.
     """
 
-    def __init__(self, client: Any, loop: asyncio.AbstractEventLoop):
+    def __init__(
+        self,
+        client: Any,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        weight_version: int = 0,
+        as_loaded: bool = True,
+    ):
         self._client, self._loop = client, loop
         self.epoch = uuid.uuid4().hex
-        self._weight_version = 0
+        self._weight_version = weight_version
         self._worker_pid = 0
-        self._as_loaded = True
+        self._as_loaded = as_loaded
         self._changed = threading.Condition()
         self.leases = PauseLeases(self._pause, self._resume)
 

@@ -7,6 +7,7 @@ Messages cross vLLM's process boundary as serialized protobuf, which every seria
 from __future__ import annotations
 
 import logging
+import uuid
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from apollo_sidecar.shadow_load import trace_checkpoint_map
 log = logging.getLogger("vllm.apollo")
 _EXPORT = "_apollo_live_weights"
 _REFUSAL = "_apollo_refusal"
+_ENGINE_ID = uuid.uuid4().hex
 
 
 def install(worker_base: Any) -> None:
@@ -34,6 +36,7 @@ def install(worker_base: Any) -> None:
             runs before profiling, compilation and graph capture.
     """
     worker_base.WorkerWrapperBase.load_model = _load_model
+    worker_base.WorkerBase.apollo_engine_id = _engine_id
     worker_base.WorkerBase.apollo_manifest = _manifest
     worker_base.WorkerBase.apollo_trace = _trace
     worker_base.WorkerBase.apollo_synchronize = _synchronize
@@ -95,6 +98,11 @@ def _live_weights(worker: Any) -> LiveWeights:
     live: LiveWeights = getattr(worker, _EXPORT, None) or _share(worker, CudaWeights(model))
     live.require_unmoved(model)
     return live
+
+
+def _engine_id(worker: Any) -> str:
+    """Random for each worker process: what the API servers of one engine have in common."""
+    return _ENGINE_ID
 
 
 def _answer(error: ApolloError | None, payload: bytes = b"") -> tuple[str, str, bytes]:

@@ -78,3 +78,10 @@ def test_the_limit_counts_bytes_not_characters():
 )
 def test_only_unix_addresses_have_a_path(address, path):
     assert locations.socket_path(address) == path
+
+
+def test_a_folder_that_cannot_be_made_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FailedPrecondition, match="APOLLO_STATE_DIR") as refused:
+        locations.private_folder(tmp_path / "file" / "state")
+    assert refused.value.reason == "STATE_FOLDER_UNUSABLE"

@@ -16,6 +16,7 @@ from apollo_grpc.transport import (
     Endpoint,
     ServerTls,
     is_loopback,
+    lock_socket,
     open_port,
     read_or_create_token,
 )
@@ -210,3 +211,17 @@ def test_a_server_that_is_gone_is_unavailable(short_folder):
     with endpoint.channel() as channel, pytest.raises(grpc.RpcError) as failed:
         channel.unary_unary("/test.Echo/Say")(b"", timeout=20)
     assert from_rpc_error(failed.value).code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_who_finds_the_socket_taken_reads_whose_it_is(short_folder):
+    lock = lock_socket(short_folder / "s.sock", "the first engine, with a long name")
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition) as refused:
+            lock_socket(short_folder / "s.sock", "the second")
+        assert refused.value.metadata["owner"] == "the first engine, with a long name"
+    lock.release()
+    lock = lock_socket(short_folder / "s.sock", "the second")
+    with pytest.raises(FailedPrecondition) as refused:
+        lock_socket(short_folder / "s.sock", "the first")
+    assert refused.value.metadata["owner"] == "the second"
+    lock.release()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from apollo_sidecar.cpu_live import halves, interleaved_swiglu, mix_experts
+from apollo_sidecar.cpu_live import halves, interleaved_swiglu, live_linear, mix_experts
 
 
 def by_token(hidden, weights, biases, routing, activation):
@@ -99,3 +99,15 @@ def test_gates_and_values_by_turns_are_those_of_transformers_gpt_oss():
     both = torch.randn(5, 12) * 6
     experts = GptOssExperts(GptOssConfig(hidden_size=8, intermediate_size=6, num_local_experts=2))
     torch.testing.assert_close(interleaved_swiglu(both), experts._apply_gate(both))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_experts_product_follows_its_weight_to_another_place(biased):
+    layer = torch.nn.Module()
+    layer.w2_weight = torch.nn.Parameter(torch.randn(3, 5, 4), requires_grad=False)
+    if biased:
+        layer.w2_bias = torch.nn.Parameter(torch.randn(3, 5), requires_grad=False)
+    multiply, x = live_linear(layer, "w2", 1), torch.randn(7, 4)
+    layer.w2_weight.data = torch.randn(3, 5, 4)
+    expected = x @ layer.w2_weight[1].T + (layer.w2_bias[1] if biased else 0)
+    torch.testing.assert_close(multiply(x), expected)

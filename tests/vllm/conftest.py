@@ -60,22 +60,32 @@ class Stack:
         self.server = self._start("server", -1, ["apollo_trainer.main"])
         self._wait(lambda: self._answers(), "the training server")
 
-    def start_vllm(self, plugins: str = "apollo") -> None:
-        """Starts vLLM; `wait_attached` waits for it."""
+    def start_vllm(self, *arguments: str, plugins: str = "apollo", **env: str) -> None:
+        """Starts vLLM; `wait_attached` waits for it.
+
+        Args:
+            plugins: of vLLM's that are loaded; empty for none.
+            arguments: more of vLLM's; `--api-server-count` is one of `vllm serve` alone.
+            env: more environment variables.
+        """
         self.port = self.free_port()
+        served = ["vllm.entrypoints.openai.api_server", "--model", str(self.model)]
+        if "--api-server-count" in arguments:
+            served = ["tests.vllm.serve_command", "serve", str(self.model)]
         self.vllm = self._start(
             "vllm",
             0,
             [
-                *("vllm.entrypoints.openai.api_server", "--model", str(self.model)),
+                *served,
                 *("--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "256"),
                 *("--dtype", self.family.dtype, "--enforce-eager"),
                 "--enable-prompt-tokens-details",
+                *arguments,
             ],
             VLLM_PLUGINS=plugins,
             VLLM_CPU_OMP_THREADS_BIND=str(min(os.sched_getaffinity(0))),
             VLLM_NO_USAGE_STATS="1",
-            **self.family.environment,
+            **(self.family.environment | env),
         )
 
     def free_port(self) -> int:
@@ -93,8 +103,12 @@ class Stack:
             return status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED
 
         self._wait(attached, "the attachment")
-        self._wait(lambda: self.serves(), "vLLM's HTTP server")
+        self.wait_serving()
         return self.client.status()
+
+    def wait_serving(self) -> None:
+        """Waits for vLLM's HTTP server."""
+        self._wait(lambda: self.serves(), "vLLM's HTTP server")
 
     def wait_for(self, done: Callable[[], bool], what: str) -> None:
         """Waits for what is to come whether or not a process ends meanwhile."""
@@ -127,12 +141,14 @@ class Stack:
         except OSError:
             return False
 
+    def log(self, name: str) -> str:
+        """What a child printed."""
+        path = self.folder / f"{name}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
     def tail(self, name: str) -> str:
         """The end of a child's log."""
-        path = self.folder / f"{name}.log"
-        return (
-            "\n".join(path.read_text(errors="replace").splitlines()[-30:]) if path.exists() else ""
-        )
+        return "\n".join(self.log(name).splitlines()[-30:])
 
     def end(self, name: str, number: int = signal.SIGTERM) -> int | None:
         """Signals a child's whole process group, waits, and returns its exit status."""
@@ -162,9 +178,13 @@ class Stack:
     def complete(self, prompt: list[int] | str, **fields: Any) -> dict[str, Any]:
         """vLLM's answer over its OpenAI-compatible HTTP API, greedy, one token unless told."""
         body = {"model": str(self.model), "prompt": prompt, "temperature": 0, "max_tokens": 1}
+        return self.post("/v1/completions", body | fields)
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """vLLM's answer to JSON, over a connection of its own."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/completions",
-            json.dumps(body | fields).encode(),
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(body).encode(),
             {"content-type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
