@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ class ServedModel:
         parameters = dict(self.module.named_parameters())
         for name, tensor in tensors:
             parameters[name].data.copy_(tensor)
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """Of vLLM's model: the trace puts back what a loader registers anew in them."""
+        return self.module.modules()
 
     def values(self) -> dict[str, torch.Tensor]:
         """Copies of the live weights by name."""

@@ -73,6 +73,14 @@ class Engine:
             raise Unavailable(
                 f"vLLM did not answer within {seconds:g} s.", reason="ENGINE_SLOW"
             ) from None
+        except Exception as error:
+            # By name: the module is vLLM's, which the tests of this class do without.
+            if type(error).__name__ != "EngineDeadError":
+                raise
+            raise Unavailable(
+                "vLLM's engine ended while it was asked; vLLM's log says why.",
+                reason="ENGINE_STOPPING",
+            ) from error
 
     def require_epoch(self, epoch: str) -> None:
         """Raises FailedPrecondition when the caller speaks of another engine process."""

@@ -24,10 +24,12 @@ from apollo_trainer.checkpoints.apollo_state import (
 from apollo_trainer.config import Settings
 from apollo_trainer.optim import Apollo
 from apollo_trainer.runs.state_saver import CapturedState
+from apollo_trainer.training.context_check import require_frozen_context
 from apollo_trainer.training.options import OptimizerOptions, StateShape
 from apollo_trainer.training.samples import SampleLimits
 from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.fingerprint import fingerprint
+from apollo_trainer.weights.verify import probe_tokens
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +141,12 @@ def open_session(
     Args:
         kept: of an engine that was lost; taken when it is this one, else the state on disk is.
 
-    Raises FailedPrecondition when the state on disk is unreadable or of another model.
+    Raises FailedPrecondition when the model cannot learn after a frozen context, or the state on
+    disk is unreadable or of another model.
     """
+    require_frozen_context(
+        attachment.model, probe_tokens(attachment.model, attachment.max_model_len)
+    )
     state_path = _state_path(settings.state_dir, attachment.directory)
     came_back = kept is not None and kept.epoch == attachment.epoch
     newest = _newest(state_path, attachment.epoch)

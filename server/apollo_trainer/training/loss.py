@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from apollo_trainer.training.samples import TokenizedSample
+
+# What transformers' classes call the thing that continues a text, in answers and arguments.
+CACHES = ("past_key_values", "cache_params")
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,32 @@ def continuation_logits(
     step.
     """
     frozen, last = context_ids[:-1], context_ids[-1]
-    cache = None
-    if frozen:
-        with torch.no_grad():
-            context = model(_ids(frozen, model), use_cache=True, logits_to_keep=1)
-        cache = context.past_key_values
+    cache = _frozen_context(model, frozen) if frozen else {}
     ids = _ids((last, *continuation_ids[:-1]), model)
-    logits: torch.Tensor = model(ids, past_key_values=cache, use_cache=cache is not None).logits
+    logits: torch.Tensor = model(ids, use_cache=bool(cache), **cache).logits
     return logits[0]
+
+
+def _frozen_context(model: Any, ids: tuple[int, ...]) -> dict[str, Any]:
+    """The argument with which the model continues after the ids."""
+    with torch.no_grad():
+        answer = model(_ids(ids, model), use_cache=True, logits_to_keep=1)
+    cache = {name: answer[name] for name in CACHES if answer.get(name) is not None}
+    for layers in (getattr(value, "layers", ()) for value in cache.values()):
+        for layer in layers:
+            if isinstance(getattr(layer, "recurrent_states", None), dict):
+                layer.update_recurrent_state = MethodType(_replace_state, layer)
+    return cache
+
+
+def _replace_state(layer: Any, state: torch.Tensor, state_idx: int = 0, **_: Any) -> torch.Tensor:
+    """Linear attention's new state, as a tensor of its own.
+
+    transformers writes it over the context's, which the backward pass of the continuation still
+    needs (LinearAttentionLayer.update_recurrent_state in its cache_utils.py).
+    """
+    layer.recurrent_states[state_idx] = state
+    return state
 
 
 def _ids(token_ids: tuple[int, ...], model: Any) -> torch.Tensor:
