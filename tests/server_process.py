@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from apollo_client import ApolloClient
-from apollo_grpc.errors import Unavailable
+from apollo_grpc.errors import DeadlineExceeded, Unavailable
 from apollo_grpc.v1 import status_pb2
 from tests.engine_double import EngineDouble
 from tests.waiting import wait_until
@@ -49,7 +49,7 @@ class ServerProcess:
         with ApolloClient(self.address) as client:
             try:
                 return client.status()
-            except Unavailable:
+            except (Unavailable, DeadlineExceeded):
                 return None
 
     def wait_attached(self) -> status_pb2.ServerStatus:
@@ -63,6 +63,17 @@ class ServerProcess:
         status = self.status()
         assert status
         return status
+
+    def wait_for_steps(self, count: int) -> None:
+        """Waits until the attached server has taken so many steps more than it has now."""
+        before = self.wait_attached().optimizer_step
+
+        def taken() -> bool:
+            status = self.status()
+            return status is not None and status.optimizer_step >= before + count
+
+        # A process compiles the optimizer's loops at its first step, for seconds.
+        wait_until(taken, "the steps", seconds=120.0)
 
     def memory_kib(self) -> int:
         """Resident memory now."""

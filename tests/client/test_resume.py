@@ -99,11 +99,10 @@ def server_process(tiny_model: Path) -> Iterator[ServerProcess]:
 def test_a_reader_reads_on_when_the_server_is_back(
     connect, server_process: ServerProcess, number: signal.Signals
 ) -> None:
-    before = server_process.wait_attached().optimizer_step
+    server_process.wait_attached()
 
     def end_and_start() -> None:
-        while server_process.status().optimizer_step < before + 3:
-            time.sleep(0.05)
+        server_process.wait_for_steps(3)
         server_process.end(number)
         time.sleep(0.5)
         server_process.start()

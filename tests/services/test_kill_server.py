@@ -11,3 +11,4 @@ def test_three_kills_lose_no_run_no_event_and_no_step(tiny_model: Path) -> None:
     outcome = kill_again_and_again(tiny_model, kills=3, seed=11)
     require_nothing_lost(outcome)
     assert len(outcome.told) >= 2
+    assert outcome.optimizer_step > 0

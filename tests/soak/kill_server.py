@@ -94,8 +94,11 @@ def kill_again_and_again(model: Path, kills: int, seed: int) -> Outcome:
 
 
 def _live(server: ServerProcess, draw: random.Random) -> None:
-    """Some are killed while they start or attach, most while they train."""
-    if draw.random() < 0.8:
+    """Some are killed while they start, attach or compile, most while they train."""
+    kind = draw.random()
+    if kind < 0.7:
+        server.wait_for_steps(1)
+    elif kind < 0.9:
         server.wait_attached()
     time.sleep(draw.uniform(0, LONGEST_LIFE_SECONDS))
 

@@ -18,3 +18,4 @@ def test_no_kill_loses_a_run_an_event_or_a_step(tiny_model: Path) -> None:
     outcome = kill_again_and_again(tiny_model, KILLS, SEED)
     print(f"{KILLS} kills: {summary(outcome)}")
     require_nothing_lost(outcome)
+    assert outcome.optimizer_step > KILLS
