@@ -215,7 +215,7 @@ class Engine:
 
     def _responds(self) -> bool:
         """Whether the engine is known to answer; one that decodes is not asked, only watched."""
-        if self._worker_pid and not process_state.runs(self._worker_pid):
+        if self._worker_pid and not process_state.runs_with_parent(self._worker_pid):
             return False
         if not self.leases.active:
             return True
