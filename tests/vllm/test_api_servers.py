@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from vllm.outputs import CompletionOutput
 
-from apollo_grpc.v1 import training_pb2 as pb
 from tests.vllm.conftest import Stack
 
 pytestmark = pytest.mark.vllm
@@ -58,47 +55,3 @@ def test_one_server_has_the_sidecar_and_the_other_says_so_and_no_more(stack):
     waiting = pids_that_log(stack, "apollo: another API server of this engine serves the sidecar")
     assert (len(serving), len(waiting), serving & waiting) == (1, 1, set())
     assert "Traceback" not in stack.log("vllm")
-
-
-def test_requests_of_both_servers_wait_for_a_run_and_see_what_it_learned(stack):
-    before = directory_scores(stack)
-    stream = stack.client.train([SAMPLE], epochs=20, lr=3e-3)
-    while not next(stream).HasField("step"):
-        pass
-    during = scores_of_both_servers(stack)
-    *_, last = stream
-    assert last.finished.state == pb.RUN_STATE_SUCCEEDED
-    stack.client.sync()
-    after = directory_scores(stack)
-    assert float((after - before).abs().max()) > 0.1
-    for scores in during + scores_of_both_servers(stack):
-        assert float((scores - after).abs().max()) < TOLERANCE_NATS
-
-
-def test_an_answer_says_with_which_weights_it_was_made(stack):
-    """Where vLLM has the feature (not in 0.26): at its token endpoint, with --enable-scale-out."""
-    list(stack.client.train([SAMPLE], epochs=2))
-    version = stack.client.status().weight_version
-    assert version > 0
-    if STAMPS:
-        body = {"token_ids": IDS, "sampling_params": {"max_tokens": 5, "ignore_eos": True}}
-        (choice,) = stack.post("/inference/v1/generate", body)["choices"]
-        assert choice["weight_versions"] == [{"version": str(version), "start": 0, "end": 5}]
-
-
-def test_when_the_server_with_the_sidecar_ends_the_other_one_takes_it_over(stack):
-    before = stack.client.status()
-    (elected,) = pids_that_log(stack, "apollo: the sidecar listens on")
-    os.kill(elected, signal.SIGTERM)
-    stack.wait_for(lambda: "this one serves it now" in stack.log("vllm"), "the successor")
-    stack.wait_for(
-        lambda: stack.client.status().engine_epoch not in ("", before.engine_epoch),
-        "an attachment to the successor",
-    )
-    status = stack.wait_attached()
-    assert status.logprob_difference < TOLERANCE_NATS
-    *_, last = stack.client.train([SAMPLE], epochs=2)
-    assert last.finished.state == pb.RUN_STATE_SUCCEEDED
-    stack.client.sync()
-    after = directory_scores(stack)
-    assert float((stack.engine_logprobs(IDS) - after).abs().max()) < TOLERANCE_NATS
