@@ -39,7 +39,7 @@ REQUESTS = {
     "CancelRun": pb.CancelRunRequest,
 }
 STREAMS = {"Train", "WatchRun"}
-MAX_GROWTH_KIB = 32 * 1024
+MAX_GROWTH_KIB = 16 * 1024
 
 Field = descriptor.FieldDescriptor
 # An odd value where there is one; a plain one now and then, so that later checks are reached.
