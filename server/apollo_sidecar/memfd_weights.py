@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_sidecar.live_weights import (
     Group,
@@ -83,8 +84,18 @@ def _sealed_memfd(size: int) -> int:
     """An anonymous file of `size` bytes that no one can shrink.
 
     Without the seal a truncation by any holder would end both processes with SIGBUS.
+
+    Raises FailedPrecondition when the system does not give so large a file.
     """
     fd = os.memfd_create("apollo-live-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, size)
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        os.close(fd)
+        raise FailedPrecondition(
+            f"{size} bytes of shared memory are not to be had ({error.strerror}); raise the limit "
+            "on file sizes (ulimit -f) and start vLLM again",
+            reason="SHARED_MEMORY_REFUSED",
+        ) from error
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     return fd

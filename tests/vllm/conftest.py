@@ -53,6 +53,10 @@ WITHOUT_HEAD_DIM = {name: value for name, value in SMALL.items() if name != "hea
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: Qwen3Config(**SMALL, tie_word_embeddings=True),
+    # Its large matrices are pages of their own, not pieces of a heap.
+    "wide": lambda: Qwen3Config(
+        **(SMALL | {"hidden_size": 1024, "intermediate_size": 2048}), tie_word_embeddings=True
+    ),
     "llama": lambda: LlamaConfig(**SMALL, tie_word_embeddings=False),
     "gpt2": lambda: GPT2Config(**SHARED, n_embd=128, n_layer=2, n_head=4, n_positions=256),
     "qwen3_moe": lambda: Qwen3MoeConfig(**SMALL, **EXPERTS, tie_word_embeddings=False),
