@@ -55,7 +55,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: Qwen3Config(**SMALL, tie_word_embeddings=True),
     # Its large matrices are pages of their own, not pieces of a heap.
     "wide": lambda: Qwen3Config(
-        **(SMALL | {"hidden_size": 1024, "intermediate_size": 2048}), tie_word_embeddings=True
+        **(SMALL | {"hidden_size": 1024, "intermediate_size": 12288}), tie_word_embeddings=True
     ),
     "llama": lambda: LlamaConfig(**SMALL, tie_word_embeddings=False),
     "gpt2": lambda: GPT2Config(**SHARED, n_embd=128, n_layer=2, n_head=4, n_positions=256),

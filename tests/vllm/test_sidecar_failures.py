@@ -17,8 +17,8 @@ pytestmark = pytest.mark.vllm
 # Sixteen numbers that nothing else holds, put into the middle of every large matrix.
 NEEDLE = torch.arange(1, 17, dtype=torch.float32) * 1.37e-3
 LARGE_BYTES = 1 << 20
-# Too little for the weights of the model, 52 MB, and enough for vLLM's own queues of 1 MB a chunk.
-FILE_LIMIT_BYTES = 1 << 25
+# Too little for the weights of the model, 304 MB, and enough for vLLM's own queues, 252 MB.
+FILE_LIMIT_BYTES = 1 << 28
 
 
 def mark_large_matrices(stack: Stack) -> int:
@@ -68,7 +68,7 @@ def test_each_weight_lies_in_vllms_processes_once(without_sidecar):
 
 def test_a_worker_that_cannot_share_its_weights_leaves_vllm_serving(tmp_path_factory):
     stack = Stack(tmp_path_factory.mktemp("l"), "wide")
-    stack.start_vllm(VLLM_MQ_MAX_CHUNK_BYTES_MB="1")
+    stack.start_vllm()
     limit = (FILE_LIMIT_BYTES, FILE_LIMIT_BYTES)
     resource.prlimit(stack.vllm.pid, resource.RLIMIT_FSIZE, limit)
     try:
