@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHON
 
-.PHONY: help install demo test soak check protos lock clean
+.PHONY: help install demo test test-vllm soak check protos lock clean
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: ## Make the virtual environment, or bring it up to date
 	@.ci/install .venv
@@ -19,6 +19,10 @@ test: install ## Run all tests, those with a real vLLM included
 
 soak: install ## Kill the processes again and again, at random instants (about an hour)
 	@$(BIN)/python -m pytest -m soak -s
+
+test-vllm: ## Test the sidecar on another release of vLLM: make test-vllm VLLM=0.26.0
+	@.ci/install-vllm $(VLLM)
+	@.venv-vllm-$(VLLM)/bin/python -m pytest tests/sidecar tests/weights tests/vllm
 
 check: install ## Lint, types, contract, and that the checked-in stubs are the generated ones
 	$(BIN)/ruff check .
@@ -37,4 +41,4 @@ lock: ## Resolve .ci/lock.txt anew (needs uv)
 		--no-emit-index-url --no-emit-package apollo-grpc --overrides .ci/overrides.txt .ci/lock.in -o .ci/lock.txt
 
 clean: ## Remove what the other targets made
-	rm -rf .venv .venv-protos build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-protos .venv-vllm-* build .mypy_cache .ruff_cache .pytest_cache
