@@ -37,7 +37,7 @@ def places(pid: int, needle: bytes) -> dict[str, int]:
 def _count(pid: int, start: int, end: int, needle: bytes) -> int:
     """Occurrences within a mapping; what cannot be read, as beyond a file's end, holds none."""
     count, position = 0, start
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         while position < end:
             memory.seek(position)
             try:
