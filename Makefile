@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHON
 
-.PHONY: help install demo test test-vllm soak check protos lock clean
+.PHONY: help install demo test test-vllm soak models check protos lock clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,12 @@ test: install ## Run all tests, those with a real vLLM included
 
 soak: install ## Kill the processes again and again, at random instants (about an hour)
 	@$(BIN)/python -m pytest -m soak -s
+	@SOAK_MALFORMED=10000 $(BIN)/python -m pytest -s --timeout 3600 tests/services/test_malformed.py
+
+models: install ## Try some 75 model families with real vLLM, and write docs/models.md (about an hour)
+	@rm -rf build/models
+	@$(BIN)/python -m pytest tests/vllm/test_families.py tests/vllm/sweep_models.py; tried=$$?; \
+		$(BIN)/python -m tests.vllm.models_table && exit $$tried
 
 test-vllm: ## Test the sidecar on another release of vLLM: make test-vllm VLLM=0.26.0
 	@.ci/install-vllm $(VLLM)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from apollo_grpc.errors import (
     DETAILS_KEY,
@@ -87,12 +88,37 @@ def _rebuild(handler: Handler, wrapper: AioErrors | SyncErrors) -> Handler:
     """The handler with its behaviour wrapped; only reflection streams requests."""
     if handler is None:
         return None
-    coders = (handler.request_deserializer, handler.response_serializer)
+    coders = (_reading(handler.request_deserializer), handler.response_serializer)
     if handler.request_streaming:
         return grpc.stream_stream_rpc_method_handler(wrapper.stream(handler.stream_stream), *coders)
     if handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler(wrapper.stream(handler.unary_stream), *coders)
     return grpc.unary_unary_rpc_method_handler(wrapper.unary(handler.unary_unary), *coders)
+
+
+class _Unreadable:
+    """Stands for a request whose bytes are no message: grpc itself would answer INTERNAL."""
+
+
+def _reading(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if deserializer is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserializer(data)
+        except DecodeError:
+            return _Unreadable()
+
+    return read
+
+
+def _require_readable(request: Any) -> None:
+    if isinstance(request, _Unreadable):
+        raise InvalidArgument(
+            "The bytes of the request are no message of this method; nothing was done.",
+            reason="REQUEST_UNREADABLE",
+        )
 
 
 class TokenCheck:
@@ -140,6 +166,7 @@ class AioErrors(grpc.aio.ServerInterceptor):
             try:
                 if self._check:
                     self._check(context)
+                _require_readable(request)
                 result = behaviour(request, context)
                 return await result if isinstance(result, Awaitable) else result
             except (grpc.aio.AbortError, grpc.RpcError):
@@ -156,6 +183,7 @@ class AioErrors(grpc.aio.ServerInterceptor):
             try:
                 if self._check:
                     self._check(context)
+                _require_readable(request)
                 responses = behaviour(request, context)
                 if isinstance(responses, Awaitable):
                     # It writes through the context, as grpc's own health service does.
@@ -187,6 +215,7 @@ class SyncErrors(grpc.ServerInterceptor):
 
         def call(request: Any, context: Any) -> Any:
             try:
+                _require_readable(request)
                 return behaviour(request, context)
             except Exception as error:
                 _abort(error, context)
@@ -198,6 +227,7 @@ class SyncErrors(grpc.ServerInterceptor):
 
         def call(request: Any, context: Any) -> Iterator[Any]:
             try:
+                _require_readable(request)
                 yield from behaviour(request, context)
             except Exception as error:
                 _abort(error, context)

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging
 
@@ -59,10 +64,22 @@ def write_model(
     folder: Path, config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Path:
     """Writes a model of random weights and its tokenizer; the same seed gives the same bytes."""
+    return save_model(folder, random_model(config, seed=seed, dtype=dtype))
+
+
+def random_model(
+    config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A model of random weights; the same seed gives the same ones."""
     torch.manual_seed(seed)
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(dtype)
     model.config.dtype = dtype
+    return model
+
+
+def save_model(folder: Path, model: PreTrainedModel) -> Path:
+    """Writes a model and the byte tokenizer as a model directory."""
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

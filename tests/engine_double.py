@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ from apollo_sidecar.shadow_load import trace_checkpoint_map
 MAX_MODEL_LEN = 48
 
 
-class ServedModel:
+class ServedModel(torch.nn.Module):
     """A model of a directory, loaded by name as vLLM loads; its weights live in a memfd."""
 
     def __init__(self, folder: Path, dtype: torch.dtype):
+        super().__init__()
         self.folder = folder
         self.module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self.live = MemfdWeights(self.module)
@@ -43,6 +44,10 @@ class ServedModel:
         parameters = dict(self.module.named_parameters())
         for name, tensor in tensors:
             parameters[name].data.copy_(tensor)
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """Of vLLM's model: the trace puts back what a loader registers anew in them."""
+        return self.module.modules()
 
     def values(self) -> dict[str, torch.Tensor]:
         """Copies of the live weights by name."""

@@ -9,9 +9,9 @@ from typing import Any
 WAIT_SECONDS = 30.0
 
 
-def wait_until(done: Callable[[], Any], what: str) -> None:
+def wait_until(done: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> None:
     """Polls until `done`; an AssertionError names what did not come."""
-    deadline = time.monotonic() + WAIT_SECONDS
+    deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, f"{what} did not come"
         time.sleep(0.005)

@@ -150,7 +150,8 @@ class TrainRequest(google.protobuf.message.Message):
     SPEC_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The same id with the same spec attaches to the first run; with another
-    spec it is ALREADY_EXISTS. Empty: a new run each time.
+    spec it is ALREADY_EXISTS, also after a restart of the server. At most 256
+    bytes. Empty: a new run each time.
     """
     @property
     def spec(self) -> global___RunSpec: ...
@@ -258,7 +259,7 @@ class ListRunsRequest(google.protobuf.message.Message):
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     STATES_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """At most this many runs; 0 means the server's default."""
+    """At most this many runs, and at most 1000; 0 means 50."""
     page_token: builtins.str
     @property
     def states(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___RunState.ValueType]:
@@ -364,7 +365,9 @@ class RunSpec(google.protobuf.message.Message):
     def guard(self) -> global___Guard: ...
     @property
     def max_wall_time(self) -> google.protobuf.duration_pb2.Duration:
-        """The run ends as FAILED once it has been running for this long. Unset: no limit."""
+        """The run ends as FAILED (DEADLINE) once it has been running for this long.
+        Unset: no limit.
+        """
 
     def __init__(
         self,
@@ -808,19 +811,23 @@ class Started(google.protobuf.message.Message):
     STEPS_TOTAL_FIELD_NUMBER: builtins.int
     OPTIMIZER_STEP_FIELD_NUMBER: builtins.int
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
+    ENGINE_EPOCH_FIELD_NUMBER: builtins.int
     steps_total: builtins.int
     optimizer_step: builtins.int
     """Optimizer steps taken before this run's first."""
     weight_version: builtins.int
     """Version of the weights that the run starts from."""
+    engine_epoch: builtins.str
+    """The engine process whose weights the run changes."""
     def __init__(
         self,
         *,
         steps_total: builtins.int = ...,
         optimizer_step: builtins.int = ...,
         weight_version: builtins.int = ...,
+        engine_epoch: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["optimizer_step", b"optimizer_step", "steps_total", b"steps_total", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["engine_epoch", b"engine_epoch", "optimizer_step", b"optimizer_step", "steps_total", b"steps_total", "weight_version", b"weight_version"]) -> None: ...
 
 global___Started = Started
 
@@ -962,11 +969,21 @@ class Finished(google.protobuf.message.Message):
     STEPS_DONE_FIELD_NUMBER: builtins.int
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
     PAUSE_TIME_FIELD_NUMBER: builtins.int
+    NEXT_STEP_IN_DOUBT_FIELD_NUMBER: builtins.int
+    STATE_STEPS_LOST_FIELD_NUMBER: builtins.int
     state: global___RunState.ValueType
     """SUCCEEDED, FAILED or CANCELLED."""
     steps_done: builtins.int
     weight_version: builtins.int
     """Version of the weights after the run."""
+    next_step_in_doubt: builtins.bool
+    """The server was killed while it wrote the step after `steps_done`: that step
+    is in the weights wholly, in part, or not at all.
+    """
+    state_steps_lost: builtins.int
+    """After a kill: steps that are in the weights and not in the Apollo state on
+    disk. Their moments are lost.
+    """
     @property
     def failure(self) -> global___Failure:
         """Set when the state is FAILED."""
@@ -983,8 +1000,10 @@ class Finished(google.protobuf.message.Message):
         steps_done: builtins.int = ...,
         weight_version: builtins.int = ...,
         pause_time: google.protobuf.duration_pb2.Duration | None = ...,
+        next_step_in_doubt: builtins.bool = ...,
+        state_steps_lost: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["failure", b"failure", "pause_time", b"pause_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["failure", b"failure", "pause_time", b"pause_time", "state", b"state", "steps_done", b"steps_done", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["failure", b"failure", "next_step_in_doubt", b"next_step_in_doubt", "pause_time", b"pause_time", "state", b"state", "state_steps_lost", b"state_steps_lost", "steps_done", b"steps_done", "weight_version", b"weight_version"]) -> None: ...
 
 global___Finished = Finished

@@ -86,36 +86,42 @@ class TrainingServiceServicer(object):
         says FAILED and why; a status code speaks of the RPC, not of the run.
 
         UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
-        FAILED_PRECONDITION: the optimizer asks for another state than the live one.
-        RESOURCE_EXHAUSTED: the queue is full.
+        FAILED_PRECONDITION: the optimizer asks for another state than the live one,
+        or the ledger cannot be written (LEDGER_NOT_WRITTEN). ALREADY_EXISTS: see
+        `request_id`. RESOURCE_EXHAUSTED: the queue is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchRun(self, request, context):
-        """Streams the events of a run after `after_sequence`, lossless and gapless.
+        """Streams the events of a run after `after_sequence`, lossless and gapless,
+        also after a restart of the server.
+
+        NOT_FOUND: no such run. OUT_OF_RANGE: the events after that sequence were
+        pruned, or the run has ended before it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetRun(self, request, context):
-        """Returns one run.
+        """Returns one run. Its spec is unset once its events were pruned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRuns(self, request, context):
-        """Lists runs, newest first.
+        """Lists runs, newest first, their specs without samples.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelRun(self, request, context):
-        """Asks a run to stop at the next safe point and returns at once. Idempotent.
+        """Asks a run to stop at the next safe point and returns at once. Idempotent:
+        a run that has ended stays as it ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,33 +39,41 @@ class TrainingServiceStub:
     says FAILED and why; a status code speaks of the RPC, not of the run.
 
     UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
-    FAILED_PRECONDITION: the optimizer asks for another state than the live one.
-    RESOURCE_EXHAUSTED: the queue is full.
+    FAILED_PRECONDITION: the optimizer asks for another state than the live one,
+    or the ledger cannot be written (LEDGER_NOT_WRITTEN). ALREADY_EXISTS: see
+    `request_id`. RESOURCE_EXHAUSTED: the queue is full.
     """
 
     WatchRun: grpc.UnaryStreamMultiCallable[
         apollo_grpc.v1.training_pb2.WatchRunRequest,
         apollo_grpc.v1.training_pb2.WatchRunResponse,
     ]
-    """Streams the events of a run after `after_sequence`, lossless and gapless."""
+    """Streams the events of a run after `after_sequence`, lossless and gapless,
+    also after a restart of the server.
+
+    NOT_FOUND: no such run. OUT_OF_RANGE: the events after that sequence were
+    pruned, or the run has ended before it.
+    """
 
     GetRun: grpc.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.GetRunRequest,
         apollo_grpc.v1.training_pb2.GetRunResponse,
     ]
-    """Returns one run."""
+    """Returns one run. Its spec is unset once its events were pruned."""
 
     ListRuns: grpc.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.ListRunsRequest,
         apollo_grpc.v1.training_pb2.ListRunsResponse,
     ]
-    """Lists runs, newest first."""
+    """Lists runs, newest first, their specs without samples."""
 
     CancelRun: grpc.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.CancelRunRequest,
         apollo_grpc.v1.training_pb2.CancelRunResponse,
     ]
-    """Asks a run to stop at the next safe point and returns at once. Idempotent."""
+    """Asks a run to stop at the next safe point and returns at once. Idempotent:
+    a run that has ended stays as it ended.
+    """
 
 class TrainingServiceAsyncStub:
     """TrainingService turns samples into updates of the weights that vLLM serves.
@@ -88,33 +96,41 @@ class TrainingServiceAsyncStub:
     says FAILED and why; a status code speaks of the RPC, not of the run.
 
     UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
-    FAILED_PRECONDITION: the optimizer asks for another state than the live one.
-    RESOURCE_EXHAUSTED: the queue is full.
+    FAILED_PRECONDITION: the optimizer asks for another state than the live one,
+    or the ledger cannot be written (LEDGER_NOT_WRITTEN). ALREADY_EXISTS: see
+    `request_id`. RESOURCE_EXHAUSTED: the queue is full.
     """
 
     WatchRun: grpc.aio.UnaryStreamMultiCallable[
         apollo_grpc.v1.training_pb2.WatchRunRequest,
         apollo_grpc.v1.training_pb2.WatchRunResponse,
     ]
-    """Streams the events of a run after `after_sequence`, lossless and gapless."""
+    """Streams the events of a run after `after_sequence`, lossless and gapless,
+    also after a restart of the server.
+
+    NOT_FOUND: no such run. OUT_OF_RANGE: the events after that sequence were
+    pruned, or the run has ended before it.
+    """
 
     GetRun: grpc.aio.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.GetRunRequest,
         apollo_grpc.v1.training_pb2.GetRunResponse,
     ]
-    """Returns one run."""
+    """Returns one run. Its spec is unset once its events were pruned."""
 
     ListRuns: grpc.aio.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.ListRunsRequest,
         apollo_grpc.v1.training_pb2.ListRunsResponse,
     ]
-    """Lists runs, newest first."""
+    """Lists runs, newest first, their specs without samples."""
 
     CancelRun: grpc.aio.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.CancelRunRequest,
         apollo_grpc.v1.training_pb2.CancelRunResponse,
     ]
-    """Asks a run to stop at the next safe point and returns at once. Idempotent."""
+    """Asks a run to stop at the next safe point and returns at once. Idempotent:
+    a run that has ended stays as it ended.
+    """
 
 class TrainingServiceServicer(metaclass=abc.ABCMeta):
     """TrainingService turns samples into updates of the weights that vLLM serves.
@@ -139,8 +155,9 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         says FAILED and why; a status code speaks of the RPC, not of the run.
 
         UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
-        FAILED_PRECONDITION: the optimizer asks for another state than the live one.
-        RESOURCE_EXHAUSTED: the queue is full.
+        FAILED_PRECONDITION: the optimizer asks for another state than the live one,
+        or the ledger cannot be written (LEDGER_NOT_WRITTEN). ALREADY_EXISTS: see
+        `request_id`. RESOURCE_EXHAUSTED: the queue is full.
         """
 
     @abc.abstractmethod
@@ -149,7 +166,12 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         request: apollo_grpc.v1.training_pb2.WatchRunRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[apollo_grpc.v1.training_pb2.WatchRunResponse], collections.abc.AsyncIterator[apollo_grpc.v1.training_pb2.WatchRunResponse]]:
-        """Streams the events of a run after `after_sequence`, lossless and gapless."""
+        """Streams the events of a run after `after_sequence`, lossless and gapless,
+        also after a restart of the server.
+
+        NOT_FOUND: no such run. OUT_OF_RANGE: the events after that sequence were
+        pruned, or the run has ended before it.
+        """
 
     @abc.abstractmethod
     def GetRun(
@@ -157,7 +179,7 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         request: apollo_grpc.v1.training_pb2.GetRunRequest,
         context: _ServicerContext,
     ) -> typing.Union[apollo_grpc.v1.training_pb2.GetRunResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.GetRunResponse]]:
-        """Returns one run."""
+        """Returns one run. Its spec is unset once its events were pruned."""
 
     @abc.abstractmethod
     def ListRuns(
@@ -165,7 +187,7 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         request: apollo_grpc.v1.training_pb2.ListRunsRequest,
         context: _ServicerContext,
     ) -> typing.Union[apollo_grpc.v1.training_pb2.ListRunsResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.ListRunsResponse]]:
-        """Lists runs, newest first."""
+        """Lists runs, newest first, their specs without samples."""
 
     @abc.abstractmethod
     def CancelRun(
@@ -173,6 +195,8 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         request: apollo_grpc.v1.training_pb2.CancelRunRequest,
         context: _ServicerContext,
     ) -> typing.Union[apollo_grpc.v1.training_pb2.CancelRunResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.CancelRunResponse]]:
-        """Asks a run to stop at the next safe point and returns at once. Idempotent."""
+        """Asks a run to stop at the next safe point and returns at once. Idempotent:
+        a run that has ended stays as it ended.
+        """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

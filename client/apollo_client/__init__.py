@@ -1,18 +1,21 @@
 """Clients of the training server: `ApolloClient`, `AsyncApolloClient`, and the `apollo` command."""
 
-from apollo_client.aio import AsyncApolloClient, AsyncStream
-from apollo_client.client import ApolloClient, Stream
+from apollo_client.aio import AsyncApolloClient, AsyncRunStream, AsyncStream
+from apollo_client.client import ApolloClient, RunStream, Stream
 from apollo_client.requests import RunOptions, run_spec
-from apollo_client.samples import SampleLike, read_samples, to_sample
+from apollo_client.samples import SampleLike, read_samples, to_sample, to_samples
 
 __all__ = [
     "ApolloClient",
     "AsyncApolloClient",
+    "AsyncRunStream",
     "AsyncStream",
     "RunOptions",
+    "RunStream",
     "SampleLike",
     "Stream",
     "read_samples",
     "run_spec",
     "to_sample",
+    "to_samples",
 ]

@@ -10,9 +10,17 @@ from typing import Any, Generic, Self, TypeVar, Unpack
 
 import grpc.aio
 
-from apollo_client.connection import STATUS_SECONDS, find_server, readable
-from apollo_client.requests import RunOptions, run_spec, watch_request
+from apollo_client.connection import RETRY_SECONDS, STATUS_SECONDS, find_server, readable
+from apollo_client.requests import (
+    RunOptions,
+    list_request,
+    run_spec,
+    train_request,
+    watch_request,
+)
+from apollo_client.resume import Resume
 from apollo_client.samples import SampleLike
+from apollo_grpc.errors import ApolloError
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import checkpoint_pb2, status_pb2, training_pb2
 from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
@@ -63,6 +71,40 @@ class AsyncStream(Generic[T]):
         self.close()
 
 
+class AsyncRunStream(AsyncStream[training_pb2.RunEvent]):
+    """The events of one run, none lost and none twice, also when the server is restarted."""
+
+    def __init__(self, stub: Any, resume: Resume, endpoint: Endpoint, metadata: Any):
+        self._stub, self._resume, self._metadata = stub, resume, metadata
+        super().__init__(self._open(), endpoint, lambda response: response.event)
+
+    def _open(self) -> Any:
+        request = self._resume.request()
+        known = isinstance(request, training_pb2.WatchRunRequest)
+        method = self._stub.WatchRun if known else self._stub.Train
+        return method(request, metadata=self._metadata)
+
+    async def __anext__(self) -> training_pb2.RunEvent:
+        while not self._resume.ended:
+            error: ApolloError | None = None
+            try:
+                event = await super().__anext__()
+            except StopAsyncIteration:
+                if self._left:
+                    raise
+            except ApolloError as raised:
+                error = raised
+            else:
+                if self._resume.take(event):
+                    return event
+                continue
+            await asyncio.sleep(self._resume.wait_after(error))
+            if self._left:
+                break
+            self._call = self._open()
+        raise StopAsyncIteration
+
+
 class AsyncApolloClient:
     """`ApolloClient` for asyncio; belongs to the event loop on which it was made.
 
@@ -77,9 +119,10 @@ class AsyncApolloClient:
         ca: Path | None = None,
         certificate: Path | None = None,
         key: Path | None = None,
+        retry_seconds: float = RETRY_SECONDS,
     ):
         self._endpoint = find_server(address, token, ca, certificate, key)
-        self._metadata = self._endpoint.metadata()
+        self._metadata, self._retry_seconds = self._endpoint.metadata(), retry_seconds
         self._channel = self._endpoint.aio_channel()
         # The stubs' types name the blocking channel; at run time they take either.
         channel: Any = self._channel
@@ -88,25 +131,59 @@ class AsyncApolloClient:
         self._status: Any = StatusServiceStub(channel)
 
     def train(
-        self, samples: Iterable[SampleLike], **options: Unpack[RunOptions]
-    ) -> AsyncStream[training_pb2.RunEvent]:
+        self,
+        samples: Iterable[SampleLike],
+        *,
+        request_id: str | None = None,
+        **options: Unpack[RunOptions],
+    ) -> AsyncRunStream:
         """Starts a run and returns its events; see `ApolloClient.train`."""
-        return self.train_spec(run_spec(samples, options))
+        return self.train_spec(run_spec(samples, options), request_id=request_id)
 
-    def train_spec(self, spec: training_pb2.RunSpec) -> AsyncStream[training_pb2.RunEvent]:
+    def train_spec(
+        self, spec: training_pb2.RunSpec, *, request_id: str | None = None
+    ) -> AsyncRunStream:
         """The same for a spec that the caller built."""
-        request = training_pb2.TrainRequest(spec=spec)
-        return self._stream(self._training.Train, request, lambda response: response.event)
+        return self._follow(train_request(spec, request_id))
+
+    def watch_run(self, run_id: str, after_sequence: int = 0) -> AsyncRunStream:
+        """The events of a run; see `ApolloClient.watch_run`."""
+        request = training_pb2.WatchRunRequest(run_id=run_id, after_sequence=after_sequence)
+        return self._follow(request)
+
+    def _follow(
+        self, request: training_pb2.TrainRequest | training_pb2.WatchRunRequest
+    ) -> AsyncRunStream:
+        resume = Resume(request, self._retry_seconds)
+        return AsyncRunStream(self._training, resume, self._endpoint, self._metadata)
+
+    async def get_run(self, run_id: str) -> training_pb2.Run:
+        """One run with its spec; see `ApolloClient.get_run`."""
+        request = training_pb2.GetRunRequest(run_id=run_id)
+        run: training_pb2.Run = (await self._answer(self._training.GetRun, request)).run
+        return run
+
+    async def list_runs(
+        self, page_size: int = 0, page_token: str = "", states: Iterable[str | int] = ()
+    ) -> training_pb2.ListRunsResponse:
+        """A page of runs, newest first; see `ApolloClient.list_runs`."""
+        request = list_request(page_size, page_token, states)
+        page: training_pb2.ListRunsResponse = await self._answer(self._training.ListRuns, request)
+        return page
+
+    async def cancel_run(self, run_id: str) -> training_pb2.Run:
+        """Asks a run to stop; see `ApolloClient.cancel_run`."""
+        request = training_pb2.CancelRunRequest(run_id=run_id)
+        run: training_pb2.Run = (await self._answer(self._training.CancelRun, request)).run
+        return run
 
     async def status(self) -> status_pb2.ServerStatus:
         """How the server is now."""
-        try:
-            response: status_pb2.GetStatusResponse = await self._status.GetStatus(
-                status_pb2.GetStatusRequest(), timeout=STATUS_SECONDS, metadata=self._metadata
-            )
-        except grpc.RpcError as error:
-            raise readable(error, self._endpoint) from None
-        return response.status
+        request = status_pb2.GetStatusRequest()
+        status: status_pb2.ServerStatus = (
+            await self._answer(self._status.GetStatus, request)
+        ).status
+        return status
 
     def watch(
         self, run_id: str = "", min_interval: float = 0.0
@@ -129,6 +206,12 @@ class AsyncApolloClient:
             elif progress:
                 progress(response.progress)
         return result
+
+    async def _answer(self, method: Any, request: Any) -> Any:
+        try:
+            return await method(request, timeout=STATUS_SECONDS, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise readable(error, self._endpoint) from None
 
     def _stream(self, method: Any, request: Any, read: Callable[[Any], T]) -> AsyncStream[T]:
         return AsyncStream(method(request, metadata=self._metadata), self._endpoint, read)

@@ -11,6 +11,8 @@ from apollo_grpc.locations import server_address, socket_path, state_folder
 from apollo_grpc.transport import Endpoint, is_loopback
 
 STATUS_SECONDS = 10.0
+# A server that loads torch and maps a large model again may take most of it.
+RETRY_SECONDS = 120.0
 
 
 def find_server(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable
 from typing import Any, TypedDict
 
 from google.protobuf import duration_pb2
 
-from apollo_client.samples import SampleLike, to_sample
+from apollo_client.samples import SampleLike, to_samples
 from apollo_grpc.errors import FieldViolation, InvalidArgument
 from apollo_grpc.v1 import status_pb2, training_pb2
 
@@ -54,7 +55,7 @@ def run_spec(samples: Iterable[SampleLike], options: RunOptions) -> training_pb2
 def _each(samples: Iterable[SampleLike]) -> Iterable[training_pb2.Sample]:
     for index, sample in enumerate(samples):
         try:
-            yield to_sample(sample)
+            yield from to_samples(sample)
         except InvalidArgument as error:
             violation = FieldViolation(f"samples[{index}]", error.message)
             raise InvalidArgument(
@@ -69,6 +70,34 @@ def _set(message: Any, name: str, value: object) -> None:
         setattr(message, name, value)
     except (TypeError, ValueError) as error:
         raise InvalidArgument.at(name, f"cannot be {value!r}: {error}") from error
+
+
+def train_request(spec: training_pb2.RunSpec, request_id: str | None) -> training_pb2.TrainRequest:
+    """A request that may be sent again: with an id of its own where none is given."""
+    return training_pb2.TrainRequest(spec=spec, request_id=request_id or uuid.uuid4().hex)
+
+
+def list_request(
+    page_size: int, page_token: str, states: Iterable[str | int]
+) -> training_pb2.ListRunsRequest:
+    """The request of a page of runs; states by number or by name, as `FAILED`.
+
+    Raises InvalidArgument for a name that is none.
+    """
+    try:
+        numbers = [
+            training_pb2.RunState.Value(f"RUN_STATE_{state.upper()}")
+            if isinstance(state, str)
+            else state
+            for state in states
+        ]
+        return training_pb2.ListRunsRequest(
+            page_size=page_size,
+            page_token=page_token,
+            states=[training_pb2.RunState.ValueType(number) for number in numbers],
+        )
+    except ValueError as error:
+        raise InvalidArgument.at("states", f"cannot be {list(states)}: {error}") from error
 
 
 def watch_request(run_id: str, min_interval: float) -> status_pb2.WatchStatusRequest:

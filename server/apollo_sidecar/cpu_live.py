@@ -20,11 +20,36 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-_LIVE = "_apollo_live"
-_ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+_PATCHED = "_apollo_patched"
+_ACTIVATION = "_apollo_activation"
+Gate = Callable[[torch.Tensor], torch.Tensor]
+
+
+def halves(activation: Gate) -> Gate:
+    """[T, 2I] to [T, I]: the first half gates the second."""
+
+    def gate(both: torch.Tensor) -> torch.Tensor:
+        first, second = both.chunk(2, -1)
+        return activation(first) * second
+
+    return gate
+
+
+def interleaved_swiglu(both: torch.Tensor) -> torch.Tensor:
+    """[T, 2I] to [T, I], gates and values by turns, as in GPT-OSS.
+
+    Source: swigluoai_and_mul of vLLM (model_executor/layers/fused_moe/activation.py).
+    """
+    gate = both[..., ::2].clamp(max=7.0)
+    value = both[..., 1::2].clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (value + 1)
+
+
+_ACTIVATIONS: dict[str, Gate] = {
+    "silu": halves(F.silu),
+    "gelu": halves(F.gelu),
+    "gelu_tanh": halves(lambda x: F.gelu(x, approximate="tanh")),
+    "swigluoai": interleaved_swiglu,
 }
 
 
@@ -50,14 +75,14 @@ def _keep_linear_weights() -> None:
 def _keep_expert_weights() -> None:
     module = _import_if_there("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
     base = getattr(module, "CPUUnquantizedExperts", None)
-    if base is None or hasattr(base, _LIVE):
+    if base is None or hasattr(base, _PATCHED):
         return
     for experts in (base, *base.__subclasses__()):
         if process := experts.__dict__.get("process_weights_after_loading"):
             experts.process_weights_after_loading = _live_process(process)
         if apply := experts.__dict__.get("apply"):
             experts.apply = _live_apply(apply)
-    setattr(base, _LIVE, True)
+    setattr(base, _PATCHED, True)
 
 
 def _live_process(pack: Any) -> Any:
@@ -67,7 +92,7 @@ def _live_process(pack: Any) -> Any:
             # Packed as vLLM wants it: the model serves, and the training server refuses the map.
             pack(self, layer)
             return
-        setattr(self, _LIVE, _ACTIVATIONS[activation])
+        setattr(self, _ACTIVATION, _ACTIVATIONS[activation])
 
     return process_weights_after_loading
 
@@ -84,7 +109,7 @@ def _live_apply(packed_apply: Any) -> Any:
         *rest: Any,
         **named: Any,
     ) -> None:
-        activation = getattr(self, _LIVE, None)
+        activation = getattr(self, _ACTIVATION, None)
         if activation is None:
             packed_apply(
                 self, output, hidden_states, w1, w2, topk_weights, topk_ids, *rest, **named
@@ -104,12 +129,13 @@ def mix_experts(
     weights: tuple[torch.Tensor, torch.Tensor],
     biases: tuple[torch.Tensor | None, torch.Tensor | None],
     routing: tuple[torch.Tensor, torch.Tensor],
-    activation: Any,
+    activation: Gate,
 ) -> torch.Tensor:
     """Gated experts from the raw weights.
 
     hidden [T, H]; weights w13 [E, 2I, H] and w2 [E, H, I]; biases [E, 2I] and [E, H] or None;
-    routing: factors and expert ids, both [T, K]. Returns [T, H] in fp32.
+    routing: factors and expert ids, both [T, K]; activation: [T, 2I] to [T, I]. Returns [T, H] in
+    fp32.
     """
     (w13, w2), (bias13, bias2), (scale, expert_ids) = weights, biases, routing
     mixed = torch.zeros(hidden.shape, dtype=torch.float32)
@@ -118,10 +144,7 @@ def mix_experts(
         if not token.numel():
             continue
         up = F.linear(hidden[token], w13[expert], None if bias13 is None else bias13[expert])
-        gate, value = up.chunk(2, -1)
-        out = F.linear(
-            activation(gate) * value, w2[expert], None if bias2 is None else bias2[expert]
-        )
+        out = F.linear(activation(up), w2[expert], None if bias2 is None else bias2[expert])
         mixed.index_add_(0, token, out.float() * scale[token, slot, None].float())
     return mixed
 

@@ -3,7 +3,8 @@
 vLLM's own `load_weights` runs on meta tensors: views of one storage for each training parameter.
 Every write to a live weight is recorded and skipped, so no weight memory is needed and the live
 bytes stay as they are. Copies of meta tensors (clone, contiguous, to) are kept as views of their
-source, so an address within the source is never lost.
+source, so an address within the source is never lost. What a loader computes is followed only so
+far that a refusal can say which source it came from.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 # Ops whose result, on a meta tensor, is the same elements in the same order.
 _SAME_ELEMENTS = frozenset({"clone", "_to_copy", "contiguous", "detach_copy", "lift_fresh_copy"})
+_RESHAPES = frozenset({"view", "_unsafe_view"})
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ class OtherWrite:
     """A write to live weights that is no copy of a source, by the operator's name.
 
     `copies_before` is how many copies had been recorded: what is copied later hides the write.
+    `origins` are the storages of the sources that its value was computed from.
     """
 
     operator: str
     target: Region
     dtype: torch.dtype
     copies_before: int
+    origins: frozenset[int] = frozenset()
 
 
 class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -69,6 +73,10 @@ class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         live: storages of the live weights.
         sources: one meta tensor for each source, each with a storage of its own.
+
+    Attributes:
+        rearranged: storages of sources whose elements the loader puts into an order that no
+            strides of the source express.
     """
 
     def __init__(self, live: Iterable[torch.UntypedStorage], sources: Iterable[torch.Tensor]):
@@ -77,6 +85,8 @@ class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # A storage's address may be used again once it is freed, and name another source.
         self._kept: list[torch.Tensor] = list(sources)
         self._sources = {source.untyped_storage()._cdata for source in self._kept}
+        self._origins = {storage: frozenset({storage}) for storage in self._sources}
+        self.rearranged: set[int] = set()
         self.copies: list[Copy] = []
         self.other_writes: list[OtherWrite] = []
 
@@ -91,7 +101,7 @@ class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # recorded as a copy, it would be trained as if it were.
         self._sources -= {t.untyped_storage()._cdata for t in written if t.is_meta}
         if written := [t for t in written if self._is_live(t)]:
-            self._record(name, args, written)
+            self._record(name, args, kwargs, written)
             return written[0] if func._schema.returns else None
         if not any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
@@ -106,21 +116,46 @@ class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 1.0
         if name == "equal":
             return True
-        return func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except RuntimeError:
+            # The copy before it was kept as a view, whose strides do not allow the new shape.
+            if name not in _RESHAPES or not self._is_source(args[0]):
+                raise
+            self.rearranged.add(args[0].untyped_storage()._cdata)
+            result = func(torch.empty(args[0].shape, dtype=args[0].dtype, device="meta"), *args[1:])
+        self._follow(result, self._origins_of((args, kwargs)))
+        return result
+
+    def _follow(self, result: Any, origins: frozenset[int]) -> None:
+        for tensor in tree_leaves(result):
+            if origins and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                self._kept.append(tensor)
+                self._origins.setdefault(tensor.untyped_storage()._cdata, origins)
+
+    def _origins_of(self, values: Any) -> frozenset[int]:
+        found: frozenset[int] = frozenset()
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+                found |= self._origins.get(leaf.untyped_storage()._cdata, frozenset())
+        return found
 
     def _is_live(self, tensor: torch.Tensor) -> bool:
         return not tensor.is_meta and tensor.untyped_storage()._cdata in self._live
 
-    def _record(self, name: str, args: Any, written: list[torch.Tensor]) -> None:
+    def _record(
+        self, name: str, args: Any, kwargs: dict[str, Any], written: list[torch.Tensor]
+    ) -> None:
         target = written[0]
         source = args[1] if name == "copy_" else None
         if isinstance(source, torch.Tensor) and self._is_source(source):
             source = source.expand(target.shape)
             self.copies.append(Copy(Region.of(source), Region.of(target), target.dtype))
             return
+        origins, before = self._origins_of((args, kwargs)), len(self.copies)
         for tensor in written:
             self.other_writes.append(
-                OtherWrite(name, Region.of(tensor), tensor.dtype, len(self.copies))
+                OtherWrite(name, Region.of(tensor), tensor.dtype, before, origins)
             )
 
     def _is_source(self, tensor: torch.Tensor) -> bool:

@@ -58,7 +58,7 @@ _REFUSALS = (
         "LATENT_ATTENTION",
         lambda c: getattr(c.model_config, "use_mla", False),
         "latent attention (MLA) computes with matrices derived from the weights after loading; "
-        "serve such a model with VLLM_MLA_DISABLE=1",
+        "with VLLM_MLA_DISABLE=1 it does not, and both sides can be compared",
     ),
     _Refusal(
         "LORA_ENABLED",

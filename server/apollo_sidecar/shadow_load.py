@@ -17,6 +17,7 @@ import torch
 
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_sidecar.affine_map import NotAView, View, solve, to_box
+from apollo_sidecar.kept_module import kept_module
 from apollo_sidecar.live_weights import LiveTensor, LiveWeights
 from apollo_sidecar.loader_trace import Copy, LoaderTrace
 
@@ -26,6 +27,7 @@ class _Trace:
     copies: dict[str, list[Copy]]
     trace: LoaderTrace
     positions: dict[int, int]
+    storages: dict[str, int]
 
 
 def trace_checkpoint_map(
@@ -58,14 +60,15 @@ def _run_loader(model: Any, live: LiveWeights, request: pb.TraceCheckpointMapReq
     with torch.device("meta"):
         sources = {r.name: torch.empty(math.prod(r.shape), dtype=dtype) for r in request.roots}
     trace = LoaderTrace(live.storages, sources.values())
-    with torch.no_grad(), trace:
+    with kept_module(model), torch.no_grad(), trace:
         model.load_weights(_planned_tensors(request, sources))
-    name_of = {source.untyped_storage()._cdata: name for name, source in sources.items()}
+    storages = {name: source.untyped_storage()._cdata for name, source in sources.items()}
+    name_of = {storage: name for name, storage in storages.items()}
     copies: dict[str, list[Copy]] = {}
     positions = {id(copy): position for position, copy in enumerate(trace.copies)}
     for copy in trace.copies:
         copies.setdefault(name_of[copy.source.storage], []).append(copy)
-    return _Trace(copies, trace, positions)
+    return _Trace(copies, trace, positions, storages)
 
 
 def _planned_tensors(
@@ -91,7 +94,7 @@ def _view_of(root: pb.PlannedRoot, recorded: _Trace, live: LiveWeights) -> pb.Pa
     shape = tuple(root.shape)
     copies = [c for c in recorded.copies.get(root.name, ()) if math.prod(c.target.shape)]
     if not copies:
-        raise NotAView("vLLM's loader copies no part of it")
+        raise NotAView(_why_not_copied(recorded.storages[root.name], recorded.trace))
     dtypes = {copy.dtype for copy in copies}
     if len(dtypes) > 1:
         raise NotAView("its parts have different dtypes in the live weights")
@@ -124,6 +127,14 @@ def _view_of(root: pb.PlannedRoot, recorded: _Trace, live: LiveWeights) -> pb.Pa
         offset_bytes=view.base * dtype.itemsize,
         tensor=owner.name,
     )
+
+
+def _why_not_copied(source: int, trace: LoaderTrace) -> str:
+    if source in trace.rearranged:
+        return "vLLM's loader rearranges its elements in a way that strides cannot express"
+    if any(source in write.origins for write in trace.other_writes):
+        return "vLLM's loader writes values that it computes or puts together from it"
+    return "vLLM's loader copies no part of it"
 
 
 def _owner(

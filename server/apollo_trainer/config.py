@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -10,12 +11,18 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from apollo_grpc import locations
 
+PREFIX = "APOLLO_"
+# Read by the client, its command and the benchmarks, which share an environment with the server.
+OTHERS = frozenset(
+    {"APOLLO_TOKEN", "APOLLO_CA", "APOLLO_CERTIFICATE", "APOLLO_KEY", "APOLLO_COMMIT"}
+)
+
 
 class Settings(BaseSettings):
     """One setting a field; `--state-dir` on the command line is APOLLO_STATE_DIR outside it."""
 
     model_config = SettingsConfigDict(
-        env_prefix="APOLLO_",
+        env_prefix=PREFIX,
         cli_kebab_case=True,
         cli_prog_name="apollo-training-server",
         extra="forbid",
@@ -51,8 +58,47 @@ class Settings(BaseSettings):
         "not blocks of each",
     )
     max_queued_runs: int = Field(default=64, ge=1, description="runs that may wait")
+    ledger_days: float = Field(
+        default=30.0, gt=0, description="events and specs of ended runs are kept this long"
+    )
+    ledger_mebibytes: int = Field(
+        default=256, ge=1, description="of the ledger; the oldest events go first"
+    )
+    save_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="between two saves of the Apollo state in a run; 0: not by time",
+    )
+    save_steps: int = Field(
+        default=0, ge=0, description="steps between two saves in a run; 0: not by steps"
+    )
     max_samples: int = Field(default=10_000, ge=1, description="samples of one run")
     max_streams: int = Field(default=256, ge=1, description="streams open at one time")
     lease_seconds: float = Field(
         default=10.0, gt=0, le=60, description="vLLM resumes by itself this long after a crash"
     )
+
+
+def unknown_names(environment: Iterable[str]) -> list[str]:
+    """Names of environment variables that look like settings and are none.
+
+    A misspelt one would otherwise leave its setting at the default in silence.
+    """
+    known = OTHERS | {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    found = {name for name in environment if name.upper().startswith(PREFIX)}
+    return sorted(name for name in found if name.upper() not in known)
+
+
+def described(
+    settings: Settings, environment: Mapping[str, str], arguments: Iterable[str]
+) -> Iterator[str]:
+    """Each setting with its value and where that came from, a line each."""
+    flags = {a.removeprefix("--").partition("=")[0].replace("-", "_") for a in arguments}
+    names = {name.upper() for name in environment}
+    for name in Settings.model_fields:
+        source = "default"
+        if name in flags or f"no_{name}" in flags:
+            source = "flag"
+        elif f"{PREFIX}{name}".upper() in names:
+            source = "environment"
+        yield f"{name} = {getattr(settings, name)} ({source})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from importlib.metadata import version
@@ -28,9 +29,10 @@ from apollo_grpc.v1 import (
     training_pb2,
     training_pb2_grpc,
 )
-from apollo_trainer.config import Settings
+from apollo_trainer.config import Settings, described, unknown_names
 from apollo_trainer.runs.engine_watch import EngineWatch, no_engine
 from apollo_trainer.runs.owner import ModelOwner
+from apollo_trainer.runs.queue import RunQueue
 from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.services.checkpoint import CheckpointService
 from apollo_trainer.services.status import StatusService
@@ -67,13 +69,14 @@ class TrainingServer:
         self._board = StatusBoard(version("apollo-grpc"), no_engine(settings.sidecar))
         self._sidecar = Sidecar(settings.sidecar)
         self._owner = ModelOwner(self._sidecar, self._board, settings)
+        self._queue = RunQueue(self._owner, self._board, settings)
         self._health = HealthServicer()
         self._add_services()
 
     def _add_services(self) -> None:
         server, streams = self._server, StreamLimit(self._settings.max_streams)
         training_pb2_grpc.add_TrainingServiceServicer_to_server(
-            TrainingService(self._owner, streams), server
+            TrainingService(self._owner, self._queue, streams), server
         )
         checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(
             CheckpointService(self._owner, streams), server
@@ -99,9 +102,10 @@ class TrainingServer:
         await stop.wait()
         log.info("stopping: the step at work is finished and the Apollo state saved")
         await self._health.enter_graceful_shutdown()
-        await asyncio.to_thread(self._owner.stop)
+        await asyncio.to_thread(self._queue.stop)
         self._board.close()
         await self._server.stop(STOP_GRACE_SECONDS)
+        self._queue.close()
         await asyncio.to_thread(watch.stop)
         if self._lock:
             self._lock.release()
@@ -127,13 +131,20 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
+    given = sys.argv[1:] if arguments is None else arguments
+    if unknown := unknown_names(os.environ):
+        for name in unknown:
+            print(f"apollo-training-server: {name}: is no setting; see --help", file=sys.stderr)
+        sys.exit(2)
     try:
-        settings: Any = CliApp.run(Settings, cli_args=arguments or sys.argv[1:])
+        settings: Any = CliApp.run(Settings, cli_args=given)
     except ValidationError as error:
         for problem in error.errors():
             where = ".".join(str(part) for part in problem["loc"])
             print(f"apollo-training-server: {where}: {problem['msg']}", file=sys.stderr)
         sys.exit(2)
+    for line in described(settings, os.environ, given):
+        log.info("setting %s", line)
     try:
         asyncio.run(_serve(settings))
     except ApolloError as error:

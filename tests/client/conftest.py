@@ -58,6 +58,10 @@ class Blocking:
     def train(self, *arguments: Any, **options: Any) -> list[Any]:
         return list(self.client.train(*arguments, **options))
 
+    def follow(self, *arguments: Any) -> list[Any]:
+        """Every event of a run, by `watch_run`."""
+        return list(self.client.watch_run(*arguments))
+
     def begin(self, *arguments: Any, **options: Any) -> Any:
         """Starts a run, reads until its first step, and leaves; returns that step."""
         with self.client.train(*arguments, **options) as stream:
@@ -99,6 +103,12 @@ class Asyncio:
     def train(self, *arguments: Any, **options: Any) -> list[Any]:
         async def collect() -> list[Any]:
             return [event async for event in self.client.train(*arguments, **options)]
+
+        return self._runner.run(collect())
+
+    def follow(self, *arguments: Any) -> list[Any]:
+        async def collect() -> list[Any]:
+            return [event async for event in self.client.watch_run(*arguments)]
 
         return self._runner.run(collect())
 

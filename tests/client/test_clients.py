@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
+
 import pytest
 
 from apollo_client import ApolloClient
-from apollo_grpc.errors import InvalidArgument, Unavailable
+from apollo_grpc.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from tests.waiting import wait_until
 
@@ -44,10 +46,10 @@ def test_a_subscriber_gets_every_step_of_somebody_elses_run(connect, server):
             told.extend(other.train([SAMPLE], epochs=4))
 
     updates = connect(server).watch_until(
-        lambda update: update.event.HasField("finished"), somebody_trains
+        lambda update: told and update.event == told[-1], somebody_trains
     )
     assert updates[0].status.model
-    seen = [update.event for update in updates if update.HasField("event")]
+    seen = [update.event for update in updates if update.event.run_id == told[0].run_id]
     assert seen == told
 
 
@@ -59,6 +61,51 @@ def test_sync_tells_its_progress_and_its_result(connect, server):
         ["model.safetensors"],
         told[-1].bytes_total,
     )
+
+
+def test_the_same_request_is_the_same_run(connect, server):
+    client, request_id = connect(server), uuid.uuid4().hex
+    events = client.train([SAMPLE], epochs=2, request_id=request_id)
+    assert client.train([SAMPLE], epochs=2, request_id=request_id) == events
+    with pytest.raises(AlreadyExists):
+        client.train([SAMPLE], epochs=3, request_id=request_id)
+
+
+def test_without_an_id_of_the_callers_each_run_is_its_own(connect, server):
+    client = connect(server)
+    assert client.train([SAMPLE])[0].run_id != client.train([SAMPLE])[0].run_id
+
+
+def test_a_run_is_found_again(connect, server):
+    client = connect(server)
+    events = client.train([SAMPLE], epochs=4)
+    run_id = events[0].run_id
+    assert client.follow(run_id) == events
+    assert client.follow(run_id, 3) == events[3:]
+    run = client.call("get_run", run_id)
+    assert (run.run_id, run.steps_done, run.spec.epochs) == (run_id, 4, 4)
+    page = client.call("list_runs", 1, "", ["succeeded"])
+    assert [found.run_id for found in page.runs] == [run_id]
+    assert client.call("list_runs", 1, page.next_page_token, ["succeeded"]).runs[0] != page.runs[0]
+
+
+def test_a_run_is_cancelled(connect, server):
+    client = connect(server)
+    request_id = uuid.uuid4().hex
+    client.begin([SAMPLE], epochs=100_000, request_id=request_id)
+    (run,) = client.call("list_runs", 1, "", ["running"]).runs
+    client.call("cancel_run", run.run_id)
+    *_, last = client.follow(run.run_id)
+    assert last.finished.state == pb.RUN_STATE_CANCELLED
+
+
+def test_an_unknown_run_and_an_unknown_state_are_told(connect, server):
+    client = connect(server)
+    for call in (client.follow, lambda run_id: client.call("get_run", run_id)):
+        with pytest.raises(NotFound):
+            call("none")
+    with pytest.raises(InvalidArgument, match="states"):
+        client.call("list_runs", 0, "", ["lost"])
 
 
 def test_a_refusal_names_the_field(connect, server):

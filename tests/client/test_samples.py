@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apollo_client import read_samples, to_sample
+from apollo_client import read_samples, to_sample, to_samples
 from apollo_client.samples import parse_lines
 from apollo_grpc.errors import ApolloError, InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
@@ -47,6 +47,73 @@ def test_chat_arrives_as_it_was_written(turns):
     messages = [{"role": role, "content": content} for role, content in turns]
     sample = to_sample({"messages": messages})
     assert [(m.role, m.content) for m in sample.chat.messages] == turns
+
+
+def chat(*turns, **extras):
+    keys = ("role", "content", "weight")
+    return {"messages": [dict(zip(keys, turn, strict=False)) for turn in turns], **extras}
+
+
+def turns_of(sample):
+    return [(message.role, message.content) for message in sample.chat.messages]
+
+
+def test_in_openai_format_each_answer_with_weight_is_learned_after_what_came_before():
+    line = json.dumps(
+        chat(
+            ("system", "be kind"), ("user", "a"), ("assistant", "b", 0),
+            ("user", "c"), ("assistant", "d", 1), ("user", "e"), ("assistant", "f"),
+            weight=0.5,
+        )
+    )  # fmt: skip
+    first, second = parse_lines([line], "file")
+    everything = [("system", "be kind"), *zip(["user", "assistant"] * 3, "abcdef", strict=True)]
+    assert turns_of(first) == everything[:5]
+    assert turns_of(second) == everything
+    assert first.weight == second.weight == 0.5
+
+
+def test_without_weights_the_last_answer_is_learned():
+    value = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    assert [turns_of(s) for s in to_samples(value)] == [turns_of(to_sample(value))]
+    assert len(turns_of(to_sample(value))) == 4
+
+
+def test_text_in_parts_is_put_together():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert turns_of(to_sample(chat(("user", parts), ("assistant", "c")))) == [
+        ("user", "ab"),
+        ("assistant", "c"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        (chat(("user", "a", 1), ("assistant", "b")), "messages[0].weight"),
+        (chat(("user", "a"), ("assistant", "b", 0.5)), "messages[1].weight"),
+        (chat(("user", "a"), ("assistant", "b", True)), "messages[1].weight"),
+        (chat(("user", "a"), ("assistant", "b", 0)), "messages"),
+        (chat(("user", "a"), ("assistant", None)), "messages[1].content"),
+        (chat(("user", "a"), ("assistant", [{"type": "image_url"}])), "messages[1].content"),
+        ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "messages[0].name"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages[0].tool_calls"),
+        (chat(("user", "a"), ("assistant", "b"), tools=[]), "tools"),
+        (
+            chat(("assistant", "a", 1), ("assistant", "b", 1), token_weights=[1.0]),
+            "token_weights",
+        ),
+    ],
+)
+def test_what_openai_format_has_and_cannot_be_learned_is_refused_at_its_field(value, field):
+    with pytest.raises(InvalidArgument) as refused:
+        to_samples(value)
+    assert [violation.field for violation in refused.value.violations] == [field]
+
+
+def test_a_chat_of_several_answers_is_no_single_sample():
+    with pytest.raises(InvalidArgument, match="2 answers"):
+        to_sample(chat(("user", "a"), ("assistant", "b", 1), ("user", "c"), ("assistant", "d")))
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), JSON) | JSON)

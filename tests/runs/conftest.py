@@ -15,6 +15,7 @@ from apollo_trainer.config import Settings
 from apollo_trainer.runs.engine_watch import EngineWatch
 from apollo_trainer.runs.events import EventLog
 from apollo_trainer.runs.owner import ModelOwner
+from apollo_trainer.runs.queue import RunQueue
 from apollo_trainer.runs.run import prepare_run
 from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.weights.sidecar import Sidecar
@@ -29,6 +30,7 @@ class Trainer:
         self.board = StatusBoard("test", "no engine yet")
         self.sidecar = Sidecar(settings.sidecar)
         self.owner = ModelOwner(self.sidecar, self.board, settings)
+        self.queue = RunQueue(self.owner, self.board, settings)
         self.watch = EngineWatch(self.sidecar, self.owner)
 
     @property
@@ -43,15 +45,18 @@ class Trainer:
         )
         return self.status
 
-    def submit(self, **spec: Any) -> EventLog:
+    def submit(self, request_id: str = "", **spec: Any) -> EventLog:
         """Submits a run; without samples of one short sample."""
         tokens = pb.TokenSample(context_ids=[60, 61, 62], continuation_ids=[70, 71, 72, 73])
         spec.setdefault("samples", [pb.Sample(tokens=tokens)])
-        session = self.owner.session()
-        return self.owner.submit(prepare_run(pb.RunSpec(**spec), session.limits, session.tokenizer))
+        asked, session = pb.RunSpec(**spec), self.owner.session()
+        run = prepare_run(asked, session.limits, session.tokenizer)
+        log = self.queue.log_of(self.queue.submit(run, asked, request_id))
+        assert log
+        return log
 
     def stop(self) -> None:
-        self.owner.stop()
+        self.queue.stop()
         self.watch.stop()
 
 

@@ -59,7 +59,7 @@ def test_a_paused_engine_that_does_not_answer_fails_its_run_within_two_seconds(
     engine, trainer = attached
     trainer.owner.session().settings.lease_seconds = 2.0
     log = trainer.submit(epochs=100_000)
-    wait(lambda: len(log._events) > 4, "a step")
+    wait(lambda: log.sequence > 4, "a step")
     began = time.monotonic()
     engine.client.answers_pings = False
     finished = all_events(log)[-1].finished
@@ -77,7 +77,7 @@ def test_the_state_in_memory_is_kept_for_an_engine_that_comes_back(
     _, trainer = attached
     trainer.owner.session().settings.lease_seconds = 2.0
     log = trainer.submit(epochs=100_000, optimizer=FAST)
-    wait(lambda: len(log._events) > 6, "steps")
+    wait(lambda: log.sequence > 6, "steps")
     worker.send_signal(signal.SIGSTOP)
     finished = all_events(log)[-1].finished
     assert finished.failure.reason == "ENGINE_LOST"

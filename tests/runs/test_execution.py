@@ -12,7 +12,9 @@ import torch
 import apollo_trainer.runs.execution as execution_module
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.checkpoints.apollo_state import FILE_NAME
 from apollo_trainer.optim import Apollo
+from apollo_trainer.runs.state_saver import CapturedState
 
 Events = Callable[[Any], list[pb.RunEvent]]
 FAST = pb.OptimizerConfig(lr=1e-2)
@@ -72,14 +74,14 @@ def test_a_step_that_breaks_halfway_resumes_vllm_with_its_caches_dropped(
 ) -> None:
     engine, trainer = attached
 
-    def write_half(optimizer: Apollo) -> None:
+    def write_half(optimizer: Apollo, param: torch.Tensor) -> bool:
         with torch.no_grad():
-            optimizer.param_groups[0]["params"][0].add_(1.0)
+            param.add_(1.0)
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(Apollo, "step", write_half)
+    monkeypatch.setattr(Apollo, "step_param", write_half)
     failure = finished_of(all_events(trainer.submit())).failure
-    assert failure.reason == "INTERNAL"
+    assert failure.reason == "STEP_INCOMPLETE"
     assert "secret" not in failure.message
     assert engine.calls == ["pause keep", "reset caches", "resume"]
     monkeypatch.undo()
@@ -91,14 +93,35 @@ def test_a_state_that_cannot_be_saved_is_a_warning_and_the_run_succeeds(
 ) -> None:
     _, trainer = attached
 
-    def refuse(*_: Any) -> int:
-        raise OSError(28, "No space left on device")
+    write = CapturedState.write
 
-    monkeypatch.setattr(type(trainer.owner.session()), "save", refuse)
+    def refuse_at_the_end(state: CapturedState) -> int:
+        if state.optimizer_step:
+            raise OSError(28, "No space left on device")
+        return write(state)
+
+    monkeypatch.setattr(CapturedState, "write", refuse_at_the_end)
     events = all_events(trainer.submit())
     assert kinds(events) == ["queued", "started", "step", "warning", "finished"]
     assert events[-2].warning.reason == "STATE_NOT_SAVED"
     assert finished_of(events).state == pb.RUN_STATE_SUCCEEDED
+
+
+def test_a_new_state_that_no_disk_takes_is_not_trained_with(
+    attached: Any, all_events: Events, kinds: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, trainer = attached
+    before = engine.model.values()
+
+    def refuse(state: CapturedState) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CapturedState, "write", refuse)
+    events = all_events(trainer.submit())
+    assert kinds(events) == ["queued", "finished"]
+    assert finished_of(events).failure.reason == "STATE_NOT_SAVED"
+    assert engine.calls == []
+    assert all(torch.equal(before[n], t) for n, t in engine.model.values().items())
 
 
 def test_a_pause_that_vllm_ended_fails_the_run_before_the_next_write(
@@ -125,14 +148,18 @@ def test_stopping_ends_the_run_after_its_step_and_saves(
 ) -> None:
     engine, trainer = attached
     log, waiting = trainer.submit(epochs=100_000), trainer.submit()
-    wait(lambda: len(log._events) > 4, "a step")
+    wait(lambda: log.sequence > 4, "a step")
     trainer.stop()
     finished = finished_of(all_events(log))
     assert finished.failure.reason == "SERVER_STOPPED"
-    assert finished_of(all_events(waiting)).failure.reason == "SERVER_STOPPED"
+    with pytest.raises(Unavailable, match="are kept"):
+        all_events(waiting)
     assert engine.calls[-1] == "resume"
     again = start_trainer()
-    wait(lambda: again.status.optimizer_step == finished.steps_done, "the restored state")
+    kept = again.queue.log_of(waiting.run_id)
+    events = all_events(kept)
+    assert events[1].started.optimizer_step == finished.steps_done
+    assert finished_of(events).state == pb.RUN_STATE_SUCCEEDED
 
 
 def test_caches_that_could_not_be_dropped_are_a_warning(
@@ -166,7 +193,7 @@ def test_an_engine_that_goes_after_the_last_step_fails_the_run_and_saves_nothing
     events = all_events(trainer.submit())
     assert kinds(events) == ["queued", "started", "step", "finished"]
     assert finished_of(events).failure.reason == "ENGINE_LOST"
-    assert not list(trainer.settings.state_dir.rglob("*.safetensors"))
+    assert not list(trainer.settings.state_dir.rglob(FILE_NAME))
 
 
 def test_who_reads_finished_sees_the_run_gone_from_the_status(

@@ -85,7 +85,7 @@ def test_an_engine_that_stops_in_mid_run_fails_the_run_and_a_new_one_is_found(
 ) -> None:
     engine, trainer = attached
     log = trainer.submit(epochs=100_000)
-    wait(lambda: len(log._events) > 4, "the third step")
+    wait(lambda: log.sequence > 4, "the third step")
     engine.stop()
     finished = all_events(log)[-1].finished
     assert finished.state == pb.RUN_STATE_FAILED
@@ -109,7 +109,7 @@ def test_a_run_that_waited_while_the_engine_went_never_begins(
     engine, trainer = attached
     first = trainer.submit(epochs=100_000)
     second = trainer.submit()
-    wait(lambda: len(first._events) > 3, "a step")
+    wait(lambda: first.sequence > 3, "a step")
     engine.stop()
     events = all_events(second)
     assert kinds(events) == ["queued", "finished"]

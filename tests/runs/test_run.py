@@ -82,7 +82,6 @@ def test_counts_out_of_range_are_refused_at_their_field(name: str, value: int) -
     [
         ("dry_run", {"dry_run": True}),
         ("evaluate", {"evaluate": True}),
-        ("max_wall_time", {"max_wall_time": Duration(seconds=1)}),
         ("guard", {"guard": pb.Guard(max_loss=1.0)}),
         ("coherence.mode", {"coherence": pb.Coherence(mode=pb.COHERENCE_MODE_LIVE)}),
         ("coherence.mode", {"coherence": pb.Coherence(mode=pb.COHERENCE_MODE_PAUSE_STEP)}),
@@ -97,6 +96,27 @@ def test_what_is_not_built_is_refused_by_name(field: str, fields: dict[str, Any]
     with pytest.raises(Unimplemented, match=f"spec.{field} ") as caught:
         prepared(**fields)
     assert caught.value.metadata == {"field": f"spec.{field}"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Duration(),
+        Duration(seconds=-1),
+        Duration(seconds=1, nanos=-1),
+        Duration(nanos=2**31 - 1),
+        Duration(seconds=2**63 - 1),
+    ],
+)
+def test_a_wall_time_that_is_none_is_refused_at_its_field(wrong: Duration) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        prepared(max_wall_time=wrong)
+    assert [v.field for v in caught.value.violations] == ["spec.max_wall_time"]
+
+
+def test_a_wall_time_is_kept_in_seconds() -> None:
+    assert prepared(max_wall_time=Duration(seconds=1, nanos=500_000_000)).max_seconds == 1.5
+    assert prepared().max_seconds is None
 
 
 def test_the_defaults_may_be_spelled_out() -> None:

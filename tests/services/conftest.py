@@ -38,6 +38,7 @@ class Caller:
         self.training = TrainingServiceStub(self.channel)
         self.status_service = StatusServiceStub(self.channel)
         self.checkpoints = CheckpointServiceStub(self.channel)
+        self.stop: Callable[[], None] = lambda: None
         self.health = health_pb2_grpc.HealthStub(self.channel)
 
     def status(self) -> status_pb2.ServerStatus:
@@ -49,15 +50,30 @@ class Caller:
             status_pb2.WatchStatusRequest(**fields), timeout=CALL_SECONDS
         )
 
-    def start(self, **spec: Any) -> Any:
+    def start(self, request_id: str = "", **spec: Any) -> Any:
         """The stream of a run; without samples of one short sample."""
         tokens = pb.TokenSample(context_ids=[60, 61, 62], continuation_ids=[70, 71, 72, 73])
         spec.setdefault("samples", [pb.Sample(tokens=tokens)])
-        request = pb.TrainRequest(spec=pb.RunSpec(**spec))
+        request = pb.TrainRequest(request_id=request_id, spec=pb.RunSpec(**spec))
         return self.training.Train(request, timeout=CALL_SECONDS)
 
-    def train(self, **spec: Any) -> list[pb.RunEvent]:
-        return [answer.event for answer in self.start(**spec)]
+    def events_of(self, run_id: str, after: int = 0) -> list[pb.RunEvent]:
+        """The rest of a run's events, by WatchRun."""
+        request = pb.WatchRunRequest(run_id=run_id, after_sequence=after)
+        return [answer.event for answer in self.training.WatchRun(request, timeout=CALL_SECONDS)]
+
+    def run(self, run_id: str) -> pb.Run:
+        return self.training.GetRun(pb.GetRunRequest(run_id=run_id), timeout=CALL_SECONDS).run
+
+    def cancel(self, run_id: str) -> pb.Run:
+        request = pb.CancelRunRequest(run_id=run_id)
+        return self.training.CancelRun(request, timeout=CALL_SECONDS).run
+
+    def list(self, **fields: Any) -> pb.ListRunsResponse:
+        return self.training.ListRuns(pb.ListRunsRequest(**fields), timeout=CALL_SECONDS)
+
+    def train(self, request_id: str = "", **spec: Any) -> list[pb.RunEvent]:
+        return [answer.event for answer in self.start(request_id, **spec)]
 
     def wait_attached(self) -> None:
         state = status_pb2.ATTACHMENT_STATE_ATTACHED
@@ -83,6 +99,7 @@ class ServerThread:
         self._thread = threading.Thread(target=self._serve, args=[settings], daemon=True)
         self._thread.start()
         self.caller = Caller(settings.address)
+        self.caller.stop = self.stop
         wait_until(self.caller.serves, "the training server")
 
     def _serve(self, settings: Settings) -> None:
@@ -93,6 +110,9 @@ class ServerThread:
         self._loop.close()
 
     def stop(self) -> None:
+        """Ends the server as SIGTERM does. Idempotent."""
+        if not self._thread.is_alive():
+            return
         self.caller.channel.close()
         self._loop.call_soon_threadsafe(self._signals[signal.SIGTERM])
         self._thread.join(CALL_SECONDS)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from apollo_grpc.errors import FailedPrecondition, InvalidArgument, Unavailable, Unimplemented
+from apollo_grpc.errors import FailedPrecondition, InvalidArgument, Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 
 
@@ -67,29 +65,8 @@ def test_without_an_engine_the_answer_says_what_to_start(start_server: Any, erro
     assert "start vLLM with VLLM_PLUGINS=apollo" in error.message
 
 
-@pytest.mark.parametrize(
-    ("method", "request_type"),
-    [
-        ("WatchRun", pb.WatchRunRequest),
-        ("GetRun", pb.GetRunRequest),
-        ("ListRuns", pb.ListRunsRequest),
-        ("CancelRun", pb.CancelRunRequest),
-    ],
-)
-def test_an_unbuilt_call_says_so_in_one_sentence(
-    start_server: Any, error_of: Any, method: str, request_type: Any
-) -> None:
-    call = getattr(start_server().training, method)
-    made = call(request_type()) if method == "WatchRun" else lambda: call(request_type())
-    error = error_of(made)
-    assert isinstance(error, Unimplemented)
-    assert error.message == f"{method} is part of the contract and not built in this version yet."
-
-
 def test_unbuilt_fields_are_refused_by_name(caller: Any, error_of: Any) -> None:
     assert error_of(caller.start(dry_run=True)).metadata == {"field": "spec.dry_run"}
-    request = pb.TrainRequest(request_id="a", spec=pb.RunSpec())
-    assert error_of(caller.training.Train(request)).metadata == {"field": "request_id"}
 
 
 def test_a_caller_that_goes_away_does_not_stop_its_run(caller: Any, wait: Any) -> None:

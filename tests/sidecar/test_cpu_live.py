@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from apollo_sidecar.cpu_live import live_linear, mix_experts
+from apollo_sidecar.cpu_live import halves, interleaved_swiglu, live_linear, mix_experts
 
 
 def by_token(hidden, weights, biases, routing, activation):
@@ -45,15 +47,16 @@ def experts(seed, tokens, count, top, hidden=6, inner=5, biased=False):
 def test_experts_equal_a_loop_over_tokens(seed, tokens, count, data, biased):
     top = data.draw(st.integers(1, count))
     activation = data.draw(st.sampled_from([F.silu, F.gelu]))
-    case = (*experts(seed, tokens, count, top, biased=biased), activation)
-    torch.testing.assert_close(mix_experts(*case), by_token(*case), rtol=1e-5, atol=1e-5)
+    case = experts(seed, tokens, count, top, biased=biased)
+    mixed = mix_experts(*case, halves(activation))
+    torch.testing.assert_close(mixed, by_token(*case, activation), rtol=1e-5, atol=1e-5)
 
 
 def test_an_expert_that_no_token_chose_adds_nothing():
     hidden, weights, biases, (scale, ids) = experts(0, 7, 4, 2)
     ids = ids % 2
     weights[0][2:] = torch.nan
-    mixed = mix_experts(hidden, weights, biases, (scale, ids), F.silu)
+    mixed = mix_experts(hidden, weights, biases, (scale, ids), halves(F.silu))
     assert mixed.isfinite().all()
 
 
@@ -62,21 +65,21 @@ def test_a_token_that_names_an_expert_twice_counts_it_twice():
     twice = (torch.full((3, 2), 0.5), torch.full((3, 2), 1))
     once = (torch.ones(3, 1), torch.full((3, 1), 1))
     torch.testing.assert_close(
-        mix_experts(hidden, weights, biases, twice, F.silu),
-        mix_experts(hidden, weights, biases, once, F.silu),
+        mix_experts(hidden, weights, biases, twice, halves(F.silu)),
+        mix_experts(hidden, weights, biases, once, halves(F.silu)),
     )
 
 
 def test_an_expert_id_of_no_expert_here_adds_nothing():
     hidden, weights, biases, _ = experts(0, 3, 4, 1)
     nowhere = (torch.ones(3, 1), torch.full((3, 1), -1))
-    assert not mix_experts(hidden, weights, biases, nowhere, F.silu).any()
+    assert not mix_experts(hidden, weights, biases, nowhere, halves(F.silu)).any()
 
 
 def test_bfloat16_experts_are_summed_in_float32():
     hidden, weights, biases, (scale, ids) = experts(1, 8, 4, 4)
     low = (hidden.bfloat16(), tuple(w.bfloat16() for w in weights))
-    mixed = mix_experts(*low, biases, (scale, ids), F.silu)
+    mixed = mix_experts(*low, biases, (scale, ids), halves(F.silu))
     exact = by_token(hidden, weights, biases, (scale, ids), F.silu)
     assert mixed.dtype is torch.float32
     assert float((mixed - exact).norm() / exact.norm()) < 0.02
@@ -85,10 +88,17 @@ def test_bfloat16_experts_are_summed_in_float32():
 @pytest.mark.parametrize("changed", ["w13", "w2"])
 def test_a_write_to_the_raw_weights_changes_the_next_answer(changed):
     hidden, weights, biases, routing = experts(2, 5, 3, 2)
-    before = mix_experts(hidden, weights, biases, routing, F.silu)
+    before = mix_experts(hidden, weights, biases, routing, halves(F.silu))
     weights[changed == "w2"].mul_(1.5)
-    after = mix_experts(hidden, weights, biases, routing, F.silu)
+    after = mix_experts(hidden, weights, biases, routing, halves(F.silu))
     assert not torch.allclose(before, after)
+
+
+def test_gates_and_values_by_turns_are_those_of_transformers_gpt_oss():
+    torch.manual_seed(4)
+    both = torch.randn(5, 12) * 6
+    experts = GptOssExperts(GptOssConfig(hidden_size=8, intermediate_size=6, num_local_experts=2))
+    torch.testing.assert_close(interleaved_swiglu(both), experts._apply_gate(both))
 
 
 @pytest.mark.parametrize("biased", [False, True])

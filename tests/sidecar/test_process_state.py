@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from apollo_sidecar.process_state import runs
+from apollo_sidecar.process_state import runs, runs_with_parent
 
 
 @pytest.fixture
@@ -45,3 +45,20 @@ def test_none_at_all_does_not(child):
     child.kill()
     child.wait()
     assert not runs(child.pid)
+
+
+def test_a_child_of_a_stopped_process_does_not_run_with_its_parent():
+    code = "import subprocess, sys; c = subprocess.Popen(['sleep', '60']); print(c.pid, flush=True)"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; c.wait()"], stdout=subprocess.PIPE, start_new_session=True
+    )
+    child = int(parent.stdout.readline())
+    try:
+        assert runs_with_parent(child)
+        parent.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, parent.pid, os.WSTOPPED)
+        assert runs(child)
+        assert not runs_with_parent(child)
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.wait()

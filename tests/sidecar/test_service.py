@@ -265,3 +265,15 @@ def test_a_watch_ends_and_calls_fail_when_vllm_stops(sidecar):
     sidecar.stop_loop()
     assert list(watch) == []
     assert failure(sidecar.pause).reason == "ENGINE_STOPPING"
+
+
+def test_an_engine_that_ends_while_it_is_asked_is_gone_and_no_mistake_of_ours(sidecar):
+    class EngineDeadError(Exception):
+        """As vllm.v1.engine.exceptions names it."""
+
+    async def dies(method: str, args: tuple[bytes, ...] = ()):
+        raise EngineDeadError()
+
+    sidecar.client.collective_rpc = dies
+    error = failure(sidecar.stub.GetWeightManifest, pb.GetWeightManifestRequest(), timeout=20)
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPING")

@@ -144,14 +144,16 @@ REFUSED = [
     (lambda m, t: m.weight.data.copy_(t).mul_(2), r"changes it after the copy \(mul_\)"),
     (lambda m, t: m.weight.data.copy_(t)[0].zero_(), r"changes it after the copy \(zero_\)"),
     (copied_then_computed_over, r"changes it after the copy \(copy_\)"),
-    (changed_in_place_first, "copies no part of it"),
-    (lambda m, t: m.weight.data.copy_(-t.exp()), "copies no part of it"),
+    (changed_in_place_first, "values that it computes"),
+    (lambda m, t: m.weight.data.copy_(-t.exp()), "values that it computes"),
+    (lambda m, t: m.weight.data.copy_(torch.cat([t[2:], t[:2]])), "values that it computes"),
+    (lambda m, t: m.weight.data.mul_(t), "values that it computes"),
     (lambda m, t: None, "copies no part of it"),
     (lambda m, t: m.weight.data[:3].copy_(t[:3]), "only 18 of its 24 elements"),
     (lambda m, t: m.weight.data.copy_(t[0]), "several places"),
     (lambda m, t: [m.weight.data.copy_(t), m.other.data.copy_(t)], "more than one place"),
     (two_places, "spread over several tensors|one set of strides"),
-    (lambda m, t: m.weight.data.copy_(t.view(4, 3, 2).mT.reshape(4, 6)), "loader failed"),
+    (lambda m, t: m.weight.data.copy_(t.view(4, 3, 2).mT.reshape(4, 6)), "rearranges its elem"),
     (lambda m, t: m.absent, "loader failed.*AttributeError"),
 ]  # fmt: skip
 
@@ -164,6 +166,19 @@ def test_a_parameter_that_is_no_view_is_refused_with_the_reason(number):
     assert re.search(reason, traced.refused["w"])
 
 
+def test_a_loader_that_rearranges_one_parameter_leaves_the_others_found():
+    class Interleaved(FusedQkv):
+        """As Bloom: a head's rows of q, k and v lie together in the checkpoint."""
+
+        def load_qkv(self, tensor):
+            self.qkv_bias.data.copy_(tensor.view(5, 2).transpose(0, 1).reshape(-1))
+
+    rows = HEADS + 2 * KV
+    traced = Traced(Interleaved(), plan({"q": (HEADS, HIDDEN), "qkv": (rows,)}))
+    assert set(traced.views) == {"q"}
+    assert "rearranges its elements" in traced.refused["qkv"]
+
+
 def test_writes_before_the_copy_or_beside_it_do_not_matter():
     def load(module, tensor):
         module.weight.data.zero_()
@@ -172,6 +187,36 @@ def test_writes_before_the_copy_or_beside_it_do_not_matter():
 
     traced = Traced(Single(load), plan({"w": (4, 6)}))
     assert torch.equal(traced.tensor("w"), traced.module.weight)
+
+
+class MadeAnew(Loading):
+    """Makes its bias when it is loaded, as vLLM's Transformers backend does for a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.rows = weight(6), 6
+
+    def load_b(self, tensor):
+        self.bias = weight(self.rows)
+        self.bias.weight_loader = "an attribute that a parameter can be given once"
+        self.bias.data[: tensor.shape[0]].copy_(tensor)
+
+
+def test_a_parameter_that_the_loader_makes_anew_is_the_live_one():
+    module = MadeAnew()
+    before = module.bias
+    traced = Traced(module, plan({"b": (4,)}))
+    assert torch.equal(traced.tensor("b"), before[:4])
+    assert module.bias is before
+
+
+def test_a_parameter_made_anew_in_another_shape_is_refused_and_the_module_stays_whole():
+    module = MadeAnew()
+    before, module.rows = module.bias, 9
+    traced = Traced(module, plan({"b": (4,)}))
+    assert set(traced.refused) == {"b"}
+    assert module.bias is before
+    assert dict(module.named_parameters()).keys() == {"bias"}
 
 
 def test_a_refused_parameter_leaves_the_others_found():

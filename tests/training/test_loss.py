@@ -17,6 +17,17 @@ from apollo_trainer.training.samples import TokenizedSample
 
 Make = Callable[[str], Any]
 FAMILIES = ("qwen3", "gpt2")
+EVERY_KIND = (
+    *FAMILIES,
+    "opt",
+    "bloom",
+    "gemma2",
+    "gemma3",
+    "qwen3_moe",
+    "qwen3_next",
+    "mamba2",
+)
+LINEAR_ATTENTION = ("qwen3_next", "mamba2")
 LONG = TokenizedSample((3, 50, 7, 99, 12), (140, 2, 77, 30))
 SHORT = TokenizedSample((12,), (140, 2, 77, 30))
 SAMPLES = {
@@ -66,7 +77,7 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_KIND)
 def test_the_loss_is_that_of_a_full_forward(
     make_model: Make, family: str, sample: TokenizedSample
 ) -> None:
@@ -85,6 +96,46 @@ def test_the_gradient_is_that_of_detached_context_keys_and_values(
     model = make_model(family)
     expected = gradients_with_detached_context(model, sample)
     assert_same(gradients(model, continuation_loss(model, sample).weighted), expected)
+
+
+class AheadAfterTheContext:
+    """A model that reads the context, and continues with its weights moved along a direction."""
+
+    def __init__(self, model: Any, direction: dict[str, torch.Tensor], step: float):
+        self.model, self.device = model, model.device
+        self.direction, self.step = direction, step
+
+    @torch.no_grad()
+    def move(self, step: float) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.add_(self.direction[name], alpha=step)
+
+    def __call__(self, ids: torch.Tensor, **arguments: Any) -> Any:
+        if "logits_to_keep" in arguments:  # the context
+            return self.model(ids, **arguments)
+        self.move(self.step)
+        try:
+            return self.model(ids, **arguments)
+        finally:
+            self.move(-self.step)
+
+
+@pytest.mark.parametrize("family", (*FAMILIES, *LINEAR_ATTENTION))
+def test_the_gradient_is_the_slope_of_the_loss_while_the_context_stays(
+    make_model: Make, family: str
+) -> None:
+    model, step = make_model(family).double(), 2e-3
+    model.set_experts_implementation("eager")  # the grouped product has no float64
+    got = gradients(model, continuation_loss(model, LONG).weighted)
+    torch.manual_seed(8)
+    direction = {name: torch.randn_like(g) / g.numel() ** 0.5 for name, g in got.items()}
+    with torch.no_grad():
+        ahead, behind = (
+            float(continuation_loss(AheadAfterTheContext(model, direction, s), LONG).weighted)
+            for s in (step, -step)
+        )
+    slope = sum(float((g * direction[name]).sum()) for name, g in got.items())
+    assert (ahead - behind) / (2 * step) == pytest.approx(slope, rel=1e-2, abs=1e-2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

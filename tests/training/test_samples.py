@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
@@ -113,6 +117,11 @@ def test_any_text_comes_back_from_its_ids(tokenizer: Any, context: str, continua
             "from 0 to",
         ),
         (
+            of_tokens([1], [1], weight=1e-200, token_weights=[1e-200]),
+            "spec.samples[0].token_weights",
+            "nothing to learn",
+        ),
+        (
             of_tokens([1], [1, 2], token_weights=[0, 0]),
             "spec.samples[0].token_weights",
             "nothing to learn",
@@ -158,6 +167,75 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     error = refusal([of_chat(("user", "a"), ("assistant", "b"))], rewriting)
     assert error.violations[0].field == MESSAGES
     assert "differently" in error.message
+
+
+def test_what_a_template_writes_after_the_end_mark_is_not_learned() -> None:
+    chatml = byte_tokenizer()
+    chatml.chat_template = (
+        "{% for m in messages %}{{ '<|user|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|user|>assistant\n' }}{% endif %}"
+    )
+    chat = of_chat(("user", "hi"), ("assistant", "<|end|>\nok"))
+    (sample,) = tokenize_samples([chat], WIDE, chatml)
+    assert chatml.decode(sample.context_ids) == "<|user|>user\nhi<|end|>\n<|user|>assistant\n"
+    assert chatml.decode(sample.continuation_ids) == "<|end|>\nok<|end|>"
+
+
+def test_an_answer_whose_first_token_would_melt_into_the_prompt_is_read_by_itself() -> None:
+    """The model generates after the prompt's own tokens, whatever both would be together."""
+    merging = byte_tokenizer()
+    model = json.loads(merging.backend_tokenizer.to_str())
+    model["model"]["merges"] = [["Ċ", "Ċ"]]  # how bytes are written: two line ends
+    model["model"]["vocab"]["ĊĊ"] = 300
+    backend = Tokenizer.from_str(json.dumps(model))
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    fast.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+    )
+    limits = SampleLimits(vocabulary=400, max_tokens=100, max_samples=4)
+    chat = of_chat(("user", "a"), ("assistant", "\nb"))
+    (sample,) = tokenize_samples([chat], limits, fast)
+    assert 300 in fast("\n\n")["input_ids"]
+    assert fast.decode(sample.context_ids).endswith("assistant:\n")
+    assert fast.decode(sample.continuation_ids) == "\nb<|end|>"
+
+
+def test_the_context_begins_as_a_prompt_of_vllm_does_and_the_continuation_does_not() -> None:
+    with_bos = byte_tokenizer()
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", 1)]
+    )
+    (sample,) = tokenize_samples([of_text("ab", "c")], LIMITS, with_bos)
+    assert sample.context_ids == (1, *byte_tokenizer()("ab")["input_ids"])
+    assert sample.continuation_ids == tuple(byte_tokenizer()("c")["input_ids"])
+    (sample,) = tokenize_samples([of_text("", "c")], LIMITS, with_bos)
+    assert sample.context_ids == (1,)
+    (sample,) = tokenize_samples([of_chat(("user", "a"), ("assistant", "b"))], LIMITS, with_bos)
+    assert with_bos.decode(sample.context_ids) == "<|user|>a<|end|><|assistant|>"
+
+
+def spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """Puts a space before every text, as those of Llama 2 do; knows 'ab' as one token."""
+    vocabulary = {symbol: index for index, symbol in enumerate("▁abcdefgh")} | {"ab": 9}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize(("context", "continuation"), [("c", "de"), ("c d", " e"), ("ab", "c")])
+def test_no_space_is_learned_that_was_not_written(context: str, continuation: str) -> None:
+    spaced = spaced_tokenizer()
+    (sample,) = tokenize_samples([of_text(context, continuation)], LIMITS, spaced)
+    together = [*sample.context_ids, *sample.continuation_ids]
+    assert spaced.decode(together) == context + continuation
+
+
+def test_a_cut_inside_a_token_is_refused_where_it_would_learn_a_space() -> None:
+    error = refusal([of_text("a", "b")], spaced_tokenizer())
+    assert error.violations[0].field == "spec.samples[0].text.continuation"
+    assert "Cut between words" in error.message
 
 
 def test_no_samples_and_too_many_are_refused() -> None:

@@ -9,15 +9,21 @@ from typing import Any
 import pytest
 import torch
 
+from apollo_grpc.errors import Cancelled
 from apollo_trainer.optim import Apollo
+from apollo_trainer.training.guard import Guard
 from apollo_trainer.training.loss import continuation_loss
+from apollo_trainer.training.release import StepIncomplete
 from apollo_trainer.training.samples import TokenizedSample
-from apollo_trainer.training.step import UpdateRefused, take_step
+from apollo_trainer.training.step import StepPolicy, take_step
 
 Make = Callable[[str], Any]
 ONE = TokenizedSample((3, 50, 7, 99), (140, 2, 77, 30))
 OTHER = TokenizedSample((11, 12), (13, 14), 2.0)
 PICKY = TokenizedSample((60, 61, 62), (63, 64, 65), 0.5, (1.0, 0.0, 3.0))
+
+
+RELEASE = pytest.mark.parametrize("release", [True, False], ids=["released", "kept"])
 
 
 def optimizer_of(model: Any, **options: Any) -> Apollo:
@@ -84,7 +90,7 @@ def test_samples_of_one_step_make_the_gradient_of_their_weighted_token_mean(
         step()
 
     monkeypatch.setattr(optimizer, "step", look_and_step)
-    result = take_step(model, optimizer, samples)
+    result = take_step(model, optimizer, samples, StepPolicy(release=False))
     for name, gradient in expected.items():
         torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6)
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
@@ -97,6 +103,13 @@ def test_a_weight_on_all_samples_alike_changes_nothing(make_model: Make) -> None
     take_step(plain, optimizer_of(plain), [TokenizedSample((3, 4), (5, 6), 1.0)])
     take_step(heavy, optimizer_of(heavy), [TokenizedSample((3, 4), (5, 6), 4.0)])
     assert same(values(plain), values(heavy))
+
+
+def test_a_tiny_weight_is_as_good_as_any_other(make_model: Make) -> None:
+    plain, tiny = make_model("qwen3"), make_model("qwen3")
+    take_step(plain, optimizer_of(plain), [TokenizedSample((3, 4), (5, 6))])
+    take_step(tiny, optimizer_of(tiny), [TokenizedSample((3, 4), (5, 6), 1e-300)])
+    assert same(values(plain), values(tiny))
 
 
 def test_two_runs_of_the_same_steps_are_bit_equal(make_model: Make) -> None:
@@ -118,28 +131,106 @@ def test_gradients_are_released_and_stale_ones_do_not_count(make_model: Make) ->
     assert same(values(clean), values(stale))
 
 
-def test_a_nan_loss_writes_nothing(make_model: Make) -> None:
+def test_gradients_are_released_one_by_one_unless_a_step_needs_them_all(make_model: Make) -> None:
     model = make_model("qwen3")
     optimizer = optimizer_of(model)
-    take_step(model, optimizer, [ONE])
-    with torch.no_grad():
-        model.model.norm.weight[0] = math.nan
-    before, state = values(model), {n: t.clone() for n, t in optimizer.named_state()[0].items()}
-    with pytest.raises(UpdateRefused) as caught:
-        take_step(model, optimizer, [ONE])
-    assert caught.value.reason == "NONFINITE_LOSS"
+    cases = [
+        ([ONE], StepPolicy(), 1, ""),
+        ([ONE, OTHER, PICKY], StepPolicy(), 1, ""),
+        ([ONE, OTHER], StepPolicy(guard=Guard(9.0, 9e9, 1.0)), 1, ""),
+        ([ONE, OTHER, PICKY], StepPolicy(token_budget=4), 3, "ACCUMULATION"),
+        ([ONE], StepPolicy(release=False), 1, "REQUESTED"),
+    ]
+    for samples, policy, batches, why in cases:
+        result = take_step(model, optimizer, samples, policy)
+        assert (result.micro_batches, result.full_gradients) == (batches, why)
+        assert result.skipped_tensors == 0
+
+
+def test_only_one_gradient_lives_at_a_time(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = make_model("qwen3"), []
+    optimizer = optimizer_of(model)
+    step_param = optimizer.step_param
+
+    def count(param: torch.Tensor) -> bool:
+        seen.append(sum(p.grad is not None for p in model.parameters()))
+        return step_param(param)
+
+    monkeypatch.setattr(optimizer, "step_param", count)
+    take_step(model, optimizer, [ONE, OTHER])
+    assert seen == [1] * len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "qwen3_moe", "gemma2"])
+def test_released_gradients_make_the_same_bits_as_kept_ones(make_model: Make, family: str) -> None:
+    models, results = [make_model(family) for _ in range(2)], []
+    for model, release in zip(models, (True, False), strict=True):
+        optimizer = optimizer_of(model, lr=1e-3)
+        policy = StepPolicy(release=release)
+        results.append([take_step(model, optimizer, [ONE, OTHER], policy) for _ in range(3)])
+    assert same(values(models[0]), values(models[1]))
+    for released, kept in zip(*results, strict=True):
+        for name in ("loss", "grad_norm", "update_norm", "changed_fraction", "optimizer_step"):
+            assert getattr(released, name) == pytest.approx(getattr(kept, name), rel=1e-12)
+
+
+def test_micro_batches_make_the_gradient_of_one(make_model: Make) -> None:
+    model, samples = make_model("qwen3"), [ONE, OTHER, PICKY]
+    optimizer = optimizer_of(model)
+    one, many = (
+        take_step(model, optimizer, samples, StepPolicy(token_budget=budget, dry_run=True))
+        for budget in (1000, 1)
+    )
+    assert (one.micro_batches, many.micro_batches) == (1, 3)
+    assert many.loss_sum == pytest.approx(one.loss_sum, rel=1e-6)
+    assert many.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
+
+
+def test_two_tensors_over_one_memory_are_stepped_with_the_sum_of_their_gradients(
+    make_model: Make,
+) -> None:
+    tied, apart = make_model("qwen3"), make_model("qwen3")
+    apart.lm_head.weight = torch.nn.Parameter(apart.model.embed_tokens.weight.detach())
+    results = [take_step(m, optimizer_of(m, lr=1e-3), [ONE]) for m in (tied, apart)]
+    assert [r.full_gradients for r in results] == ["", "TIED_PARAMETERS"]
+    assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=1e-5)
+    for name, tensor in values(tied).items():
+        torch.testing.assert_close(values(apart)[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_raised_between_micro_batches_ends_the_step_unwritten(make_model: Make) -> None:
+    model, calls = make_model("qwen3"), []
+    optimizer, before = optimizer_of(model), values(model)
+
+    def cancel() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        take_step(model, optimizer, [ONE, OTHER], StepPolicy(token_budget=1), cancel)
     assert same(values(model), before)
-    assert same(optimizer.named_state()[0], state)
-    assert optimizer.step_count == 1
+    assert optimizer.step_count == 0
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_an_infinite_gradient_behind_a_finite_loss_writes_nothing(make_model: Make) -> None:
+@RELEASE
+def test_a_write_that_breaks_is_told_as_incomplete_and_the_next_step_works(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch, release: bool
+) -> None:
     model = make_model("qwen3")
-    optimizer, before = optimizer_of(model), values(model)
-    model.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(UpdateRefused) as caught:
-        take_step(model, optimizer, [ONE])
-    assert caught.value.reason == "NONFINITE_GRADIENT"
-    assert same(values(model), before)
-    assert optimizer.step_count == 0
+    optimizer = optimizer_of(model)
+
+    def break_off(*_: Any) -> bool:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(optimizer, "step_param" if release else "step", break_off)
+    with pytest.raises(StepIncomplete) as caught:
+        take_step(model, optimizer, [ONE], StepPolicy(release=release))
+    assert caught.value.reason == "STEP_INCOMPLETE"
+    assert "secret" not in caught.value.message
+    monkeypatch.undo()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert take_step(model, optimizer, [ONE]).optimizer_step == 1

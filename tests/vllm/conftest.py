@@ -16,76 +16,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    OPTConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    Starcoder2Config,
-)
+from transformers import AutoModelForCausalLM
 
 from apollo_client import ApolloClient
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import status_pb2
-from examples.byte_model import write_model
+from tests.vllm.families import FAMILIES, Family
 
 START_SECONDS = 240
-# Wider than the default, so that log-probabilities differ by nats and a wrong map shows.
-SHARED = {"vocab_size": 259, "initializer_range": 0.08, "eos_token_id": 0, "bos_token_id": None}
-SMALL = SHARED | {
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-}
-WITHOUT_HEAD_DIM = {name: value for name, value in SMALL.items() if name != "head_dim"}
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "qwen3": lambda: Qwen3Config(**SMALL, tie_word_embeddings=True),
-    # Its large matrices are pages of their own, not pieces of a heap.
-    "wide": lambda: Qwen3Config(
-        **(SMALL | {"hidden_size": 1024, "intermediate_size": 12288}), tie_word_embeddings=True
-    ),
-    "llama": lambda: LlamaConfig(**SMALL, tie_word_embeddings=False),
-    "gpt2": lambda: GPT2Config(**SHARED, n_embd=128, n_layer=2, n_head=4, n_positions=256),
-    "qwen3_moe": lambda: Qwen3MoeConfig(**SMALL, **EXPERTS, tie_word_embeddings=False),
-    "qwen2": lambda: Qwen2Config(**WITHOUT_HEAD_DIM, tie_word_embeddings=True),
-    "mistral": lambda: MistralConfig(**SMALL, sliding_window=None),
-    "gemma2": lambda: Gemma2Config(**SMALL, query_pre_attn_scalar=32, sliding_window=64),
-    "gemma3": lambda: Gemma3TextConfig(**SMALL, query_pre_attn_scalar=32, sliding_window=64),
-    "phi3": lambda: Phi3Config(**WITHOUT_HEAD_DIM, pad_token_id=0),
-    "opt": lambda: OPTConfig(
-        **(SHARED | {"bos_token_id": 0, "pad_token_id": 1}),
-        hidden_size=128,
-        word_embed_proj_dim=128,
-        ffn_dim=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        init_std=0.08,
-    ),
-    "starcoder2": lambda: Starcoder2Config(**WITHOUT_HEAD_DIM),
-    "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
-}
 
 
 class Stack:
     """One model directory with its vLLM and its training server as child processes."""
 
-    def __init__(self, folder: Path, family: str):
-        self.folder = folder
-        self.model = write_model(folder / "model", FAMILIES[family](), seed=7)
+    def __init__(self, folder: Path, name: str, family: Family | None = None):
+        self.folder, self.name, self.family = folder, name, family or FAMILIES[name]
+        self.model = self.family.write(folder / "model")
         self.state = folder / "state"
         self.address = f"unix:{self.state}/training.sock"
         self.vllm: subprocess.Popen[bytes] | None = None
@@ -114,10 +60,11 @@ class Stack:
         self.server = self._start("server", -1, ["apollo_trainer.main"])
         self._wait(lambda: self._answers(), "the training server")
 
-    def start_vllm(self, *arguments: str, **env: str) -> None:
+    def start_vllm(self, *arguments: str, plugins: str = "apollo", **env: str) -> None:
         """Starts vLLM; `wait_attached` waits for it.
 
         Args:
+            plugins: of vLLM's that are loaded; empty for none.
             arguments: more of vLLM's; `--api-server-count` is one of `vllm serve` alone.
             env: more environment variables.
         """
@@ -131,13 +78,14 @@ class Stack:
             [
                 *served,
                 *("--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "256"),
-                *("--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details"),
+                *("--dtype", self.family.dtype, "--enforce-eager"),
+                "--enable-prompt-tokens-details",
                 *arguments,
             ],
-            VLLM_PLUGINS="apollo",
+            VLLM_PLUGINS=plugins,
             VLLM_CPU_OMP_THREADS_BIND=str(min(os.sched_getaffinity(0))),
             VLLM_NO_USAGE_STATS="1",
-            **env,
+            **(self.family.environment | env),
         )
 
     def free_port(self) -> int:
@@ -160,7 +108,7 @@ class Stack:
 
     def wait_serving(self) -> None:
         """Waits for vLLM's HTTP server."""
-        self._wait(lambda: self._serves(), "vLLM's HTTP server")
+        self._wait(lambda: self.serves(), "vLLM's HTTP server")
 
     def wait_for(self, done: Callable[[], bool], what: str) -> None:
         """Waits for what is to come whether or not a process ends meanwhile."""
@@ -185,7 +133,8 @@ class Stack:
         except Unavailable:
             return False
 
-    def _serves(self) -> bool:
+    def serves(self) -> bool:
+        """Whether vLLM's HTTP server answers."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as got:
                 return got.status == 200
@@ -248,10 +197,10 @@ class Stack:
         return torch.tensor([entry[str(token)]["logprob"] for token, entry in pairs])
 
     def directory_logits(self, ids: list[int]) -> torch.Tensor:
-        """Log-probabilities [T, V] of the model as it lies on disk, by transformers, in fp32."""
+        """Log-probabilities [T, V] of the model as it lies on disk, by transformers."""
         # Written out step by step: it computes what a model's paper says, soft caps included.
         model = AutoModelForCausalLM.from_pretrained(
-            self.model, dtype=torch.float32, attn_implementation="eager"
+            self.model, dtype=getattr(torch, self.family.dtype), attn_implementation="eager"
         ).eval()
         with torch.no_grad():
             return torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)

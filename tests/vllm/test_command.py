@@ -59,7 +59,7 @@ def test_a_refusal_of_the_servers_ends_with_status_2_and_its_words(qwen3, file):
 
 
 def test_ctrl_c_leaves_the_run_going(qwen3, file):
-    command = [APOLLO, "--address", qwen3.address, "train", str(file), "--epochs", "60"]
+    command = [APOLLO, "--address", qwen3.address, "train", str(file), "--epochs", "5000"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -71,6 +71,7 @@ def test_ctrl_c_leaves_the_run_going(qwen3, file):
     run_id = qwen3.client.status().active_run_id
     assert run_id, "the run is still at work"
     assert f"Run {run_id} goes on" in told
+    qwen3.client.cancel_run(run_id)
     qwen3.wait_for(lambda: not qwen3.client.status().active_run_id, "the end of the run")
 
 

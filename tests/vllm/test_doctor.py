@@ -63,6 +63,7 @@ def test_a_family_whose_loader_rearranges_is_refused_by_the_name_of_each_paramet
     assert [line.partition(": ")[0] for line in refused] == [
         f"transformer.h.{layer}.self_attention.query_key_value.weight" for layer in (0, 1)
     ]
+    assert all("values that it computes or puts together from it" in line for line in refused)
     assert ["supported", "no"] in lines
 
 

@@ -11,11 +11,15 @@ from safetensors.torch import load_file, save_file
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.weights.sidecar import Sidecar
 from tests.vllm.conftest import Stack
+from tests.vllm.families import SMALL, Family
 from tests.vllm.process_memory import MEMFD, places, process_group
 
 pytestmark = pytest.mark.vllm
 # Sixteen numbers that nothing else holds, put into the middle of every large matrix.
 NEEDLE = torch.arange(1, 17, dtype=torch.float32) * 1.37e-3
+# Large matrices are pages of their own, not pieces of a heap.
+SIZES = {"hidden_size": 1024, "intermediate_size": 12288, "tie_word_embeddings": True}
+WIDE = Family("qwen3", SMALL | SIZES)
 LARGE_BYTES = 1 << 20
 # Too little for the weights of the model, 304 MB, and enough for vLLM's own queues, 252 MB.
 FILE_LIMIT_BYTES = 1 << 28
@@ -35,7 +39,7 @@ def mark_large_matrices(stack: Stack) -> int:
 @pytest.fixture(scope="module")
 def without_sidecar(tmp_path_factory):
     """vLLM whose sidecar has an address that it may not have, and how many weights are marked."""
-    stack = Stack(tmp_path_factory.mktemp("f"), "wide")
+    stack = Stack(tmp_path_factory.mktemp("f"), "wide", WIDE)
     marked = mark_large_matrices(stack)
     stack.start_vllm(APOLLO_SIDECAR="127.0.0.1:1")
     stack.wait_serving()
@@ -67,7 +71,7 @@ def test_each_weight_lies_in_vllms_processes_once(without_sidecar):
 
 
 def test_a_worker_that_cannot_share_its_weights_leaves_vllm_serving(tmp_path_factory):
-    stack = Stack(tmp_path_factory.mktemp("l"), "wide")
+    stack = Stack(tmp_path_factory.mktemp("l"), "wide", WIDE)
     stack.start_vllm()
     limit = (FILE_LIMIT_BYTES, FILE_LIMIT_BYTES)
     resource.prlimit(stack.vllm.pid, resource.RLIMIT_FSIZE, limit)

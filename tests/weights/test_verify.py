@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.weights.verify import (
@@ -18,6 +19,17 @@ from apollo_trainer.weights.verify import (
 from examples.byte_model import write_model
 
 DTYPES = pytest.mark.parametrize("dtype", sorted(TOLERANCE_NATS, key=str))
+
+
+class Sized:
+    """What a probe asks of a model: the size of its vocabulary and its window of attention."""
+
+    def __init__(self, vocabulary, window=None):
+        self.weight = torch.empty(vocabulary, 1)
+        self.config = PreTrainedConfig(sliding_window=window)
+
+    def get_input_embeddings(self):
+        return self
 
 
 def refusal(ours, engine, dtype=torch.float32):
@@ -64,19 +76,27 @@ def test_another_number_of_scores_is_refused(engine):
 
 @pytest.mark.parametrize("length", [3, 17, 49, 4096])
 def test_probe_tokens_fit_the_model_and_are_the_same_each_time(length):
-    tokens = probe_tokens(259, length)
-    assert tokens == probe_tokens(259, length)
+    tokens = probe_tokens(Sized(259), length)
+    assert tokens == probe_tokens(Sized(259), length)
     assert len(tokens) == min(PROBE_TOKENS, length - 1)
     assert all(0 <= token < 259 for token in tokens)
     assert len(set(tokens)) > len(tokens) // 2
 
 
-def test_log_probabilities_are_those_of_the_next_token(tmp_path, config, live):
+@pytest.mark.parametrize(
+    ("window", "length", "count"), [(64, 256, 80), (64, 70, 69), (4096, 8192, 48), (None, 256, 48)]
+)
+def test_a_probe_reaches_past_a_short_sliding_window(window, length, count):
+    assert len(probe_tokens(Sized(259, window), length)) == count
+
+
+@pytest.mark.parametrize("length", [20, 120])
+def test_log_probabilities_are_those_of_the_next_token(tmp_path, config, live, length):
     model = live(write_model(tmp_path, config(), seed=4)).model
-    tokens = probe_tokens(259, 20)
+    tokens = probe_tokens(Sized(259, window=100), length)
     found = log_probabilities(model, tokens)
     assert found.shape == (len(tokens) - 1,)
-    for end in (1, 5, len(tokens) - 1):
+    for end in (1, 5, len(tokens) // 2, len(tokens) - 1):
         last = model(torch.tensor([tokens[:end]]), use_cache=False).logits[0, -1]
         expected = torch.log_softmax(last.detach().double(), -1)[tokens[end]]
         torch.testing.assert_close(found[end - 1].double(), expected, rtol=0, atol=1e-5)
@@ -84,7 +104,7 @@ def test_log_probabilities_are_those_of_the_next_token(tmp_path, config, live):
 
 def test_agreeing_models_pass_and_keep_no_graph(tmp_path, config, live):
     found = live(write_model(tmp_path, config(), seed=4))
-    tokens = probe_tokens(259, 64)
+    tokens = probe_tokens(Sized(259), 64)
     ours = log_probabilities(found.model, tokens)
     engine = log_probabilities(found.original, tokens).tolist()
     assert not ours.requires_grad
@@ -101,7 +121,7 @@ def test_agreeing_models_pass_and_keep_no_graph(tmp_path, config, live):
 )
 def test_a_parameter_at_a_wrong_place_is_refused(tmp_path, config, live, wrong):
     found = live(write_model(tmp_path, config(), seed=4))
-    tokens = probe_tokens(259, 64)
+    tokens = probe_tokens(Sized(259), 64)
     engine = log_probabilities(found.original, tokens).tolist()
     view = found.views[wrong]
     view.copy_(view.roll(1, dims=0))

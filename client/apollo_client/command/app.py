@@ -11,10 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from apollo_client.client import ApolloClient
+from apollo_client.client import ApolloClient, RunStream
 from apollo_client.command import display, doctor, up
 from apollo_client.command.outcome import INTERRUPTED, REFUSED, reported_errors
-from apollo_client.requests import RunOptions
 from apollo_client.samples import parse_lines, read_samples
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import training_pb2
@@ -109,12 +108,17 @@ def train(
             help="Go on with a state of other weights, as after vLLM restarted without a sync.",
         ),
     ] = False,
+    request_id: Annotated[
+        str | None,
+        typer.Option(help="The same id and samples again attach to the first run."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Learn the samples of FILE; the model serves what it learned as soon as the run has ended.
 
     A line is {"context": "...", "continuation": "..."}, or {"context_ids": [...],
-    "continuation_ids": [...]}, or {"messages": [...]} whose last one is the assistant's. The
+    "continuation_ids": [...]}, or {"messages": [...]} whose last one is the assistant's; messages
+    may have OpenAI's "weight": 0 or 1, and then each answer of weight 1 is learned. The
     continuation is learned, the context is read. Ctrl-C leaves the run going.
     """
     options: Any = {
@@ -131,19 +135,18 @@ def train(
     with reported_errors():
         samples = parse_lines(sys.stdin, "stdin") if str(file) == "-" else read_samples(file)
         with context.obj.client() as client:
-            finished = _follow(client, samples, options, as_json)
+            events = client.train(samples, request_id=request_id, **options)
+            finished = _follow(events, as_json)
     if finished.state != training_pb2.RUN_STATE_SUCCEEDED:
         raise typer.Exit(REFUSED)
 
 
-def _follow(
-    client: ApolloClient, samples: list[training_pb2.Sample], options: RunOptions, as_json: bool
-) -> training_pb2.Finished:
+def _follow(stream: RunStream, as_json: bool) -> training_pb2.Finished:
     run_id, finished = "", training_pb2.Finished()
 
     def events() -> Any:
         nonlocal run_id
-        for event in client.train(samples, **options):
+        for event in stream:
             run_id = event.run_id
             yield event
 
@@ -154,7 +157,10 @@ def _follow(
             print(display.to_json(event), flush=True)
             finished = event.finished
     except KeyboardInterrupt:
-        where = f"Run {run_id} goes on; 'apollo watch' follows it." if run_id else "Nothing began."
+        where = (
+            f"Run {run_id} goes on; 'apollo watch {run_id}' follows it, 'apollo cancel {run_id}'"
+        )
+        where = f"{where} ends it." if run_id else "Nothing was heard of the run yet."
         print(f"\n{where}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     return finished
@@ -171,11 +177,25 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 @app.command()
 def watch(
     context: typer.Context,
+    run_id: Annotated[
+        str, typer.Argument(metavar="[RUN_ID]", help="From its first event to its end.")
+    ] = "",
+    after: Annotated[int, typer.Option(help="Of RUN_ID, only later sequences.")] = 0,
     run: Annotated[str, typer.Option(help="Only the events of this run.")] = "",
     min_interval: Annotated[float, typer.Option(help="Seconds between two statuses.")] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Follow all runs and the status, every step's loss included, until Ctrl-C."""
+    """Follow all runs and the status, every step's loss included, until Ctrl-C.
+
+    With RUN_ID: every event of that run from its first, also of one that has ended, and then the
+    status that 'apollo train' would have had.
+    """
+    if run_id:
+        with reported_errors(), context.obj.client() as client:
+            finished = _follow(client.watch_run(run_id, after), as_json)
+        if finished.state != training_pb2.RUN_STATE_SUCCEEDED:
+            raise typer.Exit(REFUSED)
+        return
     with reported_errors(), context.obj.client() as client:
         try:
             for update in client.watch(run, min_interval):
@@ -183,6 +203,47 @@ def watch(
                 print(line, flush=True)
         except KeyboardInterrupt:
             raise typer.Exit(0) from None
+
+
+@app.command()
+def runs(
+    context: typer.Context,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(help="queued, running, succeeded, failed or cancelled; may be repeated."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 50,
+    as_json: Json = False,
+) -> None:
+    """List runs, newest first."""
+    with reported_errors(), context.obj.client() as client:
+        page = client.list_runs(limit, states=state or ())
+    for found in page.runs:
+        print(display.to_json(found) if as_json else display.run_line(found))
+
+
+@app.command("run")
+def show_run(
+    context: typer.Context,
+    run_id: Annotated[str, typer.Argument(help="As 'apollo runs' lists it.")],
+    as_json: Json = False,
+) -> None:
+    """Show one run."""
+    with reported_errors(), context.obj.client() as client:
+        found = client.get_run(run_id)
+    print(display.to_json(found) if as_json else "\n".join(display.run_lines(found)))
+
+
+@app.command()
+def cancel(
+    context: typer.Context,
+    run_id: Annotated[str, typer.Argument(help="As 'apollo runs' lists it.")],
+    as_json: Json = False,
+) -> None:
+    """Ask a run to stop before its next step; what it learned until then stays."""
+    with reported_errors(), context.obj.client() as client:
+        found = client.cancel_run(run_id)
+    print(display.to_json(found) if as_json else display.run_line(found))
 
 
 @app.command()

@@ -72,6 +72,31 @@ def _finished_line(finished: training_pb2.Finished) -> str:
     )
 
 
+def run_line(run: training_pb2.Run) -> str:
+    """A run in one line, its whole id first."""
+    state = state_name(run.state, training_pb2.RunState, "RUN_STATE_").lower()
+    when = run.create_time.ToDatetime().isoformat(" ", "seconds")
+    reason = f"  {run.failure.reason}" if run.HasField("failure") else ""
+    return f"{run.run_id}  {when}  {state:<9}  {run.steps_done}/{run.steps_total} steps{reason}"
+
+
+def run_lines(run: training_pb2.Run) -> Iterable[str]:
+    """A run, a line a subject."""
+    yield run_line(run)
+    for name, time in (
+        ("created", run.create_time),
+        ("started", run.start_time),
+        ("ended", run.end_time),
+    ):
+        if time.seconds:
+            yield f"{name:<10} {time.ToDatetime().isoformat(' ', 'seconds')} UTC"
+    yield f"{'events':<10} {run.last_sequence}; 'apollo watch {run.run_id}' shows them"
+    if run.spec.samples:
+        yield f"{'samples':<10} {len(run.spec.samples)}"
+    if run.HasField("failure"):
+        yield f"{'failure':<10} {run.failure.message} ({run.failure.reason})"
+
+
 class RunDisplay:
     """A bar with the loss on a terminal, a line an event elsewhere."""
 

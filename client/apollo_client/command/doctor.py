@@ -28,6 +28,8 @@ MAX_MODEL_LEN = 1024
 LOG_LINES = 15
 # As Python's tracebacks and vLLM's logger write it; a warning that quotes an error is none.
 _ERROR = re.compile(r"^(?:.*\] |\(\S+ pid=\d+\) )?((?:\w+\.)*\w*(?:Error|Exception): .+)$")
+# vLLM's words for an error that another process of its told first or tells next.
+_QUOTES = ("CalledProcessError", "Error raised in subprocess")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -173,7 +175,9 @@ def _tail(log: Path) -> str:
 def stated_cause(log: str) -> str:
     """The first line of a log that is an error, without what the logger put before it."""
     for line in log.splitlines():
-        if "WARNING" not in line and (error := _ERROR.match(line)):
+        if "WARNING" in line or any(quote in line for quote in _QUOTES):
+            continue
+        if error := _ERROR.match(line):
             return error[1].strip()
     return "its log names no error"
 

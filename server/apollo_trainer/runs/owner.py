@@ -6,22 +6,18 @@ import gc
 import logging
 import queue
 import threading
-import uuid
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from apollo_grpc.errors import ApolloError, FailedPrecondition, ResourceExhausted, Unavailable
-from apollo_grpc.v1 import status_pb2, training_pb2
+from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
+from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.sync import Progress, SyncOutcome, sync_directory
 from apollo_trainer.config import Settings
-from apollo_trainer.runs.events import EventLog, now
-from apollo_trainer.runs.execution import Execution
-from apollo_trainer.runs.run import PreparedRun
+from apollo_trainer.runs.events import now
 from apollo_trainer.runs.session import KeptState, Session, open_session
+from apollo_trainer.runs.state_saver import Saved, StateSaver
 from apollo_trainer.runs.status_board import StatusBoard
-from apollo_trainer.training.options import StateShape
 from apollo_trainer.weights.attach import MapReport, attach
 from apollo_trainer.weights.sidecar import Sidecar
 
@@ -29,25 +25,28 @@ log = logging.getLogger(__name__)
 
 
 class ModelOwner:
-    """Runs wait here in order; everything that touches weights or optimizer happens on its thread.
+    """Attaches, and does jobs in order; what touches weights or optimizer is done on its thread.
 
     Args:
         sidecar: of the engine to train.
         board: told every change.
+
+    Attributes:
+        saver: puts the Apollo state on disk.
+        stopping: set once the server is to stop.
+        attached: told of each new session, on the training thread, before anybody can use it.
     """
 
     def __init__(self, sidecar: Sidecar, board: StatusBoard, settings: Settings):
-        self._sidecar, self._board, self._settings = sidecar, board, settings
+        self.sidecar, self._board, self._settings = sidecar, board, settings
+        self.saver, self.stopping = StateSaver(), threading.Event()
+        self.attached: Callable[[Session], None] = lambda session: None
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._waiting: deque[str] = deque()
-        self._active = 0
         self._losses = 0
         self._session: Session | None = None
         self._kept: KeptState | None = None
         self._found_epoch, self._attach_queued = "", False
-        self._expected_shape: StateShape | None = None
-        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="training", daemon=True)
         self._thread.start()
 
@@ -71,6 +70,11 @@ class ModelOwner:
         raise Unavailable(
             f"{status.attachment_detail} Nothing was done.", reason="ENGINE_NOT_ATTACHED"
         )
+
+    @property
+    def live_session(self) -> Session | None:
+        """The session now; it may have been lost, and is None before there ever was one."""
+        return self._session
 
     def engine_found(self, epoch: str) -> None:
         """Attaches to an engine, unless it is attached, about to be, or was refused.
@@ -110,9 +114,11 @@ class ModelOwner:
         try:
             everything = self._settings.check_all_values
             attachment = attach(
-                self._sidecar, epoch, check_all_values=everything, traced=self._show_map
+                self.sidecar, epoch, check_all_values=everything, traced=self._show_map
             )
+            self.saver.flush()
             session = open_session(attachment, self._settings, self._kept)
+            self.attached(session)
         except ApolloError as error:
             self._refuse(error)
             return
@@ -127,8 +133,7 @@ class ModelOwner:
             return
         with self._lock:
             if still_there := losses == self._losses:
-                self._session, self._expected_shape = session, session.shape
-                self._kept = None
+                self._session, self._kept = session, None
         if still_there:
             self._show(session)
         else:
@@ -189,54 +194,6 @@ class ModelOwner:
 
         self._board.update(change)
 
-    # --- runs -------------------------------------------------------------------------------
-
-    def submit(self, run: PreparedRun) -> EventLog:
-        """Accepts a run; its log has the event `queued` already.
-
-        Raises ResourceExhausted when the queue is full, FailedPrecondition when the optimizer
-        state would be another than the run asks for, Unavailable when the server stops.
-        """
-        with self._lock:
-            if self._stopping.is_set():
-                raise Unavailable("The server is stopping.", reason="SERVER_STOPPING")
-            waiting = len(self._waiting)
-            if waiting >= self._settings.max_queued_runs:
-                raise ResourceExhausted(
-                    f"{waiting} runs are waiting, which is the limit; nothing was queued. "
-                    "Try again when some have ended.",
-                    reason="QUEUE_FULL",
-                    metadata={"limit": str(self._settings.max_queued_runs)},
-                )
-            if self._session:
-                self._session.require_accepted(run.options)
-            if self._expected_shape:
-                self._expected_shape = run.options.shape_on(self._expected_shape)
-            events = EventLog(uuid.uuid4().hex, self._board.publish)
-            self._waiting.append(events.run_id)
-            events.append(queued=training_pb2.Queued(position=waiting + self._active))
-            self._board.update(queue_length=waiting + 1)
-            self._jobs.put(lambda: self._execute(run, events))
-        return events
-
-    def _execute(self, run: PreparedRun, events: EventLog) -> None:
-        with self._lock:
-            self._waiting.remove(events.run_id)
-            self._active = 1
-            self._board.update(active_run_id=events.run_id, queue_length=len(self._waiting))
-        session = self._session
-        if session is None:
-            events.append(finished=_never_began(self._board.snapshot().attachment_detail))
-        else:
-            stopping = self._stopping
-            Execution(session, self._sidecar, self._board, events, run, stopping).execute()
-        with self._lock:
-            self._active = 0
-            if session and not self._waiting:
-                # A run that failed before its reset leaves the shape as it was.
-                self._expected_shape = session.shape
-        self._board.update(active_run_id="")
-
     # --- checkpoints ------------------------------------------------------------------------
 
     def sync(self, progress: Progress) -> Future[tuple[SyncOutcome, int]]:
@@ -247,7 +204,7 @@ class ModelOwner:
         future: Future[tuple[SyncOutcome, int]] = Future()
         with self._lock:
             # After the thread's last job nobody would ever resolve it.
-            if self._stopping.is_set():
+            if self.stopping.is_set():
                 raise Unavailable("The server is stopping.", reason="SERVER_STOPPING")
             self._jobs.put(lambda: _resolve(future, lambda: self._sync(progress)))
         return future
@@ -268,28 +225,31 @@ class ModelOwner:
 
     # --- the end ----------------------------------------------------------------------------
 
+    def do(self, job: Callable[[], None]) -> None:
+        """Has the training thread do something, after what waits already."""
+        self._jobs.put(job)
+
     def stop(self) -> None:
-        """Ends the run at work after its step, saves the Apollo state, and joins the thread."""
+        """Ends the run at work after its step, saves the Apollo state, and joins the threads."""
         with self._lock:
-            self._stopping.set()
+            self.stopping.set()
             self._jobs.put(self._save_at_end)
             self._jobs.put(None)
         self._thread.join()
+        self.saver.stop()
 
     def _save_at_end(self) -> None:
         session = self._session
         # The state of other weights must not be saved as that of these.
         if session is None or session.other_weights or not session.attachment.alive:
             return
-        if session.optimizer.step_count:
-            session.save()
+        if session.optimizer.step_count not in (0, session.captured_step):
+            self.saver.save(session.capture(running=False), _log_saved)
 
 
-def _never_began(detail: str) -> training_pb2.Finished:
-    failure = training_pb2.Failure(
-        reason="ENGINE_LOST", message=f"vLLM was gone when the run's turn came. {detail}"
-    )
-    return training_pb2.Finished(state=training_pb2.RUN_STATE_FAILED, failure=failure)
+def _log_saved(saved: Saved) -> None:
+    if saved.error:
+        log.error("the Apollo state was not saved: %s", saved.error)
 
 
 def _resolve(

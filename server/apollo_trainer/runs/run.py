@@ -13,6 +13,7 @@ from apollo_trainer.training.samples import SampleLimits, TokenizedSample, token
 
 MAX_EPOCHS = 100_000
 MAX_SAMPLES_PER_STEP = 4096
+MAX_WALL_SECONDS = 10 * 365 * 86400
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class PreparedRun:
 
     Attributes:
         seed: shuffles each epoch; None keeps the order given.
+        max_seconds: the run ends as FAILED after so many; None: no limit.
     """
 
     samples: tuple[TokenizedSample, ...]
@@ -28,6 +30,7 @@ class PreparedRun:
     epochs: int
     samples_per_step: int
     seed: int | None
+    max_seconds: float | None = None
 
     @property
     def steps_total(self) -> int:
@@ -58,7 +61,21 @@ def prepare_run(spec: pb.RunSpec, limits: SampleLimits, tokenizer: object) -> Pr
         epochs=spec.epochs or 1,
         samples_per_step=spec.samples_per_step or 1,
         seed=spec.seed if spec.HasField("seed") else None,
+        max_seconds=_max_seconds(spec),
     )
+
+
+def _max_seconds(spec: pb.RunSpec) -> float | None:
+    if not spec.HasField("max_wall_time"):
+        return None
+    limit = spec.max_wall_time
+    seconds = limit.seconds + limit.nanos / 1e9
+    # Of an unreadable duration (nanos out of range, signs that differ) nothing is computed.
+    if not 0 < seconds <= MAX_WALL_SECONDS or not 0 <= limit.nanos < 10**9:
+        raise InvalidArgument.at(
+            "spec.max_wall_time", f"must be a duration above 0 and up to {MAX_WALL_SECONDS} s"
+        )
+    return seconds
 
 
 def _check_counts(spec: pb.RunSpec) -> None:
@@ -80,7 +97,6 @@ def _refuse_unbuilt(spec: pb.RunSpec) -> None:
     asked = {
         "dry_run": spec.dry_run,
         "evaluate": spec.evaluate,
-        "max_wall_time": spec.HasField("max_wall_time"),
         "guard": bool(spec.guard.ListFields()),
         "coherence.mode": spec.coherence.mode
         not in (pb.COHERENCE_MODE_UNSPECIFIED, pb.COHERENCE_MODE_PAUSE_RUN),

@@ -12,18 +12,26 @@ from transformers import AutoTokenizer
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import status_pb2
-from apollo_trainer.checkpoints.apollo_state import FILE_NAME, load_state, save_state
+from apollo_trainer.checkpoints.apollo_state import (
+    FILE_NAME,
+    OPTIMIZER_KEY,
+    RUNNING_FILE_NAME,
+    SHAPE_KEY,
+    WEIGHTS_KEY,
+    load_state,
+    saved_epoch,
+)
 from apollo_trainer.config import Settings
 from apollo_trainer.optim import Apollo
+from apollo_trainer.runs.state_saver import CapturedState
+from apollo_trainer.training.context_check import require_frozen_context
 from apollo_trainer.training.options import OptimizerOptions, StateShape
 from apollo_trainer.training.samples import SampleLimits
 from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.fingerprint import fingerprint
+from apollo_trainer.weights.verify import probe_tokens
 
 log = logging.getLogger(__name__)
-SHAPE_KEY = "shape"
-OPTIMIZER_KEY = "optimizer"
-WEIGHTS_KEY = "weights"
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class Session:
         state_path: where that state is kept on disk.
         tokenizer: of the served model; None where its directory has none.
         other_weights: why the state does not belong to the live weights; empty when it does.
+        on_disk: whether a state on disk is one that a killed server could go on with.
+        captured_step: of the last copy that was taken to be saved; -1 where none was.
     """
 
     attachment: Attachment
@@ -55,6 +65,8 @@ class Session:
     limits: SampleLimits
     settings: Settings
     other_weights: str = ""
+    on_disk: bool = False
+    captured_step: int = -1
 
     def require_accepted(self, options: OptimizerOptions) -> None:
         """Raises FailedPrecondition when a run would go on with a state of other weights."""
@@ -72,6 +84,8 @@ class Session:
         shape = options.shape_on(self.shape)
         if options.reset:
             self.optimizer = new_optimizer(self.attachment, shape, self.settings)
+        # Until it is saved, the state on disk is another one than this.
+        self.on_disk = self.on_disk and not (options.reset or self.other_weights)
         self.shape, self.other_weights = shape, ""
         self.optimizer.rounding = self.shape.rounding
         options.apply(self.optimizer)
@@ -82,22 +96,32 @@ class Session:
         status.optimizer_step = self.optimizer.step_count
         status.state_size_bytes = self.optimizer.state_size_bytes()
 
-    def save(self) -> int:
-        """Puts the Apollo state on disk, durably; returns the file's bytes. Raises OSError.
+    def capture(self, *, running: bool) -> CapturedState:
+        """A copy of the Apollo state, to be put on disk by whoever has the time.
 
-        With it goes the fingerprint of the weights that it belongs to.
+        Args:
+            running: in the middle of a run. Such a state has a file of its own and is of use with
+                this engine alone: the one of before the run is what belongs to the model
+                directory, should the engine be lost. Otherwise the fingerprint of the weights
+                that it belongs to goes with it.
         """
         tensors, description = self.optimizer.named_state()
-        weights = {
-            "fingerprint": fingerprint(self.attachment.parameters()),
-            "epoch": self.attachment.epoch,
-        }
-        wrapped = {
-            OPTIMIZER_KEY: description,
-            SHAPE_KEY: vars(self.shape),
-            WEIGHTS_KEY: weights,
-        }
-        return save_state(self.state_path, tensors, wrapped)
+        weights = {"epoch": self.attachment.epoch}
+        if not running:
+            weights["fingerprint"] = fingerprint(self.attachment.parameters())
+        running_path = self.state_path.with_name(RUNNING_FILE_NAME)
+        self.captured_step = self.optimizer.step_count
+        return CapturedState(
+            path=running_path if running else self.state_path,
+            tensors={n: t.detach().to("cpu", copy=True) for n, t in tensors.items()},
+            description={
+                OPTIMIZER_KEY: description,
+                SHAPE_KEY: vars(self.shape),
+                WEIGHTS_KEY: weights,
+            },
+            optimizer_step=self.optimizer.step_count,
+            supersedes=None if running else running_path,
+        )
 
     def keep(self) -> KeptState | None:
         """The state in memory, without a hold on the engine's; None in the middle of a step."""
@@ -117,11 +141,16 @@ def open_session(
     Args:
         kept: of an engine that was lost; taken when it is this one, else the state on disk is.
 
-    Raises FailedPrecondition when the state on disk is unreadable or of another model.
+    Raises FailedPrecondition when the model cannot learn after a frozen context, or the state on
+    disk is unreadable or of another model.
     """
+    require_frozen_context(
+        attachment.model, probe_tokens(attachment.model, attachment.max_model_len)
+    )
     state_path = _state_path(settings.state_dir, attachment.directory)
     came_back = kept is not None and kept.epoch == attachment.epoch
-    on_disk = (kept.tensors, kept.description) if kept and came_back else load_state(state_path)
+    newest = _newest(state_path, attachment.epoch)
+    on_disk = (kept.tensors, kept.description) if kept and came_back else load_state(newest)
     shape = configured = StateShape(settings.rank, settings.variant, settings.rounding)
     if on_disk:
         shape = StateShape(**on_disk[1][SHAPE_KEY])
@@ -140,7 +169,14 @@ def open_session(
         session.other_weights = kept.other_weights
     elif on_disk:
         session.other_weights = _other_weights(on_disk[1], attachment, optimizer.step_count)
+    session.on_disk = saved_epoch(newest) == attachment.epoch
     return session
+
+
+def _newest(state_path: Path, epoch: str) -> Path:
+    """The file of a run that this engine was being trained in, else that of the last run."""
+    running = state_path.with_name(RUNNING_FILE_NAME)
+    return running if saved_epoch(running) == epoch else state_path
 
 
 def _other_weights(description: dict[str, Any], attachment: Attachment, step: int) -> str:

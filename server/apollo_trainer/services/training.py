@@ -1,4 +1,4 @@
-"""TrainingService: checks a run, submits it, streams its events."""
+"""TrainingService: checks a run, submits it, streams its events, finds it again."""
 
 from __future__ import annotations
 
@@ -6,56 +6,115 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from apollo_grpc.errors import InvalidArgument, Unimplemented
+from apollo_grpc.errors import InvalidArgument, NotFound
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_grpc.v1 import training_pb2_grpc as pb_grpc
+from apollo_trainer.runs.events import PAGE, require_next, require_reached
+from apollo_trainer.runs.ledger import RunRow
 from apollo_trainer.runs.owner import ModelOwner
+from apollo_trainer.runs.queue import RunQueue
 from apollo_trainer.runs.run import prepare_run
+from apollo_trainer.services.paging import read_page_request, token_after
 from apollo_trainer.services.streams import StreamLimit
-from apollo_trainer.services.unbuilt import unbuilt
+
+MAX_REQUEST_ID_BYTES = 256
 
 
 class TrainingService(pb_grpc.TrainingServiceServicer):
-    """Serves the one model of `owner`."""
+    """Serves the one model of `owner`, whose runs are those of `queue`.
 
-    def __init__(self, owner: ModelOwner, streams: StreamLimit):
-        self._owner, self._streams = owner, streams
+    The queue waits for the disk, so that it is asked from other threads.
+    """
+
+    def __init__(self, owner: ModelOwner, queue: RunQueue, streams: StreamLimit):
+        self._owner, self._queue, self._streams = owner, queue, streams
 
     async def Train(  # noqa: N802
         self, request: pb.TrainRequest, context: Any
     ) -> AsyncIterator[pb.TrainResponse]:
         """Submits a run and streams its events; the run goes on when the caller leaves."""
-        if not request.HasField("spec"):
-            raise InvalidArgument.at("spec", "is required")
-        if request.request_id:
-            raise Unimplemented(
-                "request_id cannot be set in this version; nothing was done. Leave it empty.",
-                metadata={"field": "request_id"},
-            )
+        _check_train(request)
         with self._streams.one():
-            session = self._owner.session()
-            # Tokenizing many samples would hold up every other call of the event loop.
-            run = await asyncio.to_thread(
-                prepare_run, request.spec, session.limits, session.tokenizer
-            )
-            async for event in self._owner.submit(run).follow():
+            run_id = await asyncio.to_thread(self._queue.find, request.request_id, request.spec)
+            if run_id is None:
+                # Tokenizing many samples would hold up every other call of the event loop.
+                run_id = await asyncio.to_thread(self._submit, request)
+            async for event in self._follow(run_id, 0):
                 yield pb.TrainResponse(event=event)
+
+    def _submit(self, request: pb.TrainRequest) -> str:
+        session = self._owner.session()
+        run = prepare_run(request.spec, session.limits, session.tokenizer)
+        return self._queue.submit(run, request.spec, request.request_id)
 
     async def WatchRun(  # noqa: N802
         self, request: pb.WatchRunRequest, context: Any
     ) -> AsyncIterator[pb.WatchRunResponse]:
-        """Not built yet."""
-        unbuilt("WatchRun")
-        yield
+        """Streams the events of a run after a sequence, until it has finished."""
+        _require_run_id(request.run_id)
+        if request.after_sequence < 0:
+            raise InvalidArgument.at("after_sequence", "must not be negative")
+        with self._streams.one():
+            async for event in self._follow(request.run_id, request.after_sequence):
+                yield pb.WatchRunResponse(event=event)
+
+    async def _follow(self, run_id: str, after: int) -> AsyncIterator[pb.RunEvent]:
+        if log := self._queue.log_of(run_id):
+            async for event in log.follow(after):
+                yield event
+            return
+        row = await self._row(run_id)
+        require_reached(row.last_sequence, after)
+        while after < row.last_sequence:
+            page = await asyncio.to_thread(self._queue.ledger.events, run_id, after, PAGE)
+            require_next(page, after)
+            for event in page:
+                after = event.sequence
+                yield event
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:  # noqa: N802
-        """Not built yet."""
-        unbuilt("GetRun")
+        """One run, with its spec as long as that is kept."""
+        _require_run_id(request.run_id)
+        row = await self._row(request.run_id)
+        spec = await asyncio.to_thread(self._queue.ledger.spec, request.run_id)
+        return pb.GetRunResponse(run=row.to_run(spec))
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:  # noqa: N802
-        """Not built yet."""
-        unbuilt("ListRuns")
+        """A page of runs, newest first."""
+        page = read_page_request(request)
+        rows = await asyncio.to_thread(
+            self._queue.ledger.page, page.before, page.states, page.size + 1
+        )
+        shown = rows[: page.size]
+        token = token_after(shown[-1].number, page.states) if len(rows) > page.size else ""
+        return pb.ListRunsResponse(runs=[row.to_run() for row in shown], next_page_token=token)
 
     async def CancelRun(self, request: pb.CancelRunRequest, context: Any) -> pb.CancelRunResponse:  # noqa: N802
-        """Not built yet."""
-        unbuilt("CancelRun")
+        """Asks a run to stop; one that waits has ended when this returns."""
+        _require_run_id(request.run_id)
+        log = await asyncio.to_thread(self._queue.cancel, request.run_id)
+        if log:
+            async for _ in log.follow(log.sequence - 1):
+                pass
+        return pb.CancelRunResponse(run=(await self._row(request.run_id)).to_run())
+
+    async def _row(self, run_id: str) -> RunRow:
+        row = await asyncio.to_thread(self._queue.ledger.run, run_id)
+        if row is None:
+            raise NotFound(
+                "There is no such run. 'apollo runs' lists those that are kept.",
+                reason="RUN_NOT_FOUND",
+            )
+        return row
+
+
+def _check_train(request: pb.TrainRequest) -> None:
+    if not request.HasField("spec"):
+        raise InvalidArgument.at("spec", "is required")
+    if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
+        raise InvalidArgument.at("request_id", f"is longer than {MAX_REQUEST_ID_BYTES} bytes")
+
+
+def _require_run_id(run_id: str) -> None:
+    if not run_id:
+        raise InvalidArgument.at("run_id", "is required")

@@ -8,6 +8,7 @@ context's keys and values: this is cheaper than masking the prompt's loss, and a
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,73 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from apollo_trainer.training.batch import MicroBatch
+from apollo_trainer.training.frozen_context import (
+    FrozenContexts,
+    batch_logits,
+    caches_of,
+    for_backward,
+)
 from apollo_trainer.training.samples import TokenizedSample
+
+IGNORED = -100  # cross_entropy's own mark: no loss and no gradient
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of one micro-batch.
+
+    Attributes:
+        weighted: sum over its tokens of weight times loss, divided, with gradient; a scalar.
+        sums: of each sample's token losses, in nats and unweighted; float32 [samples], detached.
+        seconds: of the forward passes; on a GPU, of launching them.
+    """
+
+    weighted: torch.Tensor
+    sums: torch.Tensor
+    seconds: float
+
+
+def batch_loss(
+    model: Any, batch: MicroBatch, contexts: FrozenContexts, divisor: float = 1.0
+) -> BatchLoss:
+    """Runs a micro-batch; equal to `continuation_loss` of each of its samples, but for rounding.
+
+    Args:
+        divisor: of all weights, such as the sum of those of the whole step.
+    """
+    began = time.perf_counter()
+    logits = batch_logits(model, batch, contexts)
+    targets, weights = _targets(batch, divisor, logits.device)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED
+    ).view_as(targets)
+    weighted = (losses * weights).sum()
+    return BatchLoss(weighted, losses.detach().sum(1), time.perf_counter() - began)
+
+
+def _targets(
+    batch: MicroBatch, divisor: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is learned, and its weights: [samples, learned_width]; padding is ignored, weight 0."""
+    width = batch.learned_width
+    targets, weights = [], []
+    for sample in batch.samples:
+        learned, padding = sample.continuation_ids, width - len(sample.continuation_ids)
+        factors = sample.token_weights or (1.0,) * len(learned)
+        targets.append((*learned, *(IGNORED,) * padding))
+        # Divided before it is a float32, which holds no very small weight.
+        weights.append((*(sample.weight * f / divisor for f in factors), *(0.0,) * padding))
+    return (
+        torch.tensor(targets, device=device),
+        torch.tensor(weights, dtype=torch.float32, device=device),
+    )
+
+
+def total_weight(sample: TokenizedSample) -> float:
+    """Sum of the weights on a sample's tokens."""
+    factors = sample.token_weights or (1.0,) * len(sample.continuation_ids)
+    return math.fsum(sample.weight * factor for factor in factors)
 
 
 @dataclass(frozen=True)
@@ -36,7 +103,7 @@ class ContinuationLoss:
 
 
 def continuation_loss(model: Any, sample: TokenizedSample) -> ContinuationLoss:
-    """Runs both forward passes of one sample; the graph holds the continuation's only."""
+    """One sample by itself: what `batch_loss` must be equal to."""
     began = time.perf_counter()
     logits = continuation_logits(model, sample.context_ids, sample.continuation_ids)
     targets = torch.tensor(sample.continuation_ids, device=logits.device)
@@ -61,14 +128,17 @@ def continuation_logits(
     step.
     """
     frozen, last = context_ids[:-1], context_ids[-1]
-    cache = None
-    if frozen:
-        with torch.no_grad():
-            context = model(_ids(frozen, model), use_cache=True, logits_to_keep=1)
-        cache = context.past_key_values
+    cache = _frozen_context(model, frozen) if frozen else {}
     ids = _ids((last, *continuation_ids[:-1]), model)
-    logits: torch.Tensor = model(ids, past_key_values=cache, use_cache=cache is not None).logits
+    logits: torch.Tensor = model(ids, use_cache=bool(cache), **cache).logits
     return logits[0]
+
+
+def _frozen_context(model: Any, ids: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments with which the model continues after the ids."""
+    with torch.no_grad():
+        answer = model(_ids(ids, model), use_cache=True, logits_to_keep=1)
+    return {name: for_backward(cache) for name, cache in caches_of(answer).items()}
 
 
 def _ids(token_ids: tuple[int, ...], model: Any) -> torch.Tensor:

@@ -108,7 +108,8 @@ def _tokenize(sample: pb.Sample, limits: SampleLimits, tokenizer: Any) -> Tokeni
         )
     if not all(0 <= w <= MAX_WEIGHT for w in token_weights):
         raise _Wrong("token_weights", f"must be from 0 to {MAX_WEIGHT:g}")
-    if weight == 0 or (token_weights and not any(token_weights)):
+    # The product too: two tiny weights make none.
+    if not any(weight * factor for factor in token_weights or (1.0,)):
         raise _Wrong("weight" if weight == 0 else "token_weights", "leave nothing to learn")
     return TokenizedSample(tuple(context), tuple(continuation), weight, token_weights)
 
@@ -118,11 +119,20 @@ def _from_ids(sample: pb.Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _from_text(sample: pb.Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
-    if not sample.text.continuation:
+    text = sample.text
+    if not text.continuation:
         raise _Wrong("text.continuation", "is empty: nothing to learn")
-    context = tokenizer(sample.text.context)["input_ids"]
-    continuation = tokenizer(sample.text.continuation, add_special_tokens=False)["input_ids"]
-    return context, continuation
+    # With the special tokens that a prompt of vLLM's gets.
+    context = tokenizer(text.context)["input_ids"]
+    whole = tokenizer(text.context + text.continuation)["input_ids"]
+    found = _cut(tokenizer, context, whole, text.continuation)
+    if found is None:
+        raise _Wrong(
+            "text.continuation",
+            "has no tokens of its own there: the served model's tokenizer reads both texts "
+            "together in another way. Cut between words, or send tokens",
+        )
+    return context, found
 
 
 def _from_chat(sample: pb.Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -134,26 +144,61 @@ def _from_chat(sample: pb.Sample, tokenizer: Any) -> tuple[list[int], list[int]]
     if not tokenizer.chat_template:
         raise _Wrong("chat", "the served model has no chat template; send text or tokens")
     try:
-        context = _apply_template(tokenizer, messages[:-1], add_generation_prompt=True)
-        whole = _apply_template(tokenizer, messages, add_generation_prompt=False)
+        context = _render(tokenizer, messages[:-1], add_generation_prompt=True)
+        whole = _render(tokenizer, messages, add_generation_prompt=False)
     except Exception as error:
         raise _Wrong("chat.messages", f"the chat template refuses them: {error}") from error
-    if whole[: len(context)] != context:
+    context_ids, whole_ids = (_ids(tokenizer, text) for text in (context, whole))
+    answer = whole[len(context) :] if whole.startswith(context) else None
+    found = _cut(tokenizer, context_ids, whole_ids, answer)
+    if found is None:
         raise _Wrong(
             "chat.messages",
             "the chat template renders the conversation differently with its last answer; "
             "send text or tokens",
         )
-    return context, whole[len(context) :]
+    return context_ids, _up_to_the_end(found, tokenizer)
 
 
-def _apply_template(
-    tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool
-) -> list[int]:
-    ids: list[int] = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, return_dict=True
-    )["input_ids"]
+def _cut(
+    tokenizer: Any, context: list[int], whole: list[int], continuation: str | None
+) -> list[int] | None:
+    """The token ids that go on after the context's, or None where there are none that fit.
+
+    Read by itself where that makes the same text: generation goes on after the prompt's own
+    tokens. A tokenizer that puts a space before every text needs it read together.
+    """
+    if continuation is not None:
+        alone = _ids(tokenizer, continuation)
+        if _text(tokenizer, context + alone) == _text(tokenizer, whole):
+            return alone
+    return whole[len(context) :] if whole[: len(context)] == context else None
+
+
+def _up_to_the_end(answer: list[int], tokenizer: Any) -> list[int]:
+    """An answer without what a template writes after the end mark: it is never generated."""
+    end = tokenizer.eos_token_id
+    if end not in answer:
+        return answer
+    return answer[: len(answer) - answer[::-1].index(end)]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    # Special tokens that a tokenizer adds at the end of a prompt stand elsewhere in the whole.
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    return str(
+        tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    )
 
 
 def _check_ids(

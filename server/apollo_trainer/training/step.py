@@ -2,24 +2,69 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.optim import Apollo
+from apollo_trainer.optim.gradients import has_ties
 from apollo_trainer.optim.options import settings_for
-from apollo_trainer.training.loss import continuation_loss
+from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
+from apollo_trainer.training.frozen_context import FrozenContexts
+from apollo_trainer.training.guard import Guard
+from apollo_trainer.training.inspection import Inspection
+from apollo_trainer.training.loss import batch_loss, total_weight
+from apollo_trainer.training.mixing import mixing_of
+from apollo_trainer.training.out_of_memory import refusing_out_of_memory
+from apollo_trainer.training.release import step_incomplete, trial_backward, write_backward
 from apollo_trainer.training.samples import TokenizedSample
+
+TOKEN_BUDGET = 1024
+NO_LIMITS = Guard()
+FullGradients = Literal["", "ACCUMULATION", "TIED_PARAMETERS", "REQUESTED"]
+
+
+@dataclass(frozen=True)
+class StepPolicy:
+    """How a step is taken.
+
+    Attributes:
+        token_budget: continuation tokens of one micro-batch, padding included; of context tokens
+            it may hold 16 times as many. A single sample may be larger.
+        dry_run: find everything, write nothing.
+        release: let go of each gradient as soon as it has been used, where a step allows it.
+            False keeps all of them, as large as the model, and saves a backward pass.
+    """
+
+    token_budget: int = TOKEN_BUDGET
+    guard: Guard = NO_LIMITS
+    dry_run: bool = False
+    release: bool = True
+
+
+DEFAULT_POLICY = StepPolicy()
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did; losses in nats, times in seconds, norms over all parameters."""
+    """What one step did, or in a dry run would do; losses in nats, times in seconds.
+
+    Attributes:
+        loss: mean over the continuation tokens, before any weight.
+        grad_norm: of the whole gradient, not clipped.
+        update_norm: of the stored change of all weights.
+        optimizer_step: steps since the optimizer's state began.
+        micro_batches: forward passes with gradient.
+        full_gradients: why all gradients were held at once; empty where they were released one by
+            one.
+        skipped_tensors: parameters that were not stepped, because their gradient was not finite
+            in the second backward pass though it was in the first; 0 wherever a device computes
+            the same twice.
+    """
 
     loss: float
     loss_sum: float
@@ -32,86 +77,181 @@ class StepResult:
     backward_seconds: float
     optimizer_seconds: float
     optimizer_step: int
+    micro_batches: int = 1
+    full_gradients: FullGradients = ""
+    skipped_tensors: int = 0
 
 
-class UpdateRefused(FailedPrecondition):
-    """The guard refused an update; the weights and the optimizer are as before the step."""
-
-
-def take_step(model: Any, optimizer: Apollo, samples: Sequence[TokenizedSample]) -> StepResult:
+def take_step(
+    model: Any,
+    optimizer: Apollo,
+    samples: Sequence[TokenizedSample],
+    policy: StepPolicy = DEFAULT_POLICY,
+    before_batch: Callable[[], None] = lambda: None,
+) -> StepResult:
     """Learns the samples with one update, in place.
 
     The loss is the mean over all continuation tokens of the step, by their weights.
 
-    Raises UpdateRefused, with nothing written, for a loss or gradient that is not finite.
+    Args:
+        before_batch: called before each micro-batch; what it raises ends the step unwritten.
+
+    Raises UpdateRefused where the guard refuses, OutOfMemory, or what `before_batch` raised, and
+    StepIncomplete. After StepIncomplete part of the step is in the weights; after any other error
+    the weights and the optimizer are as before the step.
     """
-    optimizer.zero_grad(set_to_none=True)
-    loss_sum, tokens, forward, backward = _accumulate(model, samples)
-    grad_norm = _gradient_norm(model, loss_sum)
-    learning_rate = _learning_rate(optimizer)
-    began = time.perf_counter()
-    optimizer.step()
-    optimizer_seconds = time.perf_counter() - began
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(
-        loss=loss_sum / tokens,
-        loss_sum=loss_sum,
-        tokens=tokens,
-        grad_norm=grad_norm,
-        update_norm=_measured(optimizer.last_update_norm),
-        learning_rate=learning_rate,
-        changed_fraction=_measured(optimizer.last_changed_fraction),
-        forward_seconds=forward,
-        backward_seconds=backward,
-        optimizer_seconds=optimizer_seconds,
-        optimizer_step=optimizer.step_count,
-    )
+    step = _Step(model, optimizer, samples, policy, before_batch)
+    free_gradients(model)
+    try:
+        with refusing_out_of_memory(step.batches, policy.token_budget):
+            return step.take()
+    finally:
+        free_gradients(model)
 
 
-def _learning_rate(optimizer: Apollo) -> float:
-    """What the next step takes, after warm-up; the same for all groups here."""
-    number = optimizer.step_count + 1
-    group = optimizer.param_groups[0]
-    return settings_for(group, number, optimizer.variant, optimizer.compat).lr
+def free_gradients(model: Any) -> None:
+    """Releases the gradients of all parameters, ties included."""
+    for parameter in model.parameters():
+        parameter.grad = None
 
 
-def _accumulate(model: Any, samples: Sequence[TokenizedSample]) -> tuple[float, int, float, float]:
-    """Gradients of all samples summed; returns loss sum, tokens, forward and backward seconds."""
-    total_weight = sum(
-        s.weight * (math.fsum(s.token_weights) if s.token_weights else len(s.continuation_ids))
-        for s in samples
-    )
-    loss_sum, tokens, forward, backward = 0.0, 0, 0.0, 0.0
-    for sample in samples:
-        loss = continuation_loss(model, sample)
+@dataclass
+class _Times:
+    forward: float = 0.0
+    backward: float = 0.0
+    optimizer: float = 0.0
+
+
+@dataclass
+class _Step:
+    model: Any
+    optimizer: Apollo
+    samples: Sequence[TokenizedSample]
+    policy: StepPolicy
+    before_batch: Callable[[], None]
+    times: _Times = field(default_factory=_Times)
+
+    def __post_init__(self) -> None:
+        mixing = mixing_of(self.model) if len(self.samples) > 1 else Mixing.ONE
+        self.batches = plan_batches(self.samples, self.policy.token_budget, mixing)
+        self.contexts = FrozenContexts(self.model)
+        self.weight = sum(total_weight(sample) for sample in self.samples)
+        self.params: list[Tensor] = [
+            param for group in self.optimizer.param_groups for param in group["params"]
+        ]
+        guard, dry_run = self.policy.guard, self.policy.dry_run
+        previews = dry_run or guard.max_update_ratio is not None
+        self.inspection = Inspection(self.optimizer, previews=previews)
+        self.full = self._full_gradients()
+
+    def _full_gradients(self) -> FullGradients:
+        if len(self.batches) > 1:
+            return "ACCUMULATION"
+        if has_ties(self.optimizer):
+            return "TIED_PARAMETERS"
+        return "" if self.policy.release else "REQUESTED"
+
+    def take(self) -> StepResult:
+        """Everything that may refuse, and then the write."""
+        loss_sum = self._keep_gradients() if self.full else 0.0
+        graph = None
+        if not self.full:
+            graph, loss_sum = self._try_gradients()
+        self._check_gradients()
+        skipped, learning_rate = self.optimizer.skipped_nonfinite, self._learning_rate()
+        if not self.policy.dry_run:
+            self._write(graph)
+        return self._result(loss_sum, learning_rate, self.optimizer.skipped_nonfinite - skipped)
+
+    def _keep_gradients(self) -> float:
+        """The gradients of all micro-batches summed; returns the sum of the losses."""
+        sums = []
+        for batch in self.batches:
+            weighted, loss_sum = self._forward(batch)
+            sums.append(loss_sum)
+            began = time.perf_counter()
+            torch.autograd.backward([weighted])
+            self.times.backward += time.perf_counter() - began
+        total = float(torch.stack(sums).sum())
+        self.policy.guard.check_loss(total / self.tokens)
+        for param in self.params:
+            self.inspection.add(param)
+        return total
+
+    def _try_gradients(self) -> tuple[Tensor, float]:
+        """The one micro-batch's graph, after a look at each of its gradients."""
+        weighted, loss_sum = self._forward(self.batches[0])
+        total = float(loss_sum)
+        self.policy.guard.check_loss(total / self.tokens)
         began = time.perf_counter()
-        torch.autograd.backward([loss.weighted / total_weight])
-        backward += time.perf_counter() - began
-        forward += loss.seconds
-        loss_sum, tokens = loss_sum + loss.loss_sum, tokens + loss.tokens
-    return loss_sum, tokens, forward, backward
+        keep = not self.policy.dry_run
+        trial_backward(weighted, self.params, self.inspection.add, keep_graph=keep)
+        self.times.backward += time.perf_counter() - began
+        return weighted, total
 
+    def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The micro-batch's part of the step's loss, and the sum of its losses: float64, 0-dim."""
+        self.before_batch()
+        loss = batch_loss(self.model, batch, self.contexts, self.weight)
+        self.times.forward += loss.seconds
+        return loss.weighted, loss.sums.double().sum()
 
-def _gradient_norm(model: Any, loss_sum: float) -> float:
-    """Norm of the whole gradient, not clipped; refuses what is not finite before any write."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = float(torch.linalg.vector_norm(torch.stack([_norm(g) for g in gradients])))
-    if not math.isfinite(loss_sum) or not math.isfinite(norm):
-        what = "loss" if not math.isfinite(loss_sum) else "gradient"
-        for parameter in model.parameters():
-            parameter.grad = None
-        raise UpdateRefused(
-            f"The {what} is not finite; this update was not written, the earlier ones of the run "
-            "were. Look at the sample, or lower the learning rate.",
-            reason=f"NONFINITE_{what.upper()}",
+    def _check_gradients(self) -> None:
+        guard = self.policy.guard
+        guard.check_gradient(self.inspection.grad_norm())
+        guard.check_update(self.inspection.update_norm(), self.inspection.weight_norm())
+
+    def _write(self, graph: Tensor | None) -> None:
+        began, inside = time.perf_counter(), 0.0
+        if graph is not None:
+            inside = write_backward(graph, self.params, self.optimizer)
+            self.times.backward += time.perf_counter() - began - inside
+            self.times.optimizer = inside
+            return
+        try:
+            self.optimizer.step()
+        except BaseException as error:
+            raise step_incomplete(error) from error
+        self.times.optimizer = time.perf_counter() - began
+
+    @property
+    def tokens(self) -> int:
+        """Continuation tokens of the step."""
+        return sum(len(sample.continuation_ids) for sample in self.samples)
+
+    def _learning_rate(self) -> float:
+        """What the next step takes, after warm-up; the same for all groups here."""
+        optimizer = self.optimizer
+        group, number = optimizer.param_groups[0], optimizer.step_count + 1
+        return settings_for(group, number, optimizer.variant, optimizer.compat).lr
+
+    def _update(self) -> tuple[float, float]:
+        """Norm of the update and the part of the elements that it changes, done or previewed."""
+        optimizer = self.optimizer
+        if self.policy.dry_run:
+            elements = sum(param.numel() for param in self.params)
+            return self.inspection.update_norm(), self.inspection.changed() / max(1, elements)
+        return _measured(optimizer.last_update_norm), _measured(optimizer.last_changed_fraction)
+
+    def _result(self, loss_sum: float, learning_rate: float, skipped: int) -> StepResult:
+        update_norm, changed_fraction = self._update()
+        return StepResult(
+            loss=loss_sum / self.tokens,
+            loss_sum=loss_sum,
+            tokens=self.tokens,
+            grad_norm=self.inspection.grad_norm(),
+            update_norm=update_norm,
+            learning_rate=learning_rate,
+            changed_fraction=changed_fraction,
+            forward_seconds=self.times.forward,
+            backward_seconds=self.times.backward,
+            optimizer_seconds=self.times.optimizer,
+            optimizer_step=self.optimizer.step_count,
+            micro_batches=len(self.batches),
+            full_gradients=self.full,
+            skipped_tensors=skipped,
         )
-    return norm
 
 
-def _measured(value: torch.Tensor | None) -> float:
+def _measured(value: Tensor | None) -> float:
     return 0.0 if value is None else float(value)
-
-
-def _norm(gradient: torch.Tensor) -> torch.Tensor:
-    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-    return norm

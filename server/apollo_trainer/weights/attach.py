@@ -16,6 +16,7 @@ from apollo_grpc.errors import Unavailable
 from apollo_trainer.weights import manifest as manifests
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, plan_checkpoint
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
+from apollo_trainer.weights.fixed_values import fill_fixed_values
 from apollo_trainer.weights.live_model import fill_with_views, meta_model
 from apollo_trainer.weights.mapping import Mapping, MemoryUse, map_buffers, measure
 from apollo_trainer.weights.producer import Producer
@@ -127,6 +128,7 @@ def attach(
     mappings = map_buffers(manifest.buffers)
     tensors = {name: mappings[live.buffer_id].view(live) for name, live in views.items()}
     fill_with_views(model, plan, tensors)
+    fill_fixed_values(model, plan, Path(manifest.model))
     attachment = Attachment(
         manifest.epoch,
         manifest.model,
@@ -186,8 +188,7 @@ def _verify(attachment: Attachment, sidecar: Sidecar) -> float:
             "WEIGHTS_COPIED",
             f"{memory.copied_bytes} bytes of parameters lie outside the shared memory.",
         )
-    vocabulary = attachment.model.get_input_embeddings().weight.shape[0]
-    tokens = probe_tokens(vocabulary, attachment.max_model_len)
+    tokens = probe_tokens(attachment.model, attachment.max_model_len)
     engine = _scores_when_resumed(sidecar, attachment.epoch, tokens)
     dtype = max((p.dtype for p in attachment.model.parameters()), key=lambda d: -d.itemsize)
     return require_agreement(log_probabilities(attachment.model, tokens), engine, dtype)

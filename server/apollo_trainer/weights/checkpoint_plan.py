@@ -7,7 +7,7 @@ says, by storage, offset and stride, which parameter it was cut from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,11 +36,13 @@ class CheckpointPlan:
     Attributes:
         roots: shape of each parameter, tied ones once.
         tied: second name of a parameter to its first.
+        fixed: checkpoint name of each persistent buffer to the buffer's; those are not trained.
     """
 
     roots: dict[str, tuple[int, ...]]
     tied: dict[str, str]
     tensors: tuple[CheckpointTensor, ...]
+    fixed: dict[str, str] = field(default_factory=dict)
 
     def request(self, epoch: str) -> pb.TraceCheckpointMapRequest:
         """The plan for the sidecar."""
@@ -90,12 +92,25 @@ def plan_checkpoint(model: Any) -> CheckpointPlan:
             roots[name] = parameter.detach()
         else:
             tied[name] = first
+    buffers = persistent_buffers(model)
+    buffer_name = {b.untyped_storage()._cdata: name for name, b in buffers.items()}
     with torch.no_grad(), _CopiesAsViews():  # type: ignore[no-untyped-call]
-        checkpoint: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(roots))
+        checkpoint: dict[str, torch.Tensor] = revert_weight_conversion(model, roots | buffers)
+    named = {name: buffer_name.get(t.untyped_storage()._cdata) for name, t in checkpoint.items()}
     tensors = tuple(
-        _planned(name, tensor, first_name) for name, tensor in sorted(checkpoint.items())
+        _planned(name, tensor, first_name)
+        for name, tensor in sorted(checkpoint.items())
+        if not named[name]
     )
-    return CheckpointPlan({n: tuple(t.shape) for n, t in roots.items()}, tied, tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in roots.items()}
+    fixed = {name: buffer for name, buffer in named.items() if buffer}
+    return CheckpointPlan(shapes, tied, tensors, fixed)
+
+
+def persistent_buffers(model: Any) -> dict[str, torch.Tensor]:
+    """Buffers that a checkpoint holds, by name."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def _planned(name: str, tensor: torch.Tensor, root_of: dict[int, str]) -> CheckpointTensor:

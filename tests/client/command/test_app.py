@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -26,7 +27,9 @@ def test_the_version_is_the_distributions():
 
 def test_help_names_every_command():
     told = apollo("--help").stdout
-    assert all(name in told for name in ("train", "status", "watch", "sync", "up"))
+    assert all(
+        name in told for name in ("train", "runs", "run", "cancel", "status", "watch", "sync", "up")
+    )
 
 
 @pytest.mark.parametrize("command", ["status", "watch", "sync"])
@@ -59,3 +62,32 @@ def test_a_reader_that_leaves_is_no_error(server):
             list(client.train([("a", "b")]))
         assert pipe.wait(20) == 0
         assert pipe.stderr.read() == ""
+
+
+def test_runs_are_listed_shown_followed_and_cancelled(server, tmp_path):
+    file = tmp_path / "facts.jsonl"
+    file.write_text('{"context": "The sea is", "continuation": " deep."}\n')
+    at = ("--address", server)
+    trained = apollo(*at, "train", str(file), "--epochs", "3", "--request-id", "r1", "--json")
+    assert trained.returncode == 0
+    again = apollo(*at, "train", str(file), "--epochs", "3", "--request-id", "r1", "--json")
+    assert again.stdout == trained.stdout
+    run_id = json.loads(trained.stdout.splitlines()[0])["run_id"]
+
+    listed = apollo(*at, "runs", "--state", "succeeded", "--limit", "1")
+    assert listed.stdout.startswith(run_id)
+    assert "3/3 steps" in listed.stdout
+    assert json.loads(apollo(*at, "runs", "--limit", "1", "--json").stdout)["run_id"] == run_id
+    shown = apollo(*at, "run", run_id).stdout
+    assert "samples    1" in shown and f"apollo watch {run_id}" in shown
+    assert apollo(*at, "watch", run_id, "--json").stdout == trained.stdout
+    rest = apollo(*at, "watch", run_id, "--after", "4", "--json").stdout
+    assert rest == "".join(trained.stdout.splitlines(keepends=True)[4:])
+    assert "succeeded" in apollo(*at, "cancel", run_id).stdout
+
+
+def test_an_unknown_run_is_told_in_words(server):
+    for command in ("run", "watch", "cancel"):
+        done = apollo("--address", server, command, "none")
+        assert done.returncode == 1
+        assert "apollo runs" in done.stderr and "Traceback" not in done.stderr

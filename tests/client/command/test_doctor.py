@@ -65,6 +65,15 @@ def test_the_cause_is_the_first_error_of_the_log(line):
     assert stated_cause(log) == "ValueError: no such layer"
 
 
+def test_the_cause_is_what_a_process_of_vllms_said_not_that_it_failed():
+    log = (
+        "subprocess.CalledProcessError: Command 'python' returned non-zero exit status 1.\n"
+        "RuntimeError: Error raised in subprocess:\n"
+        "ModuleNotFoundError: No module named 'torchvision'\n"
+    )
+    assert stated_cause(log) == "ModuleNotFoundError: No module named 'torchvision'"
+
+
 def test_a_log_without_an_error_is_said_to_have_none():
     assert stated_cause("INFO Error: rates were low\n") == "its log names no error"
 

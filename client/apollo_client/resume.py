@@ -1,0 +1,86 @@
+"""A run's events without a gap or a repeat, over lost connections and restarts of the server.
+
+What to ask next, and whether to ask again, decided once for both clients.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+from apollo_grpc.errors import ApolloError, DataLoss, Unavailable
+from apollo_grpc.v1 import training_pb2 as pb
+
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 2.0
+UNREACHABLE, STOPPING = "SERVER_UNREACHABLE", "SERVER_STOPPING"
+# How grpc says that the request never left.
+_NOT_SENT = "failed to connect"
+
+
+class Resume:
+    """Where a reader of one run is.
+
+    Args:
+        request: that began the run, or asked for its events.
+        seconds: for how long without an event a lost server is looked for; 0: not at all.
+    """
+
+    def __init__(self, request: pb.TrainRequest | pb.WatchRunRequest, seconds: float):
+        self._request, self._seconds = request, seconds
+        self._run_id, self._last = "", 0
+        if isinstance(request, pb.WatchRunRequest):
+            self._run_id, self._last = request.run_id, request.after_sequence
+        self._broken_at: float | None = None
+        self._wait = FIRST_WAIT_SECONDS
+        self._heard = self.ended = False
+
+    def request(self) -> pb.TrainRequest | pb.WatchRunRequest:
+        """What to ask now: `Train` until the run is known, and then `WatchRun`."""
+        if self._run_id:
+            return pb.WatchRunRequest(run_id=self._run_id, after_sequence=self._last)
+        return self._request
+
+    def take(self, event: pb.RunEvent) -> bool:
+        """Whether an event is the next one; one that was had already is not.
+
+        Raises DataLoss where events are missing before it.
+        """
+        self._heard, self._broken_at, self._wait = True, None, FIRST_WAIT_SECONDS
+        if event.sequence <= self._last:
+            return False
+        if event.sequence != self._last + 1:
+            raise DataLoss(
+                f"The events {self._last + 1} to {event.sequence - 1} of run {event.run_id} did "
+                "not come. The run itself goes on; 'apollo run' shows it.",
+                reason="EVENTS_MISSING",
+            )
+        self._run_id, self._last = event.run_id, event.sequence
+        self.ended = event.HasField("finished")
+        return True
+
+    def wait_after(self, error: ApolloError | None) -> float:
+        """Seconds to wait before asking again; None is a stream that ended before the run did.
+
+        Raises the error where asking again makes no sense, or was tried for long enough.
+        """
+        error = error or Unavailable("The stream ended before the run did.", reason=UNREACHABLE)
+        now = time.monotonic()
+        if not self._is_passing(error):
+            raise error
+        self._broken_at = self._broken_at or now
+        left = self._broken_at + self._seconds - now
+        if left <= 0:
+            raise error
+        wait = min(left, self._wait * random.uniform(0.5, 1.0))
+        self._wait = min(LONGEST_WAIT_SECONDS, self._wait * 2)
+        return wait
+
+    def _is_passing(self, error: ApolloError) -> bool:
+        """Whether the server may be back: a request that it may have had is asked for again."""
+        if not isinstance(error, Unavailable):
+            return False
+        if self._heard or self._broken_at or error.reason == STOPPING:
+            return True
+        cause: Any = error.metadata.get("cause", "")
+        return error.reason == UNREACHABLE and _NOT_SENT not in cause

@@ -1,0 +1,185 @@
+"""The one thread that writes the ledger: what waits is committed together, and then told.
+
+Whoever appends never waits for the disk. A commit begins at once, or soon after the one before it,
+so that an event is on disk within a tenth of a second while steps of a millisecond share commits.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from apollo_grpc.errors import FailedPrecondition
+from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.runs.ledger import Acceptance, write_events
+from apollo_trainer.runs.ledger_file import LedgerFile
+from apollo_trainer.runs.retention import Retention
+
+log = logging.getLogger(__name__)
+COMMIT_SECONDS = 0.02
+RETRY_SECONDS = 0.5
+RETENTION_SECONDS = 10.0
+
+
+class EventSink(Protocol):
+    """Whose events these are: told what became of them, on the writer's thread."""
+
+    def committed(self, sequence: int) -> None:
+        """Everything up to this sequence is on disk."""
+
+    def not_written(self, error: str) -> None:
+        """The disk refuses; the events are kept in memory, and tried again."""
+
+
+@dataclass(frozen=True)
+class _Event:
+    sink: EventSink
+    event: pb.RunEvent
+
+
+@dataclass(frozen=True)
+class _Accept:
+    acceptance: Acceptance
+    done: Future[None]
+
+
+class LedgerWriter:
+    """Writes until `stop`. Closes the file at the end."""
+
+    def __init__(self, file: LedgerFile, retention: Retention):
+        self._file, self._retention = file, retention
+        self._waiting: deque[_Event | _Accept] = deque()
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._retained_at, self._more_to_remove = time.monotonic(), False
+        self._thread = threading.Thread(target=self._work, name="ledger", daemon=True)
+        self._thread.start()
+
+    def accept(self, acceptance: Acceptance) -> Future[None]:
+        """Resolved once the run is on disk; FailedPrecondition where it cannot be."""
+        future: Future[None] = Future()
+        self._put(_Accept(acceptance, future))
+        return future
+
+    def append(self, sink: EventSink, event: pb.RunEvent) -> None:
+        """Has one event written; `sink` is told. Events of one run arrive in order."""
+        self._put(_Event(sink, event))
+
+    def _put(self, entry: _Event | _Accept) -> None:
+        with self._changed:
+            self._waiting.append(entry)
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            began = time.monotonic()
+            error = self._commit(batch)
+            if error is None:
+                self._tell(batch)
+                self._retain()
+                self._pause(COMMIT_SECONDS - (time.monotonic() - began))
+                continue
+            log.error("the ledger was not written: %s", error)
+            self._keep(batch, error)
+            if self._stopped:
+                return
+            self._pause(RETRY_SECONDS)
+
+    def _next_batch(self) -> list[_Event | _Accept]:
+        """All that waits, once anything does; empty at the end."""
+        with self._changed:
+            while not self._waiting and not self._stopped:
+                idle = COMMIT_SECONDS if self._more_to_remove else RETENTION_SECONDS
+                if not self._changed.wait(idle):
+                    self._retain()
+            batch = list(self._waiting)
+            self._waiting.clear()
+            return batch
+
+    def _pause(self, seconds: float) -> None:
+        """Lets events gather; whoever waits for an answer is not held up, nor is the end."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while not self._stopped and (left := deadline - time.monotonic()) > 0:
+                if any(isinstance(entry, _Accept) for entry in self._waiting):
+                    return
+                self._changed.wait(left)
+
+    def _commit(self, batch: list[_Event | _Accept]) -> sqlite3.Error | None:
+        connection = self._file.writer
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            for entry in batch:
+                if isinstance(entry, _Accept):
+                    entry.acceptance.write(connection)
+            events = [entry.event for entry in batch if isinstance(entry, _Event)]
+            write_events(connection, events)
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            return error
+        return None
+
+    def _tell(self, batch: list[_Event | _Accept]) -> None:
+        committed: dict[EventSink, int] = {}
+        for entry in batch:
+            if isinstance(entry, _Accept):
+                entry.done.set_result(None)
+            else:
+                committed[entry.sink] = entry.event.sequence
+        for sink, sequence in committed.items():
+            _guarded(sink.committed, sequence)
+
+    def _keep(self, batch: list[_Event | _Accept], error: sqlite3.Error) -> None:
+        """Whoever waits is refused; events are tried again, with those that came meanwhile."""
+        events = [entry for entry in batch if isinstance(entry, _Event)]
+        with self._changed:
+            self._waiting.extendleft(reversed(events))
+        for entry in batch:
+            if isinstance(entry, _Accept):
+                entry.done.set_exception(_refusal(error))
+        for sink in {entry.sink for entry in events}:
+            _guarded(sink.not_written, str(error))
+
+    def _retain(self) -> None:
+        now = time.monotonic()
+        if not self._more_to_remove and now - self._retained_at < RETENTION_SECONDS:
+            return
+        self._retained_at = now
+        try:
+            self._more_to_remove = self._retention.apply(self._file.writer)
+        except sqlite3.Error as error:
+            log.warning("old events could not be removed from the ledger: %s", error)
+            self._more_to_remove = False
+
+    def stop(self) -> None:
+        """Writes what waits, and ends."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join()
+        self._file.close()
+
+
+def _guarded(tell: Callable[[Any], None], what: object) -> None:
+    try:
+        tell(what)
+    except Exception:
+        # The thread that writes for every run must not end for one.
+        log.exception("a reader of the ledger failed")
+
+
+def _refusal(error: sqlite3.Error) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"The ledger cannot be written ({error}); the run was not taken, and nothing was done. "
+        "Runs at work go on. Make room in the server's state folder, then send the run again.",
+        reason="LEDGER_NOT_WRITTEN",
+    )

@@ -1,0 +1,147 @@
+"""From a step's samples to micro-batches: which samples run in one forward, over which contexts.
+
+The frozen context of a sample is its context without the last token, which runs with the
+continuation. Samples of one frozen context share its keys and values: it runs once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+from apollo_trainer.training.samples import TokenizedSample
+
+TokenIds = tuple[int, ...]
+# A context token leaves its keys and values only; a learned one leaves every layer's activations
+# and a row of logits.
+CONTEXT_TOKENS_PER_LEARNED = 16
+
+
+class Mixing(IntEnum):
+    """What one forward of a model may hold, from least to most."""
+
+    ONE = 0
+    SAME_LENGTH = 1  # samples whose frozen contexts are equally long
+    PADDED = 2  # any samples, shorter contexts padded on their left
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples of one forward; a row each.
+
+    Attributes:
+        indices: of the samples in the step.
+        contexts: distinct frozen contexts; (()) where there is none.
+        context_rows: which of them each sample continues.
+        keeps_contexts: the next micro-batch continues the same ones.
+    """
+
+    samples: tuple[TokenizedSample, ...]
+    indices: tuple[int, ...]
+    contexts: tuple[TokenIds, ...]
+    context_rows: tuple[int, ...]
+    keeps_contexts: bool = False
+
+    @property
+    def context_width(self) -> int:
+        """Tokens of the longest frozen context."""
+        return max(map(len, self.contexts))
+
+    @property
+    def learned_width(self) -> int:
+        """Tokens of the longest continuation."""
+        return max(len(sample.continuation_ids) for sample in self.samples)
+
+    @property
+    def learned_tokens(self) -> int:
+        """Continuation tokens with their padding: what the budget bounds."""
+        return len(self.samples) * self.learned_width
+
+
+def frozen_context(sample: TokenizedSample) -> TokenIds:
+    """What runs without gradient; empty for a context of one token."""
+    return sample.context_ids[:-1]
+
+
+def plan_batches(
+    samples: Sequence[TokenizedSample], token_budget: int, mixing: Mixing
+) -> list[MicroBatch]:
+    """Cuts a step into micro-batches; a frozen context is in one of them, or in a row of them.
+
+    Args:
+        token_budget: learned tokens of a micro-batch, padding included; of context tokens it may
+            hold 16 times as many. A sample larger than that gets a micro-batch of its own.
+    """
+    groups: dict[TokenIds, list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(frozen_context(sample), []).append(index)
+    planner = _Planner(samples, token_budget, mixing)
+    # Contexts of like length next to each other, so that little is padded.
+    for frozen in sorted(groups, key=len):
+        planner.add(groups[frozen])
+    batches = [planner.batch(indices) for indices in planner.cut()]
+    following = [*batches[1:], None]
+    return [
+        replace(batch, keeps_contexts=after is not None and after.contexts == batch.contexts)
+        for batch, after in zip(batches, following, strict=True)
+    ]
+
+
+class _Planner:
+    def __init__(self, samples: Sequence[TokenizedSample], token_budget: int, mixing: Mixing):
+        self._samples, self._budget, self._mixing = samples, token_budget, mixing
+        self._done: list[list[int]] = []
+        self._open: list[int] = []
+
+    def add(self, group: list[int]) -> None:
+        """Takes the samples of one frozen context."""
+        group = sorted(group, key=lambda index: len(self._samples[index].continuation_ids))
+        if self._open and not self._fits([*self._open, *group]):
+            self._close()
+        if self._fits([*self._open, *group]):
+            self._open += group
+            return
+        for index in group:
+            if self._open and not self._fits([*self._open, index]):
+                self._close()
+            self._open.append(index)
+        # Another context beside a part of a group would make that group's context run twice.
+        self._close()
+
+    def cut(self) -> list[list[int]]:
+        """The micro-batches, as indices of their samples."""
+        if self._open:
+            self._close()
+        return self._done
+
+    def batch(self, indices: list[int]) -> MicroBatch:
+        """One micro-batch of these samples."""
+        samples = tuple(self._samples[index] for index in indices)
+        rows: dict[TokenIds, int] = {}
+        of_sample = tuple(rows.setdefault(frozen_context(s), len(rows)) for s in samples)
+        return MicroBatch(samples, tuple(indices), tuple(rows), of_sample)
+
+    def _close(self) -> None:
+        self._done.append(self._open)
+        self._open = []
+
+    def _fits(self, indices: list[int]) -> bool:
+        if len(indices) > 1 and self._mixing is Mixing.ONE:
+            return False
+        contexts = [len(frozen_context(self._samples[index])) for index in indices]
+        if len(set(contexts)) > 1 and not (self._mixing is Mixing.PADDED and min(contexts) > 0):
+            # A row of nothing but padding attends to nothing.
+            return False
+        learned = max(len(self._samples[index].continuation_ids) for index in indices)
+        return len(indices) == 1 or (
+            len(indices) * learned <= self._budget
+            and len(indices) * max(contexts) <= self._budget * CONTEXT_TOKENS_PER_LEARNED
+        )
+
+
+def rows_of(batch: MicroBatch) -> Iterator[tuple[TokenIds, TokenIds]]:
+    """Of each sample: the token ids that run with gradient, and the ids that they predict."""
+    for sample in batch.samples:
+        inputs = (sample.context_ids[-1], *sample.continuation_ids[:-1])
+        yield inputs, sample.continuation_ids

@@ -1,0 +1,46 @@
+"""Does the model continue from a frozen context as if it had read it? Asked before any training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from apollo_trainer.training.loss import continuation_logits
+from apollo_trainer.weights.manifest import refusal
+from apollo_trainer.weights.verify import TOLERANCE_NATS, log_probabilities
+
+
+@torch.no_grad()
+def require_frozen_context(model: Any, token_ids: list[int]) -> float:
+    """Compares the second half of the tokens after a frozen first half with one whole pass.
+
+    Some classes of transformers start anew after a cache of more than one token (Jamba, Mamba in
+    5.19): a run would then learn the continuation of nothing.
+
+    Returns the largest difference of a token's log-probability, in nats. Raises FailedPrecondition
+    when it is more than the dtype explains.
+    """
+    half = len(token_ids) // 2
+    context, continuation = tuple(token_ids[:half]), tuple(token_ids[half:])
+    whole = log_probabilities(model, token_ids)[half - 1 :]
+    try:
+        logits = continuation_logits(model, context, continuation).float().cpu()
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise refusal(
+            "CONTEXT_UNSUPPORTED",
+            f"transformers' {type(model).__name__} does not read on after a frozen context "
+            f"({type(error).__name__}: {error}).",
+        ) from error
+    targets = torch.tensor(continuation)[:, None]
+    continued = torch.log_softmax(logits, -1).gather(1, targets)[:, 0]
+    difference = float((continued - whole).abs().max())
+    dtype = max((p.dtype for p in model.parameters()), key=lambda d: -d.itemsize)
+    if not difference <= TOLERANCE_NATS[dtype]:
+        raise refusal(
+            "CONTEXT_UNSUPPORTED",
+            f"transformers' {type(model).__name__} forgets a frozen context: what it continues is "
+            f"{difference:.3g} nats from what it says of the whole text (at most "
+            f"{TOLERANCE_NATS[dtype]:g}).",
+        )
+    return difference

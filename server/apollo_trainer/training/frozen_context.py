@@ -1,0 +1,136 @@
+"""The forward passes of a micro-batch: contexts without gradient, continuations over them with it.
+
+Contexts are padded on their left and continuations on their right, so that a row's real tokens
+are neighbours, which is what sliding windows count in. A token never attends to the padding on
+its right, and the mask hides that on its left. Only public arguments of transformers' models and
+caches are used.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from apollo_trainer.training.batch import MicroBatch, TokenIds, rows_of
+
+PADDING_ID = 0  # what stands there is never seen: any token does
+# What transformers' classes call the thing that continues a text, in answers and arguments.
+CACHES = ("past_key_values", "cache_params")
+
+
+@dataclass
+class FrozenContexts:
+    """Keys and values of the contexts at hand, under the weights as they are now.
+
+    Made anew for each step: after an update they would be those of older weights.
+    """
+
+    model: Any
+    _contexts: tuple[TokenIds, ...] = ()
+    _caches: dict[str, Any] = field(default_factory=dict)
+
+    def rows_for(self, batch: MicroBatch) -> dict[str, Any]:
+        """Caches by argument, one row for each sample, for one forward; none where none is frozen.
+
+        A forward changes the cache that it is given, also with use_cache=False: what another
+        micro-batch needs is copied before.
+        """
+        if not batch.context_width:
+            return {}
+        if batch.contexts != self._contexts:
+            self._contexts, self._caches = batch.contexts, _run(self.model, batch)
+        caches = copy.deepcopy(self._caches) if batch.keeps_contexts else self._caches
+        if not batch.keeps_contexts:
+            self._contexts, self._caches = (), {}
+        if batch.context_rows != tuple(range(len(batch.contexts))):
+            rows = torch.tensor(batch.context_rows, device=self.model.device)
+            for cache in caches.values():
+                cache.batch_select_indices(rows)
+        return {name: for_backward(cache) for name, cache in caches.items()}
+
+
+def caches_of(answer: Any) -> dict[str, Any]:
+    """The caches in a model's answer, by the argument that takes them back."""
+    return {name: answer[name] for name in CACHES if answer.get(name) is not None}
+
+
+def for_backward(cache: Any) -> Any:
+    """The cache of a context, made fit for a forward with gradient; returns it.
+
+    Recurrent states are overwritten at the end of a forward whose backward still needs them;
+    taken as not made yet, they are written to new memory.
+    """
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            made = layer.is_recurrent_states_initialized
+            made.update(dict.fromkeys(made, False))
+    return cache
+
+
+def batch_logits(model: Any, batch: MicroBatch, contexts: FrozenContexts) -> Tensor:
+    """Logits that predict each continuation token: [samples, learned_width, V].
+
+    Beyond a sample's own continuation they mean nothing.
+    """
+    caches = contexts.rows_for(batch)
+    inputs = [inputs for inputs, _ in rows_of(batch)]
+    ids = _pad(inputs, batch.learned_width, model.device)
+    layout = _continuation_layout(batch, inputs, model.device)
+    logits: Tensor = model(ids, use_cache=bool(caches), **caches, **layout).logits
+    return logits
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """Left padding of contexts: what a model must be told about it."""
+
+    lengths: Tensor = field(repr=False)  # [rows]
+    width: int
+
+    def mask(self) -> Tensor:
+        """1 at real tokens: [rows, width]."""
+        places = torch.arange(self.width, device=self.lengths.device)
+        return (places >= self.width - self.lengths[:, None]).long()
+
+
+def _run(model: Any, batch: MicroBatch) -> dict[str, Any]:
+    """The caches of a micro-batch's distinct contexts, a row each."""
+    width, device = batch.context_width, model.device
+    ids = torch.tensor(
+        [(PADDING_ID,) * (width - len(c)) + c for c in batch.contexts], device=device
+    )
+    layout = {}
+    if any(len(context) < width for context in batch.contexts):
+        padded = _Padded(torch.tensor([len(c) for c in batch.contexts], device=device), width)
+        mask = padded.mask()
+        layout = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    with torch.no_grad():
+        return caches_of(model(ids, use_cache=True, logits_to_keep=1, **layout))
+
+
+def _continuation_layout(
+    batch: MicroBatch, inputs: list[TokenIds], device: Any
+) -> dict[str, Tensor]:
+    """Mask and positions of the rows; none where no context is padded: the model's own then do."""
+    width = batch.context_width
+    if all(len(context) == width for context in batch.contexts):
+        return {}
+    rows = [len(batch.contexts[row]) for row in batch.context_rows]
+    padded = _Padded(torch.tensor(rows, device=device), width)
+    places = torch.arange(batch.learned_width, device=device).expand(len(rows), -1)
+    last = torch.tensor([len(ids) - 1 for ids in inputs], device=device)
+    # Positions of padding stay within what a sample of its own reaches: a table of positions
+    # ends there.
+    positions = padded.lengths[:, None] + torch.minimum(places, last[:, None])
+    mask = torch.cat([padded.mask(), torch.ones_like(places)], dim=1)
+    return {"attention_mask": mask, "position_ids": positions}
+
+
+def _pad(rows: list[TokenIds], width: int, device: Any) -> Tensor:
+    padded = [row + (PADDING_ID,) * (width - len(row)) for row in rows]
+    return torch.tensor(padded, device=device)

@@ -1,0 +1,87 @@
+"""What refuses an update before any of it is written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from apollo_grpc.errors import FailedPrecondition, FieldViolation, InvalidArgument
+from apollo_grpc.v1 import training_pb2 as pb
+
+FIELD = "spec.guard"
+LIMITS = ("max_loss", "max_grad_norm", "max_update_ratio")
+
+
+class UpdateRefused(FailedPrecondition):
+    """The guard refused an update; the weights and the optimizer are as before the step."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Limits of a run; None is none. A loss or gradient that is not finite is always refused.
+
+    Attributes:
+        max_loss: of a step's mean loss a token, in nats.
+        max_grad_norm: of the norm of the whole gradient.
+        max_update_ratio: of the norm of what a step would add to the weights, as stored, over
+            the norm of the weights that have a gradient.
+    """
+
+    max_loss: float | None = None
+    max_grad_norm: float | None = None
+    max_update_ratio: float | None = None
+
+    def check_loss(self, loss: float) -> None:
+        """Raises UpdateRefused with NONFINITE_LOSS or GUARD_MAX_LOSS."""
+        if not math.isfinite(loss):
+            raise _not_finite("loss")
+        _check("max_loss", "mean loss", loss, self.max_loss)
+
+    def check_gradient(self, norm: float) -> None:
+        """Raises UpdateRefused with NONFINITE_GRADIENT or GUARD_MAX_GRAD_NORM."""
+        if not math.isfinite(norm):
+            raise _not_finite("gradient")
+        _check("max_grad_norm", "gradient's norm", norm, self.max_grad_norm)
+
+    def check_update(self, update_norm: float, weight_norm: float) -> None:
+        """Raises UpdateRefused with GUARD_MAX_UPDATE_RATIO."""
+        if self.max_update_ratio is None or update_norm == 0:
+            return
+        ratio = update_norm / weight_norm if weight_norm else math.inf
+        _check("max_update_ratio", "update's norm over that of the weights", ratio,
+               self.max_update_ratio)  # fmt: skip
+
+
+def read_guard(guard: pb.Guard) -> Guard:
+    """The limits of a request. Raises InvalidArgument with the path of each wrong field."""
+    given = {n: getattr(guard, n) for n in LIMITS if guard.HasField(n)}  # type: ignore[arg-type]
+    wrong = [
+        FieldViolation(f"{FIELD}.{name}", f"is {value:g}; it must be finite and above 0")
+        for name, value in given.items()
+        if not (math.isfinite(value) and value > 0)
+    ]
+    if wrong:
+        raise InvalidArgument(
+            f"{wrong[0].field}: {wrong[0].description}", violations=wrong, reason="GUARD_INVALID"
+        )
+    return Guard(**given)
+
+
+def _check(name: str, what: str, measured: float, limit: float | None) -> None:
+    if limit is None or measured <= limit:
+        return
+    raise UpdateRefused(
+        f"The {what} is {measured:.6g}; the guard's {name} is {limit:g}. This update was not "
+        "written, the earlier ones of the run were. Look at the sample, lower the learning rate, "
+        "or raise the limit.",
+        reason=f"GUARD_{name.upper()}",
+        metadata={"guard": name, "measured": repr(measured), "limit": repr(limit)},
+    )
+
+
+def _not_finite(what: str) -> UpdateRefused:
+    return UpdateRefused(
+        f"The {what} is not finite; this update was not written, the earlier ones of the run "
+        "were. Look at the sample, or lower the learning rate.",
+        reason=f"NONFINITE_{what.upper()}",
+    )

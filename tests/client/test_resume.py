@@ -1,0 +1,120 @@
+"""A run's events over lost connections: none missing, none twice, and an end to the waiting."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apollo_client.resume import LONGEST_WAIT_SECONDS, Resume
+from apollo_grpc.errors import DataLoss, InvalidArgument, NotFound, Unavailable
+from apollo_grpc.v1 import training_pb2 as pb
+from tests.server_process import ServerProcess, served
+
+SAMPLE = ("The sea is", " deep.")
+LOST = Unavailable("gone", reason="SERVER_UNREACHABLE", metadata={"cause": "Socket closed"})
+REFUSED = Unavailable(
+    "none", reason="SERVER_UNREACHABLE", metadata={"cause": "failed to connect to all addresses"}
+)
+NO_ENGINE = Unavailable("no engine", reason="ENGINE_NOT_ATTACHED")
+
+
+def event(sequence: int) -> pb.RunEvent:
+    return pb.RunEvent(run_id="r", sequence=sequence)
+
+
+def resume(seconds: float = 60.0) -> Resume:
+    return Resume(pb.TrainRequest(request_id="q"), seconds)
+
+
+@given(st.lists(st.integers(1, 8), max_size=12))
+def test_whatever_is_sent_again_is_taken_once_and_in_order(rewinds: list[int]) -> None:
+    state, taken = resume(), []
+    for start in [1, *rewinds, 1]:
+        # A server sends from any event that it has sent before, or from the next one.
+        for sequence in range(min(start, len(taken) + 1), len(taken) + 3):
+            if state.take(event(sequence)):
+                taken.append(sequence)
+    assert taken == list(range(1, len(taken) + 1))
+
+
+def test_a_missing_event_is_no_silence() -> None:
+    state = resume()
+    state.take(event(1))
+    with pytest.raises(DataLoss, match="2 to 3"):
+        state.take(event(4))
+
+
+def test_it_asks_for_the_run_once_it_knows_it_and_only_for_the_rest() -> None:
+    state = resume()
+    assert state.request() == pb.TrainRequest(request_id="q")
+    state.take(event(1))
+    state.take(event(2))
+    assert state.request() == pb.WatchRunRequest(run_id="r", after_sequence=2)
+
+
+@pytest.mark.parametrize("error", [REFUSED, NO_ENGINE, InvalidArgument("no"), NotFound("no")])
+def test_a_first_call_that_cannot_be_is_no_reason_to_wait(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        resume().wait_after(error)
+
+
+def test_a_call_that_the_server_may_have_had_is_made_again_until_the_time_is_up() -> None:
+    state = resume(seconds=0.3)
+    waits = [state.wait_after(LOST)]
+    with pytest.raises(Unavailable):
+        while True:
+            time.sleep(waits[-1])
+            waits.append(state.wait_after(NO_ENGINE))
+    assert all(0 < wait <= LONGEST_WAIT_SECONDS for wait in waits)
+    assert sum(waits) < 0.4
+
+
+def test_after_an_event_the_time_begins_anew() -> None:
+    state = resume(seconds=0.2)
+    state.wait_after(LOST)
+    time.sleep(0.25)
+    state.take(event(1))
+    assert state.wait_after(LOST) > 0
+
+
+def test_zero_seconds_is_no_retry() -> None:
+    with pytest.raises(Unavailable):
+        resume(seconds=0).wait_after(LOST)
+
+
+@pytest.fixture(scope="module")
+def server_process(tiny_model: Path) -> Iterator[ServerProcess]:
+    with served(tiny_model, APOLLO_LEASE_SECONDS="1") as server:
+        yield server
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_reader_reads_on_when_the_server_is_back(
+    connect, server_process: ServerProcess, number: signal.Signals
+) -> None:
+    server_process.wait_attached()
+
+    def end_and_start() -> None:
+        server_process.wait_for_steps(3)
+        server_process.end(number)
+        time.sleep(0.5)
+        server_process.start()
+
+    killer = threading.Thread(target=end_and_start)
+    killer.start()
+    told = connect(server_process.address).train([SAMPLE], epochs=100_000)
+    killer.join()
+    assert [e.sequence for e in told] == list(range(1, len(told) + 1))
+    reason = {signal.SIGKILL: "INTERRUPTED", signal.SIGTERM: "SERVER_STOPPED"}[number]
+    assert told[-1].finished.failure.reason == reason
+    reached = server_process.wait_attached().optimizer_step
+    steps = [e.step for e in told if e.HasField("step")]
+    assert steps[-1].optimizer_step == reached
+    assert steps[-1].step == told[-1].finished.steps_done
