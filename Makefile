@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHON
 
-.PHONY: help install demo test soak models check protos lock clean
+.PHONY: help install demo test test-vllm soak models check protos lock clean
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: ## Make the virtual environment, or bring it up to date
 	@.ci/install .venv
@@ -26,6 +26,10 @@ models: install ## Try some 75 model families with real vLLM, and write docs/mod
 	@$(BIN)/python -m pytest tests/vllm/test_families.py tests/vllm/sweep_models.py; tried=$$?; \
 		$(BIN)/python -m tests.vllm.models_table && exit $$tried
 
+test-vllm: ## Test the sidecar on another release of vLLM: make test-vllm VLLM=0.26.0
+	@.ci/install-vllm $(VLLM)
+	@.venv-vllm-$(VLLM)/bin/python -m pytest tests/sidecar tests/weights tests/vllm
+
 check: install ## Lint, types, contract, and that the checked-in stubs are the generated ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +47,4 @@ lock: ## Resolve .ci/lock.txt anew (needs uv)
 		--no-emit-index-url --no-emit-package apollo-grpc --overrides .ci/overrides.txt .ci/lock.in -o .ci/lock.txt
 
 clean: ## Remove what the other targets made
-	rm -rf .venv .venv-protos build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-protos .venv-vllm-* build .mypy_cache .ruff_cache .pytest_cache

@@ -6,12 +6,14 @@ what they point to moves, once, before profiling and compilation bake addresses 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 from typing import Any
 
 import torch
 
+from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_sidecar.live_weights import (
     Group,
@@ -40,6 +42,7 @@ class MemfdWeights(LiveWeights):
             for offset, group in zip(offsets, groups, strict=True)
             for entry in self._move(offset, group)
         ]
+        _release_freed_memory()
 
     def _move(self, offset: int, group: Group) -> list[LiveTensor]:
         """Copies one old storage into the buffer and points its tensors there."""
@@ -65,6 +68,17 @@ class MemfdWeights(LiveWeights):
         return [pb.Buffer(buffer_id=0, size_bytes=self.size_bytes, memfd=handle)]
 
 
+def _release_freed_memory() -> None:
+    """Gives what the old storages leave to the system, where libc can (malloc_trim(3)).
+
+    Otherwise the heap keeps the pages of matrices below 32 MB, and vLLM is as large as with two
+    copies of them.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _bytes(storage: torch.UntypedStorage, offset: int, size: int) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, offset, (size,), (1,))
 
@@ -83,8 +97,18 @@ def _sealed_memfd(size: int) -> int:
     """An anonymous file of `size` bytes that no one can shrink.
 
     Without the seal a truncation by any holder would end both processes with SIGBUS.
+
+    Raises FailedPrecondition when the system does not give so large a file.
     """
     fd = os.memfd_create("apollo-live-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, size)
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        os.close(fd)
+        raise FailedPrecondition(
+            f"{size} bytes of shared memory are not to be had ({error.strerror}); raise the limit "
+            "on file sizes (ulimit -f) and start vLLM again",
+            reason="SHARED_MEMORY_REFUSED",
+        ) from error
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     return fd

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from apollo_client import ApolloClient
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import status_pb2
-from tests.vllm.families import FAMILIES
+from tests.vllm.families import FAMILIES, Family
 
 START_SECONDS = 240
 
@@ -29,8 +29,8 @@ START_SECONDS = 240
 class Stack:
     """One model directory with its vLLM and its training server as child processes."""
 
-    def __init__(self, folder: Path, family: str):
-        self.folder, self.name, self.family = folder, family, FAMILIES[family]
+    def __init__(self, folder: Path, name: str, family: Family | None = None):
+        self.folder, self.name, self.family = folder, name, family or FAMILIES[name]
         self.model = self.family.write(folder / "model")
         self.state = folder / "state"
         self.address = f"unix:{self.state}/training.sock"

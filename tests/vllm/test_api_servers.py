@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from vllm.outputs import CompletionOutput
 
+from apollo_grpc.errors import Unavailable
+from apollo_grpc.v1 import status_pb2
+from apollo_grpc.v1 import training_pb2 as pb
 from tests.vllm.conftest import Stack
 
 pytestmark = pytest.mark.vllm
@@ -24,7 +29,8 @@ PID = r"ApiServer_\d+ pid=(\d+)"
 def stack(tmp_path_factory):
     stack = Stack(tmp_path_factory.mktemp("a"), "qwen3")
     stack.start_server()
-    stack.start_vllm("--api-server-count", "2", *(["--enable-scale-out"] if STAMPS else []))
+    stamps = ["--enable-scale-out"] if STAMPS else []
+    stack.start_vllm("--api-server-count", "2", "--enable-log-requests", *stamps)
     stack.wait_attached()
     yield stack
     stack.end("server")
@@ -45,7 +51,7 @@ def scores_of_both_servers(stack: Stack) -> list[torch.Tensor]:
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
             scores += pool.map(stack.engine_logprobs, [IDS] * 8)
-            if len(pids_that_log(stack, "POST /v1/completions")) == 2:
+            if len(pids_that_log(stack, "Received request")) == 2:
                 return scores
     pytest.fail(f"one server answered all requests:\n{stack.tail('vllm')}")
 
@@ -55,3 +61,49 @@ def test_one_server_has_the_sidecar_and_the_other_says_so_and_no_more(stack):
     waiting = pids_that_log(stack, "apollo: another API server of this engine serves the sidecar")
     assert (len(serving), len(waiting), serving & waiting) == (1, 1, set())
     assert "Traceback" not in stack.log("vllm")
+
+
+def test_requests_of_both_servers_wait_for_a_run_and_see_what_it_learned(stack):
+    before = directory_scores(stack)
+    stream = stack.client.train([SAMPLE], epochs=20, lr=3e-3)
+    while not next(stream).HasField("step"):
+        pass
+    during = scores_of_both_servers(stack)
+    *_, last = stream
+    assert last.finished.state == pb.RUN_STATE_SUCCEEDED
+    stack.client.sync()
+    after = directory_scores(stack)
+    assert float((after - before).abs().max()) > 0.1
+    for scores in during + scores_of_both_servers(stack):
+        assert float((scores - after).abs().max()) < TOLERANCE_NATS
+
+
+def test_an_answer_says_with_which_weights_it_was_made(stack):
+    """Where vLLM has the feature (not in 0.26): at its token endpoint, with --enable-scale-out."""
+    list(stack.client.train([SAMPLE], epochs=2))
+    version = stack.client.status().weight_version
+    assert version > 0
+    if STAMPS:
+        body = {"token_ids": IDS, "sampling_params": {"max_tokens": 5, "ignore_eos": True}}
+        (choice,) = stack.post("/inference/v1/generate", body)["choices"]
+        assert choice["weight_versions"] == [{"version": str(version), "start": 0, "end": 5}]
+
+
+def test_when_the_server_with_the_sidecar_ends_nothing_stays_half_alive(stack):
+    """vLLM ends as a whole unless it sees the exit status 0 in time; then the other one serves."""
+    before = stack.client.status().engine_epoch
+    (elected,) = pids_that_log(stack, "apollo: the sidecar listens on")
+    os.kill(elected, signal.SIGTERM)
+
+    def succeeded() -> bool:
+        status = stack.client.status()
+        attached = status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED
+        return attached and status.engine_epoch != before
+
+    stack.wait_for(lambda: stack.vllm.poll() is not None or succeeded(), "an end or a successor")
+    if succeeded():
+        *_, last = stack.client.train([SAMPLE], epochs=2)
+        assert last.finished.state == pb.RUN_STATE_SUCCEEDED
+    else:
+        with pytest.raises(Unavailable, match="VLLM_PLUGINS=apollo"):
+            list(stack.client.train([SAMPLE]))
