@@ -46,8 +46,12 @@ def event_line(event: training_pb2.RunEvent) -> str:
         "step": lambda e: (
             f"step {e.step}  loss {e.loss:.4f}  grad norm {e.grad_norm:.3g}  "
             f"lr {e.learning_rate:.3g}  {_milliseconds(e):.0f} ms"
+            f"{'  (dry run)' if e.dry_run else ''}"
         ),
-        "evaluated": lambda e: "loss of each sample: " + " ".join(f"{x:.4f}" for x in e.losses),
+        "evaluated": lambda e: (
+            f"loss of each sample {'after' if e.after_training else 'before'}: "
+            + " ".join(f"{x:.4f}" for x in e.losses)
+        ),
         "checkpoint": lambda e: (
             f"Apollo state on disk: step {e.optimizer_step}, {e.size_bytes / MIB:.1f} MiB"
         ),
