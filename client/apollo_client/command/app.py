@@ -98,6 +98,26 @@ def train(
     rank: Annotated[int | None, typer.Option(help="Of the projection.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Decoupled.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps of a rising lr.")] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Tell each sample's loss before and after.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compute each step, and write nothing.")
+    ] = False,
+    coherence: Annotated[
+        str | None,
+        typer.Option(help="live, pause_step or pause_run (default): when vLLM waits for writes."),
+    ] = None,
+    cache_policy: Annotated[
+        str | None,
+        typer.Option(help="reset_at_end (default), reset_each_step or keep: vLLM's prefixes."),
+    ] = None,
+    max_loss: Annotated[float | None, typer.Option(help="A step above is not written.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    max_update_ratio: Annotated[
+        float | None, typer.Option(help="Likewise: of an update's norm over the weights'.")
+    ] = None,
+    max_wall_time: Annotated[float | None, typer.Option(help="Seconds; then the run ends.")] = None,
     reset_optimizer: Annotated[
         bool, typer.Option("--reset-optimizer", help="Drop the optimizer's state first.")
     ] = False,
@@ -129,6 +149,14 @@ def train(
         "rank": rank,
         "weight_decay": weight_decay,
         "warmup_steps": warmup_steps,
+        "evaluate": evaluate or None,
+        "dry_run": dry_run or None,
+        "coherence": coherence,
+        "cache_policy": cache_policy,
+        "max_loss": max_loss,
+        "max_grad_norm": max_grad_norm,
+        "max_update_ratio": max_update_ratio,
+        "max_wall_time": max_wall_time,
         "reset_optimizer": reset_optimizer or None,
         "accept_other_weights": accept_other_weights or None,
     }
