@@ -125,7 +125,7 @@ class FileOps:
 
     def rename(self, source: Path, target: Path) -> None:
         """Replaces `target`."""
-        source.rename(target)
+        source.replace(target)
 
     def exchange(self, one: Path, other: Path) -> None:
         """Two names change places in one step (Linux, renameat2 with RENAME_EXCHANGE)."""
