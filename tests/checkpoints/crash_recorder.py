@@ -183,7 +183,7 @@ class MemoryFiles(FileOps):
 
     def stat(self, path: Path) -> Any:
         number, node = self._node(path)
-        links = sum(number in n.entries.values() for n in self.nodes.values())
+        links = sum(number in self.nodes[n].entries.values() for n in self._folders(1))
         return SimpleNamespace(
             st_mode=node.kind | node.mode,
             st_ino=number,
@@ -192,6 +192,12 @@ class MemoryFiles(FileOps):
             st_size=len(node.data),
             st_mtime_ns=node.time,
         )
+
+    def _folders(self, top: int) -> Iterator[int]:
+        yield top
+        for number in self.nodes[top].entries.values():
+            if stat.S_ISDIR(self.nodes[number].kind):
+                yield from self._folders(number)
 
     def read_link(self, path: Path) -> str:
         return self._node(path)[1].target

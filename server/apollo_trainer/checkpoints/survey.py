@@ -58,6 +58,7 @@ class Survey:
     outcome: SyncOutcome = field(default_factory=SyncOutcome)
 
     def __post_init__(self) -> None:
+        self._compared = set[str]()
         self._of_shard: dict[str, list[str]] = {name: [] for name in self.baseline.shards}
         for name, tensor in self.baseline.tensors.items():
             self._of_shard[tensor.shard].append(name)
@@ -84,9 +85,7 @@ class Survey:
                 yield name
 
     def _digest(self, name: str) -> str:
-        data = bytes_of(self.live(name))
-        self.outcome.bytes_compared += len(data)
-        return digest_of(data)
+        return digest_of(bytes_of(self.live(name)))
 
     def _digest_on_disk(self, name: str) -> str:
         """Of the bytes that are there; of another dtype or shape they are never the same."""
@@ -96,9 +95,12 @@ class Survey:
         return record.digest if same else ""
 
     def live(self, name: str) -> torch.Tensor:
-        """A live tensor, contiguous and on the CPU."""
+        """A live tensor, contiguous and on the CPU; whoever asks compares its bytes."""
         tensor = self.reader.read(name)
         assert tensor is not None
+        if name not in self._compared:
+            self._compared.add(name)
+            self.outcome.bytes_compared += tensor.nbytes
         return tensor.cpu()
 
     def header_for(self, shard: str) -> tuple[ShardHeader, ShardHeader]:
