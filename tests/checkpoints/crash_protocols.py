@@ -51,7 +51,7 @@ def files(generation: int) -> dict[str, bytes]:
 def reader(generation: int) -> CheckpointReader:
     """Of the live weights at a generation."""
     tensors = tuple(CheckpointTensor(n, n, (ELEMENTS,), (1,), 0) for n in CHANGES)
-    plan = CheckpointPlan({n: (ELEMENTS,) for n in CHANGES}, {}, tensors)
+    plan = CheckpointPlan(dict.fromkeys(CHANGES, (ELEMENTS,)), {}, tensors)
     return CheckpointReader(
         plan, {n: torch.nn.Parameter(t) for n, t in weights(generation).items()}
     )

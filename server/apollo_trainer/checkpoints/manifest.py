@@ -104,7 +104,9 @@ class Manifest:
             content = json.loads(data.decode())
             manifest = _manifest(content)
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"it lacks something, or holds what it should not ({error})") from error
+            raise ValueError(
+                f"it lacks something, or holds what it should not ({error})"
+            ) from error
         return manifest
 
 
@@ -156,7 +158,9 @@ def _tensor(name: str, content: Any, shards: Mapping[str, ShardRecord]) -> Tenso
     shard, dtype, shape, start, version, digest = content
     _require(isinstance(shard, str) and shard in shards, f"{name!r}: its shard is unknown")
     _require(isinstance(dtype, str) and dtype in DTYPES, f"{name!r}: its dtype is unknown")
-    _require(whole_numbers(shape) and whole_numbers([start, version]), f"{name!r}: a number is none")
+    _require(
+        whole_numbers(shape) and whole_numbers([start, version]), f"{name!r}: a number is none"
+    )
     _require(_is_digest(digest), f"{name!r}: its digest is none")
     end = start + math.prod(shape) * DTYPES[dtype].itemsize
     _require(end <= shards[shard].size, f"{name!r} ends after its shard does")

@@ -36,9 +36,10 @@ def recover(place: Place) -> Manifest | None:
 def _settle(place: Place, baseline: Manifest | None, intent: Manifest) -> None:
     if intent.method == SyncMethod.ROLLFORWARD:
         finish_rollforward(place, intent)
-    elif intent.method == SyncMethod.IN_PLACE:
+    elif intent.method == SyncMethod.IN_PLACE and place.ops.found(place.redo(intent.generation)):
         redo(place, intent)
-    elif held_now := refreshed(place, intent):
+    # Nothing is written in place before both the log and the intent are on disk.
+    elif intent.method != SyncMethod.IN_PLACE and (held_now := refreshed(place, intent)):
         finish_exchange(place, held_now)
     elif baseline and not refreshed(place, baseline):
         raise edited(place, baseline)
@@ -77,5 +78,3 @@ def edited(place: Place, baseline: Manifest) -> FailedPrecondition:
         f"{place.manifest_path} and sync again.",
         reason="DIRECTORY_EDITED",
     )
-
-

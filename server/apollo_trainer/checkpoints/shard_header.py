@@ -62,7 +62,7 @@ def header_length(first: bytes, file_size: int) -> int:
 
 
 def parse_header(raw: bytes, file_size: int) -> ShardHeader:
-    """The header of a file of `file_size` bytes. Raises ValueError on anything that is not right."""
+    """The header of a file of `file_size` bytes. Raises ValueError where anything is wrong."""
     if header_length(raw[: LENGTH.size], file_size) != len(raw):
         raise ValueError("its header is cut off")
     try:

@@ -176,5 +176,3 @@ def differences(place: Place, manifest: Manifest, name: str) -> list[str]:
             for tensor, record in manifest.tensors.items()
             if record.shard == name and digest_at(place.ops, file, record.place) != record.digest
         ]
-
-

@@ -166,4 +166,3 @@ def _of(place: TensorPlace) -> tuple[str, tuple[int, ...]]:
 
 def _outline(place: TensorPlace) -> torch.Tensor:
     return torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")
-

@@ -64,7 +64,7 @@ def sync_directory(
     reader: CheckpointReader,
     progress: Progress = lambda *_: None,
     versions: Versions | None = None,
-    options: SyncOptions = SyncOptions(),  # noqa: B008
+    options: SyncOptions = SyncOptions(),
 ) -> SyncOutcome:
     """Brings the directory's safetensors up to date with the live weights.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -34,7 +35,8 @@ def digest_of(data: bytes | memoryview) -> str:
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, row-major; a copy only where it lies otherwise."""
     flat = tensor.detach().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array) if flat.numel() else memoryview(b"")
 
 
 def write_tensors(
