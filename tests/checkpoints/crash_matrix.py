@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from apollo_trainer.checkpoints.state_folder import place_of, read_manifest
@@ -134,7 +134,7 @@ def _recovered(protocol: Protocol, image: MemoryFiles, rng: random.Random) -> Me
     return image
 
 
-def _off_after(operations: int) -> object:
+def _off_after(operations: int) -> Callable[[], None]:
     left: Iterator[int] = iter(range(operations))
 
     def before() -> None:

@@ -32,7 +32,7 @@ def test_every_fsync_that_is_taken_out_is_missed(protocol: Protocol) -> None:
     names = flushes(protocol)
     missed = {
         f"{number} {name}": enumerate_crashes(
-            protocol, images=200, without=number, seed=2, stop_when_bad=True
+            protocol, images=60, without=number, seed=2, stop_when_bad=True
         ).bad
         for number, name in enumerate(names)
     }

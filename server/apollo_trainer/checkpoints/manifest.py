@@ -104,9 +104,7 @@ class Manifest:
             content = json.loads(data.decode())
             manifest = _manifest(content)
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"it lacks something, or holds what it should not ({error})"
-            ) from error
+            raise ValueError(f"it lacks something or holds too much ({error})") from error
         return manifest
 
 

@@ -5,7 +5,10 @@ May be repeated, and may itself be cut off anywhere.
 
 from __future__ import annotations
 
-from apollo_grpc.errors import FailedPrecondition
+import logging
+from pathlib import Path
+
+from apollo_grpc.errors import ApolloError, FailedPrecondition
 from apollo_trainer.checkpoints.durable_write import TEMPORARY
 from apollo_trainer.checkpoints.exchange import finish_exchange
 from apollo_trainer.checkpoints.in_place import redo
@@ -14,9 +17,28 @@ from apollo_trainer.checkpoints.rollforward import finish_rollforward, put_confi
 from apollo_trainer.checkpoints.state_folder import (
     Place,
     SyncMethod,
+    held,
+    place_of,
     read_manifest,
     refreshed,
 )
+
+log = logging.getLogger(__name__)
+
+
+def settle_directory(directory: Path) -> None:
+    """At the start: `recover`, where there is a state folder; what it cannot do, a sync will tell.
+
+    Without it a directory whose config.json is aside would stay so until the next sync.
+    """
+    place = place_of(directory)
+    if place.ops.found(place.state) is None:
+        return
+    try:
+        with held(place):
+            recover(place)
+    except (ApolloError, OSError) as error:
+        log.error("%s was not settled: %s", directory, error)
 
 
 def recover(place: Place) -> Manifest | None:

@@ -5,6 +5,7 @@ safetensors.save_file can neither flush what it wrote nor be told to fail.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def _pieces(ops: FileOps, file: int, place: TensorPlace) -> Iterator[bytes]:
     while offset < place.end:
         piece = ops.pread(file, min(PIECE, place.end - offset), offset)
         if not piece:
-            raise OSError(f"the file ends at byte {offset}, before its tensors do")
+            raise OSError(errno.EIO, f"a file ends at byte {offset}, before its tensors do")
         yield piece
         offset += len(piece)
 
