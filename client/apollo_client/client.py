@@ -219,14 +219,15 @@ class ApolloClient:
     def sync(
         self,
         progress: Told | None = None,
-        method: checkpoint_pb2.SyncMethod = checkpoint_pb2.SYNC_METHOD_UNSPECIFIED,
+        *,
+        in_place: bool = False,
     ) -> checkpoint_pb2.SyncResult:
         """Brings the model directory up to date with the live weights.
 
         Args:
-            method: the default is the safest one that the disk allows; ROLLFORWARD and IN_PLACE may
-                be asked for.
+            in_place: write into the files, for disks without room for new ones.
         """
+        method = checkpoint_pb2.SYNC_METHOD_IN_PLACE if in_place else None
         request = checkpoint_pb2.SyncRequest(method=method)
         result: checkpoint_pb2.SyncResult = self._result(self._checkpoints.Sync, request, progress)
         return result

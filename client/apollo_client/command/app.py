@@ -16,7 +16,7 @@ from apollo_client.command import checkpoint, display, doctor, up
 from apollo_client.command.outcome import INTERRUPTED, REFUSED, reported_errors
 from apollo_client.samples import parse_lines, read_samples
 from apollo_grpc.errors import InvalidArgument
-from apollo_grpc.v1 import checkpoint_pb2, training_pb2
+from apollo_grpc.v1 import training_pb2
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -252,15 +252,14 @@ def sync(
     in_place: Annotated[
         bool,
         typer.Option(
-            "--in-place", help="Write into the files: for disks without room for new ones."
+            "--in-place", help="Write into the files: where there is no room for new ones."
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Bring the model directory up to date with what was learned."""
-    method = checkpoint_pb2.SYNC_METHOD_IN_PLACE if in_place else 0
     with reported_errors(), context.obj.client() as client:
-        result = client.sync(method=method)
+        result = client.sync(in_place=in_place)
     print(display.to_json(result) if as_json else display.sync_line(result))
 
 

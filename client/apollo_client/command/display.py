@@ -194,7 +194,7 @@ def sync_line(result: checkpoint_pb2.SyncResult) -> str:
     )
 
 
-def verify_lines(result: checkpoint_pb2.VerifyResult) -> Iterator[str]:
+def verify_lines(result: checkpoint_pb2.VerifyResult) -> Iterable[str]:
     """What a verification found, a line each."""
     for found in result.differences:
         yield f"{found.file}{': ' if found.tensor else ''}{found.tensor}: {found.description}"

@@ -140,7 +140,7 @@ def _refuse_request_id(request_id: str) -> None:
 
 
 def _asked_method(method: int) -> SyncMethod | None:
-    asked = {
+    asked: dict[int, SyncMethod | None] = {
         pb.SYNC_METHOD_UNSPECIFIED: None,
         pb.SYNC_METHOD_EXCHANGE: None,
         pb.SYNC_METHOD_ROLLFORWARD: SyncMethod.ROLLFORWARD,
