@@ -204,8 +204,8 @@ class AsyncApolloClient:
         Args:
             in_place: write into the files, for disks without room for new ones.
         """
-        method = checkpoint_pb2.SYNC_METHOD_IN_PLACE if in_place else None
-        request = checkpoint_pb2.SyncRequest(method=method)
+        methods = (checkpoint_pb2.SYNC_METHOD_UNSPECIFIED, checkpoint_pb2.SYNC_METHOD_IN_PLACE)
+        request = checkpoint_pb2.SyncRequest(method=methods[in_place])
         result: checkpoint_pb2.SyncResult = await self._result(
             self._checkpoints.Sync, request, progress
         )
