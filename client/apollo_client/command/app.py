@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from apollo_client.client import ApolloClient, RunStream
-from apollo_client.command import display, doctor, up
+from apollo_client.command import checkpoint, display, doctor, up
 from apollo_client.command.outcome import INTERRUPTED, REFUSED, reported_errors
 from apollo_client.samples import parse_lines, read_samples
 from apollo_grpc.errors import InvalidArgument
@@ -275,13 +275,23 @@ def cancel(
 
 
 @app.command()
-def sync(context: typer.Context, as_json: Json = False) -> None:
+def sync(
+    context: typer.Context,
+    in_place: Annotated[
+        bool,
+        typer.Option(
+            "--in-place", help="Write into the files: where there is no room for new ones."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Bring the model directory up to date with what was learned."""
     with reported_errors(), context.obj.client() as client:
-        result = client.sync()
+        result = client.sync(in_place=in_place)
     print(display.to_json(result) if as_json else display.sync_line(result))
 
 
+app.add_typer(checkpoint.app, name="checkpoint")
 _PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("up", context_settings=_PASSES_ON)(up.command)
 app.command("doctor", context_settings=_PASSES_ON)(doctor.command)

@@ -6,6 +6,7 @@ Algorithm 1.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
@@ -30,6 +31,9 @@ from apollo_trainer.optim.options import (
 from apollo_trainer.optim.parameters import Slot, named, new_state, sort_out
 from apollo_trainer.optim.reference import Job, step_parameter
 from apollo_trainer.optim.rounding import Rounding, RoundingMode
+
+# Two that are equal by chance would hide a write: 62 bits, and still a JSON number.
+_STAMP_BITS = 62
 
 
 @dataclass
@@ -90,6 +94,8 @@ class Apollo(Optimizer):
         step_count: completed steps.
         before_write: called before parameters are written; what it raises ends the step, with
             those unwritten that it was called for.
+        write_stamp: a number that is another one after every write to a parameter, and for every
+            optimizer of every process.
         measure: set it to True to fill the next two at every step.
         last_update_norm: Euclidean norm of the stored change of the last step; float64, 0-dim.
         last_changed_fraction: part of all the stored elements whose bits changed in it; likewise.
@@ -129,6 +135,7 @@ class Apollo(Optimizer):
         self.impl: Impl = impl
         self.compat: Compat | None = compat
         self.step_count = 0
+        self.write_stamp = secrets.randbits(_STAMP_BITS)
         self.measure = False
         self.before_write: Callable[[], None] = lambda: None
         self.last_update_norm: Tensor | None = None
@@ -254,6 +261,8 @@ class Apollo(Optimizer):
         opened = self._opened("a step")
         if slots:
             self.before_write()
+            # Before the write: one that fails halfway has changed something too.
+            self.write_stamp = secrets.randbits(_STAMP_BITS)
         on_cpu, on_cuda, stepped = list[Job](), dict[torch.device, list[Work]](), False
         for slot in slots:
             grad = slot.gradient()
