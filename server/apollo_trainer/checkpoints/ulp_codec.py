@@ -122,7 +122,9 @@ def _table(width: int) -> Array:
     """The differences in each of the 256 packed bytes, as one word of `_GROUP`."""
     places = np.arange(8 // width, dtype=np.uint8) * width
     fields = (np.arange(256, dtype=np.uint8)[:, None] >> places) << (8 - width)
-    return (fields.astype(np.uint8).view(np.int8) >> (8 - width)).view(_GROUP[width])[:, 0]
+    signed = np.right_shift(fields.astype(np.uint8).view(np.int8), 8 - width)
+    words: Array = signed.view(_GROUP[width])[:, 0]
+    return words
 
 
 _TABLES = {width: _table(width) for width in _GROUP}
