@@ -110,7 +110,7 @@ class DeltaFile:
             if not matches(old, entry.old):
                 raise ValueError(f"{name} is not what it was in the anchor")
             new = torch.empty_like(old, memory_format=torch.contiguous_format)
-            data = memoryview(raw_bytes(self._file.get_tensor(name)))
+            data = raw_bytes(self._file.get_tensor(name)).data
             frames.decode(data, frames.words(old), entry.codec, frames.words(new))
             if entry.codec != "same" and not matches(new, entry.new):
                 raise ValueError(f"{name} did not come back as it was")

@@ -30,9 +30,10 @@ def keys(bits: Array) -> Array:
     It is its own inverse, but for the type: `patterns`.
     """
     signed = bits.view(_SIGNED[bits.itemsize])
-    key = np.right_shift(signed, 8 * bits.itemsize - 1)
+    key: Array = np.right_shift(signed, 8 * bits.itemsize - 1)
     np.bitwise_and(key, np.iinfo(signed.dtype).max, out=key)
-    return np.bitwise_xor(key, signed, out=key)
+    np.bitwise_xor(key, signed, out=key)
+    return key
 
 
 def patterns(key: Array) -> Array:
@@ -101,7 +102,8 @@ def pack(steps: Array, width: int) -> Array:
     folded = words.copy()
     for place in range(1, 8 // width):
         folded |= words >> _GROUP[width](place * (8 - width))
-    return folded.astype(np.uint8)
+    packed: Array = folded.astype(np.uint8)
+    return packed
 
 
 def unpack(packed: Array, count: int, width: int) -> Array:
