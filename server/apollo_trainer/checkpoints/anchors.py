@@ -24,7 +24,8 @@ from apollo_trainer.checkpoints.tensor_file import write_tensors
 FORMAT, FILE_NAME = "apollo-anchor-1", "weights.safetensors"
 # Above it a new anchor is cheaper: it makes the next differentials small again.
 MOST_OF_THE_BYTES = 0.45
-_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class Anchors:
@@ -99,7 +100,10 @@ class Anchors:
                     "nothing was changed. Choose another snapshot.",
                     reason="SNAPSHOT_CORRUPT",
                 )
-            decode: Callable[[str], torch.Tensor] = lambda n: delta.decode(n, file.get_tensor(n))  # noqa: E731
+
+            def decode(name: str) -> torch.Tensor:
+                return delta.decode(name, file.get_tensor(name))
+
             return dict(zip(delta.entries, spread(decode, delta.entries, threads), strict=True))
 
 

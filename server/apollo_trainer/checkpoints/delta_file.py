@@ -69,6 +69,23 @@ def encode_tensor(old: torch.Tensor, new: torch.Tensor, *, old_digest: str = "")
     return EncodedTensor(entry, packed)
 
 
+def decode_tensor(name: str, encoded: EncodedTensor, old: torch.Tensor) -> torch.Tensor:
+    """The new tensor, in memory of its own; `old` is contiguous, on the CPU.
+
+    Raises ValueError where `old`, the frames or what comes out is not what was encoded.
+    """
+    entry = encoded.entry
+    if str(old.dtype) != f"torch.{entry.dtype}" or tuple(old.shape) != entry.shape:
+        raise ValueError(f"{name} has another shape or dtype in the anchor")
+    if not matches(old, entry.old):
+        raise ValueError(f"{name} is not what it was in the anchor")
+    new = torch.empty_like(old, memory_format=torch.contiguous_format)
+    frames.decode(raw_bytes(encoded.frames).data, frames.words(old), entry.codec, frames.words(new))
+    if entry.codec != "same" and not matches(new, entry.new):
+        raise ValueError(f"{name} did not come back as it was")
+    return new
+
+
 def write_delta(path: Path, anchor: str, tensors: Mapping[str, EncodedTensor]) -> None:
     """Writes a new file; it is not flushed. Raises OSError when the disk refuses."""
     entries = {name: asdict(encoded.entry) for name, encoded in tensors.items()}
@@ -104,17 +121,8 @@ class DeltaFile:
         Raises DataLoss where the anchor, the frames or what comes out is not what was written.
         """
         with _refusing(self._path):
-            entry = self.entries[name]
-            if str(old.dtype) != f"torch.{entry.dtype}" or tuple(old.shape) != entry.shape:
-                raise ValueError(f"{name} has another shape or dtype in the anchor")
-            if not matches(old, entry.old):
-                raise ValueError(f"{name} is not what it was in the anchor")
-            new = torch.empty_like(old, memory_format=torch.contiguous_format)
-            data = raw_bytes(self._file.get_tensor(name)).data
-            frames.decode(data, frames.words(old), entry.codec, frames.words(new))
-            if entry.codec != "same" and not matches(new, entry.new):
-                raise ValueError(f"{name} did not come back as it was")
-            return new
+            encoded = EncodedTensor(self.entries[name], self._file.get_tensor(name))
+            return decode_tensor(name, encoded, old)
 
 
 @contextmanager

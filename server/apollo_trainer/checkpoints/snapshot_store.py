@@ -24,7 +24,12 @@ from apollo_trainer.checkpoints import linked_files
 from apollo_trainer.checkpoints.anchors import Anchors
 from apollo_trainer.checkpoints.apollo_state import FILE_NAME as STATE_FILE
 from apollo_trainer.checkpoints.apollo_state import OPTIMIZER_KEY, load_state, save_state
-from apollo_trainer.checkpoints.delta_file import EncodedTensor, encode_tensor, write_delta
+from apollo_trainer.checkpoints.delta_file import (
+    EncodedTensor,
+    encode_tensor,
+    open_delta,
+    write_delta,
+)
 from apollo_trainer.checkpoints.digest import digest, matches
 from apollo_trainer.checkpoints.linked_files import SyncedFiles, link_files, read_parameters
 from apollo_trainer.checkpoints.model_state import ModelState
@@ -258,8 +263,6 @@ class SnapshotStore:
 
 
 def _delta_digests(path: Path) -> dict[str, str]:
-    from apollo_trainer.checkpoints.delta_file import open_delta
-
     with open_delta(path) as delta:
         return {name: entry.new for name, entry in delta.entries.items()}
 
