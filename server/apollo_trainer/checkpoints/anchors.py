@@ -85,7 +85,7 @@ class Anchors:
     def decode(self, path: Path, anchor: str, threads: int) -> dict[str, torch.Tensor]:
         """The weights of a differential. Raises DataLoss where anything is not as it was."""
         try:
-            file = safe_open(self.path(anchor), framework="pt")
+            file: Any = safe_open(self.path(anchor), framework="pt")
         except (OSError, SafetensorError) as error:
             raise DataLoss(
                 f"The anchor {anchor} cannot be read ({error}), so no snapshot that is a "

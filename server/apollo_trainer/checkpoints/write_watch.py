@@ -17,6 +17,7 @@ class WriteWatch:
         self._watchers: list[Watcher] = []
 
     def __call__(self, parameter: Tensor) -> None:
+        """Tells all."""
         for watcher in tuple(self._watchers):
             watcher(parameter)
 
