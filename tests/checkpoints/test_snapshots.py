@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +41,21 @@ def test_what_a_step_comes_to_first_it_copies_first(rounding: Any) -> None:
 def test_a_copy_amid_a_step_is_one_of_before_it(
     learner: Learner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted, half = learner.state(), threading.Event()
+    wanted, stepping = learner.state(), threading.Event()
     original, copied = snapshots.to_host, []
 
     def slowly(tensor: torch.Tensor) -> torch.Tensor:
         copied.append(threading.current_thread().name)
-        if len(copied) == 40:
-            half.set()
         if copied[-1] == "snapshot-copy" and len(copied) > 40:
-            threading.Event().wait(0.01)
+            assert stepping.wait(30)
+            time.sleep(0.01)
         return original(tensor)
 
     monkeypatch.setattr(snapshots, "to_host", slowly)
     copying = SnapshotCopy(learner.parameters, learner.optimizer).start()
+    learner.watch.add(lambda _: stepping.set())
     learner.watch.add(copying.before_write)
-    learner.backward(2)
-    assert half.wait(10)
-    learner.optimizer.step()
+    learner.train(2, 1)
     assert_same(copying.state(), wanted)
     assert set(copied) == {"snapshot-copy", "MainThread"}
     assert learner.optimizer.step_count == 3

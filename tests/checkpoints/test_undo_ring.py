@@ -89,6 +89,7 @@ def test_more_than_is_kept_is_refused(learner: Undoable, count: int) -> None:
 
 def test_weights_that_something_else_changed_are_not_touched(learner: Undoable) -> None:
     learner.update(0, 2)
+    assert len(learner.ring) == 2
     with torch.no_grad():
         learner.parameters["model.norm.weight"].view(torch.int16)[3] ^= 1
     before = learner.state()
