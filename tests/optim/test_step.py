@@ -269,3 +269,44 @@ def test_closure_and_schedulers_work_as_with_any_optimizer():
         scheduler.step()
     assert losses == sorted(losses, reverse=True)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 32)
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_every_written_parameter_is_announced_before_it_is_written(impl):
+    torch.manual_seed(0)
+    params = {n: nn.Parameter(torch.randn(s)) for n, s in (("w", (16, 8)), ("b", (8,)), ("c", 4))}
+    optimizer = Apollo(params.items(), rank=4, lr=0.1, impl=impl)
+    seen = {}
+
+    def note(param):
+        state = {part: t.clone() for part, t in optimizer.state[param].items()}
+        seen[id(param)] = (param.detach().clone(), state)
+
+    optimizer.before_param_write = note
+    for p in (params["w"], params["b"]):
+        p.grad = torch.randn_like(p)
+    before = {n: p.detach().clone() for n, p in params.items()}
+    optimizer.step()
+    assert seen.keys() == {id(params["w"]), id(params["b"])}
+    for name in ("w", "b"):
+        value, state = seen[id(params[name])]
+        assert torch.equal(value, before[name])
+        assert not torch.equal(params[name], before[name])
+        assert not any(t.any() for t in state.values())
+
+
+def test_what_the_announcement_raises_leaves_all_parameters_unwritten():
+    params = {n: nn.Parameter(torch.ones(4)) for n in "ab"}
+    optimizer = Apollo(params.items(), lr=0.1, impl="reference")
+    for p in params.values():
+        p.grad = torch.ones(4)
+
+    def refuse(param):
+        if param is params["b"]:
+            raise RuntimeError("no")
+
+    optimizer.before_param_write = refuse
+    with pytest.raises(RuntimeError, match="no"):
+        optimizer.step()
+    assert all(torch.equal(p, torch.ones(4)) for p in params.values())
+    assert optimizer.step_count == 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 import torch
@@ -18,11 +17,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from apollo_trainer.optim import cpu, cuda, named_state
 from apollo_trainer.optim.change import Change
 from apollo_trainer.optim.cuda import FusedStepper, Work
+from apollo_trainer.optim.open_step import OpenStep
 from apollo_trainer.optim.options import (
     CHOICES,
     Compat,
     Impl,
-    StepSettings,
     Variant,
     check_choices,
     check_group,
@@ -34,14 +33,6 @@ from apollo_trainer.optim.rounding import Rounding, RoundingMode
 
 # Two that are equal by chance would hide a write: 62 bits, and still a JSON number.
 _STAMP_BITS = 62
-
-
-@dataclass
-class _OpenStep:
-    settings: list[StepSettings]
-    change: Change | None
-    done: set[str] = field(default_factory=set)
-    deferred: dict[str, Slot] = field(default_factory=dict)
 
 
 class Apollo(Optimizer):
@@ -96,6 +87,8 @@ class Apollo(Optimizer):
             those unwritten that it was called for.
         write_stamp: a number that is another one after every write to a parameter, and for every
             optimizer of every process.
+        before_param_write: called likewise with each parameter that will be written, weights and
+            state.
         measure: set it to True to fill the next two at every step.
         last_update_norm: Euclidean norm of the stored change of the last step; float64, 0-dim.
         last_changed_fraction: part of all the stored elements whose bits changed in it; likewise.
@@ -135,18 +128,27 @@ class Apollo(Optimizer):
         self.impl: Impl = impl
         self.compat: Compat | None = compat
         self.step_count = 0
-        self.write_stamp = secrets.randbits(_STAMP_BITS)
+        self.write_stamp = 0
+        self.mark_written()
         self.measure = False
         self.before_write: Callable[[], None] = lambda: None
+        self.before_param_write: Callable[[Tensor], None] = lambda _: None
         self.last_update_norm: Tensor | None = None
         self.last_changed_fraction: Tensor | None = None
         self._slots: list[Slot] = []
         self._slot_of: dict[Tensor, Slot] = {}
-        self._open: _OpenStep | None = None
+        self._open: OpenStep | None = None
         self._skipped_before = 0
         self._skipped: dict[torch.device, Tensor] = {}
         self._steppers: dict[torch.device, FusedStepper] = {}
         super().__init__(params, defaults)
+
+    def mark_written(self) -> None:
+        """Parameters are about to be written; whoever else writes them calls this as well.
+
+        Otherwise a sync would take the model directory for up to date.
+        """
+        self.write_stamp = secrets.randbits(_STAMP_BITS)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group and allocates its state. Raises ValueError, and then adds nothing."""
@@ -214,7 +216,7 @@ class Apollo(Optimizer):
         settings = [
             settings_for(group, number, self.variant, self.compat) for group in self.param_groups
         ]
-        self._open = _OpenStep(settings, Change() if self.measure else None)
+        self._open = OpenStep(settings, Change() if self.measure else None)
         for stepper in self._steppers.values():
             stepper.begin(number, settings)
 
@@ -262,13 +264,13 @@ class Apollo(Optimizer):
         if slots:
             self.before_write()
             # Before the write: one that fails halfway has changed something too.
-            self.write_stamp = secrets.randbits(_STAMP_BITS)
-        on_cpu, on_cuda, stepped = list[Job](), dict[torch.device, list[Work]](), False
-        for slot in slots:
-            grad = slot.gradient()
-            if grad is None:
-                continue
-            stepped, path = True, self._path(slot, grad)
+            self.mark_written()
+        on_cpu, on_cuda = list[Job](), dict[torch.device, list[Work]]()
+        with_grad = [(slot, grad) for slot in slots if (grad := slot.gradient()) is not None]
+        for slot, _ in with_grad:
+            self.before_param_write(slot.param)
+        for slot, grad in with_grad:
+            path = self._path(slot, grad)
             if path == "cuda":
                 work = Work(slot, grad, self.state[slot.param])
                 on_cuda.setdefault(slot.param.device, []).append(work)
@@ -281,7 +283,7 @@ class Apollo(Optimizer):
             self._count_skipped(torch.stack(cpu.step_parameters(on_cpu)).sum())
         for device, works in on_cuda.items():
             self._step_cuda(device, works, opened)
-        return stepped
+        return bool(with_grad)
 
     def _path(self, slot: Slot, grad: Tensor) -> Literal["reference", "cpu", "cuda"]:
         if self.impl == "reference" or self.compat is not None:
@@ -298,12 +300,12 @@ class Apollo(Optimizer):
             )
         return "reference"
 
-    def _job(self, slot: Slot, grad: Tensor, opened: _OpenStep) -> Job:
+    def _job(self, slot: Slot, grad: Tensor, opened: OpenStep) -> Job:
         settings = opened.settings[slot.group]
         rounding = Rounding(self.rounding, slot.rounding_key, settings.number)
         return Job(slot, grad, self.state[slot.param], settings, rounding, opened.change)
 
-    def _step_cuda(self, device: torch.device, works: list[Work], opened: _OpenStep) -> None:
+    def _step_cuda(self, device: torch.device, works: list[Work], opened: OpenStep) -> None:
         if device not in self._steppers:
             self._steppers[device] = FusedStepper(device, self.variant == "mini")
             self._steppers[device].begin(self.step_count + 1, opened.settings)
@@ -321,7 +323,7 @@ class Apollo(Optimizer):
         else:
             self._skipped[skipped.device] = skipped.to(torch.int64)
 
-    def _opened(self, what: str) -> _OpenStep:
+    def _opened(self, what: str) -> OpenStep:
         if self._open is None:
             raise RuntimeError(f"{what}: no step is open; call begin_step() first.")
         return self._open
@@ -376,15 +378,9 @@ class Apollo(Optimizer):
         Raises ValueError naming the parameter where the state is of another model or of other
         options; the optimizer is then as it was.
         """
-        self._refuse_while_open("load a state")
-        mine = self._named_tensors()
-        here = {"variant": self.variant, "rounding": self.rounding, "compat": self.compat}
-        named_state.check_meta(meta, here)
-        named_state.check_parameters(meta, self._slots)
-        groups = named_state.check_groups(meta, self.param_groups)
-        named_state.check_tensors(tensors, mine)
+        groups = self.check_named_state(tensors, meta)
         with torch.no_grad():
-            for name, tensor in mine.items():
+            for name, tensor in self._named_tensors().items():
                 tensor.copy_(tensors[name])
         for group, settings in zip(self.param_groups, groups, strict=True):
             group.update(settings)
@@ -395,12 +391,18 @@ class Apollo(Optimizer):
         # Their tables hold keys of the old seed.
         self._steppers.clear()
 
+    def check_named_state(
+        self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The settings of each group; raises as `load_named_state` does, and changes nothing."""
+        self._refuse_while_open("load a state")
+        here = {"variant": self.variant, "rounding": self.rounding, "compat": self.compat}
+        mine = self._named_tensors()
+        return named_state.check(tensors, meta, here, self._slots, self.param_groups, mine)
+
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and scalars: `torch.load(weights_only=True)` reads it back."""
-        tensors, meta = self.named_state()
-        del meta["param_groups"]
-        groups = named_state.torch_groups(self.param_groups)
-        return {"state": tensors, "param_groups": groups, "apollo": meta}
+        return named_state.pack(*self.named_state(), self.param_groups)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave; raises as `load_named_state` does."""

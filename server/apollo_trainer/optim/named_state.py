@@ -6,7 +6,7 @@ refused before the first tensor is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -42,6 +42,22 @@ def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
             found[key] = value
         elif isinstance(value, tuple | list) and all(isinstance(v, _SCALAR) for v in value):
             found[key] = list(value)
+    return found
+
+
+def check(
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    options: Mapping[str, Any],
+    slots: Collection[Slot],
+    groups: list[dict[str, Any]],
+    expected: Mapping[str, Tensor],
+) -> list[dict[str, Any]]:
+    """All the checks below; returns the saved settings of each group."""
+    check_meta(meta, options)
+    check_parameters(meta, slots)
+    found = check_groups(meta, groups)
+    check_tensors(tensors, expected)
     return found
 
 
@@ -142,6 +158,14 @@ def _refusal(reason: str) -> ValueError:
         f"The optimizer state was not loaded: {reason}. Nothing was changed. Load the state of "
         "this model and these options, or start without one."
     )
+
+
+def pack(
+    tensors: Mapping[str, Tensor], meta: dict[str, Any], groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What `Apollo.state_dict` gives, of what `Apollo.named_state` gave."""
+    meta = {key: value for key, value in meta.items() if key != "param_groups"}
+    return {"state": tensors, "param_groups": torch_groups(groups), "apollo": meta}
 
 
 def unpack(state_dict: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], dict[str, Any]]:

@@ -1,0 +1,126 @@
+"""Anchors: full weights that snapshots are differences to, and the encoding against them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from apollo_grpc.errors import DataLoss
+from apollo_trainer.checkpoints.delta_file import (
+    EncodedTensor,
+    encode_tensor,
+    open_delta,
+)
+from apollo_trainer.checkpoints.model_state import ModelState
+from apollo_trainer.checkpoints.store_folder import StoreFolder
+from apollo_trainer.checkpoints.tensor_file import write_tensors
+
+FORMAT, FILE_NAME = "apollo-anchor-1", "weights.safetensors"
+# Above it a new anchor is cheaper: it makes the next differentials small again.
+MOST_OF_THE_BYTES = 0.45
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class Anchors:
+    """The anchors of one state folder."""
+
+    def __init__(self, root: Path):
+        self.folder = StoreFolder(root, "anchors")
+
+    def path(self, anchor: str) -> Path:
+        """The file of an anchor."""
+        return self.folder.path / anchor / FILE_NAME
+
+    def create(self, state: ModelState) -> str:
+        """Writes a new anchor durably; returns its id. Raises OSError with nothing left of it."""
+        digests = {name: state.digest(name) for name in state.parameters}
+        metadata = {"format": FORMAT, "digests": json.dumps(digests)}
+        with self.folder.building() as (new, folder):
+            write_tensors(state.parameters, folder / FILE_NAME, metadata)
+            self.folder.publish(new)
+        return new
+
+    def newest_for(self, state: ModelState) -> str:
+        """The newest anchor of such parameters; empty where there is none."""
+        for anchor in reversed(self.folder.ids()):
+            if self._fits(anchor, state.parameters):
+                return anchor
+        return ""
+
+    def _fits(self, anchor: str, parameters: Mapping[str, torch.Tensor]) -> bool:
+        try:
+            with safe_open(self.path(anchor), framework="pt") as file:
+                if set(file.keys()) != parameters.keys():
+                    return False
+                return all(
+                    file.get_slice(name).get_shape() == list(p.shape)
+                    and file.get_tensor(name).dtype == p.dtype
+                    for name, p in parameters.items()
+                )
+        except (OSError, SafetensorError):
+            return False
+
+    def encode(self, anchor: str, state: ModelState) -> dict[str, EncodedTensor] | None:
+        """The differential to an anchor; None where it is above MOST_OF_THE_BYTES."""
+        room = MOST_OF_THE_BYTES * sum(p.nbytes for p in state.parameters.values())
+        encoded: dict[str, EncodedTensor] = {}
+        with safe_open(self.path(anchor), framework="pt") as file:
+            digests = _digests(file)
+            for name, tensor in state.parameters.items():
+                old = file.get_tensor(name)
+                encoded[name] = encode_tensor(old, tensor, old_digest=digests.get(name, ""))
+                state.digests[name] = encoded[name].entry.new
+                room -= encoded[name].frames.nbytes
+                if room < 0:
+                    return None
+        return encoded
+
+    def decode(self, path: Path, anchor: str, threads: int) -> dict[str, torch.Tensor]:
+        """The weights of a differential. Raises DataLoss where anything is not as it was."""
+        try:
+            file: Any = safe_open(self.path(anchor), framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise DataLoss(
+                f"The anchor {anchor} cannot be read ({error}), so no snapshot that is a "
+                "difference to it can be restored; nothing was changed. Choose another snapshot.",
+                reason="SNAPSHOT_CORRUPT",
+            ) from error
+        with file, open_delta(path) as delta:
+            names = set(file.keys())
+            if delta.anchor != anchor or names != delta.entries.keys():
+                raise DataLoss(
+                    f"The snapshot file {path.name} is no difference to the anchor {anchor}; "
+                    "nothing was changed. Choose another snapshot.",
+                    reason="SNAPSHOT_CORRUPT",
+                )
+
+            def decode(name: str) -> torch.Tensor:
+                return delta.decode(name, file.get_tensor(name))
+
+            return dict(zip(delta.entries, spread(decode, delta.entries, threads), strict=True))
+
+
+def spread(
+    work: Callable[[_Item], _Result], items: Iterable[_Item], threads: int
+) -> Iterable[_Result]:
+    """The results of all items, in order, computed on so many threads."""
+    if threads == 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads, "snapshot") as pool:
+        return list(pool.map(work, items))
+
+
+def _digests(file: Any) -> dict[str, str]:
+    """What the anchor says of its own tensors; a wrong one is found when it is decoded."""
+    try:
+        digests = json.loads((file.metadata() or {}).get("digests", ""))
+    except ValueError:
+        return {}
+    return digests if isinstance(digests, dict) else {}

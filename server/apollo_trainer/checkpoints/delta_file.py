@@ -1,0 +1,173 @@
+"""A differential on disk: what takes the tensors of one anchor to those of one snapshot.
+
+A safetensors file, so that its layout is checked by a library that is made to. Each tensor is a row
+of frames (frames.py), uint8 [bytes], under the parameter's name. The header says for each: codec,
+dtype, shape, and the digests of the old and of the new bytes. Nothing in it is trusted: a file that
+is not exactly what `write_delta` writes is refused, and no size in it is believed before memory is
+taken.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from apollo_grpc.errors import DataLoss
+from apollo_trainer.checkpoints import frames
+from apollo_trainer.checkpoints.digest import algorithm_of, digest, matches, raw_bytes
+from apollo_trainer.checkpoints.tensor_file import write_tensors
+
+FORMAT = "apollo-delta-1"
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
+_ID = re.compile(r"[0-9]{8}-[0-9a-f]{12}")
+_NAME = re.compile(r"[^\x00-\x1f/\\]{1,500}")
+_FIELDS = {"codec", "dtype", "shape", "old", "new"}
+
+
+@dataclass(frozen=True)
+class DeltaEntry:
+    """What a differential says of one tensor; `old` and `new` are digests."""
+
+    codec: str
+    dtype: str
+    shape: tuple[int, ...]
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class EncodedTensor:
+    """One tensor's entry and frames (uint8 [bytes])."""
+
+    entry: DeltaEntry
+    frames: torch.Tensor
+
+
+def encode_tensor(old: torch.Tensor, new: torch.Tensor, *, old_digest: str = "") -> EncodedTensor:
+    """Encodes `new` against `old`, CPU tensors of one dtype and shape, by the best codec.
+
+    Args:
+        old_digest: of `old`, where it is known.
+    """
+    a, b = frames.words(old), frames.words(new)
+    codec = frames.choose(a, b, new.dtype)
+    data = bytearray(b"".join(frames.encode(a, b, codec)))
+    old_digest = old_digest or digest(old)
+    new_digest = old_digest if codec == "same" else digest(new)
+    dtype = str(new.dtype).removeprefix("torch.")
+    entry = DeltaEntry(codec, dtype, tuple(new.shape), old_digest, new_digest)
+    # torch cannot view an empty buffer.
+    packed = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
+    return EncodedTensor(entry, packed)
+
+
+def decode_tensor(name: str, encoded: EncodedTensor, old: torch.Tensor) -> torch.Tensor:
+    """The new tensor, in memory of its own; `old` is contiguous, on the CPU.
+
+    Raises ValueError where `old`, the frames or what comes out is not what was encoded.
+    """
+    entry = encoded.entry
+    if str(old.dtype) != f"torch.{entry.dtype}" or tuple(old.shape) != entry.shape:
+        raise ValueError(f"{name} has another shape or dtype in the anchor")
+    if not matches(old, entry.old):
+        raise ValueError(f"{name} is not what it was in the anchor")
+    new = torch.empty_like(old, memory_format=torch.contiguous_format)
+    frames.decode(raw_bytes(encoded.frames).data, frames.words(old), entry.codec, frames.words(new))
+    if entry.codec != "same" and not matches(new, entry.new):
+        raise ValueError(f"{name} did not come back as it was")
+    return new
+
+
+def write_delta(path: Path, anchor: str, tensors: Mapping[str, EncodedTensor]) -> None:
+    """Writes a new file; it is not flushed. Raises OSError when the disk refuses."""
+    entries = {name: asdict(encoded.entry) for name, encoded in tensors.items()}
+    metadata = {"format": FORMAT, "anchor": anchor, "tensors": json.dumps(entries)}
+    write_tensors({name: encoded.frames for name, encoded in tensors.items()}, path, metadata)
+
+
+class DeltaFile:
+    """An open differential.
+
+    Attributes:
+        anchor: the id of the anchor that it belongs to.
+        entries: by name.
+    """
+
+    def __init__(self, path: Path, file: Any):
+        self._path, self._file = path, file
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {str(metadata.get('format'))[:40]!r}")
+        self.anchor = require_id(metadata.get("anchor", ""))
+        described = json.loads(metadata.get("tensors", ""))
+        if not isinstance(described, dict) or described.keys() != set(file.keys()):
+            raise ValueError("its tensors are not those that it describes")
+        self.entries = {name: _parse_entry(name, entry) for name, entry in described.items()}
+
+    def decode(self, name: str, old: torch.Tensor) -> torch.Tensor:
+        """The new tensor, in memory of its own.
+
+        Args:
+            old: the anchor's tensor, contiguous, on the CPU.
+
+        Raises DataLoss where the anchor, the frames or what comes out is not what was written.
+        """
+        with _refusing(self._path):
+            encoded = EncodedTensor(self.entries[name], self._file.get_tensor(name))
+            return decode_tensor(name, encoded, old)
+
+
+@contextmanager
+def open_delta(path: Path) -> Iterator[DeltaFile]:
+    """Raises DataLoss for a file that is not a whole differential; it is left as it is."""
+    with _refusing(path):
+        file = safe_open(path, framework="pt")
+    with file:
+        with _refusing(path):
+            delta = DeltaFile(path, file)
+        yield delta
+
+
+def require_id(value: Any) -> str:
+    """An id of an anchor or a snapshot. Raises ValueError for what may not be a folder's name."""
+    if not isinstance(value, str) or not _ID.fullmatch(value):
+        raise ValueError(f"{str(value)[:40]!r} is no id")
+    return value
+
+
+def _parse_entry(name: str, entry: Any) -> DeltaEntry:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name[:40]!r} is no parameter's name")
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        raise ValueError(f"what it says of {name} is not whole")
+    shape, dtype = entry["shape"], DTYPES.get(str(entry["dtype"]))
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+        raise ValueError(f"the shape of {name} is none")
+    if dtype is None:
+        raise ValueError(f"the dtype of {name} is {str(entry['dtype'])[:40]!r}")
+    frames.require_suitable(str(entry["codec"]), dtype)
+    for key in ("old", "new"):
+        algorithm_of(str(entry[key]))
+    if entry["codec"] == "same" and entry["old"] != entry["new"]:
+        raise ValueError(f"{name} is the same, with two digests")
+    return DeltaEntry(entry["codec"], entry["dtype"], tuple(shape), entry["old"], entry["new"])
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise DataLoss(
+            f"The snapshot file {path.name} cannot be used ({error}); it was left as it is, and "
+            "nothing else was changed. Choose another snapshot, or delete this one.",
+            reason="SNAPSHOT_CORRUPT",
+        ) from error

@@ -1,0 +1,36 @@
+"""Digests of tensors: they tell whether bytes came back as they were, never who wrote them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from blake3 import blake3
+from numpy.typing import NDArray
+
+_BLAKE3 = "blake3-128"
+_SIZE = 32  # hexadecimal digits
+_HEXADECIMAL = frozenset("0123456789abcdef")
+
+
+def raw_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """uint8 [bytes] of a tensor in row-major order; shares the memory of a contiguous CPU one."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """ "<algorithm>:<hexadecimal>" of the bytes in row-major order."""
+    return f"{_BLAKE3}:{blake3(raw_bytes(tensor).data).hexdigest(length=_SIZE // 2)}"
+
+
+def matches(tensor: torch.Tensor, expected: str) -> bool:
+    """Whether the bytes have this digest. Raises ValueError for what is none."""
+    algorithm_of(expected)
+    return digest(tensor) == expected
+
+
+def algorithm_of(expected: str) -> str:
+    """The algorithm of a digest. Raises ValueError for what is none."""
+    name, _, value = expected.partition(":")
+    if name != _BLAKE3 or len(value) != _SIZE or not set(value) <= _HEXADECIMAL:
+        raise ValueError(f"{expected[:60]!r} is no digest")
+    return name

@@ -1,0 +1,128 @@
+"""Puts a decoded state into the live weights: all of it, or nothing, or the mark of poison.
+
+Old and new values are exchanged piece by piece, so that the way back needs no memory: after a
+restore the decoded state holds what was live before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from apollo_grpc.errors import DataLoss, FailedPrecondition, Internal
+from apollo_trainer.checkpoints.digest import matches
+from apollo_trainer.checkpoints.model_state import ModelState
+from apollo_trainer.checkpoints.poison import Poison, PoisonedError
+from apollo_trainer.checkpoints.value_exchange import Exchange
+from apollo_trainer.optim import Apollo
+
+
+class UndoKeeper(Protocol):
+    """Where a restore leaves its own way back."""
+
+    def add(self, old: ModelState, new: ModelState) -> None:
+        """Keeps what takes `new` back to `old`."""
+
+
+@torch.no_grad()
+def restore(
+    state: ModelState,
+    parameters: Mapping[str, Tensor],
+    optimizer: Apollo,
+    ring: UndoKeeper | None = None,
+    poison: Poison | None = None,
+) -> ModelState:
+    """Makes `state` the live one; no step may be open, and nothing else may write.
+
+    Calls the optimizer's `before_param_write` for each parameter. `state` is used up: what comes
+    back, in its memory, is the state that was live before.
+
+    Args:
+        state: decoded and verified; its digests are what the live weights are verified by.
+        parameters: the live ones, by the same names.
+        ring: keeps an undo entry of the restore.
+        poison: is set where neither state could be written, and cleared by a success.
+
+    Raises FailedPrecondition where the state is of another model (nothing was touched), DataLoss
+    where writing failed and the old state was put back, PoisonedError where that failed too.
+    """
+    poison = poison or Poison()
+    _require_fitting(state, parameters, optimizer)
+    wanted = {name: state.digest(name) for name in parameters}
+    old = ModelState(
+        state.parameters,
+        {name: t.detach().cpu().clone() for name, t in optimizer.named_state()[0].items()},
+        copy.deepcopy(optimizer.named_state()[1]),
+    )
+    exchange = Exchange()
+    optimizer.mark_written()
+    try:
+        for name, parameter in parameters.items():
+            optimizer.before_param_write(parameter)
+            exchange.run(parameter, state.parameters[name])
+        optimizer.load_named_state(state.moments, state.description)
+        _verify(parameters, wanted)
+    except BaseException as error:
+        _roll_back(exchange, old, optimizer, poison, error)
+        if not isinstance(error, Exception):
+            raise
+        raise DataLoss(
+            f"The state could not be put into the live weights ({error}); they are again what they "
+            "were before. Try again, or restore another snapshot.",
+            reason="RESTORE_FAILED",
+        ) from error
+    poison.why = ""
+    if ring is not None:
+        live = {name: p.detach() for name, p in parameters.items()}
+        moments = {name: t.detach() for name, t in state.moments.items()}
+        ring.add(old, ModelState(live, moments, state.description, digests=wanted))
+    return old
+
+
+def _require_fitting(
+    state: ModelState, parameters: Mapping[str, Tensor], optimizer: Apollo
+) -> None:
+    try:
+        if state.parameters.keys() != parameters.keys():
+            odd = min(state.parameters.keys() ^ parameters.keys())
+            raise ValueError(f"parameter {odd!r} is not in both")
+        for name, live in parameters.items():
+            there = state.parameters[name]
+            if there.shape != live.shape or there.dtype != live.dtype:
+                raise ValueError(f"{name!r} is {there.dtype} {list(there.shape)} there")
+        optimizer.check_named_state(state.moments, state.description)
+    except ValueError as error:
+        raise FailedPrecondition(
+            f"The state is not one of the live model: {error}. Nothing was changed. Choose a "
+            "snapshot of this model and of this optimizer.",
+            reason="STATE_OF_ANOTHER_MODEL",
+        ) from error
+
+
+def _verify(parameters: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
+    for name, parameter in parameters.items():
+        if not matches(parameter, wanted[name]):
+            raise Internal(f"{name} reads back as something else than was written")
+
+
+def _roll_back(
+    exchange: Exchange,
+    old: ModelState,
+    optimizer: Apollo,
+    poison: Poison,
+    error: BaseException,
+) -> None:
+    try:
+        exchange.take_back()
+        optimizer.load_named_state(old.moments, old.description)
+    except BaseException as second:
+        poison.why = f"a restore failed ({error}), and so did putting them back ({second})."
+        raise PoisonedError(
+            f"A restore failed ({error}), and so did putting the old weights back ({second}). The "
+            "live weights are mixed: nothing is trained or synced from them until a restore "
+            "succeeds. The model directory is as it was."
+        ) from error

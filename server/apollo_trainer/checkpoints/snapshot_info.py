@@ -1,0 +1,107 @@
+"""What a snapshot says of itself: one JSON file with a checksum, strictly parsed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from apollo_grpc.errors import DataLoss, InvalidArgument
+from apollo_trainer.checkpoints.delta_file import require_id
+
+FILE_NAME, FORMAT = "snapshot.json", "apollo-snapshot-1"
+_MOST_BYTES = 64 * 2**20
+_LONGEST_NAME = 200
+
+
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """One snapshot.
+
+    Attributes:
+        id: unique, and never used again.
+        name: the user's; an automatic one has none.
+        automatic: retention may delete it.
+        created: seconds since 1970, by this machine's clock; ids order snapshots, not this.
+        optimizer_step: completed steps.
+        size_bytes: of its own files; neither the anchor's nor linked files'.
+        weights_bytes: of the parameters.
+        anchor: the id of the anchor that it is a difference to; empty for linked files.
+        linked: names of the model directory's files that it holds by hard links.
+        digests: of each parameter.
+        state_digest: of the file of the Apollo state.
+    """
+
+    id: str
+    name: str
+    automatic: bool
+    created: float
+    optimizer_step: int
+    size_bytes: int
+    weights_bytes: int
+    anchor: str
+    linked: tuple[str, ...]
+    digests: dict[str, str] = field(repr=False)
+    state_digest: str = field(repr=False)
+
+
+_KINDS: dict[str, Any] = {
+    "str": str, "bool": bool, "float": (float, int), "int": int,
+    "tuple[str, ...]": list, "dict[str, str]": dict,
+}  # fmt: skip
+
+
+def write_info(folder: Path, info: SnapshotInfo) -> None:
+    """Writes the file; it is not flushed."""
+    text = json.dumps(asdict(info), allow_nan=False, sort_keys=True)
+    whole = {"format": FORMAT, "checksum": _checksum(text), "snapshot": text}
+    (folder / FILE_NAME).write_text(json.dumps(whole))
+
+
+def read_info(folder: Path) -> SnapshotInfo:
+    """Raises DataLoss for a snapshot whose file is missing or is not as it was written."""
+    path = folder / FILE_NAME
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError("it is too large")
+        whole = json.loads(path.read_text())
+        if whole["format"] != FORMAT:
+            raise ValueError("it is of another format")
+        if whole["checksum"] != _checksum(whole["snapshot"]):
+            raise ValueError("its checksum does not match")
+        info = _parse(json.loads(whole["snapshot"]))
+        if info.id != folder.name:
+            raise ValueError("it is of another snapshot")
+        return info
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataLoss(
+            f"The snapshot {folder.name} cannot be read ({error}); it was left as it is. Choose "
+            "another one, or delete it.",
+            reason="SNAPSHOT_CORRUPT",
+        ) from error
+
+
+def _parse(values: dict[str, Any]) -> SnapshotInfo:
+    for each in fields(SnapshotInfo):
+        if not isinstance(values[each.name], _KINDS[str(each.type)]):
+            raise ValueError(f"its {each.name} is {str(values[each.name])[:40]!r}")
+    linked = tuple(values["linked"])
+    if any(Path(name).name != name or name in ("", ".", "..") for name in linked):
+        raise ValueError("it links a file of another folder")
+    require_id(values["id"])
+    if values["anchor"] or not linked:
+        require_id(values["anchor"])
+    return SnapshotInfo(**{**values, "linked": linked})
+
+
+def _checksum(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def require_name(name: str) -> str:
+    """A name that a user gave. Raises InvalidArgument for one that cannot be shown in a line."""
+    if not name.isprintable() or not 0 < len(name.strip()) <= _LONGEST_NAME:
+        raise InvalidArgument.at("name", f"must be one line of 1 to {_LONGEST_NAME} characters")
+    return name.strip()

@@ -1,0 +1,279 @@
+"""The snapshots of one model: each a difference to an anchor, or links to the model's own files.
+
+    <parent>/.<model>.apollo/{anchors,snapshots,trash}/
+
+Whatever crashes, an entry that exists is complete; what was half made is removed at the next start.
+One process works on a folder at a time: its owner's lock sees to that.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+
+from apollo_grpc.errors import AlreadyExists, DataLoss, NotFound, ResourceExhausted
+from apollo_trainer.checkpoints import linked_files
+from apollo_trainer.checkpoints.anchors import Anchors
+from apollo_trainer.checkpoints.apollo_state import FILE_NAME as STATE_FILE
+from apollo_trainer.checkpoints.apollo_state import OPTIMIZER_KEY, load_state, save_state
+from apollo_trainer.checkpoints.delta_file import (
+    EncodedTensor,
+    encode_tensor,
+    open_delta,
+    write_delta,
+)
+from apollo_trainer.checkpoints.digest import digest, matches
+from apollo_trainer.checkpoints.linked_files import SyncedFiles, link_files, read_parameters
+from apollo_trainer.checkpoints.model_state import ModelState
+from apollo_trainer.checkpoints.snapshot_info import (
+    SnapshotInfo,
+    read_info,
+    require_name,
+    write_info,
+)
+from apollo_trainer.checkpoints.store_folder import StoreFolder, own_bytes
+from apollo_trainer.weights.checkpoint_plan import CheckpointPlan
+
+log = logging.getLogger(__name__)
+DELTA_FILE = "delta.safetensors"
+EXTRA_KEY = "extra"
+_MOST_THREADS = 8
+
+
+class Source(Protocol):
+    """What a snapshot is made of."""
+
+    def state(self) -> ModelState:
+        """The state, complete; waits for what is still being copied."""
+
+
+class SnapshotStore:
+    """Snapshots on disk.
+
+    Args:
+        root: the state folder of the model.
+        keep_automatic: automatic snapshots that are kept; older ones are deleted.
+        budget_bytes: of all anchors and snapshots; automatic ones give way. 0 is no limit.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep_automatic: int = 8,
+        budget_bytes: int = 0,
+        clock: Callable[[], float] = time.time,
+    ):
+        self._anchors, self._folder = Anchors(root), StoreFolder(root, "snapshots")
+        self._keep, self._budget, self._clock = keep_automatic, budget_bytes, clock
+        self._lock = threading.RLock()
+        self._folder.clean()
+        self._anchors.folder.clean()
+
+    def create(
+        self, source: Source | ModelState, name: str = "", *, synced: SyncedFiles | None = None
+    ) -> SnapshotInfo:
+        """Writes a snapshot; when it returns, it is durable.
+
+        Args:
+            name: the user's; without one the snapshot is automatic.
+            synced: files that may hold these weights. They are compared, and then only linked.
+
+        Raises AlreadyExists for a name that is taken, ResourceExhausted where it does not fit into
+        the budget, OSError when the disk refuses; nothing of it is then left.
+        """
+        with self._lock:
+            name = require_name(name) if name else ""
+            if name and any(info.name == name for info in self.list()):
+                raise AlreadyExists(
+                    f"There is a snapshot {name!r}; nothing was written. Delete it, or choose "
+                    "another name.",
+                    reason="SNAPSHOT_EXISTS",
+                )
+            state = source if isinstance(source, ModelState) else source.state()
+            before = set(self._anchors.folder.ids())
+            try:
+                info = self._build(state, name, synced)
+            except BaseException:
+                for anchor in set(self._anchors.folder.ids()) - before:
+                    self._anchors.folder.remove(anchor)
+                raise
+            self._retire()
+            return info
+
+    def _build(self, state: ModelState, name: str, synced: SyncedFiles | None) -> SnapshotInfo:
+        with self._folder.building() as (new, folder):
+            anchor, linked = "", tuple[str, ...]()
+            if synced and link_files(synced, folder, state):
+                linked = tuple(file.name for file in synced.files)
+            else:
+                anchor, encoded = self._encoded(state)
+                write_delta(folder / DELTA_FILE, anchor, encoded)
+            description = {OPTIMIZER_KEY: state.description, EXTRA_KEY: state.extra}
+            save_state(folder / STATE_FILE, state.moments, description)
+            info = SnapshotInfo(
+                id=new,
+                name=name,
+                automatic=not name,
+                created=self._clock(),
+                optimizer_step=int(state.description["step_count"]),
+                size_bytes=own_bytes(folder),
+                weights_bytes=sum(p.nbytes for p in state.parameters.values()),
+                anchor=anchor,
+                linked=linked,
+                digests={n: state.digest(n) for n in state.parameters},
+                state_digest=_file_digest(folder / STATE_FILE),
+            )
+            write_info(folder, info)
+            self._require_room(info)
+            self._folder.publish(new)
+        return info
+
+    def _encoded(self, state: ModelState) -> tuple[str, dict[str, EncodedTensor]]:
+        anchor = self._anchors.newest_for(state)
+        encoded = self._anchors.encode(anchor, state) if anchor else None
+        if encoded is None:
+            anchor = self._anchors.create(state)
+            encoded = {
+                name: encode_tensor(p, p, old_digest=state.digest(name))
+                for name, p in state.parameters.items()
+            }
+        return anchor, encoded
+
+    def list(self) -> list[SnapshotInfo]:
+        """All that can be read, the oldest first; what cannot is left as it is, and logged."""
+        found = []
+        for snapshot in self._folder.ids():
+            try:
+                found.append(read_info(self._folder.path / snapshot))
+            except DataLoss as error:
+                log.warning("%s", error.message)
+        return found
+
+    def get(self, snapshot: str) -> SnapshotInfo:
+        """Raises NotFound, or DataLoss where it cannot be read."""
+        return read_info(self._entry(snapshot))
+
+    def delete(self, snapshot: str) -> None:
+        """Deletes a snapshot, and an anchor that no other one needs. Raises NotFound."""
+        with self._lock:
+            self._entry(snapshot)
+            self._folder.remove(snapshot)
+            self._drop_anchors()
+
+    def load(self, snapshot: str, plan: CheckpointPlan | None = None) -> ModelState:
+        """Decodes and verifies a snapshot; the live weights are not touched.
+
+        Args:
+            plan: needed for one that links to the model's own files.
+
+        Raises NotFound, and DataLoss where a byte of it is not as it was written.
+        """
+        with self._lock:
+            folder = self._entry(snapshot)
+            info = read_info(folder)
+            try:
+                return self._load(folder, info, plan)
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                raise _corrupt(snapshot, str(error)) from error
+
+    def _load(self, folder: Path, info: SnapshotInfo, plan: CheckpointPlan | None) -> ModelState:
+        if _file_digest(folder / STATE_FILE) != info.state_digest:
+            raise _corrupt(info.id, "its Apollo state is not what was written")
+        loaded = load_state(folder / STATE_FILE)
+        if loaded is None:
+            raise _corrupt(info.id, "it has no Apollo state")
+        if info.linked:
+            if plan is None:
+                raise ValueError("it is of linked files, and needs the checkpoint's plan")
+            parameters = read_parameters(folder / linked_files.FOLDER, info.linked, plan)
+            parameters = {name: parameters[name] for name in info.digests}
+            if not all(matches(p, info.digests[name]) for name, p in parameters.items()):
+                raise ValueError("a linked file was changed in place")
+        else:
+            threads = min(_MOST_THREADS, os.cpu_count() or 1)
+            delta = folder / DELTA_FILE
+            parameters = self._anchors.decode(delta, info.anchor, threads)
+            # The differential verified each one by its own digests; these say it is this one.
+            if any(info.digests.get(n) != d for n, d in _delta_digests(delta).items()):
+                raise _corrupt(info.id, "its differential is of another snapshot")
+        moments, description = loaded
+        return ModelState(
+            parameters,
+            moments,
+            description[OPTIMIZER_KEY],
+            description[EXTRA_KEY],
+            dict(info.digests),
+        )
+
+    def size_bytes(self) -> int:
+        """Bytes of all anchors and snapshots; links to the model's own files take none."""
+        return own_bytes(self._folder.path) + own_bytes(self._anchors.folder.path)
+
+    def _entry(self, snapshot: str) -> Path:
+        if snapshot not in self._folder.ids():
+            raise NotFound(f"There is no snapshot {snapshot[:60]!r}.", reason="SNAPSHOT_NOT_FOUND")
+        return self._folder.path / snapshot
+
+    def _require_room(self, info: SnapshotInfo) -> None:
+        """Raises ResourceExhausted where not even without the automatic ones there is room."""
+        staying = [each for each in self.list() if not each.automatic]
+        anchors = {each.anchor for each in (*staying, info)} - {""}
+        needed = info.size_bytes + sum(each.size_bytes for each in staying)
+        needed += sum(own_bytes(self._anchors.path(anchor).parent) for anchor in anchors)
+        if self._budget and needed > self._budget:
+            raise ResourceExhausted(
+                f"The snapshot and the named ones need {needed} bytes, and the budget is "
+                f"{self._budget}; nothing was written. Delete snapshots, or raise the budget.",
+                reason="SNAPSHOT_BUDGET",
+            )
+
+    def _retire(self) -> None:
+        """Deletes automatic snapshots, the oldest first, until both limits are kept."""
+        self._drop_anchors()
+        automatic = [info.id for info in self.list() if info.automatic]
+        newest = self._folder.ids()[-1]
+        while automatic and (
+            len(automatic) > self._keep or (self._budget and self.size_bytes() > self._budget)
+        ):
+            if (oldest := automatic.pop(0)) == newest:
+                return
+            self._folder.remove(oldest)
+            self._drop_anchors()
+
+    def _drop_anchors(self) -> None:
+        """Removes anchors that no snapshot needs, but the newest: the next one begins from it."""
+        infos, anchors = self.list(), self._anchors.folder.ids()
+        if len(infos) < len(self._folder.ids()):
+            # One that cannot be read may need any of them.
+            return
+        needed = {info.anchor for info in infos} | set(anchors[-1:])
+        for anchor in anchors:
+            if anchor not in needed:
+                self._anchors.folder.remove(anchor)
+
+
+def _delta_digests(path: Path) -> dict[str, str]:
+    with open_delta(path) as delta:
+        return {name: entry.new for name, entry in delta.entries.items()}
+
+
+def _file_digest(path: Path) -> str:
+    return digest(torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8))
+
+
+def _corrupt(snapshot: str, why: str) -> DataLoss:
+    return DataLoss(
+        f"The snapshot {snapshot} cannot be used ({why}); it was left as it is, and nothing else "
+        "was changed. Choose another snapshot, or delete this one.",
+        reason="SNAPSHOT_CORRUPT",
+    )

@@ -1,0 +1,40 @@
+"""Several who must know of a write before it happens, behind the optimizer's one hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+Watcher = Callable[[Tensor], None]
+
+
+class WriteWatch:
+    """Set as `Apollo.before_param_write`; tells all watchers, in the order that they came in."""
+
+    def __init__(self) -> None:
+        self._watchers: list[Watcher] = []
+
+    def __call__(self, parameter: Tensor) -> None:
+        """Tells all."""
+        for watcher in tuple(self._watchers):
+            watcher(parameter)
+
+    def add(self, watcher: Watcher) -> None:
+        """Tells this one too, from now on."""
+        self._watchers.append(watcher)
+
+    def remove(self, watcher: Watcher) -> None:
+        """Tells it no more; nothing happens where it was not told."""
+        if watcher in self._watchers:
+            self._watchers.remove(watcher)
+
+    @contextmanager
+    def telling(self, watcher: Watcher) -> Iterator[None]:
+        """Tells it within the block."""
+        self.add(watcher)
+        try:
+            yield
+        finally:
+            self.remove(watcher)

@@ -1,0 +1,197 @@
+"""An export is a directory that transformers loads as the live weights, or there is none."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from apollo_grpc.errors import AlreadyExists, DataLoss, FailedPrecondition
+from apollo_trainer.checkpoints import export
+from apollo_trainer.checkpoints.export import export_directory
+from apollo_trainer.checkpoints.no_replace import rename_without_replacing
+
+Make = Callable[..., Any]
+INDEX = "model.safetensors.index.json"
+
+
+def names_in(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for shard in folder.glob("*.safetensors"):
+        with safe_open(shard, framework="pt") as file:
+            names |= set(file.keys())
+    return names
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "gpt2"])
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_transformers_loads_the_live_weights(
+    tmp_path: Path, live_directory: Make, kind: str, shard_bytes: int
+) -> None:
+    live = live_directory(kind)
+    before = live.files()
+    live.train()
+    target = tmp_path / "out"
+    exported = export_directory(live.folder, target, live.reader, shard_bytes=shard_bytes)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(target).named_parameters())
+    for name, parameter in live.parameters.items():
+        torch.testing.assert_close(loaded[name], parameter, rtol=0, atol=0, msg=name)
+    assert names_in(target) == names_in(live.folder)
+    assert {p.name for p in target.glob("*.safetensors")} == set(exported.files)
+    assert (target / INDEX).exists() == (shard_bytes == 20_000)
+    assert live.files() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "out"}
+
+
+def test_shards_are_no_larger_than_asked_for_and_all_are_in_the_index(
+    tmp_path: Path, live_directory: Make
+) -> None:
+    live = live_directory("untied")
+    exported = export_directory(live.folder, tmp_path / "out", live.reader, shard_bytes=20_000)
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert len(exported.files) > 3
+    assert index["metadata"]["total_size"] == exported.bytes_written
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(shard, framework="pt") as file:
+            assert sum(file.get_tensor(n).nbytes for n in file.keys()) <= 20_000  # noqa: SIM118
+            assert all(index["weight_map"][n] == shard.name for n in file.keys())  # noqa: SIM118
+
+
+def test_links_become_files_and_other_weights_stay_behind(
+    tmp_path: Path, live_directory: Make
+) -> None:
+    live = live_directory("tied", shard_size="20KB")
+    blob = tmp_path / "blob"
+    (live.folder / "config.json").rename(blob)
+    (live.folder / "config.json").symlink_to(blob)
+    (live.folder / "tokenizer.json").write_text("{}")
+    for name in ("pytorch_model.bin", ".hidden", "pytorch_model.bin.index.json"):
+        (live.folder / name).write_text("{}")
+    export_directory(live.folder, tmp_path / "out", live.reader)
+    out = tmp_path / "out"
+    assert not any(p.is_symlink() for p in out.iterdir())
+    assert (out / "config.json").read_bytes() == blob.read_bytes()
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "generation_config.json", "tokenizer.json", "model.safetensors",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["a folder", "a file", "an empty folder", "a dangling link"])
+def test_nothing_is_replaced(tmp_path: Path, live_directory: Make, what: str) -> None:
+    live, target = live_directory("tied"), tmp_path / "out"
+    if what == "a file":
+        target.write_text("mine")
+    elif what == "a dangling link":
+        target.symlink_to(tmp_path / "nowhere")
+    else:
+        target.mkdir()
+        if what == "a folder":
+            (target / "mine").write_text("mine")
+    with pytest.raises(AlreadyExists, match="nothing was written"):
+        export_directory(live.folder, target, live.reader)
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "out"}
+    assert what != "a file" or target.read_text() == "mine"
+
+
+def test_a_folder_that_appeared_meanwhile_is_not_replaced(
+    tmp_path: Path, live_directory: Make
+) -> None:
+    live, target = live_directory("tied"), tmp_path / "out"
+    with pytest.raises(AlreadyExists):
+        export_directory(
+            live.folder, target, live.reader, progress=lambda *_: target.mkdir(exist_ok=True)
+        )
+    assert list(target.iterdir()) == []
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "out"}
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_rename_never_replaces(
+    tmp_path: Path, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel:
+        monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.mkdir()
+    target.mkdir()
+    with pytest.raises(FileExistsError):
+        rename_without_replacing(source, target)
+    target.rmdir()
+    rename_without_replacing(source, target)
+    assert target.is_dir()
+    assert not source.exists()
+
+
+def test_what_does_not_read_back_is_removed(
+    tmp_path: Path, live_directory: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = live_directory("tied")
+    original = export.write_tensors
+
+    def corrupt(tensors: Any, path: Path, metadata: Any) -> None:
+        original(tensors, path, metadata)
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(export, "write_tensors", corrupt)
+    with pytest.raises(DataLoss) as caught:
+        export_directory(live.folder, tmp_path / "out", live.reader)
+    assert caught.value.reason == "EXPORT_CORRUPT"
+    assert {p.name for p in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3, 6])
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, live_directory: Make, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    live, left = live_directory("untied"), [calls]
+    original = export.flush_file
+
+    def full(path: Path) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(path)
+
+    monkeypatch.setattr(export, "flush_file", full)
+    with pytest.raises(OSError, match="No space"):
+        export_directory(live.folder, tmp_path / "out", live.reader, shard_bytes=20_000)
+    assert {p.name for p in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_live_tensor_of_another_shape_is_refused(tmp_path: Path, live_directory: Make) -> None:
+    live = live_directory("untied")
+
+    class Padded:
+        """An engine's embedding, with rows that no token has."""
+
+        def read(self, name: str) -> torch.Tensor | None:
+            values = live.reader.read(name)
+            padded = name == "model.embed_tokens.weight"
+            return torch.cat([values, values[:4]]) if padded else values
+
+        def missing_from(self, names: set[str]) -> list[str]:
+            return list(live.reader.missing_from(names))
+
+    with pytest.raises(FailedPrecondition) as caught:
+        export_directory(live.folder, tmp_path / "out", Padded())  # type: ignore[arg-type]
+    assert caught.value.reason == "CHECKPOINT_INCOMPATIBLE"
+    assert {p.name for p in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_source_without_all_tensors_is_refused(tmp_path: Path, live_directory: Make) -> None:
+    live = live_directory("tied", shard_size="20KB")
+    sorted(live.folder.glob("*.safetensors"))[0].unlink()
+    with pytest.raises(FailedPrecondition) as caught:
+        export_directory(live.folder, tmp_path / "out", live.reader)
+    assert caught.value.reason == "CHECKPOINT_INCOMPLETE"
+    assert {p.name for p in tmp_path.iterdir()} == {"model"}

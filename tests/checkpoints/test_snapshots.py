@@ -1,0 +1,121 @@
+"""A snapshot while training goes on is the model as it was when it began."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apollo_grpc.errors import Aborted
+from apollo_trainer.checkpoints import snapshots
+from apollo_trainer.checkpoints.restore import restore
+from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
+from apollo_trainer.checkpoints.snapshots import SnapshotCopy, SnapshotWriter
+from tests.checkpoints.learner import Learner, assert_same
+
+
+@pytest.fixture
+def learner() -> Learner:
+    made = Learner()
+    made.train(0, 2)
+    return made
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "split16"])
+def test_what_a_step_comes_to_first_it_copies_first(rounding: Any) -> None:
+    learner = Learner(rounding)
+    learner.train(0, 2)
+    wanted = learner.state()
+    copying = SnapshotCopy(learner.parameters, learner.optimizer)
+    with learner.watch.telling(copying.before_write):
+        learner.train(2, 2)
+    # It was not started: whatever is right was copied by the step.
+    assert copying.copied_by_writers == len(learner.parameters)
+    assert_same(copying.state(), wanted)
+
+
+def test_a_copy_amid_a_step_is_one_of_before_it(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, stepping = learner.state(), threading.Event()
+    original, copied = snapshots.to_host, []
+
+    def slowly(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(threading.current_thread().name)
+        if copied[-1] == "snapshot-copy" and len(copied) > 10:
+            assert stepping.wait(30)
+            time.sleep(0.05)
+        return original(tensor)
+
+    monkeypatch.setattr(snapshots, "to_host", slowly)
+    copying = SnapshotCopy(learner.parameters, learner.optimizer).start()
+    learner.watch.add(lambda _: stepping.set())
+    learner.watch.add(copying.before_write)
+    learner.train(2, 1)
+    assert_same(copying.state(), wanted)
+    assert set(copied) == {"snapshot-copy", "MainThread"}
+    assert learner.optimizer.step_count == 3
+
+
+def test_many_snapshots_of_running_training_are_each_of_one_step(
+    tmp_path: Path, learner: Learner
+) -> None:
+    store, wanted, futures = SnapshotStore(tmp_path), [], []
+    writer = SnapshotWriter(store)
+    for number in range(2, 8):
+        copying = SnapshotCopy(learner.parameters, learner.optimizer, {"batch": number}).start()
+        wanted.append(learner.state())
+        with learner.watch.telling(copying.before_write):
+            futures.append(writer.write(copying, f"before {number}"))
+            learner.train(number, 1)
+            copying.state()
+    writer.stop()
+    for number, (future, state) in enumerate(zip(futures, wanted, strict=True), 2):
+        info = future.result()
+        assert info.name == f"before {number}"
+        loaded = store.load(info.id)
+        assert loaded.extra == {"batch": number}
+        assert_same(loaded, state)
+
+
+def test_a_step_that_raises_halfway_leaves_the_snapshot_whole(learner: Learner) -> None:
+    wanted = learner.state()
+    copying = SnapshotCopy(learner.parameters, learner.optimizer)
+    learner.watch.add(copying.before_write)
+    learner.fail_halfway(2)
+    assert 0 < copying.copied_by_writers < len(learner.parameters)
+    restore(copying.state(), learner.parameters, learner.optimizer)
+    learner.assert_is(wanted)
+
+
+def test_a_restore_amid_a_snapshot_leaves_the_snapshot_whole(learner: Learner) -> None:
+    older = learner.state()
+    learner.train(2, 1)
+    wanted = learner.state()
+    copying = SnapshotCopy(learner.parameters, learner.optimizer)
+    with learner.watch.telling(copying.before_write):
+        restore(older, learner.parameters, learner.optimizer)
+    assert_same(copying.state(), wanted)
+
+
+def test_a_write_that_was_not_announced_ends_the_snapshot_not_the_training(
+    tmp_path: Path, learner: Learner
+) -> None:
+    copying = SnapshotCopy(learner.parameters, learner.optimizer)
+    with torch.no_grad():
+        learner.parameters["model.norm.weight"].add_(1)
+    store = SnapshotStore(tmp_path)
+    with pytest.raises(Aborted) as caught:
+        store.create(copying, "one")
+    assert caught.value.reason == "SNAPSHOT_OVERTAKEN"
+    assert store.list() == []
+
+
+def test_a_copy_does_not_begin_in_the_middle_of_a_step(learner: Learner) -> None:
+    learner.optimizer.begin_step()
+    with pytest.raises(RuntimeError, match="while a step is open"):
+        SnapshotCopy(learner.parameters, learner.optimizer)
