@@ -52,7 +52,9 @@ def test_a_copy_amid_a_step_is_one_of_before_it(
         return original(tensor)
 
     monkeypatch.setattr(snapshots, "to_host", slowly)
-    copying = SnapshotCopy(learner.parameters, learner.optimizer).start()
+    # From the other end than the step: in its order, the step would only wait for each copy.
+    backwards = dict(reversed(learner.parameters.items()))
+    copying = SnapshotCopy(backwards, learner.optimizer).start()
     learner.watch.add(lambda _: stepping.set())
     learner.watch.add(copying.before_write)
     learner.train(2, 1)
