@@ -10,7 +10,8 @@ from typing import Any, Generic, Self, TypeVar, Unpack
 
 import grpc
 
-from apollo_client.connection import RETRY_SECONDS, STATUS_SECONDS, find_server, readable
+from apollo_client.checkpoint_calls import CheckpointCalls
+from apollo_client.connection import RETRY_SECONDS, STATUS_SECONDS, Told, find_server, readable
 from apollo_client.requests import (
     RunOptions,
     list_request,
@@ -22,13 +23,12 @@ from apollo_client.resume import Resume
 from apollo_client.samples import SampleLike
 from apollo_grpc.errors import ApolloError
 from apollo_grpc.transport import Endpoint
-from apollo_grpc.v1 import checkpoint_pb2, status_pb2, training_pb2
+from apollo_grpc.v1 import status_pb2, training_pb2
 from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
 from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
 
 T = TypeVar("T")
-Told = Callable[[checkpoint_pb2.Progress], None]
 
 
 class Stream(Generic[T]):
@@ -106,7 +106,7 @@ class RunStream(Stream[training_pb2.RunEvent]):
         super().close()
 
 
-class ApolloClient:
+class ApolloClient(CheckpointCalls):
     """Trains the model that vLLM serves, and says how that goes. Safe to share between threads.
 
     Args:
@@ -216,53 +216,13 @@ class ApolloClient:
         request = watch_request(run_id, min_interval)
         return self._stream(self._status.WatchStatus, request, lambda response: response)
 
-    def sync(
-        self,
-        progress: Told | None = None,
-        *,
-        in_place: bool = False,
-    ) -> checkpoint_pb2.SyncResult:
-        """Brings the model directory up to date with the live weights.
-
-        Args:
-            in_place: write into the files, for disks without room for new ones.
-        """
-        methods = (checkpoint_pb2.SYNC_METHOD_UNSPECIFIED, checkpoint_pb2.SYNC_METHOD_IN_PLACE)
-        request = checkpoint_pb2.SyncRequest(method=methods[in_place])
-        result: checkpoint_pb2.SyncResult = self._result(self._checkpoints.Sync, request, progress)
-        return result
-
-    def verify(
-        self, *, full: bool = False, live: bool = False, progress: Told | None = None
-    ) -> checkpoint_pb2.VerifyResult:
-        """Compares the model directory with what the last sync left there.
-
-        Args:
-            full: read every file, and compare digests.
-            live: compare the live weights too.
-        """
-        request = checkpoint_pb2.VerifyRequest(full=full, live=live)
-        result: checkpoint_pb2.VerifyResult = self._result(
-            self._checkpoints.Verify, request, progress
-        )
-        return result
-
-    def adopt(
-        self, directory: str | Path, progress: Told | None = None
-    ) -> checkpoint_pb2.AdoptResult:
-        """Makes a private copy of the model directory, in a new folder of the server's machine."""
-        request = checkpoint_pb2.AdoptRequest(directory=str(directory))
-        result: checkpoint_pb2.AdoptResult = self._result(
-            self._checkpoints.Adopt, request, progress
-        )
-        return result
-
     def _result(self, method: Any, request: Any, progress: Told | None) -> Any:
         """The last message's result of a stream that tells its progress before."""
         result = None
         for response in self._stream(method, request, lambda response: response):
-            if response.HasField("result"):
-                result = response.result
+            kind = response.WhichOneof("update")
+            if kind != "progress":
+                result = getattr(response, kind)
             elif progress:
                 progress(response.progress)
         return result

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from apollo_grpc.errors import ApolloError, Unavailable, from_rpc_error
 from apollo_grpc.locations import server_address, socket_path, state_folder
 from apollo_grpc.transport import Endpoint, is_loopback
+from apollo_grpc.v1 import checkpoint_pb2
+
+Told = Callable[[checkpoint_pb2.Progress], None]
 
 STATUS_SECONDS = 10.0
 # A server that loads torch and maps a large model again may take most of it.

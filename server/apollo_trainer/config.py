@@ -80,6 +80,24 @@ class Settings(BaseSettings):
         description="hold all gradients of a step at once, which takes as much memory as the "
         "weights and saves a backward pass; otherwise each is released once it was used",
     )
+    undo_mebibytes: int = Field(
+        default=512,
+        ge=0,
+        description="of memory for updates that can be taken back; none are kept of a model "
+        "whose weights are larger",
+    )
+    snapshot_mebibytes: int = Field(
+        default=0, ge=0, description="of all snapshots of a model on disk; 0: no limit"
+    )
+    automatic_snapshots: int = Field(
+        default=8, ge=1, description="that are kept; older ones are deleted"
+    )
+    snapshot_before_runs: bool = Field(
+        default=False, description="take an automatic snapshot before each run"
+    )
+    snapshot_steps: int = Field(
+        default=0, ge=0, description="steps between two automatic snapshots in a run; 0: none"
+    )
     max_samples: int = Field(default=10_000, ge=1, description="samples of one run")
     max_streams: int = Field(default=256, ge=1, description="streams open at one time")
     lease_seconds: float = Field(

@@ -31,6 +31,7 @@ from apollo_grpc.v1 import (
     training_pb2_grpc,
 )
 from apollo_trainer.config import Settings, described, unknown_names
+from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.runs.engine_watch import EngineWatch, no_engine
 from apollo_trainer.runs.owner import ModelOwner
 from apollo_trainer.runs.queue import RunQueue
@@ -79,8 +80,10 @@ class TrainingServer:
         training_pb2_grpc.add_TrainingServiceServicer_to_server(
             TrainingService(self._owner, self._queue, streams), server
         )
+        jobs = CheckpointJobs(self._owner, self._board)
         checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(
-            CheckpointService(self._owner, streams), server
+            CheckpointService(self._owner, jobs, streams),
+            server,
         )
         status_pb2_grpc.add_StatusServiceServicer_to_server(
             StatusService(self._board, streams), server

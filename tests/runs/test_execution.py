@@ -14,6 +14,7 @@ from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.apollo_state import FILE_NAME
 from apollo_trainer.optim import Apollo
+from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.runs.state_saver import CapturedState
 
 Events = Callable[[Any], list[pb.RunEvent]]
@@ -219,6 +220,6 @@ def test_a_stopping_trainer_takes_neither_runs_nor_syncs(attached: Any) -> None:
     _, trainer = attached
     trainer.stop()
     with pytest.raises(Unavailable, match="stopping"):
-        trainer.owner.sync(lambda *_: None)
+        CheckpointJobs(trainer.owner, trainer.board).sync(lambda *_: None)
     with pytest.raises(Unavailable, match="stopping"):
         trainer.submit()

@@ -13,6 +13,7 @@ import apollo_trainer.runs.owner as owner_module
 from apollo_grpc.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.runs.owner import open_session
 
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
@@ -141,7 +142,9 @@ def test_an_engine_lost_while_attaching_is_not_shown_as_attached(
     monkeypatch.setattr(owner_module, "open_session", lose_the_engine_and_open)
     engine.drop_connections()
     wait(lambda: opened, "the second attachment")
-    assert isinstance(trainer.owner.sync(print).exception(timeout=30), Unavailable)
+    assert isinstance(
+        CheckpointJobs(trainer.owner, trainer.board).sync(print).exception(timeout=30), Unavailable
+    )
     assert trainer.status.attachment == DETACHED
 
 

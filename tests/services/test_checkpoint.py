@@ -1,4 +1,4 @@
-"""CheckpointService over a real channel: sync, and what is not built."""
+"""CheckpointService over a real channel: the model directory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from apollo_grpc.errors import FailedPrecondition, Unavailable, Unimplemented
+from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.file_ops import FileOps
-
-UNARY = ("GetSnapshot", "ListSnapshots", "DeleteSnapshot")
-STREAMS = ("CreateSnapshot", "RestoreSnapshot", "Undo", "Export")
 
 
 def test_a_sync_brings_the_learned_weights_to_the_directory(
@@ -59,20 +56,15 @@ def test_without_an_engine_there_is_nothing_to_sync(start_server: Any, error_of:
     assert isinstance(error, Unavailable)
 
 
-def test_a_request_id_is_refused(caller: Any, error_of: Any) -> None:
-    error = error_of(caller.checkpoints.Sync(cp.SyncRequest(request_id="a"), timeout=30))
-    assert error.metadata == {"field": "request_id"}
-
-
-def test_every_unbuilt_call_says_so_in_one_sentence(start_server: Any, error_of: Any) -> None:
-    checkpoints = start_server().checkpoints
-    for method in (*UNARY, *STREAMS):
-        call, request = getattr(checkpoints, method), getattr(cp, f"{method}Request")()
-        error = error_of(call(request) if method in STREAMS else lambda c=call, r=request: c(r))
-        assert isinstance(error, Unimplemented)
-        assert (
-            error.message == f"{method} is part of the contract and not built in this version yet."
-        )
+def test_a_request_id_attaches_to_what_the_first_call_began(caller: Any, error_of: Any) -> None:
+    caller.train()
+    asked = cp.SyncRequest(request_id="a")
+    *_, first = caller.checkpoints.Sync(asked, timeout=30)
+    *_, again = caller.checkpoints.Sync(asked, timeout=30)
+    assert again.result == first.result
+    assert again.result.method == cp.SYNC_METHOD_EXCHANGE
+    other = cp.SyncRequest(request_id="a", method=cp.SYNC_METHOD_IN_PLACE)
+    assert error_of(caller.checkpoints.Sync(other, timeout=30)).reason == "REQUEST_ID_TAKEN"
 
 
 def test_a_verification_reads_what_the_sync_wrote_and_tells_what_was_damaged(

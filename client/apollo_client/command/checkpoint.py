@@ -1,4 +1,4 @@
-"""`apollo checkpoint`: what is done about the model directory besides a sync."""
+"""`apollo checkpoint`: the model directory, and the ways back to what the model was."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from apollo_client.command import display
 from apollo_client.command.outcome import REFUSED, reported_errors
 
-app = typer.Typer(no_args_is_help=True, help="Verify the model directory, or make it your own.")
+app = typer.Typer(no_args_is_help=True, help="Snapshots, undo, export: the disk, and ways back.")
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
 
 
@@ -39,3 +39,89 @@ def adopt(
     with reported_errors(), context.obj.client() as client:
         result = client.adopt(directory.absolute())
     print(display.to_json(result) if as_json else display.adopt_line(result))
+
+
+@app.command()
+def sync(context: typer.Context, as_json: Json = False) -> None:
+    """Bring the model directory up to date with what was learned, as 'apollo sync' does."""
+    with reported_errors(), context.obj.client() as client:
+        result = client.sync()
+    print(display.to_json(result) if as_json else display.sync_line(result))
+
+
+@app.command()
+def create(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Without one it may give way to newer ones.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Keep weights and optimizer state as they are now."""
+    with reported_errors(), context.obj.client() as client:
+        snapshot = client.create_snapshot(name)
+    print(display.to_json(snapshot) if as_json else display.snapshot_line(snapshot))
+
+
+@app.command("list")
+def list_(context: typer.Context, as_json: Json = False) -> None:
+    """Show the snapshots, newest first."""
+    token = ""
+    with reported_errors(), context.obj.client() as client:
+        while True:
+            page = client.list_snapshots(page_token=token)
+            for snapshot in page.snapshots:
+                print(display.to_json(snapshot) if as_json else display.snapshot_line(snapshot))
+            if not (token := page.next_page_token):
+                return
+
+
+@app.command()
+def restore(
+    context: typer.Context,
+    snapshot: Annotated[str, typer.Argument(help="Its id, or its name.")],
+    expect: Annotated[
+        int | None, typer.Option(help="Only if the live weights have this version.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a snapshot the live model again, while vLLM serves."""
+    with reported_errors(), context.obj.client() as client:
+        result = client.restore(snapshot, expected_weight_version=expect)
+    print(display.to_json(result) if as_json else display.restore_line(result))
+
+
+@app.command()
+def undo(
+    context: typer.Context,
+    updates: Annotated[int, typer.Argument(help="How many.")] = 1,
+    expect: Annotated[
+        int | None, typer.Option(help="Only if the live weights have this version.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Take the last updates back, weights and optimizer state."""
+    with reported_errors(), context.obj.client() as client:
+        result = client.undo(updates, expected_weight_version=expect)
+    print(display.to_json(result) if as_json else display.restore_line(result))
+
+
+@app.command()
+def delete(
+    context: typer.Context,
+    snapshot: Annotated[str, typer.Argument(help="Its id, or its name.")],
+) -> None:
+    """Delete a snapshot."""
+    with reported_errors(), context.obj.client() as client:
+        client.delete_snapshot(snapshot)
+    print(f"deleted {snapshot}")
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    as_json: Json = False,
+) -> None:
+    """Write the live weights as a new model directory, for vLLM, transformers or a friend."""
+    with reported_errors(), context.obj.client() as client:
+        result = client.export(directory.absolute())
+    print(display.to_json(result) if as_json else display.export_line(result))

@@ -215,3 +215,29 @@ def adopt_line(result: checkpoint_pb2.AdoptResult) -> str:
         f"copied {result.files} files, {result.bytes_written:,} bytes, to {result.directory}; "
         "serve it with vLLM to sync"
     )
+
+
+def snapshot_line(snapshot: checkpoint_pb2.Snapshot) -> str:
+    """A snapshot in one line, its whole id first."""
+    when = snapshot.create_time.ToDatetime().isoformat(" ", "seconds")
+    name = snapshot.name or "(automatic)"
+    return (
+        f"{snapshot.snapshot_id}  {when} UTC  {name}  weight version {snapshot.weight_version}, "
+        f"optimizer step {snapshot.optimizer_step}, {snapshot.size_bytes:,} bytes"
+    )
+
+
+def restore_line(result: checkpoint_pb2.RestoreResult) -> str:
+    """What is live after a restore or an undo."""
+    return (
+        f"the live weights are version {result.weight_version}, the optimizer is at step "
+        f"{result.optimizer_step}; 'apollo sync' puts them into the model directory"
+    )
+
+
+def export_line(result: checkpoint_pb2.ExportResult) -> str:
+    """What was exported, and where to."""
+    return (
+        f"wrote {result.bytes_written:,} bytes of weights, version {result.weight_version}, to "
+        f"{result.directory}"
+    )

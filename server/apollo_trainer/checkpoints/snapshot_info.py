@@ -26,6 +26,7 @@ class SnapshotInfo:
         automatic: retention may delete it.
         created: seconds since 1970, by this machine's clock; ids order snapshots, not this.
         optimizer_step: completed steps.
+        weight_version: of the live weights then; 0 where nobody said.
         size_bytes: of its own files; neither the anchor's nor linked files'.
         weights_bytes: of the parameters.
         anchor: the id of the anchor that it is a difference to; empty for linked files.
@@ -39,6 +40,7 @@ class SnapshotInfo:
     automatic: bool
     created: float
     optimizer_step: int
+    weight_version: int
     size_bytes: int
     weights_bytes: int
     anchor: str

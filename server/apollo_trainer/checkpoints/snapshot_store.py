@@ -126,6 +126,7 @@ class SnapshotStore:
                 automatic=not name,
                 created=self._clock(),
                 optimizer_step=int(state.description["step_count"]),
+                weight_version=int(state.extra.get("weight_version", 0)),
                 size_bytes=own_bytes(folder),
                 weights_bytes=sum(p.nbytes for p in state.parameters.values()),
                 anchor=anchor,

@@ -91,7 +91,8 @@ class UndoRing:
         """After the update, or after it failed halfway: what was written can be taken back."""
         update, old = self._open, self._old
         self._open, self._old = None, {}
-        if update is None:
+        if update is None or not old:
+            # A step that was refused has nothing to take back.
             return
         self._encoding = {
             id(parameters[name]): self._pool.submit(_encode, update, name, parameters[name], values)

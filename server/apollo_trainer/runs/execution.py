@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
 from apollo_trainer.runs.events import EventLog, duration
 from apollo_trainer.runs.run import PreparedRun
 from apollo_trainer.runs.session import Session
@@ -121,7 +123,11 @@ class Execution:
                 self._take_steps()
             return
         self.session.begin_run(self.run.options)
+        if self.run.options.reset:
+            self.session.checkpoints.forget_updates()
         self._require_saved()
+        if self.session.settings.snapshot_before_runs:
+            self._snapshot()
         try:
             self._take_steps()
         finally:
@@ -143,6 +149,7 @@ class Execution:
                 self._tell(number, steps.take(samples))
                 if not self.run.dry_run:
                     self._save_while_running()
+                    self._snapshot_while_running(number)
         finally:
             try:
                 steps.end()
@@ -243,6 +250,27 @@ class Execution:
         if is_due and self.saver.idle:
             self._saved_at = time.monotonic()
             self.saver.save(session.capture(running=True), self._tell_saved)
+
+    def _snapshot_while_running(self, step: int) -> None:
+        every = self.session.settings.snapshot_steps
+        if every and step % every == 0 and step < self.run.steps_total:
+            self._snapshot()
+
+    def _snapshot(self) -> None:
+        """An automatic one, which training does not wait for."""
+        session = self.session
+        extra = session.extra(self.board.snapshot().weight_version)
+        try:
+            session.checkpoints.snapshot(session.optimizer, extra).add_done_callback(
+                self._tell_snapshot
+            )
+        except OSError as error:
+            self._warn("SNAPSHOT_NOT_TAKEN", f"No snapshot can be taken here ({error}).")
+
+    def _tell_snapshot(self, future: Future[SnapshotInfo]) -> None:
+        # The run may have ended: a snapshot is no event of it then.
+        if error := future.exception():
+            log.warning("run %s: a snapshot was not taken: %s", self.log.run_id, error)
 
     def _tell_saved(self, saved: Saved) -> None:
         if saved.error:

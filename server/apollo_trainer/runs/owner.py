@@ -13,18 +13,8 @@ from typing import TypeVar
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
-from apollo_trainer.checkpoints.adopt import Adoption, adopt_directory
 from apollo_trainer.checkpoints.recover import settle_directory
-from apollo_trainer.checkpoints.sync import (
-    Progress,
-    SyncMethod,
-    SyncOptions,
-    SyncOutcome,
-    sync_directory,
-)
-from apollo_trainer.checkpoints.verify import Verification, verify_directory
 from apollo_trainer.config import Settings
-from apollo_trainer.runs.events import now
 from apollo_trainer.runs.session import KeptState, Session, open_session
 from apollo_trainer.runs.state_saver import Saved, StateSaver
 from apollo_trainer.runs.status_board import StatusBoard
@@ -158,6 +148,7 @@ class ModelOwner:
         session = self._session
         if session is None or session.attachment.alive:
             return
+        session.checkpoints.close()
         with self._lock:
             self._kept, self._session = session.keep() or self._kept, None
         del session
@@ -206,36 +197,13 @@ class ModelOwner:
 
         self._board.update(change)
 
-    # --- checkpoints ------------------------------------------------------------------------
+    # --- work between two runs --------------------------------------------------------------
 
-    def sync(
-        self, progress: Progress, method: SyncMethod | None = None
-    ) -> Future[tuple[SyncOutcome, int]]:
-        """Syncs the model directory between two runs; the result holds the weight version too.
+    def between_runs(self, work: Callable[[], T]) -> Future[T]:
+        """Has the training thread do something once the run at work has ended.
 
         Raises Unavailable when the server stops.
         """
-        return self._between_runs(lambda: self._sync(progress, method))
-
-    def verify(self, progress: Progress, *, full: bool, live: bool) -> Future[Verification]:
-        """Compares the model directory with its manifest, between two runs. Raises likewise."""
-
-        def verify() -> Verification:
-            attachment = self.session().attachment
-            reader = attachment.checkpoint() if live else None
-            return verify_directory(
-                Path(attachment.directory), reader, full=full, progress=progress
-            )
-
-        return self._between_runs(verify)
-
-    def adopt(self, target: Path, progress: Progress) -> Future[Adoption]:
-        """Copies the model directory to one of its own, between two runs. Raises likewise."""
-        return self._between_runs(
-            lambda: adopt_directory(Path(self.session().attachment.directory), target, progress)
-        )
-
-    def _between_runs(self, work: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         with self._lock:
             # After the thread's last job nobody would ever resolve it.
@@ -244,24 +212,9 @@ class ModelOwner:
             self._jobs.put(lambda: _resolve(future, work))
         return future
 
-    def _sync(self, progress: Progress, method: SyncMethod | None) -> tuple[SyncOutcome, int]:
-        session = self.session()
-        attachment = session.attachment
-        directory, reader = Path(attachment.directory), attachment.checkpoint()
-        # One for all parameters: after a step of any of them every tensor is compared.
-        stamp = session.optimizer.write_stamp
-        outcome = sync_directory(
-            directory, reader, progress, lambda name: stamp, SyncOptions(method=method)
-        )
-        version = self._board.snapshot().weight_version
-
-        def change(status: status_pb2.ServerStatus) -> None:
-            status.last_sync.time.CopyFrom(now())
-            status.last_sync.weight_version = version
-            status.last_sync.directory = attachment.directory
-
-        self._board.update(change)
-        return outcome, version
+    def save(self, session: Session) -> None:
+        """Puts the Apollo state on disk, off the training thread."""
+        self.saver.save(session.capture(running=False), _log_saved)
 
     # --- the end ----------------------------------------------------------------------------
 
@@ -280,11 +233,13 @@ class ModelOwner:
 
     def _save_at_end(self) -> None:
         session = self._session
+        if session:
+            session.checkpoints.close()
         # The state of other weights must not be saved as that of these.
         if session is None or session.other_weights or not session.attachment.alive:
             return
         if session.optimizer.step_count not in (0, session.captured_step):
-            self.saver.save(session.capture(running=False), _log_saved)
+            self.save(session)
 
 
 def _log_saved(saved: Saved) -> None:

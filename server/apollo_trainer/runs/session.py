@@ -25,6 +25,7 @@ from apollo_trainer.checkpoints.apollo_state import (
 )
 from apollo_trainer.config import Settings
 from apollo_trainer.optim import Apollo
+from apollo_trainer.runs.model_checkpoints import ModelCheckpoints
 from apollo_trainer.runs.state_saver import CapturedState
 from apollo_trainer.training.context_check import require_frozen_context
 from apollo_trainer.training.options import OptimizerOptions, StateShape
@@ -54,6 +55,7 @@ class Session:
         shape: of the live optimizer state.
         state_path: where that state is kept on disk.
         tokenizer: of the served model; None where its directory has none.
+        checkpoints: the ways back to what the model was.
         other_weights: why the state does not belong to the live weights; empty when it does.
         on_disk: whether a state on disk is one that a killed server could go on with.
         captured_step: of the last copy that was taken to be saved; -1 where none was.
@@ -66,6 +68,7 @@ class Session:
     tokenizer: Any
     limits: SampleLimits
     settings: Settings
+    checkpoints: ModelCheckpoints
     other_weights: str = ""
     on_disk: bool = False
     captured_step: int = -1
@@ -80,12 +83,33 @@ class Session:
                 reason="STATE_OF_OTHER_WEIGHTS",
             )
 
+    def require_sound(self) -> None:
+        """Raises FailedPrecondition while weights and state are not one model's."""
+        self.checkpoints.poison.require_sound()
+        self.require_accepted(OptimizerOptions())
+
+    def optimizer_of(self, shape: StateShape) -> Apollo:
+        """The live optimizer where its state has that shape, else a new one."""
+        if shape == self.shape:
+            return self.optimizer
+        return self._new_optimizer(shape)
+
+    def _new_optimizer(self, shape: StateShape) -> Apollo:
+        optimizer = new_optimizer(self.attachment, shape, self.settings)
+        optimizer.before_param_write = self.checkpoints.watch
+        return optimizer
+
+    def extra(self, weight_version: int) -> dict[str, Any]:
+        """What a snapshot keeps beside weights and state."""
+        return {"shape": vars(self.shape), "weight_version": weight_version}
+
     def begin_run(self, options: OptimizerOptions) -> None:
         """Makes the optimizer what the run asks for. Raises FailedPrecondition on a mismatch."""
+        self.checkpoints.poison.require_sound()
         self.require_accepted(options)
         shape = options.shape_on(self.shape)
         if options.reset:
-            self.optimizer = new_optimizer(self.attachment, shape, self.settings)
+            self.optimizer = self._new_optimizer(shape)
         # Until it is saved, the state on disk is another one than this.
         self.on_disk = self.on_disk and not (options.reset or self.other_weights)
         self.shape, self.other_weights = shape, ""
@@ -180,7 +204,11 @@ def open_session(
     embedding = attachment.model.get_input_embeddings().weight
     limits = SampleLimits(embedding.shape[0], attachment.max_model_len, settings.max_samples)
     tokenizer = _tokenizer(attachment.directory)
-    session = Session(attachment, optimizer, shape, state_path, tokenizer, limits, settings)
+    checkpoints = ModelCheckpoints(attachment, state_path.parent, settings)
+    optimizer.before_param_write = checkpoints.watch
+    session = Session(
+        attachment, optimizer, shape, state_path, tokenizer, limits, settings, checkpoints
+    )
     if kept and came_back:
         session.other_weights = kept.other_weights
     elif on_disk:

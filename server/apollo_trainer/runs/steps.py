@@ -92,9 +92,10 @@ class RunSteps:
     def _train(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
         attachment, optimizer = self._session.attachment, self._session.optimizer
         try:
-            return take_step(
-                attachment.model, optimizer, samples, self._policy, self._require_going
-            )
+            with self._session.checkpoints.recording(optimizer):
+                return take_step(
+                    attachment.model, optimizer, samples, self._policy, self._require_going
+                )
         except StepIncomplete as error:
             if not attachment.alive:
                 raise engine_lost(self.written) from error

@@ -1,4 +1,4 @@
-"""CheckpointService: the model directory brought up to date; the rest is not built yet."""
+"""CheckpointService: sync, snapshots, undo, restore and export of the one model."""
 
 from __future__ import annotations
 
@@ -6,137 +6,209 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from apollo_grpc.errors import FailedPrecondition, InvalidArgument, Unimplemented
+from apollo_grpc.errors import FailedPrecondition, InvalidArgument
 from apollo_grpc.v1 import checkpoint_pb2 as pb
 from apollo_grpc.v1 import checkpoint_pb2_grpc as pb_grpc
-from apollo_trainer.checkpoints.sync import Progress, SyncMethod, SyncOutcome
-from apollo_trainer.checkpoints.verify import Verification
+from apollo_trainer.checkpoints.sync import Progress, SyncMethod
+from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs, find_snapshot
 from apollo_trainer.runs.owner import ModelOwner
+from apollo_trainer.services import checkpoint_results as results
+from apollo_trainer.services.repeated import RepeatedCalls
 from apollo_trainer.services.streams import StreamLimit
-from apollo_trainer.services.unbuilt import unbuilt
+
+T = TypeVar("T")
+MAX_PAGE, DEFAULT_PAGE = 1000, 50
 
 
 class CheckpointService(pb_grpc.CheckpointServiceServicer):
-    """Serves the one model of `owner`."""
+    """Serves the one model of `owner`; what a call began is finished when its caller leaves."""
 
-    def __init__(self, owner: ModelOwner, streams: StreamLimit):
-        self._owner, self._streams = owner, streams
+    def __init__(self, owner: ModelOwner, jobs: CheckpointJobs, streams: StreamLimit):
+        self._owner, self._jobs, self._streams = owner, jobs, streams
+        self._repeated = RepeatedCalls()
 
     async def Sync(  # noqa: N802
         self, request: pb.SyncRequest, context: Any
     ) -> AsyncIterator[pb.SyncResponse]:
-        """Streams progress, then the result; the sync finishes when the caller leaves."""
-        _refuse_request_id(request.request_id)
+        """Streams progress, then the result."""
         method = _asked_method(request.method)
-        async for update in self._told(lambda tell: self._owner.sync(tell, method)):
+        async for update in self._told(request, lambda tell: self._jobs.sync(tell, method)):
             if isinstance(update, pb.Progress):
                 yield pb.SyncResponse(progress=update)
             else:
-                yield pb.SyncResponse(result=_sync_result(update))
+                yield pb.SyncResponse(result=results.sync_result(update))
 
     async def Verify(  # noqa: N802
         self, request: pb.VerifyRequest, context: Any
     ) -> AsyncIterator[pb.VerifyResponse]:
         """Streams progress, then what differs."""
-        full, live, directory = request.full, request.live, self._directory()
-        async for update in self._told(lambda t: self._owner.verify(t, full=full, live=live)):
+        full, live = request.full, request.live
+        directory = self._owner.session().attachment.directory
+        async for update in self._told(
+            None, lambda tell: self._jobs.verify(tell, full=full, live=live)
+        ):
             if isinstance(update, pb.Progress):
                 yield pb.VerifyResponse(progress=update)
             else:
-                yield pb.VerifyResponse(result=_verify_result(directory, update))
+                yield pb.VerifyResponse(result=results.verify_result(directory, update))
 
     async def Adopt(  # noqa: N802
         self, request: pb.AdoptRequest, context: Any
     ) -> AsyncIterator[pb.AdoptResponse]:
-        """Streams progress, then the copy; it is finished when the caller leaves."""
-        _refuse_request_id(request.request_id)
-        if not request.directory:
-            raise InvalidArgument.at("directory", "must name a folder that does not exist yet")
-        target = Path(request.directory)
-        async for update in self._told(lambda tell: self._owner.adopt(target, tell)):
+        """Streams progress, then the copy."""
+        target = _new_folder(request.directory)
+        async for update in self._told(request, lambda tell: self._jobs.adopt(target, tell)):
             if isinstance(update, pb.Progress):
                 yield pb.AdoptResponse(progress=update)
             else:
-                yield pb.AdoptResponse(
-                    result=pb.AdoptResult(
-                        directory=str(update.directory),
-                        files=update.files,
-                        bytes_written=update.bytes_written,
-                    )
-                )
+                yield pb.AdoptResponse(result=results.adopt_result(update))
 
-    def _directory(self) -> str:
-        return self._owner.session().attachment.directory
+    async def Export(  # noqa: N802
+        self, request: pb.ExportRequest, context: Any
+    ) -> AsyncIterator[pb.ExportResponse]:
+        """Streams progress, then the result."""
+        target = _new_folder(request.directory)
+        async for update in self._told(request, lambda tell: self._jobs.export(target, tell)):
+            if isinstance(update, pb.Progress):
+                yield pb.ExportResponse(progress=update)
+            else:
+                yield pb.ExportResponse(result=results.export_result(str(target), update))
 
-    async def _told(self, start: Callable[[Progress], Future[Any]]) -> AsyncIterator[Any]:
+    async def CreateSnapshot(  # noqa: N802
+        self, request: pb.CreateSnapshotRequest, context: Any
+    ) -> AsyncIterator[pb.CreateSnapshotResponse]:
+        """Streams progress, then the snapshot once it is durable."""
+        name = request.name
+        async for update in self._told(request, lambda tell: self._jobs.snapshot(name, tell)):
+            if isinstance(update, pb.Progress):
+                yield pb.CreateSnapshotResponse(progress=update)
+            else:
+                yield pb.CreateSnapshotResponse(snapshot=results.snapshot_message(update))
+
+    async def RestoreSnapshot(  # noqa: N802
+        self, request: pb.RestoreSnapshotRequest, context: Any
+    ) -> AsyncIterator[pb.RestoreSnapshotResponse]:
+        """Streams progress, then the result."""
+        expected = _expected(request)
+        async for update in self._told(
+            request, lambda tell: self._jobs.restore(request.snapshot_id, expected, tell)
+        ):
+            if isinstance(update, pb.Progress):
+                yield pb.RestoreSnapshotResponse(progress=update)
+            else:
+                yield pb.RestoreSnapshotResponse(result=results.restore_result(update))
+
+    async def Undo(  # noqa: N802
+        self, request: pb.UndoRequest, context: Any
+    ) -> AsyncIterator[pb.UndoResponse]:
+        """Streams the result."""
+        if request.updates < 0:
+            raise InvalidArgument.at("updates", "must not be negative")
+        updates, expected = request.updates or 1, _expected(request)
+        async for update in self._told(request, lambda _: self._jobs.undo(updates, expected)):
+            yield pb.UndoResponse(result=results.restore_result(update))
+
+    async def GetSnapshot(  # noqa: N802
+        self, request: pb.GetSnapshotRequest, context: Any
+    ) -> pb.GetSnapshotResponse:
+        """One snapshot, by id or name."""
+        session = self._owner.session()
+        info = await _on_disk(lambda: find_snapshot(session, request.snapshot_id))
+        return pb.GetSnapshotResponse(snapshot=results.snapshot_message(info))
+
+    async def ListSnapshots(  # noqa: N802
+        self, request: pb.ListSnapshotsRequest, context: Any
+    ) -> pb.ListSnapshotsResponse:
+        """A page of snapshots; its token is the id of its last one."""
+        session, size = self._owner.session(), min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
+        if size < 0:
+            raise InvalidArgument.at("page_size", "must not be negative")
+        found = await _on_disk(lambda: session.checkpoints.store.list())
+        newest = [i for i in reversed(found) if not request.page_token or i.id < request.page_token]
+        page = newest[:size]
+        return pb.ListSnapshotsResponse(
+            snapshots=[results.snapshot_message(info) for info in page],
+            next_page_token=page[-1].id if len(newest) > size else "",
+        )
+
+    async def DeleteSnapshot(  # noqa: N802
+        self, request: pb.DeleteSnapshotRequest, context: Any
+    ) -> pb.DeleteSnapshotResponse:
+        """Deletes one snapshot, by id or name."""
+        session = self._owner.session()
+
+        def delete() -> None:
+            session.checkpoints.store.delete(find_snapshot(session, request.snapshot_id).id)
+
+        def start() -> Future[None]:
+            return self._owner.between_runs(delete)
+
+        await _on_disk(lambda: self._repeated.begin(request, start).result())
+        return pb.DeleteSnapshotResponse()
+
+    async def _told(
+        self, request: Any, start: Callable[[Progress], Future[Any]]
+    ) -> AsyncIterator[Any]:
         """Progress of a job of the training thread, then its result; the job never waits."""
         loop, news = asyncio.get_running_loop(), asyncio.Queue[pb.Progress | None]()
 
         def tell(done: int, total: int, current: str) -> None:
             progress = pb.Progress(bytes_done=done, bytes_total=total, current=current)
-            loop.call_soon_threadsafe(news.put_nowait, progress)
+            _call(loop, lambda: news.put_nowait(progress))
 
         with self._streams.one():
             self._owner.session()
-            future = start(tell)
-            future.add_done_callback(lambda _: loop.call_soon_threadsafe(news.put_nowait, None))
+            future = self._repeated.begin(request, lambda: start(tell)) if request else start(tell)
+            future.add_done_callback(lambda _: _call(loop, lambda: news.put_nowait(None)))
             while (progress := await news.get()) is not None:
                 yield progress
             yield _result(future)
 
-    async def CreateSnapshot(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """Not built yet."""
-        unbuilt("CreateSnapshot")
-        yield
 
-    async def GetSnapshot(self, request: Any, context: Any) -> pb.GetSnapshotResponse:  # noqa: N802
-        """Not built yet."""
-        unbuilt("GetSnapshot")
+def _call(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> None:
+    # The server may have ended before the job did; nobody is left to be told then.
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(what)
 
-    async def ListSnapshots(self, request: Any, context: Any) -> pb.ListSnapshotsResponse:  # noqa: N802
-        """Not built yet."""
-        unbuilt("ListSnapshots")
 
-    async def DeleteSnapshot(self, request: Any, context: Any) -> pb.DeleteSnapshotResponse:  # noqa: N802
-        """Not built yet."""
-        unbuilt("DeleteSnapshot")
-
-    async def RestoreSnapshot(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """Not built yet."""
-        unbuilt("RestoreSnapshot")
-        yield
-
-    async def Undo(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """Not built yet."""
-        unbuilt("Undo")
-        yield
-
-    async def Export(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """Not built yet."""
-        unbuilt("Export")
-        yield
+async def _on_disk(work: Callable[[], T]) -> T:
+    """Off the event loop, with the disk's errors as domain errors."""
+    try:
+        return await asyncio.to_thread(work)
+    except OSError as error:
+        raise _refused_by_disk(error) from error
 
 
 def _result(future: Future[Any]) -> Any:
     try:
         return future.result()
     except OSError as error:
-        raise FailedPrecondition(
-            f"The disk refused ({error.strerror}); the model directory keeps whole weights, those "
-            "of before. Make room or mend the permissions of the directory and its parent, then "
-            "try again.",
-            reason="DIRECTORY_NOT_WRITABLE",
-        ) from error
+        raise _refused_by_disk(error) from error
 
 
-def _refuse_request_id(request_id: str) -> None:
-    if request_id:
-        raise Unimplemented(
-            "request_id cannot be set in this version; nothing was done. Leave it empty.",
-            metadata={"field": "request_id"},
+def _refused_by_disk(error: OSError) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"The disk refused ({error.strerror}); the model directory keeps whole weights, those "
+        "of before, and the live weights are untouched. Make room or mend the permissions of the "
+        "directory and its parent, then try again.",
+        reason="DIRECTORY_NOT_WRITABLE",
+    )
+
+
+def _expected(request: Any) -> int | None:
+    has = request.HasField("expected_weight_version")
+    return request.expected_weight_version if has else None
+
+
+def _new_folder(directory: str) -> Path:
+    path = Path(directory)
+    if not directory or "\0" in directory or not path.is_absolute():
+        raise InvalidArgument.at(
+            "directory", "must be the absolute path of a folder that does not exist yet"
         )
+    return path
 
 
 def _asked_method(method: int) -> SyncMethod | None:
@@ -151,25 +223,3 @@ def _asked_method(method: int) -> SyncMethod | None:
             "method", "only EXCHANGE, ROLLFORWARD and IN_PLACE can be asked for"
         )
     return asked[method]
-
-
-def _verify_result(directory: str, found: Verification) -> pb.VerifyResult:
-    return pb.VerifyResult(
-        directory=directory,
-        generation=found.generation,
-        tensors=found.tensors,
-        bytes_read=found.bytes_read,
-        differences=[pb.Difference(**vars(difference)) for difference in found.differences],
-    )
-
-
-def _sync_result(done: tuple[SyncOutcome, int]) -> pb.SyncResult:
-    outcome, version = done
-    return pb.SyncResult(
-        bytes_compared=outcome.bytes_compared,
-        bytes_written=outcome.bytes_written,
-        tensors_changed=outcome.tensors_changed,
-        weight_version=version,
-        method=pb.SyncMethod.Value(f"SYNC_METHOD_{outcome.method.name}"),
-        files_written=outcome.files_written,
-    )

@@ -1,0 +1,224 @@
+"""What is done about checkpoints between two runs, on the training thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apollo_grpc.errors import Aborted, NotFound, OutOfRange
+from apollo_grpc.v1 import status_pb2
+from apollo_trainer.checkpoints.adopt import Adoption, adopt_directory
+from apollo_trainer.checkpoints.export import Exported, export_directory
+from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
+from apollo_trainer.checkpoints.sync import (
+    Progress,
+    SyncMethod,
+    SyncOptions,
+    SyncOutcome,
+    sync_directory,
+)
+from apollo_trainer.checkpoints.verify import Verification, verify_directory
+from apollo_trainer.runs.events import now
+from apollo_trainer.runs.owner import ModelOwner
+from apollo_trainer.runs.pause import EnginePause
+from apollo_trainer.runs.session import Session
+from apollo_trainer.runs.status_board import StatusBoard
+from apollo_trainer.training.options import StateShape
+
+MAX_UNDO = 10_000
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a restore or an undo came to."""
+
+    weight_version: int
+    optimizer_step: int
+    bytes_written: int
+
+
+class CheckpointJobs:
+    """Each method begins a job and returns its future; jobs wait for the run at work.
+
+    All raise Unavailable when the server stops or no engine is attached.
+    """
+
+    def __init__(self, owner: ModelOwner, board: StatusBoard):
+        self._owner, self._board = owner, board
+
+    def sync(
+        self, progress: Progress, method: SyncMethod | None = None
+    ) -> Future[tuple[SyncOutcome, int]]:
+        """Syncs the model directory; the result holds the weight version too."""
+        return self._owner.between_runs(lambda: self._sync(progress, method))
+
+    def verify(self, progress: Progress, *, full: bool, live: bool) -> Future[Verification]:
+        """Compares the model directory with its manifest."""
+
+        def verify() -> Verification:
+            attachment = self._owner.session().attachment
+            reader = attachment.checkpoint() if live else None
+            directory = Path(attachment.directory)
+            return verify_directory(directory, reader, full=full, progress=progress)
+
+        return self._owner.between_runs(verify)
+
+    def adopt(self, target: Path, progress: Progress) -> Future[Adoption]:
+        """Copies the model directory to one of its own."""
+        return self._owner.between_runs(
+            lambda: adopt_directory(
+                Path(self._owner.session().attachment.directory), target, progress
+            )
+        )
+
+    def export(self, target: Path, progress: Progress) -> Future[tuple[Exported, int]]:
+        """Writes the live weights into a new directory; the result holds their version too."""
+
+        def export() -> tuple[Exported, int]:
+            session = self._owner.session()
+            session.checkpoints.poison.require_sound()
+            attachment = session.attachment
+            source, reader = Path(attachment.directory), attachment.checkpoint()
+            exported = export_directory(source, target, reader, progress=progress)
+            return exported, self._version()
+
+        return self._owner.between_runs(export)
+
+    def snapshot(self, name: str, progress: Progress) -> Future[SnapshotInfo]:
+        """Keeps weights and Apollo state; training goes on once they are copied."""
+        done: Future[SnapshotInfo] = Future()
+
+        def begin() -> None:
+            session = self._owner.session()
+            session.require_sound()
+            extra = session.extra(self._version())
+            progress(0, sum(p.nbytes for p in session.attachment.parameters().values()), "copying")
+            written = session.checkpoints.snapshot(session.optimizer, extra, name)
+            written.add_done_callback(lambda future: _pass_on(future, done))
+
+        self._owner.between_runs(begin).add_done_callback(lambda begun: _pass_error(begun, done))
+        return done
+
+    def restore(
+        self, snapshot: str, expected_version: int | None, progress: Progress
+    ) -> Future[Restored]:
+        """Puts a snapshot, by id or name, into the live model."""
+        return self._owner.between_runs(
+            lambda: self._restore(self._owner.session(), snapshot, expected_version, progress)
+        )
+
+    def undo(self, updates: int, expected_version: int | None) -> Future[Restored]:
+        """Takes the last updates back."""
+
+        def undo() -> Restored:
+            session = self._owner.session()
+            self._require_version(expected_version)
+            if not 0 < updates <= MAX_UNDO:
+                raise OutOfRange(
+                    f"{updates} updates cannot be taken back; nothing was changed.",
+                    reason="UNDO_OUT_OF_RANGE",
+                )
+            return self._replace(
+                session, lambda: session.checkpoints.undo(updates, session.optimizer)
+            )
+
+        return self._owner.between_runs(undo)
+
+    # --- on the training thread -------------------------------------------------------------
+
+    def _version(self) -> int:
+        return self._board.snapshot().weight_version
+
+    def _require_version(self, expected: int | None) -> None:
+        version = self._version()
+        if expected not in (None, version):
+            raise Aborted(
+                f"The live weights have version {version}, not {expected}; nothing was changed. "
+                "Look at what was learned meanwhile, then ask again.",
+                reason="WEIGHT_VERSION_CHANGED",
+                metadata={"weight_version": str(version)},
+            )
+
+    def _sync(self, progress: Progress, method: SyncMethod | None) -> tuple[SyncOutcome, int]:
+        session = self._owner.session()
+        session.checkpoints.poison.require_sound()
+        attachment = session.attachment
+        directory, reader = Path(attachment.directory), attachment.checkpoint()
+        # One for all parameters: after a step of any of them every tensor is compared.
+        stamp = session.optimizer.write_stamp
+        outcome = sync_directory(
+            directory, reader, progress, lambda name: stamp, SyncOptions(method=method)
+        )
+        version = self._version()
+
+        def change(status: status_pb2.ServerStatus) -> None:
+            status.last_sync.time.CopyFrom(now())
+            status.last_sync.weight_version = version
+            status.last_sync.directory = attachment.directory
+
+        self._board.update(change)
+        return outcome, version
+
+    def _restore(
+        self, session: Session, snapshot: str, expected: int | None, progress: Progress
+    ) -> Restored:
+        self._require_version(expected)
+        info = find_snapshot(session, snapshot)
+        progress(0, info.weights_bytes, "decoding and verifying")
+        state = session.checkpoints.store.load(info.id)
+        shape = StateShape(**state.extra["shape"])
+        optimizer = session.optimizer_of(shape)
+        progress(0, info.weights_bytes, "writing")
+        restored = self._replace(session, lambda: session.checkpoints.put(state, optimizer))
+        if optimizer is not session.optimizer:
+            session.optimizer, session.shape = optimizer, shape
+            session.checkpoints.forget_updates()
+        session.other_weights = ""
+        self._tell(session)
+        return Restored(
+            restored.weight_version, session.optimizer.step_count, restored.bytes_written
+        )
+
+    def _replace(self, session: Session, write: Callable[[], None]) -> Restored:
+        """Pauses vLLM while something else than a step writes the weights."""
+        attachment = session.attachment
+        pause = EnginePause(self._owner.sidecar, attachment, session.settings.lease_seconds)
+        try:
+            write()
+        finally:
+            version = pause.end(weights_changed=True, updates=1)
+            self._board.update(weight_version=version)
+        self._tell(session)
+        written = sum(p.nbytes for p in attachment.parameters().values())
+        return Restored(version, session.optimizer.step_count, written)
+
+    def _tell(self, session: Session) -> None:
+        self._board.update(session.show)
+        self._owner.save(session)
+
+
+def find_snapshot(session: Session, snapshot: str) -> SnapshotInfo:
+    """A snapshot by its id or its name. Raises NotFound."""
+    for info in session.checkpoints.store.list():
+        if snapshot in (info.id, info.name) and snapshot:
+            return info
+    raise NotFound(
+        f"There is no snapshot {snapshot[:60]!r}; `apollo checkpoint list` shows them.",
+        reason="SNAPSHOT_NOT_FOUND",
+    )
+
+
+def _pass_on(future: Future[Any], done: Future[Any]) -> None:
+    error = future.exception()
+    if error is None:
+        done.set_result(future.result())
+    else:
+        done.set_exception(error)
+
+
+def _pass_error(begun: Future[None], done: Future[Any]) -> None:
+    if error := begun.exception():
+        done.set_exception(error)

@@ -1,0 +1,154 @@
+"""What is kept of one attached model to go back to: snapshots on disk, updates in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from apollo_trainer.checkpoints.durable_write import durable_bytes, flush_folder
+from apollo_trainer.checkpoints.model_state import ModelState
+from apollo_trainer.checkpoints.poison import Poison
+from apollo_trainer.checkpoints.restore import restore
+from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
+from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
+from apollo_trainer.checkpoints.snapshots import SnapshotCopy, SnapshotWriter
+from apollo_trainer.checkpoints.state_folder import place_of
+from apollo_trainer.checkpoints.undo_ring import UndoRing
+from apollo_trainer.checkpoints.write_watch import WriteWatch
+from apollo_trainer.config import Settings
+from apollo_trainer.optim import Apollo
+from apollo_trainer.weights.attach import Attachment
+
+log = logging.getLogger(__name__)
+MIB = 2**20
+CUT_OFF = "restore-at-work.json"
+
+
+class ModelCheckpoints:
+    """Snapshots, undo and restore of one attachment; used by the training thread.
+
+    Args:
+        folder: of the server's own; it holds the mark of a restore that is at work.
+
+    Attributes:
+        watch: the optimizer's `before_param_write`.
+        poison: why the live weights are mixed; no run and no sync may begin then.
+    """
+
+    def __init__(self, attachment: Attachment, folder: Path, settings: Settings):
+        self._attachment, self._folder, self._settings = attachment, folder, settings
+        self.watch, self.poison = WriteWatch(), Poison()
+        budget = settings.undo_mebibytes * MIB
+        weights = sum(p.nbytes for p in attachment.parameters().values())
+        # A copy of the weights at every step is what a larger model would pay for it.
+        self._ring = UndoRing(budget) if weights <= budget else None
+        if self._ring:
+            self.watch.add(self._ring.before_write)
+        self._look_for_one_cut_off()
+
+    @cached_property
+    def store(self) -> SnapshotStore:
+        """The snapshots on disk. Raises OSError where their folder cannot be made."""
+        settings = self._settings
+        return SnapshotStore(
+            place_of(Path(self._attachment.directory)).state,
+            keep_automatic=settings.automatic_snapshots,
+            budget_bytes=settings.snapshot_mebibytes * MIB,
+        )
+
+    @cached_property
+    def _writer(self) -> SnapshotWriter:
+        return SnapshotWriter(self.store)
+
+    # --- what training does -----------------------------------------------------------------
+
+    @contextmanager
+    def recording(self, optimizer: Apollo) -> Iterator[None]:
+        """Around one update: it can be taken back afterwards, one that failed halfway too."""
+        if self._ring is None:
+            yield
+            return
+        parameters = self._attachment.parameters()
+        self._ring.begin(parameters, optimizer)
+        try:
+            yield
+        finally:
+            self._ring.end(parameters)
+
+    def forget_updates(self) -> None:
+        """They belong to an optimizer that is no more."""
+        if self._ring:
+            self._ring.clear()
+
+    def snapshot(
+        self, optimizer: Apollo, extra: dict[str, Any], name: str = ""
+    ) -> Future[SnapshotInfo]:
+        """Begins a snapshot of this moment, between two steps; what it copies late, steps copy.
+
+        Args:
+            extra: what JSON can hold, kept with the state.
+            name: the user's; without one it is automatic.
+        """
+        writer = self._writer
+        copying = SnapshotCopy(self._attachment.parameters(), optimizer, extra)
+        self.watch.add(copying.before_write)
+        future = writer.write(copying.start(), name)
+        future.add_done_callback(lambda _: self.watch.remove(copying.before_write))
+        return future
+
+    # --- ways back --------------------------------------------------------------------------
+
+    def put(self, state: ModelState, optimizer: Apollo) -> None:
+        """Makes a loaded snapshot the live model; vLLM must be paused. Raises as `restore`."""
+        with self._at_work():
+            restore(state, self._attachment.parameters(), optimizer, self._ring, self.poison)
+
+    def undo(self, count: int, optimizer: Apollo) -> None:
+        """Takes the last updates back; vLLM must be paused. Raises as `UndoRing.undo`."""
+        ring = self._ring or UndoRing(0)
+        with self._at_work():
+            ring.undo(count, self._attachment.parameters(), optimizer, self.poison)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """A mark on disk: a server that is killed in the middle leaves mixed weights."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mark = self._folder / CUT_OFF
+        durable_bytes(mark, json.dumps({"epoch": self._attachment.epoch}).encode())
+        try:
+            yield
+        finally:
+            if not self.poison.why:
+                self._remove(mark)
+
+    def _look_for_one_cut_off(self) -> None:
+        mark = self._folder / CUT_OFF
+        if not mark.exists():
+            return
+        try:
+            epoch = json.loads(mark.read_bytes())["epoch"]
+        except (ValueError, KeyError, TypeError):
+            epoch = self._attachment.epoch
+        if epoch != self._attachment.epoch:
+            # The mixed weights went with their engine.
+            self._remove(mark)
+            return
+        self.poison.why = "the training server ended in the middle of a restore."
+        log.error("%s Runs and syncs are refused until a restore succeeds.", self.poison.why)
+
+    def _remove(self, mark: Path) -> None:
+        mark.unlink(missing_ok=True)
+        flush_folder(self._folder)
+
+    def close(self) -> None:
+        """Ends the threads, once what they write is on disk."""
+        if "_writer" in vars(self):
+            self._writer.stop()
+        if self._ring:
+            self._ring.stop()

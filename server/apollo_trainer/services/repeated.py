@@ -1,0 +1,59 @@
+"""Calls that come again with the same request_id: they attach to what the first one began."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from google.protobuf.message import Message
+
+from apollo_grpc.errors import AlreadyExists, InvalidArgument
+
+MAX_ID_BYTES = 256
+KEPT = 1024
+
+
+class RepeatedCalls:
+    """The last calls with a request_id and what became of them, until the server ends.
+
+    One that failed is begun anew when it comes again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun: OrderedDict[tuple[type, str], tuple[bytes, Future[Any]]] = OrderedDict()
+
+    def begin(self, request: Any, start: Callable[[], Future[Any]]) -> Future[Any]:
+        """What the call, or the first one with its id, comes to.
+
+        Raises AlreadyExists when that one asked for something else, InvalidArgument for an id that
+        is too long.
+        """
+        if not request.request_id:
+            return start()
+        if len(request.request_id.encode()) > MAX_ID_BYTES:
+            raise InvalidArgument.at("request_id", f"must have at most {MAX_ID_BYTES} bytes")
+        key, asked = (type(request), request.request_id), _canonical(request)
+        with self._lock:
+            if key not in self._begun or _failed(self._begun[key][1]):
+                self._begun[key] = (asked, start())
+                while len(self._begun) > KEPT:
+                    self._begun.popitem(last=False)
+            first, future = self._begun[key]
+        if first != asked:
+            raise AlreadyExists(
+                "This request_id began another call; nothing was done. Send a new one, or none.",
+                reason="REQUEST_ID_TAKEN",
+            )
+        return future
+
+
+def _canonical(request: Message) -> bytes:
+    return request.SerializeToString(deterministic=True)
+
+
+def _failed(future: Future[Any]) -> bool:
+    return future.done() and future.exception() is not None
