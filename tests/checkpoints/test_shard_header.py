@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from apollo_trainer.checkpoints.file_ops import FILES
 from apollo_trainer.checkpoints.shard_header import DTYPES, build_header, parse_header
-from apollo_trainer.checkpoints.tensor_file import digest_at, read_header, write_tensors
+from apollo_trainer.checkpoints.tensor_file import bytes_of, digest_at, read_header, write_tensors
 
-LIBRARY_TESTED = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64,
-                  torch.int16, torch.uint8, torch.bool]  # fmt: skip
+LIBRARY_KNOWS = [d for d in DTYPES.values() if not d.is_complex]
 
 
 def raw(content: Any, length: int | None = None) -> bytes:
@@ -32,7 +31,7 @@ def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
 
 def some_tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
-    made = {f"t.{n}": torch.randn(3, n + 1).to(d) for n, d in enumerate(LIBRARY_TESTED)}
+    made = {f"t.{n}": torch.rand(3, n + 1).to(d) for n, d in enumerate(LIBRARY_KNOWS)}
     return made | {"scalar": torch.tensor(7.5), "empty": torch.empty(0, 4), "é": torch.ones(1)}
 
 
@@ -45,7 +44,8 @@ def test_a_file_is_the_one_that_the_library_writes(tmp_path: Path) -> None:
     assert loaded.keys() == some_tensors().keys()
     for name, tensor in some_tensors().items():
         assert loaded[name].dtype == tensor.dtype
-        assert torch.equal(loaded[name], tensor)
+        assert loaded[name].shape == tensor.shape
+        assert bytes_of(loaded[name]) == bytes_of(tensor)
 
 
 def test_digests_are_those_of_the_bytes_on_disk(tmp_path: Path) -> None:
