@@ -14,6 +14,7 @@ from tests.checkpoints.crash_protocols import NAIVE, OURS, Protocol
 
 RESULT, PAGE = ROOT / "docs" / "reliability.json", ROOT / "docs" / "reliability.md"
 WITHOUT_IMAGES = 60
+COUNTED = ("operations", "images", "wrong", "mixed")
 NAMES = {
     "exchange": "a folder with the new shards, exchanged with the old one (the default)",
     "rollforward": "new shards beside the old ones, a commit record, renames",
@@ -56,7 +57,11 @@ def measure(images: int, seed: int) -> dict[str, Any]:
 
 
 def _numbers(counts: Any) -> dict[str, int]:
-    return {key: getattr(counts, key) for key in ("operations", "images", "wrong", "mixed")}
+    return {key: getattr(counts, key) for key in COUNTED}
+
+
+def _seen(row: dict[str, Any]) -> str:
+    return "seen" if row["seen"] else "not seen"
 
 
 def _without(protocol: Protocol, number: int, name: str) -> dict[str, Any]:
@@ -72,13 +77,13 @@ def _without(protocol: Protocol, number: int, name: str) -> dict[str, Any]:
 def page(result: dict[str, Any]) -> str:
     """The page of a result."""
     rows = [
-        (NAMES.get(r["protocol"], r["protocol"]), r["operations"], r["images"], r["wrong"], r["mixed"])
-        for r in result["protocols"]
-    ]  # fmt: skip
+        (NAMES.get(row["protocol"], row["protocol"]), *(row[key] for key in COUNTED))
+        for row in result["protocols"]
+    ]
     lost = [
-        (r["protocol"], r["fsync"], f"`{r['of']}`", "seen" if r["seen"] else "not seen", r["images"])
+        (r["protocol"], r["fsync"], f"`{r['of']}`", _seen(r), r["images"])
         for r in result["without"]
-    ]  # fmt: skip
+    ]
     head = ("protocol", "crash points", "crashes", "wrong after recovery", "mixed before it")
     return "\n".join(
         [

@@ -40,6 +40,15 @@ def test_every_fsync_that_is_taken_out_is_missed(protocol: Protocol) -> None:
     assert all(missed.values()), [name for name, bad in missed.items() if not bad]
 
 
+@pytest.mark.parametrize("protocol", OURS, ids=by_name)
+def test_the_fsync_of_a_new_state_folder_is_missed(protocol: Protocol) -> None:
+    assert flushes(protocol, first=True)[0] == "disk"
+    counts = enumerate_crashes(
+        protocol, images=60, without=0, first=True, seed=5, stop_when_bad=True
+    )
+    assert counts.bad
+
+
 @pytest.mark.parametrize("protocol", NAIVE, ids=by_name)
 def test_the_ways_that_come_to_mind_first_leave_mixes(protocol: Protocol) -> None:
     assert enumerate_crashes(protocol, images=IMAGES, seed=3).wrong > 0

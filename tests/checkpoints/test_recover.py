@@ -39,6 +39,28 @@ while True:
     for live in readers.values():
         sync_directory(folder, live, options=SyncOptions(method))
 """
+# The same of a real model, whose every weight is the number of the generation.
+ENDLESS_MODEL_SYNC = """
+import sys
+from pathlib import Path
+import torch
+from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, sync_directory
+from apollo_trainer.weights.checkpoint_plan import plan_checkpoint
+from apollo_trainer.weights.checkpoint_reader import CheckpointReader
+from apollo_trainer.weights.live_model import meta_model
+
+folder, method = Path(sys.argv[1]), SyncMethod(sys.argv[2])
+plan = plan_checkpoint(meta_model(str(folder)))
+live = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in plan.roots.items()}
+generation = 0
+while True:
+    generation += 1
+    for parameter in live.values():
+        parameter.data.fill_(generation)
+    sync_directory(folder, CheckpointReader(plan, live), options=SyncOptions(method))
+    print("synced", flush=True)
+"""
+MODEL_KILLS = int(os.environ.get("SOAK_MODEL_KILLS", "60"))
 KILLS = int(os.environ.get("SOAK_SYNC_KILLS", "300"))
 
 
@@ -216,9 +238,7 @@ def test_verify_tells_each_thing_that_is_not_as_it_was_left(folder: Path) -> Non
     assert "is missing" in {d.description for d in verify_directory(folder).differences}
 
 
-def kill_at_random(
-    folder: Path, method: SyncMethod, kills: int, read: Callable[[Path], Any]
-) -> int:
+def kill_at_random(folder: Path, method: SyncMethod, kills: int) -> int:
     """Kills a process that syncs, again and again; returns how often weights had moved."""
     moved, last = 0, generation_of(folder)
     for attempt in range(kills):
@@ -263,3 +283,43 @@ def test_no_kill_of_many_leaves_anything_but_whole_weights(
     folder: Path, method: SyncMethod
 ) -> None:
     assert kill_at_random(folder, method, KILLS) > KILLS // 4
+
+
+def kill_while_a_model_is_synced(live: Any, method: SyncMethod, kills: int) -> set[float]:
+    """Kills as above; transformers loads the directory after each. Returns what it loaded."""
+    found = set[float]()
+    for attempt in range(kills):
+        child = subprocess.Popen(
+            [sys.executable, "-c", ENDLESS_MODEL_SYNC, str(live.folder), method],
+            stdout=subprocess.PIPE,
+        )
+        with child:
+            assert child.stdout and child.stdout.readline() == b"synced\n"
+            time.sleep(0.0071 * (attempt % 37))
+            child.send_signal(signal.SIGKILL)
+        settle_directory(live.folder)
+        (value,) = {float(v) for p in live.loaded().values() for v in p.detach().unique()}
+        found.add(value)
+    return found
+
+
+@pytest.mark.parametrize(
+    "method", [SyncMethod.EXCHANGE, SyncMethod.ROLLFORWARD, SyncMethod.IN_PLACE]
+)
+def test_transformers_loads_one_generation_after_a_kill(
+    live_directory: Any, method: SyncMethod
+) -> None:
+    live = live_directory("untied", shard_size="20KB")
+    assert min(kill_while_a_model_is_synced(live, method, 1)) >= 1
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(
+    "method", [SyncMethod.EXCHANGE, SyncMethod.ROLLFORWARD, SyncMethod.IN_PLACE]
+)
+def test_transformers_loads_one_generation_after_every_kill(
+    live_directory: Any, method: SyncMethod
+) -> None:
+    live = live_directory("untied", shard_size="20KB")
+    assert len(kill_while_a_model_is_synced(live, method, MODEL_KILLS)) > 3
