@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-from tests.checkpoints.crash_matrix import enumerate_crashes, flushes
-from tests.checkpoints.crash_protocols import NAIVE, OURS, Protocol
+from apollo_trainer.checkpoints.verify import verify_directory
+from tests.checkpoints.crash_matrix import enumerate_crashes, flushes, loaded
+from tests.checkpoints.crash_protocols import MODEL, NAIVE, OURS, Protocol, fresh, reader
 
 IMAGES = 24
 SOAK_IMAGES = int(os.environ.get("SOAK_IMAGES", "600"))
@@ -25,6 +26,18 @@ def test_no_crash_leaves_anything_but_one_generation(protocol: Protocol, first: 
     assert counts.wrong == 0, counts.reasons[:3]
     if protocol.name == "exchange":
         assert counts.mixed == 0
+
+
+@pytest.mark.parametrize("protocol", OURS[:2], ids=by_name)
+def test_shards_that_share_their_unchanged_blocks_are_as_safe(protocol: Protocol) -> None:
+    counts = enumerate_crashes(protocol, images=IMAGES, clones=True, seed=6)
+    assert (counts.wrong, counts.reasons[:3]) == (0, [])
+    fs = fresh()
+    fs.clones = True
+    for generation in (1, 2):
+        protocol.sync(fs, generation)
+    assert loaded(fs) == 2
+    assert verify_directory(MODEL, reader(2), full=True, ops=fs).differences == []
 
 
 @pytest.mark.parametrize("protocol", OURS, ids=by_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -287,15 +288,15 @@ def test_no_kill_of_many_leaves_anything_but_whole_weights(
 
 def kill_while_a_model_is_synced(live: Any, method: SyncMethod, kills: int) -> set[float]:
     """Kills as above; transformers loads the directory after each. Returns what it loaded."""
-    found = set[float]()
-    for attempt in range(kills):
+    found, rng = set[float](), random.Random(6)
+    for _ in range(kills):
         child = subprocess.Popen(
             [sys.executable, "-c", ENDLESS_MODEL_SYNC, str(live.folder), method],
             stdout=subprocess.PIPE,
         )
         with child:
             assert child.stdout and child.stdout.readline() == b"synced\n"
-            time.sleep(0.0071 * (attempt % 37))
+            time.sleep(rng.uniform(0, 0.4))
             child.send_signal(signal.SIGKILL)
         settle_directory(live.folder)
         (value,) = {float(v) for p in live.loaded().values() for v in p.detach().unique()}

@@ -124,9 +124,9 @@ def _result(future: Future[Any]) -> Any:
         return future.result()
     except OSError as error:
         raise FailedPrecondition(
-            f"The disk refused ({error.strerror}); the model directory keeps whole weights, those "
-            "of before. Make room or mend the permissions of the directory and its parent, then "
-            "try again.",
+            f"The disk refused ({error.strerror}). No weights are lost: the next sync, or start of "
+            "the server, leaves the model directory wholly as before or wholly new. Make room or "
+            "mend the permissions of the directory and its parent, then try again.",
             reason="DIRECTORY_NOT_WRITABLE",
         ) from error
 
