@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHON
 
-.PHONY: help install demo test test-vllm soak models check protos lock clean
+.PHONY: help install demo test test-vllm soak models reliability check protos lock clean
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: ## Make the virtual environment, or bring it up to date
 	@.ci/install .venv
@@ -25,6 +25,9 @@ models: install ## Try some 75 model families with real vLLM, and write docs/mod
 	@rm -rf build/models
 	@$(BIN)/python -m pytest tests/vllm/test_families.py tests/vllm/sweep_models.py; tried=$$?; \
 		$(BIN)/python -m tests.vllm.models_table && exit $$tried
+
+reliability: install ## Enumerate the crashes of every sync protocol, and write docs/reliability.md
+	@$(BIN)/python -m tests.checkpoints.reliability_table
 
 test-vllm: ## Test the sidecar on another release of vLLM: make test-vllm VLLM=0.26.0
 	@.ci/install-vllm $(VLLM)

@@ -43,6 +43,7 @@ def enumerate_crashes(
     seed: int = 0,
     without: int | None = None,
     first: bool = False,
+    clones: bool = False,
     stop_when_bad: bool = False,
 ) -> Counts:
     """Two syncs in a row, crashed before every operation of theirs, and after each.
@@ -50,11 +51,13 @@ def enumerate_crashes(
     Args:
         images: of each crash.
         without: number of the fsync that does nothing.
+        clones: the file system shares blocks between files.
         first: the directory was never synced before; otherwise it was once.
         stop_when_bad: one bad image is enough.
     """
     counts, rng = Counts(), random.Random(seed)
     fs, begin = fresh(), 1
+    fs.clones = clones
     if not first:
         protocol.sync(fs, 1)
         fs.settle()

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-from tests.checkpoints.crash_matrix import enumerate_crashes, flushes
-from tests.checkpoints.crash_protocols import NAIVE, OURS, Protocol
+from apollo_trainer.checkpoints.verify import verify_directory
+from tests.checkpoints.crash_matrix import enumerate_crashes, flushes, loaded
+from tests.checkpoints.crash_protocols import MODEL, NAIVE, OURS, Protocol, fresh, reader
 
 IMAGES = 24
 SOAK_IMAGES = int(os.environ.get("SOAK_IMAGES", "600"))
@@ -27,6 +28,18 @@ def test_no_crash_leaves_anything_but_one_generation(protocol: Protocol, first: 
         assert counts.mixed == 0
 
 
+@pytest.mark.parametrize("protocol", OURS[:2], ids=by_name)
+def test_shards_that_share_their_unchanged_blocks_are_as_safe(protocol: Protocol) -> None:
+    counts = enumerate_crashes(protocol, images=IMAGES, clones=True, seed=6)
+    assert (counts.wrong, counts.reasons[:3]) == (0, [])
+    fs = fresh()
+    fs.clones = True
+    for generation in (1, 2):
+        protocol.sync(fs, generation)
+    assert loaded(fs) == 2
+    assert verify_directory(MODEL, reader(2), full=True, ops=fs).differences == []
+
+
 @pytest.mark.parametrize("protocol", OURS, ids=by_name)
 def test_every_fsync_that_is_taken_out_is_missed(protocol: Protocol) -> None:
     names = flushes(protocol)
@@ -38,6 +51,15 @@ def test_every_fsync_that_is_taken_out_is_missed(protocol: Protocol) -> None:
     }
     assert len(names) >= 6
     assert all(missed.values()), [name for name, bad in missed.items() if not bad]
+
+
+@pytest.mark.parametrize("protocol", OURS, ids=by_name)
+def test_the_fsync_of_a_new_state_folder_is_missed(protocol: Protocol) -> None:
+    assert flushes(protocol, first=True)[0] == "disk"
+    counts = enumerate_crashes(
+        protocol, images=60, without=0, first=True, seed=5, stop_when_bad=True
+    )
+    assert counts.bad
 
 
 @pytest.mark.parametrize("protocol", NAIVE, ids=by_name)

@@ -18,14 +18,16 @@ import torch
 # The library's own limit.
 MAX_HEADER_BYTES = 100_000_000
 LENGTH = struct.Struct("<Q")
+# In the library's order: it writes the last kind first, so that each tensor is aligned.
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-    "BOOL": torch.bool, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "I16": torch.int16,
+    "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
+    "U32": torch.uint32, "F32": torch.float32, "C64": torch.complex64, "F64": torch.float64,
+    "I64": torch.int64, "U64": torch.uint64,
 }  # fmt: skip
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,16 @@ def parse_header(raw: bytes, file_size: int) -> ShardHeader:
 def build_header(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None
 ) -> ShardHeader:
-    """The header that the safetensors library writes for these tensors, bit for bit.
+    """The header of these tensors, in the order in which the safetensors library has them.
 
-    Wider elements come first, so that each tensor is aligned. Raises ValueError for a dtype that
-    the format does not have.
+    Raises ValueError for a dtype that the format does not have.
     """
     content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     places, end = {}, 0
-    for name, tensor in sorted(tensors.items(), key=lambda t: (-t[1].element_size(), t[0])):
+    for name, tensor in tensors.items():
         if tensor.dtype not in NAME_OF:
             raise ValueError(f"{name}: safetensors has no {tensor.dtype}; nothing was written")
+    for name, tensor in sorted(tensors.items(), key=lambda t: (-_RANK[t[1].dtype], t[0])):
         start, end = end, end + tensor.numel() * tensor.element_size()
         dtype, shape = NAME_OF[tensor.dtype], tuple(tensor.shape)
         content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}

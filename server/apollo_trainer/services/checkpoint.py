@@ -190,9 +190,9 @@ def _result(future: Future[Any]) -> Any:
 
 def _refused_by_disk(error: OSError) -> FailedPrecondition:
     return FailedPrecondition(
-        f"The disk refused ({error.strerror}); the model directory keeps whole weights, those "
-        "of before, and the live weights are untouched. Make room or mend the permissions of the "
-        "directory and its parent, then try again.",
+        f"The disk refused ({error.strerror}). No weights are lost: the next sync, or start of "
+        "the server, leaves the model directory wholly as before or wholly new. Make room or "
+        "mend the permissions of the directory and its parent, then try again.",
         reason="DIRECTORY_NOT_WRITABLE",
     )
 
