@@ -80,13 +80,19 @@ class SyncRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
+    method: global___SyncMethod.ValueType
+    """Unset: EXCHANGE where the file system can, else ROLLFORWARD. ROLLFORWARD and IN_PLACE may be
+    asked for; IN_PLACE needs room for the changed tensors only.
+    """
     def __init__(
         self,
         *,
         request_id: builtins.str = ...,
+        method: global___SyncMethod.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["request_id", b"request_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["method", b"method", "request_id", b"request_id"]) -> None: ...
 
 global___SyncRequest = SyncRequest
 
@@ -148,6 +154,164 @@ class SyncResult(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["bytes_compared", b"bytes_compared", "bytes_written", b"bytes_written", "files_written", b"files_written", "method", b"method", "tensors_changed", b"tensors_changed", "weight_version", b"weight_version"]) -> None: ...
 
 global___SyncResult = SyncResult
+
+@typing.final
+class VerifyRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FULL_FIELD_NUMBER: builtins.int
+    LIVE_FIELD_NUMBER: builtins.int
+    full: builtins.bool
+    """Read the files, and compare the digest of every tensor."""
+    live: builtins.bool
+    """Compare the live weights with the digests too."""
+    def __init__(
+        self,
+        *,
+        full: builtins.bool = ...,
+        live: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["full", b"full", "live", b"live"]) -> None: ...
+
+global___VerifyRequest = VerifyRequest
+
+@typing.final
+class VerifyResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: builtins.int
+    RESULT_FIELD_NUMBER: builtins.int
+    @property
+    def progress(self) -> global___Progress: ...
+    @property
+    def result(self) -> global___VerifyResult: ...
+    def __init__(
+        self,
+        *,
+        progress: global___Progress | None = ...,
+        result: global___VerifyResult | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["update", b"update"]) -> typing.Literal["progress", "result"] | None: ...
+
+global___VerifyResponse = VerifyResponse
+
+@typing.final
+class VerifyResult(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
+    TENSORS_FIELD_NUMBER: builtins.int
+    BYTES_READ_FIELD_NUMBER: builtins.int
+    DIFFERENCES_FIELD_NUMBER: builtins.int
+    directory: builtins.str
+    generation: builtins.int
+    """Of the last sync; it goes up with each that changed anything."""
+    tensors: builtins.int
+    bytes_read: builtins.int
+    """Bytes of files read."""
+    @property
+    def differences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Difference]:
+        """Empty where all is as it was left."""
+
+    def __init__(
+        self,
+        *,
+        directory: builtins.str = ...,
+        generation: builtins.int = ...,
+        tensors: builtins.int = ...,
+        bytes_read: builtins.int = ...,
+        differences: collections.abc.Iterable[global___Difference] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes_read", b"bytes_read", "differences", b"differences", "directory", b"directory", "generation", b"generation", "tensors", b"tensors"]) -> None: ...
+
+global___VerifyResult = VerifyResult
+
+@typing.final
+class Difference(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: builtins.int
+    TENSOR_FIELD_NUMBER: builtins.int
+    DESCRIPTION_FIELD_NUMBER: builtins.int
+    file: builtins.str
+    tensor: builtins.str
+    """Empty where the file as a whole is meant."""
+    description: builtins.str
+    def __init__(
+        self,
+        *,
+        file: builtins.str = ...,
+        tensor: builtins.str = ...,
+        description: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["description", b"description", "file", b"file", "tensor", b"tensor"]) -> None: ...
+
+global___Difference = Difference
+
+@typing.final
+class AdoptRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    directory: builtins.str
+    """A folder on the server's machine that does not exist yet."""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        directory: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["directory", b"directory", "request_id", b"request_id"]) -> None: ...
+
+global___AdoptRequest = AdoptRequest
+
+@typing.final
+class AdoptResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: builtins.int
+    RESULT_FIELD_NUMBER: builtins.int
+    @property
+    def progress(self) -> global___Progress: ...
+    @property
+    def result(self) -> global___AdoptResult: ...
+    def __init__(
+        self,
+        *,
+        progress: global___Progress | None = ...,
+        result: global___AdoptResult | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["update", b"update"]) -> typing.Literal["progress", "result"] | None: ...
+
+global___AdoptResponse = AdoptResponse
+
+@typing.final
+class AdoptResult(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    FILES_FIELD_NUMBER: builtins.int
+    BYTES_WRITTEN_FIELD_NUMBER: builtins.int
+    directory: builtins.str
+    files: builtins.int
+    bytes_written: builtins.int
+    def __init__(
+        self,
+        *,
+        directory: builtins.str = ...,
+        files: builtins.int = ...,
+        bytes_written: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes_written", b"bytes_written", "directory", b"directory", "files", b"files"]) -> None: ...
+
+global___AdoptResult = AdoptResult
 
 @typing.final
 class Snapshot(google.protobuf.message.Message):

@@ -43,6 +43,16 @@ class CheckpointServiceStub(object):
                 request_serializer=apollo_dot_v1_dot_checkpoint__pb2.SyncRequest.SerializeToString,
                 response_deserializer=apollo_dot_v1_dot_checkpoint__pb2.SyncResponse.FromString,
                 _registered_method=True)
+        self.Verify = channel.unary_stream(
+                '/apollo.v1.CheckpointService/Verify',
+                request_serializer=apollo_dot_v1_dot_checkpoint__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_checkpoint__pb2.VerifyResponse.FromString,
+                _registered_method=True)
+        self.Adopt = channel.unary_stream(
+                '/apollo.v1.CheckpointService/Adopt',
+                request_serializer=apollo_dot_v1_dot_checkpoint__pb2.AdoptRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_checkpoint__pb2.AdoptResponse.FromString,
+                _registered_method=True)
         self.CreateSnapshot = channel.unary_stream(
                 '/apollo.v1.CheckpointService/CreateSnapshot',
                 request_serializer=apollo_dot_v1_dot_checkpoint__pb2.CreateSnapshotRequest.SerializeToString,
@@ -89,6 +99,21 @@ class CheckpointServiceServicer(object):
 
     def Sync(self, request, context):
         """Brings the model directory's safetensors up to date with the live weights.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Verify(self, request, context):
+        """Compares the model directory with what the last sync left there. Writes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Adopt(self, request, context):
+        """Makes a private copy of the model directory, for one whose files are links or lie in a hub
+        cache.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,6 +175,16 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
                     servicer.Sync,
                     request_deserializer=apollo_dot_v1_dot_checkpoint__pb2.SyncRequest.FromString,
                     response_serializer=apollo_dot_v1_dot_checkpoint__pb2.SyncResponse.SerializeToString,
+            ),
+            'Verify': grpc.unary_stream_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=apollo_dot_v1_dot_checkpoint__pb2.VerifyRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_checkpoint__pb2.VerifyResponse.SerializeToString,
+            ),
+            'Adopt': grpc.unary_stream_rpc_method_handler(
+                    servicer.Adopt,
+                    request_deserializer=apollo_dot_v1_dot_checkpoint__pb2.AdoptRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_checkpoint__pb2.AdoptResponse.SerializeToString,
             ),
             'CreateSnapshot': grpc.unary_stream_rpc_method_handler(
                     servicer.CreateSnapshot,
@@ -218,6 +253,60 @@ class CheckpointService(object):
             '/apollo.v1.CheckpointService/Sync',
             apollo_dot_v1_dot_checkpoint__pb2.SyncRequest.SerializeToString,
             apollo_dot_v1_dot_checkpoint__pb2.SyncResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/apollo.v1.CheckpointService/Verify',
+            apollo_dot_v1_dot_checkpoint__pb2.VerifyRequest.SerializeToString,
+            apollo_dot_v1_dot_checkpoint__pb2.VerifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Adopt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/apollo.v1.CheckpointService/Adopt',
+            apollo_dot_v1_dot_checkpoint__pb2.AdoptRequest.SerializeToString,
+            apollo_dot_v1_dot_checkpoint__pb2.AdoptResponse.FromString,
             options,
             channel_credentials,
             insecure,

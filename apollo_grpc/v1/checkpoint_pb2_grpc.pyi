@@ -31,6 +31,20 @@ class CheckpointServiceStub:
     ]
     """Brings the model directory's safetensors up to date with the live weights."""
 
+    Verify: grpc.UnaryStreamMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.VerifyRequest,
+        apollo_grpc.v1.checkpoint_pb2.VerifyResponse,
+    ]
+    """Compares the model directory with what the last sync left there. Writes nothing."""
+
+    Adopt: grpc.UnaryStreamMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.AdoptRequest,
+        apollo_grpc.v1.checkpoint_pb2.AdoptResponse,
+    ]
+    """Makes a private copy of the model directory, for one whose files are links or lie in a hub
+    cache.
+    """
+
     CreateSnapshot: grpc.UnaryStreamMultiCallable[
         apollo_grpc.v1.checkpoint_pb2.CreateSnapshotRequest,
         apollo_grpc.v1.checkpoint_pb2.CreateSnapshotResponse,
@@ -85,6 +99,20 @@ class CheckpointServiceAsyncStub:
         apollo_grpc.v1.checkpoint_pb2.SyncResponse,
     ]
     """Brings the model directory's safetensors up to date with the live weights."""
+
+    Verify: grpc.aio.UnaryStreamMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.VerifyRequest,
+        apollo_grpc.v1.checkpoint_pb2.VerifyResponse,
+    ]
+    """Compares the model directory with what the last sync left there. Writes nothing."""
+
+    Adopt: grpc.aio.UnaryStreamMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.AdoptRequest,
+        apollo_grpc.v1.checkpoint_pb2.AdoptResponse,
+    ]
+    """Makes a private copy of the model directory, for one whose files are links or lie in a hub
+    cache.
+    """
 
     CreateSnapshot: grpc.aio.UnaryStreamMultiCallable[
         apollo_grpc.v1.checkpoint_pb2.CreateSnapshotRequest,
@@ -142,6 +170,24 @@ class CheckpointServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[apollo_grpc.v1.checkpoint_pb2.SyncResponse], collections.abc.AsyncIterator[apollo_grpc.v1.checkpoint_pb2.SyncResponse]]:
         """Brings the model directory's safetensors up to date with the live weights."""
+
+    @abc.abstractmethod
+    def Verify(
+        self,
+        request: apollo_grpc.v1.checkpoint_pb2.VerifyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[apollo_grpc.v1.checkpoint_pb2.VerifyResponse], collections.abc.AsyncIterator[apollo_grpc.v1.checkpoint_pb2.VerifyResponse]]:
+        """Compares the model directory with what the last sync left there. Writes nothing."""
+
+    @abc.abstractmethod
+    def Adopt(
+        self,
+        request: apollo_grpc.v1.checkpoint_pb2.AdoptRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[apollo_grpc.v1.checkpoint_pb2.AdoptResponse], collections.abc.AsyncIterator[apollo_grpc.v1.checkpoint_pb2.AdoptResponse]]:
+        """Makes a private copy of the model directory, for one whose files are links or lie in a hub
+        cache.
+        """
 
     @abc.abstractmethod
     def CreateSnapshot(

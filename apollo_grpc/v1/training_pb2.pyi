@@ -142,6 +142,31 @@ RUN_STATE_FAILED: RunState.ValueType  # 4
 RUN_STATE_CANCELLED: RunState.ValueType  # 5
 global___RunState = RunState
 
+class _FullGradients:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _FullGradientsEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_FullGradients.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    FULL_GRADIENTS_UNSPECIFIED: _FullGradients.ValueType  # 0
+    FULL_GRADIENTS_ACCUMULATION: _FullGradients.ValueType  # 1
+    """The step has more than one micro-batch."""
+    FULL_GRADIENTS_TIED_PARAMETERS: _FullGradients.ValueType  # 2
+    """The model ties parameters to each other."""
+    FULL_GRADIENTS_REQUESTED: _FullGradients.ValueType  # 3
+    """The server's setting keep_gradients asks for it."""
+
+class FullGradients(_FullGradients, metaclass=_FullGradientsEnumTypeWrapper): ...
+
+FULL_GRADIENTS_UNSPECIFIED: FullGradients.ValueType  # 0
+FULL_GRADIENTS_ACCUMULATION: FullGradients.ValueType  # 1
+"""The step has more than one micro-batch."""
+FULL_GRADIENTS_TIED_PARAMETERS: FullGradients.ValueType  # 2
+"""The model ties parameters to each other."""
+FULL_GRADIENTS_REQUESTED: FullGradients.ValueType  # 3
+"""The server's setting keep_gradients asks for it."""
+global___FullGradients = FullGradients
+
 @typing.final
 class TrainRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -348,7 +373,7 @@ class RunSpec(google.protobuf.message.Message):
     epochs: builtins.int
     """Passes over the samples. 0 means 1."""
     dry_run: builtins.bool
-    """Compute losses and gradients, write nothing."""
+    """Compute losses, gradients and updates, write nothing: neither weights nor optimizer state."""
     evaluate: builtins.bool
     """Also report the loss of each sample before and after the run."""
     seed: builtins.int
@@ -680,6 +705,7 @@ class Run(google.protobuf.message.Message):
     run_id: builtins.str
     state: global___RunState.ValueType
     steps_done: builtins.int
+    """Steps that are in the weights; none of a dry run's are."""
     steps_total: builtins.int
     last_sequence: builtins.int
     @property
@@ -812,6 +838,7 @@ class Started(google.protobuf.message.Message):
     OPTIMIZER_STEP_FIELD_NUMBER: builtins.int
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
     ENGINE_EPOCH_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     steps_total: builtins.int
     optimizer_step: builtins.int
     """Optimizer steps taken before this run's first."""
@@ -819,6 +846,8 @@ class Started(google.protobuf.message.Message):
     """Version of the weights that the run starts from."""
     engine_epoch: builtins.str
     """The engine process whose weights the run changes."""
+    dry_run: builtins.bool
+    """The run writes nothing."""
     def __init__(
         self,
         *,
@@ -826,14 +855,15 @@ class Started(google.protobuf.message.Message):
         optimizer_step: builtins.int = ...,
         weight_version: builtins.int = ...,
         engine_epoch: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["engine_epoch", b"engine_epoch", "optimizer_step", b"optimizer_step", "steps_total", b"steps_total", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dry_run", b"dry_run", "engine_epoch", b"engine_epoch", "optimizer_step", b"optimizer_step", "steps_total", b"steps_total", "weight_version", b"weight_version"]) -> None: ...
 
 global___Started = Started
 
 @typing.final
 class Step(google.protobuf.message.Message):
-    """One optimizer step, told after its weights were written."""
+    """One optimizer step, told after its weights were written, or would have been."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -850,6 +880,9 @@ class Step(google.protobuf.message.Message):
     OPTIMIZER_TIME_FIELD_NUMBER: builtins.int
     PAUSE_TIME_FIELD_NUMBER: builtins.int
     OPTIMIZER_STEP_FIELD_NUMBER: builtins.int
+    MICRO_BATCHES_FIELD_NUMBER: builtins.int
+    FULL_GRADIENTS_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     step: builtins.int
     """From 1 within the run."""
     loss: builtins.float
@@ -867,6 +900,16 @@ class Step(google.protobuf.message.Message):
     """Part of the stored weight elements whose bits changed, 0 to 1."""
     optimizer_step: builtins.int
     """Optimizer steps since its state began, this one included."""
+    micro_batches: builtins.int
+    """Forward passes that the step was divided into by the server's token budget."""
+    full_gradients: global___FullGradients.ValueType
+    """Why all gradients, as large as the model, were held at once. Unspecified: each was released
+    as soon as it was used.
+    """
+    dry_run: builtins.bool
+    """Nothing of the step was written: the run is a dry run. The norms and the changed fraction are
+    those of the update that it would have been.
+    """
     @property
     def forward_time(self) -> google.protobuf.duration_pb2.Duration: ...
     @property
@@ -893,9 +936,12 @@ class Step(google.protobuf.message.Message):
         optimizer_time: google.protobuf.duration_pb2.Duration | None = ...,
         pause_time: google.protobuf.duration_pb2.Duration | None = ...,
         optimizer_step: builtins.int = ...,
+        micro_batches: builtins.int = ...,
+        full_gradients: global___FullGradients.ValueType = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["backward_time", b"backward_time", "forward_time", b"forward_time", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backward_time", b"backward_time", "changed_fraction", b"changed_fraction", "forward_time", b"forward_time", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "loss_sum", b"loss_sum", "optimizer_step", b"optimizer_step", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time", "step", b"step", "tokens", b"tokens", "update_norm", b"update_norm"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backward_time", b"backward_time", "changed_fraction", b"changed_fraction", "dry_run", b"dry_run", "forward_time", b"forward_time", "full_gradients", b"full_gradients", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "loss_sum", b"loss_sum", "micro_batches", b"micro_batches", "optimizer_step", b"optimizer_step", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time", "step", b"step", "tokens", b"tokens", "update_norm", b"update_norm"]) -> None: ...
 
 global___Step = Step
 
@@ -974,6 +1020,7 @@ class Finished(google.protobuf.message.Message):
     state: global___RunState.ValueType
     """SUCCEEDED, FAILED or CANCELLED."""
     steps_done: builtins.int
+    """Steps that are in the weights; none of a dry run's are."""
     weight_version: builtins.int
     """Version of the weights after the run."""
     next_step_in_doubt: builtins.bool

@@ -28,6 +28,7 @@ from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
 from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
 
 T = TypeVar("T")
+Told = Callable[[checkpoint_pb2.Progress], None]
 
 
 class AsyncStream(Generic[T]):
@@ -193,13 +194,52 @@ class AsyncApolloClient:
         return self._stream(self._status.WatchStatus, request, lambda response: response)
 
     async def sync(
-        self, progress: Callable[[checkpoint_pb2.Progress], None] | None = None
+        self,
+        progress: Told | None = None,
+        *,
+        in_place: bool = False,
     ) -> checkpoint_pb2.SyncResult:
-        """Brings the model directory up to date with the live weights."""
-        result = checkpoint_pb2.SyncResult()
-        stream: AsyncStream[checkpoint_pb2.SyncResponse] = self._stream(
-            self._checkpoints.Sync, checkpoint_pb2.SyncRequest(), lambda response: response
+        """Brings the model directory up to date with the live weights.
+
+        Args:
+            in_place: write into the files, for disks without room for new ones.
+        """
+        methods = (checkpoint_pb2.SYNC_METHOD_UNSPECIFIED, checkpoint_pb2.SYNC_METHOD_IN_PLACE)
+        request = checkpoint_pb2.SyncRequest(method=methods[in_place])
+        result: checkpoint_pb2.SyncResult = await self._result(
+            self._checkpoints.Sync, request, progress
         )
+        return result
+
+    async def verify(
+        self, *, full: bool = False, live: bool = False, progress: Told | None = None
+    ) -> checkpoint_pb2.VerifyResult:
+        """Compares the model directory with what the last sync left there.
+
+        Args:
+            full: read every file, and compare digests.
+            live: compare the live weights too.
+        """
+        request = checkpoint_pb2.VerifyRequest(full=full, live=live)
+        result: checkpoint_pb2.VerifyResult = await self._result(
+            self._checkpoints.Verify, request, progress
+        )
+        return result
+
+    async def adopt(
+        self, directory: str | Path, progress: Told | None = None
+    ) -> checkpoint_pb2.AdoptResult:
+        """Makes a private copy of the model directory, in a new folder of the server's machine."""
+        request = checkpoint_pb2.AdoptRequest(directory=str(directory))
+        result: checkpoint_pb2.AdoptResult = await self._result(
+            self._checkpoints.Adopt, request, progress
+        )
+        return result
+
+    async def _result(self, method: Any, request: Any, progress: Told | None) -> Any:
+        """The last message's result of a stream that tells its progress before."""
+        result = None
+        stream: AsyncStream[Any] = self._stream(method, request, lambda response: response)
         async for response in stream:
             if response.HasField("result"):
                 result = response.result

@@ -16,13 +16,22 @@ from apollo_grpc.v1 import status_pb2, training_pb2
 class RunOptions(TypedDict, total=False):
     """What a run may be told; what is left out keeps the default of `training.proto`.
 
-    `epochs`, `samples_per_step` and `seed` are of the run (RunSpec), the others of APOLLO
-    (OptimizerConfig).
+    The first ones are of the run (RunSpec, its Coherence and its Guard), those from `lr` on of
+    APOLLO (OptimizerConfig). `coherence` is "live", "pause_step" or "pause_run", `cache_policy`
+    "reset_at_end", "reset_each_step" or "keep"; `max_wall_time` is in seconds.
     """
 
     epochs: int
     samples_per_step: int
     seed: int
+    dry_run: bool
+    evaluate: bool
+    max_wall_time: float
+    coherence: str
+    cache_policy: str
+    max_loss: float
+    max_grad_norm: float
+    max_update_ratio: float
     lr: float
     rank: int
     beta1: float
@@ -37,7 +46,8 @@ class RunOptions(TypedDict, total=False):
     accept_other_weights: bool
 
 
-_RUN_FIELDS = ("epochs", "samples_per_step", "seed")
+_RUN_FIELDS = ("epochs", "samples_per_step", "seed", "dry_run", "evaluate")
+_GUARD_FIELDS = ("max_loss", "max_grad_norm", "max_update_ratio")
 
 
 def run_spec(samples: Iterable[SampleLike], options: RunOptions) -> training_pb2.RunSpec:
@@ -48,8 +58,42 @@ def run_spec(samples: Iterable[SampleLike], options: RunOptions) -> training_pb2
     spec = training_pb2.RunSpec(samples=list(_each(samples)))
     for name, value in options.items():
         if value is not None:
-            _set(spec if name in _RUN_FIELDS else spec.optimizer, name, value)
+            _put(spec, name, value)
     return spec
+
+
+def _put(spec: training_pb2.RunSpec, name: str, value: Any) -> None:
+    if name in _RUN_FIELDS:
+        _set(spec, name, value)
+    elif name in _GUARD_FIELDS:
+        _set(spec.guard, name, value)
+    elif name == "max_wall_time":
+        spec.max_wall_time.CopyFrom(_duration(name, value))
+    elif name == "coherence":
+        mode = _named(name, training_pb2.CoherenceMode, f"COHERENCE_MODE_{value}".upper(), value)
+        spec.coherence.mode = training_pb2.CoherenceMode.ValueType(mode)
+    elif name == "cache_policy":
+        policy = _named(name, training_pb2.CachePolicy, f"CACHE_POLICY_{value}".upper(), value)
+        spec.coherence.cache_policy = training_pb2.CachePolicy.ValueType(policy)
+    else:
+        _set(spec.optimizer, name, value)
+
+
+def _duration(name: str, seconds: float) -> duration_pb2.Duration:
+    length = duration_pb2.Duration()
+    try:
+        length.FromNanoseconds(int(seconds * 1e9))
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise InvalidArgument.at(name, f"cannot be {seconds!r} seconds: {error}") from error
+    return length
+
+
+def _named(name: str, enum: Any, full: str, value: object) -> int:
+    if full not in enum.keys():  # noqa: SIM118
+        prefix = full[: -len(str(value))]
+        known = [word.removeprefix(prefix).lower() for word in enum.keys()[1:]]
+        raise InvalidArgument.at(name, f"cannot be {value!r}; it is one of {', '.join(known)}")
+    return int(enum.Value(full))
 
 
 def _each(samples: Iterable[SampleLike]) -> Iterable[training_pb2.Sample]:

@@ -72,6 +72,14 @@ class Settings(BaseSettings):
     save_steps: int = Field(
         default=0, ge=0, description="steps between two saves in a run; 0: not by steps"
     )
+    token_budget: int = Field(
+        default=1024, ge=1, description="continuation tokens of one micro-batch, padding included"
+    )
+    keep_gradients: bool = Field(
+        default=False,
+        description="hold all gradients of a step at once, which takes as much memory as the "
+        "weights and saves a backward pass; otherwise each is released once it was used",
+    )
     max_samples: int = Field(default=10_000, ge=1, description="samples of one run")
     max_streams: int = Field(default=256, ge=1, description="streams open at one time")
     lease_seconds: float = Field(

@@ -120,7 +120,7 @@ def beyond_the_end(header: dict[str, Any], _: dict[str, Any]) -> None:
         entry(shape=[True]),
         entry(shape="30"),
         entry(old="md5:00"),
-        entry(new="xxh3-128:zz"),
+        entry(new="blake3-128:zz"),
         entry(more=1),
         metadata(format="apollo-delta-2"),
         metadata(anchor="../../etc"),
@@ -171,6 +171,7 @@ def test_a_damaged_file_is_refused_or_still_says_the_same(
     tmp_path: Path, data: st.DataObject
 ) -> None:
     path = tmp_path / "delta"
+    path.unlink(missing_ok=True)
     old, new = write(path)
     whole = path.read_bytes()
     start = data.draw(st.integers(0, len(whole)))

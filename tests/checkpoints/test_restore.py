@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apollo_grpc.errors import DataLoss, FailedPrecondition
-from apollo_trainer.checkpoints import exchange
+from apollo_trainer.checkpoints import value_exchange as exchange
 from apollo_trainer.checkpoints.poison import Poison, PoisonedError
 from apollo_trainer.checkpoints.restore import restore
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore

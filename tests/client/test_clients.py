@@ -115,8 +115,34 @@ def test_a_refusal_names_the_field(connect, server):
     assert violation.field == "spec.samples[1].text.continuation"
 
 
+def test_coherence_guards_and_limits_reach_the_run(connect, server):
+    client = connect(server)
+    options = {
+        "coherence": "live",
+        "cache_policy": "keep",
+        "max_loss": 50.0,
+        "max_wall_time": 60.5,
+        "evaluate": True,
+        "dry_run": True,
+    }
+    events = list(client.train([SAMPLE], **options))
+    assert [e.evaluated.after_training for e in events if e.HasField("evaluated")] == [False, True]
+    spec = client.call("get_run", events[0].run_id).spec
+    assert spec.coherence.mode == pb.COHERENCE_MODE_LIVE
+    assert spec.coherence.cache_policy == pb.CACHE_POLICY_KEEP
+    assert (spec.guard.max_loss, spec.max_wall_time.ToMilliseconds()) == (50.0, 60500)
+    assert spec.dry_run and spec.evaluate
+
+
 @pytest.mark.parametrize(
-    ("options", "field"), [({"lrr": 1.0}, "lrr"), ({"epochs": "three"}, "epochs")]
+    ("options", "field"),
+    [
+        ({"lrr": 1.0}, "lrr"),
+        ({"epochs": "three"}, "epochs"),
+        ({"coherence": "paused"}, "coherence"),
+        ({"cache_policy": 3}, "cache_policy"),
+        ({"max_wall_time": float("nan")}, "max_wall_time"),
+    ],
 )
 def test_an_option_that_no_run_has_is_refused_before_a_call(connect, options, field):
     with pytest.raises(InvalidArgument) as refused:

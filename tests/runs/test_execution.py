@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import apollo_trainer.runs.execution as execution_module
+import apollo_trainer.runs.steps as steps_module
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.apollo_state import FILE_NAME
@@ -129,7 +129,7 @@ def test_a_pause_that_vllm_ended_fails_the_run_before_the_next_write(
 ) -> None:
     engine, trainer = attached
     trainer.owner.session().settings.lease_seconds = 0.09
-    take_step = execution_module.take_step
+    take_step = steps_module.take_step
 
     def end_the_pause_then_step(*arguments: Any) -> Any:
         leases = engine.engine.leases
@@ -137,7 +137,7 @@ def test_a_pause_that_vllm_ended_fails_the_run_before_the_next_write(
             leases.release(leases._lease_id, True)
         return take_step(*arguments)
 
-    monkeypatch.setattr(execution_module, "take_step", end_the_pause_then_step)
+    monkeypatch.setattr(steps_module, "take_step", end_the_pause_then_step)
     finished = finished_of(all_events(trainer.submit(epochs=100_000)))
     assert finished.failure.reason == "PAUSE_LOST"
     assert 0 < finished.steps_done < 100_000
@@ -182,14 +182,14 @@ def test_an_engine_that_goes_after_the_last_step_fails_the_run_and_saves_nothing
     attached: Any, all_events: Events, kinds: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, trainer = attached
-    take_step = execution_module.take_step
+    take_step = steps_module.take_step
 
     def take_the_last_step(*arguments: Any) -> Any:
         result = take_step(*arguments)
         engine.stop()
         return result
 
-    monkeypatch.setattr(execution_module, "take_step", take_the_last_step)
+    monkeypatch.setattr(steps_module, "take_step", take_the_last_step)
     events = all_events(trainer.submit())
     assert kinds(events) == ["queued", "started", "step", "finished"]
     assert finished_of(events).failure.reason == "ENGINE_LOST"

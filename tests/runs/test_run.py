@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from apollo_grpc.errors import InvalidArgument, Unimplemented
+from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.runs.run import PreparedRun, prepare_run
 from apollo_trainer.training.samples import SampleLimits
@@ -77,25 +77,27 @@ def test_counts_out_of_range_are_refused_at_their_field(name: str, value: int) -
     assert [v.field for v in caught.value.violations] == [f"spec.{name}"]
 
 
-@pytest.mark.parametrize(
-    ("field", "fields"),
-    [
-        ("dry_run", {"dry_run": True}),
-        ("evaluate", {"evaluate": True}),
-        ("guard", {"guard": pb.Guard(max_loss=1.0)}),
-        ("coherence.mode", {"coherence": pb.Coherence(mode=pb.COHERENCE_MODE_LIVE)}),
-        ("coherence.mode", {"coherence": pb.Coherence(mode=pb.COHERENCE_MODE_PAUSE_STEP)}),
-        ("coherence.cache_policy", {"coherence": pb.Coherence(cache_policy=pb.CACHE_POLICY_KEEP)}),
-        (
-            "coherence.cache_policy",
-            {"coherence": pb.Coherence(cache_policy=pb.CACHE_POLICY_RESET_EACH_STEP)},
-        ),
-    ],
-)
-def test_what_is_not_built_is_refused_by_name(field: str, fields: dict[str, Any]) -> None:
-    with pytest.raises(Unimplemented, match=f"spec.{field} ") as caught:
-        prepared(**fields)
-    assert caught.value.metadata == {"field": f"spec.{field}"}
+@pytest.mark.parametrize("name", ["mode", "cache_policy"])
+def test_a_coherence_of_a_later_version_is_refused_at_its_field(name: str) -> None:
+    wrong = pb.Coherence()
+    wrong.MergeFromString(bytes([{"mode": 8, "cache_policy": 16}[name], 99]))
+    with pytest.raises(InvalidArgument, match=f"spec.coherence.{name}: is 99") as caught:
+        prepared(coherence=wrong)
+    assert [v.field for v in caught.value.violations] == [f"spec.coherence.{name}"]
+
+
+def test_limits_that_are_none_are_refused_before_anything_is_trained() -> None:
+    with pytest.raises(InvalidArgument, match=r"spec\.guard\.max_loss"):
+        prepared(guard=pb.Guard(max_loss=-1.0))
+
+
+def test_what_a_spec_asks_of_its_steps_is_kept() -> None:
+    asked = pb.Coherence(mode=pb.COHERENCE_MODE_LIVE, cache_policy=pb.CACHE_POLICY_KEEP)
+    run = prepared(dry_run=True, evaluate=True, guard=pb.Guard(max_loss=2.0), coherence=asked)
+    assert (run.dry_run, run.evaluate, run.guard.max_loss) == (True, True, 2.0)
+    assert run.coherence == asked
+    plain = prepared()
+    assert (plain.dry_run, plain.evaluate, plain.guard.max_loss) == (False, False, None)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,6 @@ CODES = {
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.OUT_OF_RANGE,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
-    # A field that asks for what this version has not, by its name.
-    grpc.StatusCode.UNIMPLEMENTED,
 }
 REQUESTS = {
     "Train": pb.TrainRequest,

@@ -65,8 +65,16 @@ def test_without_an_engine_the_answer_says_what_to_start(start_server: Any, erro
     assert "start vLLM with VLLM_PLUGINS=apollo" in error.message
 
 
-def test_unbuilt_fields_are_refused_by_name(caller: Any, error_of: Any) -> None:
-    assert error_of(caller.start(dry_run=True)).metadata == {"field": "spec.dry_run"}
+def test_a_guard_that_is_none_is_refused_at_its_field(caller: Any, error_of: Any) -> None:
+    error = error_of(caller.start(guard=pb.Guard(max_grad_norm=-1.0)))
+    assert [v.field for v in error.violations] == ["spec.guard.max_grad_norm"]
+
+
+def test_a_dry_run_tells_its_steps_and_trains_nothing(caller: Any) -> None:
+    steps = [e.step for e in caller.train(dry_run=True, epochs=2) if e.HasField("step")]
+    assert len(steps) == 2
+    assert all(step.dry_run and step.update_norm > 0 for step in steps)
+    assert caller.status().optimizer_step == caller.status().weight_version == 0
 
 
 def test_a_caller_that_goes_away_does_not_stop_its_run(caller: Any, wait: Any) -> None:

@@ -6,18 +6,20 @@ import random
 import signal
 import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 
 from apollo_client import ApolloClient
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
-from tests.server_process import ServerProcess, served
+from tests.server_process import ServerProcess
 
 SAMPLE = {"context_ids": [60, 61, 62], "continuation_ids": [70, 71, 72, 73]}
 LONGEST_LIFE_SECONDS = 1.5
 RETRY_SECONDS = 120.0
+# A killed server's pause ends soon, and most runs are saved in their middle.
+SETTINGS = {"APOLLO_LEASE_SECONDS": "1", "APOLLO_SAVE_SECONDS": "0.2"}
 
 
 @dataclass
@@ -70,11 +72,12 @@ class Client(threading.Thread):
             return
 
 
-def kill_again_and_again(model: Path, kills: int, seed: int) -> Outcome:
+def kill_again_and_again(
+    serving: AbstractContextManager[ServerProcess], kills: int, seed: int
+) -> Outcome:
     """Trains and kills, lets the last runs end, and asks for everything."""
     draw = random.Random(seed)
-    settings = {"APOLLO_LEASE_SECONDS": "1", "APOLLO_SAVE_SECONDS": "0.2"}
-    with served(model, **settings) as server:
+    with serving as server:
         clients = [Client(server.address, seed + n) for n in range(2)]
         for client in clients:
             client.start()

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from apollo_client.client import ApolloClient, RunStream
-from apollo_client.command import display, doctor, up
+from apollo_client.command import checkpoint, display, doctor, up
 from apollo_client.command.outcome import INTERRUPTED, REFUSED, reported_errors
 from apollo_client.samples import parse_lines, read_samples
 from apollo_grpc.errors import InvalidArgument
@@ -98,6 +98,26 @@ def train(
     rank: Annotated[int | None, typer.Option(help="Of the projection.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Decoupled.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps of a rising lr.")] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Tell each sample's loss before and after.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compute each step, and write nothing.")
+    ] = False,
+    coherence: Annotated[
+        str | None,
+        typer.Option(help="live, pause_step or pause_run (default): when vLLM waits for writes."),
+    ] = None,
+    cache_policy: Annotated[
+        str | None,
+        typer.Option(help="reset_at_end (default), reset_each_step or keep: vLLM's prefixes."),
+    ] = None,
+    max_loss: Annotated[float | None, typer.Option(help="A step above is not written.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    max_update_ratio: Annotated[
+        float | None, typer.Option(help="Likewise: of an update's norm over the weights'.")
+    ] = None,
+    max_wall_time: Annotated[float | None, typer.Option(help="Seconds; then the run ends.")] = None,
     reset_optimizer: Annotated[
         bool, typer.Option("--reset-optimizer", help="Drop the optimizer's state first.")
     ] = False,
@@ -129,6 +149,14 @@ def train(
         "rank": rank,
         "weight_decay": weight_decay,
         "warmup_steps": warmup_steps,
+        "evaluate": evaluate or None,
+        "dry_run": dry_run or None,
+        "coherence": coherence,
+        "cache_policy": cache_policy,
+        "max_loss": max_loss,
+        "max_grad_norm": max_grad_norm,
+        "max_update_ratio": max_update_ratio,
+        "max_wall_time": max_wall_time,
         "reset_optimizer": reset_optimizer or None,
         "accept_other_weights": accept_other_weights or None,
     }
@@ -247,13 +275,23 @@ def cancel(
 
 
 @app.command()
-def sync(context: typer.Context, as_json: Json = False) -> None:
+def sync(
+    context: typer.Context,
+    in_place: Annotated[
+        bool,
+        typer.Option(
+            "--in-place", help="Write into the files: where there is no room for new ones."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Bring the model directory up to date with what was learned."""
     with reported_errors(), context.obj.client() as client:
-        result = client.sync()
+        result = client.sync(in_place=in_place)
     print(display.to_json(result) if as_json else display.sync_line(result))
 
 
+app.add_typer(checkpoint.app, name="checkpoint")
 _PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("up", context_settings=_PASSES_ON)(up.command)
 app.command("doctor", context_settings=_PASSES_ON)(doctor.command)

@@ -46,8 +46,12 @@ def event_line(event: training_pb2.RunEvent) -> str:
         "step": lambda e: (
             f"step {e.step}  loss {e.loss:.4f}  grad norm {e.grad_norm:.3g}  "
             f"lr {e.learning_rate:.3g}  {_milliseconds(e):.0f} ms"
+            f"{'  (dry run)' if e.dry_run else ''}"
         ),
-        "evaluated": lambda e: "loss of each sample: " + " ".join(f"{x:.4f}" for x in e.losses),
+        "evaluated": lambda e: (
+            f"loss of each sample {'after' if e.after_training else 'before'}: "
+            + " ".join(f"{x:.4f}" for x in e.losses)
+        ),
         "checkpoint": lambda e: (
             f"Apollo state on disk: step {e.optimizer_step}, {e.size_bytes / MIB:.1f} MiB"
         ),
@@ -186,8 +190,28 @@ def sync_line(result: checkpoint_pb2.SyncResult) -> str:
     """The result of a sync in words."""
     if not result.files_written:
         return f"nothing had changed: {result.bytes_compared:,} bytes compared"
+    method = state_name(result.method, checkpoint_pb2.SyncMethod, "SYNC_METHOD_")
     return (
         f"wrote {', '.join(result.files_written)}: {result.tensors_changed} tensors changed, "
-        f"{result.bytes_written:,} bytes; the directory holds weight version "
+        f"{result.bytes_written:,} bytes by {method}; the directory holds weight version "
         f"{result.weight_version}"
+    )
+
+
+def verify_lines(result: checkpoint_pb2.VerifyResult) -> Iterable[str]:
+    """What a verification found, a line each."""
+    for found in result.differences:
+        yield f"{found.file}{': ' if found.tensor else ''}{found.tensor}: {found.description}"
+    verdict = f"{len(result.differences)} differences" if result.differences else "as it was left"
+    yield (
+        f"{result.directory}: {verdict}; sync {result.generation}, {result.tensors} tensors, "
+        f"{result.bytes_read:,} bytes read"
+    )
+
+
+def adopt_line(result: checkpoint_pb2.AdoptResult) -> str:
+    """The copy that was made, and what to do with it."""
+    return (
+        f"copied {result.files} files, {result.bytes_written:,} bytes, to {result.directory}; "
+        "serve it with vLLM to sync"
     )

@@ -2,50 +2,75 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from apollo_trainer.checkpoints.file_ops import FILES, FileOps
+
+TEMPORARY = "tmp-"
+
 
 @contextmanager
-def new_file_beside(target: Path) -> Iterator[Path]:
+def new_file_beside(target: Path, ops: FileOps = FILES) -> Iterator[Path]:
     """A path beside `target` for a new version of it, removed again when the block fails."""
-    path = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:12]}")
+    path = target.with_name(f".{target.name}.{TEMPORARY}{uuid.uuid4().hex[:12]}")
     try:
         yield path
     finally:
-        path.unlink(missing_ok=True)
+        # What made the block fail must be told, not that its remains could not be removed.
+        with contextlib.suppress(OSError):
+            ops.remove(path)
 
 
-def flush_file(path: Path) -> None:
+def flush_file(path: Path, ops: FileOps = FILES) -> None:
     """fsync. Raises OSError; the file must then be given up, its pages are marked clean."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    with ops.opened(path, write=True) as file:
+        ops.fsync(file)
 
 
-def flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path, ops: FileOps = FILES) -> None:
     """fsync of a folder: without it a rename may be undone by a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    ops.sync_folder(folder)
 
 
-def durable_write(target: Path, write: Callable[[Path], None]) -> int:
+def durable_write(target: Path, write: Callable[[Path], object], ops: FileOps = FILES) -> int:
     """Replaces `target` with what `write` puts into a new file; returns its size in bytes.
 
     Raises OSError with `target` as it was.
     """
-    with new_file_beside(target) as path:
+    with new_file_beside(target, ops) as path:
         write(path)
-        if target.exists():
-            shutil.copymode(target, path)
-        flush_file(path)
-        size = path.stat().st_size
-        path.replace(target)
-    flush_folder(target.parent)
+        if ops.found(target):
+            ops.copy_owner_and_mode(target, path)
+        flush_file(path, ops)
+        size = ops.stat(path).st_size
+        ops.rename(path, target)
+    flush_folder(target.parent, ops)
     return size
+
+
+def durable_bytes(target: Path, data: bytes, ops: FileOps = FILES) -> None:
+    """Replaces a small file. Raises OSError with `target` as it was, or durable already."""
+    path = target.with_name(f"{TEMPORARY}{target.name}")
+    ops.remove(path)
+    try:
+        write_new(path, data, ops)
+        ops.rename(path, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            ops.remove(path)
+        raise
+    flush_folder(target.parent, ops)
+
+
+def write_new(path: Path, data: bytes, ops: FileOps) -> None:
+    """A new file with its content on disk; its name is not, before the folder's fsync."""
+    file = ops.create(path)
+    try:
+        ops.write_all(file, memoryview(data), 0)
+        ops.fsync(file)
+    finally:
+        ops.close(file)

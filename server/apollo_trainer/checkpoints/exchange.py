@@ -1,62 +1,99 @@
-"""Live and host tensors exchange their values, piece by piece, with a way back from any point."""
+"""Sync, rung 1: a folder with the new shards changes places with the model directory.
+
+No reader ever sees a mix: whoever opens the directory by its name finds the old one or the new
+one, and whoever has a file open or mapped keeps it.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import stat
+from collections.abc import Callable
+from pathlib import Path
 
-from apollo_grpc.errors import Internal
-from apollo_trainer.weights.checkpoint_reader import same_bytes
-
-PIECE = 2**18  # elements that are exchanged at once: what stays in a core's cache
-
-
-class Exchange:
-    """Exchanges that were made, and the one that is being made."""
-
-    def __init__(self) -> None:
-        self._done: list[tuple[Tensor, Tensor]] = []
-        self._begun: tuple[Tensor, Tensor] | None = None
-        self._scratch: dict[torch.dtype, Tensor] = {}
-
-    @torch.no_grad()
-    def run(self, live: Tensor, host: Tensor) -> None:
-        """Exchanges two tensors of one shape and dtype; `host` is contiguous."""
-        live = live.detach()
-        if not live.is_contiguous():
-            self._piece(live, host)
-            return
-        here, there = live.view(-1), host.view(-1)
-        for start in range(0, here.numel(), PIECE):
-            part = slice(start, start + PIECE)
-            self._piece(here[part], there[part])
-
-    def _piece(self, live: Tensor, host: Tensor) -> None:
-        old = self._memory(live).copy_(live)
-        self._begun = (live, old)
-        _write(live, host)
-        host.copy_(old)
-        self._done.append((live, host))
-        self._begun = None
-
-    def _memory(self, live: Tensor) -> Tensor:
-        # Fresh memory for each piece costs many times what the copy does.
-        kept = self._scratch.get(live.dtype)
-        if kept is None or kept.numel() < live.numel():
-            kept = torch.empty(max(PIECE, live.numel()), dtype=live.dtype)
-            self._scratch[live.dtype] = kept
-        return kept[: live.numel()].view(live.shape)
-
-    @torch.no_grad()
-    def take_back(self) -> None:
-        """Writes the old values again, all of them; raises what forbids it, and on a mismatch."""
-        pieces = [*self._done, self._begun] if self._begun else self._done
-        for live, old in pieces:
-            _write(live, old)
-        for live, old in pieces:
-            if not same_bytes(live.cpu(), old):
-                raise Internal("a weight does not read back as it was written")
+from apollo_trainer.checkpoints.file_ops import CANNOT_EXCHANGE, FileOps
+from apollo_trainer.checkpoints.manifest import Manifest
+from apollo_trainer.checkpoints.shard_writer import write_shard
+from apollo_trainer.checkpoints.state_folder import Place, SyncMethod, announce, commit
+from apollo_trainer.checkpoints.survey import Survey, WrittenShard
 
 
-def _write(live: Tensor, values: Tensor) -> None:
-    live.copy_(values)
+class ExchangeRefused(Exception):
+    """This file system or mount cannot do it; nothing of the directory was touched."""
+
+
+def can_exchange(place: Place) -> bool:
+    """Tries it with two empty folders, after a look whether the directory is a mount of its own."""
+    ops = place.ops
+    if ops.stat(place.directory).st_dev != ops.stat(place.state).st_dev:
+        return False
+    one, other = place.state / "tmp-one", place.state / "tmp-other"
+    try:
+        for folder in (one, other):
+            ops.remove(folder)
+            ops.mkdir(folder)
+        ops.exchange(one, other)
+    except OSError as error:
+        if error.errno in CANNOT_EXCHANGE:
+            return False
+        raise
+    finally:
+        ops.remove(one)
+        ops.remove(other)
+    return True
+
+
+def exchange_sync(survey: Survey, shards: list[str], began: Callable[[str], None]) -> Manifest:
+    """Raises ExchangeRefused, or OSError; without an intent on disk nothing was changed."""
+    place = survey.place
+    place.ops.remove(place.next_folder)
+    place.ops.mkdir(place.next_folder)
+    written = list[WrittenShard]()
+    for shard in shards:
+        began(shard)
+        written.append(write_shard(survey, shard, place.next_folder / shard))
+    copy_names(place.ops, place.directory, place.next_folder, skip=set(shards))
+    manifest = survey.next_manifest(SyncMethod.EXCHANGE, written)
+    announce(place, manifest)
+    try:
+        place.ops.exchange(place.directory, place.next_folder)
+    except OSError as error:
+        if error.errno in CANNOT_EXCHANGE:
+            raise ExchangeRefused from error
+        raise
+    finish_exchange(place, manifest)
+    return manifest
+
+
+def finish_exchange(place: Place, manifest: Manifest) -> None:
+    """After the exchange, by the sync or by a recovery."""
+    place.ops.sync_folder(place.directory.parent)
+    place.ops.sync_folder(place.state)
+    commit(place, manifest)
+
+
+def copy_names(ops: FileOps, source: Path, target: Path, skip: set[str] | None = None) -> None:
+    """Gives all files of a folder a second name in another one, whose names are then on disk."""
+    for name in ops.names(source):
+        old, new = source / name, target / name
+        mode = ops.stat(old).st_mode
+        if skip and name in skip:
+            continue
+        if stat.S_ISDIR(mode):
+            ops.mkdir(new)
+            copy_names(ops, old, new)
+        elif stat.S_ISLNK(mode):
+            ops.symlink(ops.read_link(old), new)
+        else:
+            _link(ops, old, new)
+    ops.copy_owner_and_mode(source, target)
+    ops.sync_folder(target)
+
+
+def _link(ops: FileOps, old: Path, new: Path) -> None:
+    try:
+        ops.link(old, new)
+    except OSError as error:
+        # The kernel protects the files of others, and some file systems know no links.
+        if error.errno in CANNOT_EXCHANGE:
+            raise ExchangeRefused from error
+        raise

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from apollo_grpc.errors import DataLoss, FailedPrecondition, Internal
 from apollo_trainer.checkpoints.digest import matches
-from apollo_trainer.checkpoints.exchange import Exchange
 from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.poison import Poison, PoisonedError
+from apollo_trainer.checkpoints.value_exchange import Exchange
 from apollo_trainer.optim import Apollo
 
 
@@ -59,6 +59,7 @@ def restore(
         copy.deepcopy(optimizer.named_state()[1]),
     )
     exchange = Exchange()
+    optimizer.mark_written()
     try:
         for name, parameter in parameters.items():
             optimizer.before_param_write(parameter)

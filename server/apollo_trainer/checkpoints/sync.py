@@ -1,90 +1,230 @@
-"""Sync, first version: new shards are written beside the old ones, then renamed over them.
+"""Sync: the model directory becomes the live weights, by the safest way that the disk allows.
 
-All new shards are on disk before the first rename, so a full disk or a crash while writing leaves
-the directory as it was. A crash between two renames can leave shards of two generations; with one
-shard it cannot.
+Rung 0: nothing moved. Rung 1: exchange of folders. Rung 2: renames behind a commit record. Rung 3:
+in place behind a redo log, when asked for or out of room. Each is a file of its own.
 """
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import errno
+import stat
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-
 from apollo_grpc.errors import FailedPrecondition
-from apollo_trainer.checkpoints.durable_write import flush_file, flush_folder, new_file_beside
-from apollo_trainer.checkpoints.tensor_file import write_tensors
-from apollo_trainer.weights.checkpoint_reader import CheckpointReader, same_bytes
+from apollo_trainer.checkpoints.exchange import ExchangeRefused, can_exchange, exchange_sync
+from apollo_trainer.checkpoints.file_ops import FILES, FileOps
+from apollo_trainer.checkpoints.in_place import can_write_in_place, in_place_sync
+from apollo_trainer.checkpoints.manifest import Manifest
+from apollo_trainer.checkpoints.recover import edited, recover
+from apollo_trainer.checkpoints.rollforward import rollforward_sync
+from apollo_trainer.checkpoints.shard_header import ShardHeader
+from apollo_trainer.checkpoints.state_folder import (
+    Place,
+    SyncMethod,
+    commit,
+    held,
+    is_untouched,
+    place_of,
+    read_manifest,
+    refreshed,
+)
+from apollo_trainer.checkpoints.survey import (
+    Progress,
+    Survey,
+    SyncOutcome,
+    Versions,
+    read_baseline,
+)
+from apollo_trainer.checkpoints.tensor_file import read_header
+from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 
-Progress = Callable[[int, int, str], None]
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+__all__ = ["Progress", "SyncMethod", "SyncOutcome", "sync_directory"]
 
 
-@dataclass
-class SyncOutcome:
-    """What a sync did; bytes of tensors compared and of files written."""
+@dataclass(frozen=True)
+class SyncOptions:
+    """How to sync.
 
-    bytes_compared: int = 0
-    bytes_written: int = 0
-    tensors_changed: int = 0
-    files_written: list[str] = field(default_factory=list)
+    Attributes:
+        method: None for the ladder; ROLLFORWARD or IN_PLACE for that one.
+        state: the state folder; None for the one beside the directory.
+    """
+
+    method: SyncMethod | None = None
+    state: Path | None = None
+    ops: FileOps = FILES
 
 
 def sync_directory(
-    directory: Path, reader: CheckpointReader, progress: Progress = lambda *_: None
+    directory: Path,
+    reader: CheckpointReader,
+    progress: Progress = lambda *_: None,
+    versions: Versions | None = None,
+    options: SyncOptions = SyncOptions(),
 ) -> SyncOutcome:
     """Brings the directory's safetensors up to date with the live weights.
 
     The weights must not change meanwhile. Files without a changed tensor are not written. Tensors
     that belong to no parameter are kept as they are.
 
-    Raises FailedPrecondition for a directory that cannot be synced, OSError when the disk refuses;
-    in both cases the old files are kept.
+    Args:
+        versions: a number for each checkpoint tensor that is another one after every write to it;
+            None where nobody counts, and all are compared.
+
+    Raises FailedPrecondition for a directory that cannot be synced, Unavailable while another
+    process works on it, OSError when the disk refuses, DataLoss where an older sync that was cut
+    off cannot be finished. The directory is always wholly of one generation for whoever comes
+    after the next sync or start of the server.
     """
-    shards = _require_shards(directory, reader)
-    outcome, total = SyncOutcome(), sum(shard.stat().st_size for shard in shards)
-    with ExitStack() as new_files:
-        renames: list[tuple[Path, Path]] = []
-        for shard in shards:
-            progress(outcome.bytes_compared, total, shard.name)
-            tensors, changed = _live_shard(shard, reader, outcome)
-            if changed:
-                new = new_files.enter_context(new_file_beside(shard))
-                _write_shard(shard, new, tensors)
-                renames.append((new, shard))
-            outcome.tensors_changed += changed
-        for new, shard in renames:
-            outcome.bytes_written += new.stat().st_size
-            outcome.files_written.append(shard.name)
-            new.replace(shard)
-    if renames:
-        flush_folder(directory)
-    progress(total, total, "")
-    return outcome
+    place = place_of(directory, options.ops, options.state)
+    _require_directory(place, directory)
+    with held(place):
+        try:
+            return _sync(place, reader, progress, versions, options.method)
+        except OSError:
+            _clean_up(place)
+            raise
 
 
-def _require_shards(directory: Path, reader: CheckpointReader) -> list[Path]:
-    if not directory.is_dir():
+def _sync(
+    place: Place,
+    reader: CheckpointReader,
+    progress: Progress,
+    versions: Versions | None,
+    method: SyncMethod | None,
+) -> SyncOutcome:
+    known = recover(place)
+    refuse_links(place)
+    if known and versions and is_untouched(place, known):
+        survey = Survey(place, reader, known, versions)
+        if not survey.any_may_have_moved():
+            total = sum(shard.size for shard in known.shards.values())
+            progress(total, total, "")
+            return survey.outcome
+    headers = read_headers(place, reader)
+    meter = _Meter(progress, sum(header.size for header in headers.values()))
+    baseline = refreshed(place, known) if known else read_baseline(place, headers, meter.read)
+    if baseline is None:
+        assert known
+        raise edited(place, known)
+    survey = Survey(place, reader, baseline, versions)
+    shards = []
+    for shard in headers:
+        meter.at(shard)
+        if next(survey.changed(shard), None) is not None:
+            shards.append(shard)
+        meter.done += headers[shard].size
+    _write(survey, shards, method, meter.at)
+    meter.at("")
+    return survey.outcome
+
+
+def _write(
+    survey: Survey, shards: list[str], method: SyncMethod | None, began: Callable[[str], None]
+) -> None:
+    if not shards:
+        commit(survey.place, survey.next_manifest(SyncMethod.UNCHANGED, []))
+        return
+    try:
+        manifest = _climb(survey, shards, method, began)
+    except OSError as error:
+        if error.errno not in _NO_ROOM or not _may_still_fit(survey, shards, method):
+            raise
+        manifest = in_place_sync(survey, shards)
+    survey.outcome.method = SyncMethod(manifest.method)
+    survey.outcome.files_written = list(shards)
+
+
+def _climb(
+    survey: Survey, shards: list[str], method: SyncMethod | None, began: Callable[[str], None]
+) -> Manifest:
+    if method == SyncMethod.IN_PLACE and can_write_in_place(survey, shards):
+        return in_place_sync(survey, shards)
+    if method != SyncMethod.ROLLFORWARD and can_exchange(survey.place):
+        with contextlib.suppress(ExchangeRefused):
+            return exchange_sync(survey, shards, began)
+        recover(survey.place)
+        survey.outcome.bytes_written = survey.outcome.tensors_changed = 0
+    return rollforward_sync(survey, shards, began)
+
+
+def _may_still_fit(survey: Survey, shards: list[str], method: SyncMethod | None) -> bool:
+    """After a full disk: whether a log of the changed tensors is smaller than the shards were."""
+    place = survey.place
+    if method == SyncMethod.ROLLFORWARD or place.ops.found(place.intent_path):
+        return False
+    _clean_up(place)
+    survey.outcome.bytes_written = survey.outcome.tensors_changed = 0
+    return can_write_in_place(survey, shards)
+
+
+def _clean_up(place: Place) -> None:
+    """Frees what a failed sync wrote. What was announced waits for the next sync, or the start."""
+    with contextlib.suppress(OSError):
+        if not place.ops.found(place.intent_path):
+            recover(place)
+
+
+class _Meter:
+    """Tells progress in bytes of the directory's files; it never goes back."""
+
+    def __init__(self, progress: Progress, total: int):
+        self._progress, self._total, self.done = progress, total, 0
+
+    def at(self, what: str) -> None:
+        """A file begins; an empty name is the end."""
+        self._progress(self.done if what else self._total, self._total, what)
+
+    def read(self, size: int) -> None:
+        """Of the first reading of a directory nothing is told: it is soon read again."""
+
+
+def _require_directory(place: Place, asked: Path) -> None:
+    found = place.ops.found(place.directory)
+    if found is None or not stat.S_ISDIR(found.st_mode):
         raise FailedPrecondition(
-            f"vLLM serves {directory}, which is no local directory; nothing was written. Serve a "
+            f"vLLM serves {asked}, which is no local directory; nothing was written. Serve a "
             "local copy of the model to sync it.",
             reason="NOT_A_DIRECTORY",
         )
-    shards = sorted(directory.glob("*.safetensors"))
-    names: set[str] = set()
-    for shard in shards:
-        if shard.is_symlink() or shard.stat().st_nlink > 1:
+    if any(parent.name.startswith("models--") for parent in place.directory.parents):
+        raise FailedPrecondition(
+            f"{place.directory.name} lies in a hub cache, whose files other revisions share; "
+            "nothing was written. `apollo checkpoint adopt FOLDER` makes a private copy; serve it.",
+            reason="HUB_CACHE",
+        )
+
+
+def refuse_links(place: Place) -> None:
+    """Raises FailedPrecondition where a shard is no regular file with one name."""
+    for name in place.shard_names():
+        found = place.ops.stat(place.directory / name)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             raise FailedPrecondition(
-                f"{shard.name} is a link: other directories share its bytes, and a sync would "
-                "change or split them. Nothing was written. Serve a private copy of the model.",
+                f"{name} is a link: other directories share its bytes, and a sync would "
+                "change or split them. Nothing was written. `apollo checkpoint adopt FOLDER` makes "
+                "a private copy; serve it.",
                 reason="SHARD_IS_LINKED",
             )
-        with safe_open(shard, framework="pt") as file:
-            names |= set(file.keys())
+
+
+def read_headers(place: Place, reader: CheckpointReader) -> dict[str, ShardHeader]:
+    """Headers of all shards. Raises FailedPrecondition where they do not hold all parameters."""
+    headers = dict[str, ShardHeader]()
+    for name in place.shard_names():
+        try:
+            headers[name] = read_header(place.ops, place.directory / name)
+        except ValueError as error:
+            raise FailedPrecondition(
+                f"{name} is no safetensors file ({error}); nothing was written. Bring it back from "
+                "a copy.",
+                reason="SHARD_UNREADABLE",
+            ) from error
+    names = {name for header in headers.values() for name in header.tensors}
     if missing := reader.missing_from(names):
         raise FailedPrecondition(
             f"The directory's safetensors do not hold {missing[0]}"
@@ -92,30 +232,10 @@ def _require_shards(directory: Path, reader: CheckpointReader) -> list[Path]:
             + "; nothing was written.",
             reason="CHECKPOINT_INCOMPLETE",
         )
-    return shards
+    return headers
 
 
-def _live_shard(
-    shard: Path, reader: CheckpointReader, outcome: SyncOutcome
-) -> tuple[dict[str, torch.Tensor], int]:
-    """The shard's tensors with live values, and how many differ from the file's bytes."""
-    tensors, changed = {}, 0
-    with safe_open(shard, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            on_disk = file.get_tensor(name)
-            live = reader.read(name)
-            live = live if live is None else live.cpu()
-            tensors[name] = on_disk if live is None else live
-            if live is not None:
-                outcome.bytes_compared += live.numel() * live.element_size()
-                changed += not same_bytes(on_disk, live)
-    return tensors, changed
-
-
-def _write_shard(old: Path, new: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with safe_open(old, framework="pt") as file:
-        metadata = file.metadata()
-    # safetensors refuses tensors of one storage, and live views all share the engine's buffer.
-    write_tensors({name: t.clone() for name, t in tensors.items()}, new, metadata)
-    shutil.copymode(old, new)
-    flush_file(new)
+def read_generation(place: Place) -> int:
+    """Of the last sync; 0 where there was none."""
+    manifest = read_manifest(place)
+    return manifest.generation if manifest else 0

@@ -10,11 +10,19 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from apollo_grpc.errors import FailedPrecondition, Unavailable
+from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.runs.pause import EnginePause
 from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.sidecar import Sidecar
+
+# Reasons of a call that nobody answers any more.
+_GONE = ("ENGINE_LOST", "ENGINE_STOPPING", Unavailable.default_reason)
+
+
+def engine_is_gone(error: ApolloError) -> bool:
+    """Whether a failed call says that there is no engine any more; a slow one still is there."""
+    return isinstance(error, Unavailable) and error.reason in _GONE
 
 
 @dataclass
@@ -116,7 +124,7 @@ class _Pausing(Coherence):
 
     def _hold(self) -> None:
         lost = self._pause.lost if self._pause else None
-        if isinstance(lost, Unavailable):
+        if lost and engine_is_gone(lost):
             raise lost
         if lost:
             raise FailedPrecondition(
@@ -128,20 +136,27 @@ class _Pausing(Coherence):
         if pause is None:
             return
         written = self._written
-        changed = bool(written.dirty or written.updates)
+        changed = written.dirty = bool(written.dirty or written.updates)
         try:
             self.weight_version = pause.end(
                 weights_changed=changed, updates=written.updates, keep_caches=not reset_caches
             )
+            # Caches that vLLM did not drop are still to be dropped at the end.
+            written.dirty = changed and not reset_caches
         finally:
-            self.step_held_seconds = pause.held_seconds
-            self.held_seconds += self.step_held_seconds
-        written.updates = 0
-        written.dirty = changed and not reset_caches
+            self._count(pause)
+            written.updates = 0
+
+    def _count(self, pause: EnginePause) -> None:
+        self.step_held_seconds = pause.held_seconds
+        self.held_seconds += self.step_held_seconds
 
 
 class PauseRun(_Pausing):
-    """vLLM waits while the run is at work."""
+    """vLLM waits while the run is at work; no step is held for alone."""
+
+    def _count(self, pause: EnginePause) -> None:
+        self.held_seconds += pause.held_seconds
 
     def begin(self) -> None:
         """Pauses vLLM."""

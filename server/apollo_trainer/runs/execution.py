@@ -1,4 +1,4 @@
-"""Executes one run on the training thread: pause, steps, resume, state to disk, finished."""
+"""Executes one run on the training thread: started, steps, state to disk, finished."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.runs.events import EventLog, duration
-from apollo_trainer.runs.pause import EnginePause
 from apollo_trainer.runs.run import PreparedRun
 from apollo_trainer.runs.session import Session
 from apollo_trainer.runs.state_saver import CapturedState, Saved, StateSaver
 from apollo_trainer.runs.status_board import StatusBoard
-from apollo_trainer.training.release import StepIncomplete
-from apollo_trainer.training.samples import TokenizedSample
-from apollo_trainer.training.step import StepResult, take_step
+from apollo_trainer.runs.steps import RunSteps, engine_lost
+from apollo_trainer.training.evaluate import evaluate
+from apollo_trainer.training.step import StepResult
 from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger(__name__)
-# Reasons of a call that nobody answers any more.
-_GONE = (Unavailable.default_reason, "ENGINE_STOPPING")
+_FULL_GRADIENTS = {
+    "": pb.FULL_GRADIENTS_UNSPECIFIED,
+    "ACCUMULATION": pb.FULL_GRADIENTS_ACCUMULATION,
+    "TIED_PARAMETERS": pb.FULL_GRADIENTS_TIED_PARAMETERS,
+    "REQUESTED": pb.FULL_GRADIENTS_REQUESTED,
+}
 
 
 class RunCancelled(Exception):
@@ -49,13 +52,16 @@ class Execution:
     saver: StateSaver
     stopping: threading.Event
     cancelled: threading.Event
-    steps_done: int = 0
     _began: float = field(default_factory=time.monotonic)
     _saved_at: float = field(default_factory=time.monotonic)
-    _weights_changed: bool = False
-    _writing: bool = False
+    _steps: RunSteps | None = None
     _finished: pb.Finished = field(default_factory=pb.Finished)
     _state: CapturedState | None = None
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of the run that are in the weights."""
+        return self._steps.written if self._steps else 0
 
     def execute(self) -> None:
         """Runs to the end; every way out ends the log with `finished`, and none raises.
@@ -110,73 +116,69 @@ class Execution:
 
     def _train(self) -> None:
         self._require_going()
+        if self.run.dry_run:
+            with self.session.trying(self.run.options):
+                self._take_steps()
+            return
         self.session.begin_run(self.run.options)
         self._require_saved()
+        try:
+            self._take_steps()
+        finally:
+            if self.session.attachment.alive:
+                # Of weights that are gone the state on disk stays that of before the run.
+                self._state = self.session.capture(running=False)
+
+    def _take_steps(self) -> None:
+        """From `started` to the last step's, and what vLLM says to that."""
+        self._tell_started()
+        self._evaluate(after_training=False)
+        steps = self._steps = RunSteps(
+            self.session, self.sidecar, self.log, self.run, self._require_going, self._warn
+        )
+        try:
+            steps.begin()
+            for number, samples in enumerate(self.run.batches(), 1):
+                self._require_going()
+                self._tell(number, steps.take(samples))
+                if not self.run.dry_run:
+                    self._save_while_running()
+        finally:
+            try:
+                steps.end()
+            finally:
+                self._finished.pause_time.CopyFrom(duration(steps.held_seconds))
+            self._show_version(steps.weight_version)
+        self._evaluate(after_training=True)
+
+    def _tell_started(self) -> None:
         self.log.append(
             started=pb.Started(
                 steps_total=self.run.steps_total,
                 optimizer_step=self.session.optimizer.step_count,
                 weight_version=self.board.snapshot().weight_version,
                 engine_epoch=self.session.attachment.epoch,
+                dry_run=self.run.dry_run,
             )
         )
-        lease_seconds = self.session.settings.lease_seconds
-        pause = EnginePause(self.sidecar, self.session.attachment, lease_seconds)
-        # A step takes long enough for vLLM to go, or to go on, between its beginning and its write.
-        self.session.optimizer.before_write = lambda: self._before_write(pause)
-        try:
-            for samples in self.run.batches():
-                self._require_going()
-                self._require_writable(pause)
-                result = self._step(samples)
-                self.steps_done += 1
-                self._tell(result)
-                self._save_while_running()
-        finally:
-            self.session.optimizer.before_write = lambda: None
-            self._resume(pause)
-            if self.session.attachment.alive:
-                # Of weights that are gone the state on disk stays that of before the run.
-                self._state = self.session.capture(running=False)
 
-    def _before_write(self, pause: EnginePause) -> None:
-        """Asked before each part of a step is written."""
-        if not self.session.attachment.alive:
-            raise self._engine_lost()
-        if self._writing:
-            # A pause that is lost halfway is no reason to leave half a step in the weights.
+    def _evaluate(self, *, after_training: bool) -> None:
+        """Reads only: vLLM decodes meanwhile."""
+        if not self.run.evaluate:
             return
-        self._require_writable(pause)
-        self.log.begin_step(self.steps_done + 1)
-        self._writing = True
+        losses = evaluate(
+            self.session.attachment.model,
+            self.run.samples,
+            self.session.settings.token_budget,
+            self._require_going,
+        )
+        self.log.append(evaluated=pb.Evaluated(after_training=after_training, losses=losses))
 
-    def _step(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
-        before, self._weights_changed = self._weights_changed, True
-        self._writing = False
-        try:
-            return take_step(self.session.attachment.model, self.session.optimizer, samples)
-        except StepIncomplete as error:
-            if not self.session.attachment.alive:
-                raise self._engine_lost() from error
-            raise
-        except BaseException:
-            # Nothing of this step was written.
-            self._weights_changed = before
-            raise
-
-    def _resume(self, pause: EnginePause) -> None:
-        try:
-            changed = self._weights_changed
-            version = pause.end(weights_changed=changed, updates=self.steps_done)
-        except ApolloError as error:
-            if error.reason in _GONE or not self.session.attachment.alive:
-                self.session.attachment.lost.set()
-                raise self._engine_lost() from error
-            self._warn(error.reason, error.message)
-        else:
-            self._finished.weight_version = version
-            self.board.update(weight_version=version)
-        self._finished.pause_time.CopyFrom(duration(pause.held_seconds))
+    def _show_version(self, version: int | None) -> None:
+        if version is None:
+            version = self.board.snapshot().weight_version
+        self._finished.weight_version = version
+        self.board.update(weight_version=version)
 
     def _warn(self, reason: str, message: str) -> None:
         log.warning("run %s: %s (%s)", self.log.run_id, message, reason)
@@ -184,7 +186,7 @@ class Execution:
 
     def _require_going(self) -> None:
         if not self.session.attachment.alive:
-            raise self._engine_lost()
+            raise engine_lost(self.steps_done)
         if self.stopping.is_set():
             raise Unavailable(
                 f"The server was stopped after {self.steps_done} of {self.run.steps_total} steps; "
@@ -202,33 +204,18 @@ class Execution:
                 reason="DEADLINE",
             )
 
-    def _require_writable(self, pause: EnginePause) -> None:
-        if not self.session.attachment.alive:
-            raise self._engine_lost()
-        lost = pause.lost
-        if isinstance(lost, Unavailable):
-            # Known here before the watch knows; the state must not be saved as that of weights
-            # that are gone.
-            self.session.attachment.lost.set()
-            raise self._engine_lost()
-        if lost:
-            raise FailedPrecondition(
-                f"vLLM went on before the run was done ({lost.message}); "
-                f"{self.steps_done} steps are in the weights. Send the run again.",
-                reason="PAUSE_LOST",
-            )
-
-    def _engine_lost(self) -> Unavailable:
-        return Unavailable(
-            f"vLLM is gone; {self.steps_done} steps were written to weights that are gone with it. "
-            "The model directory and the Apollo state on disk are as they were before the run. "
-            "Start vLLM again and send the run anew.",
-            reason="ENGINE_LOST",
-        )
-
-    def _tell(self, result: StepResult) -> None:
-        self.log.append(step=_step_event(self.steps_done, result))
+    def _tell(self, number: int, result: StepResult) -> None:
+        held = 0.0 if self._steps is None else self._steps.step_held_seconds
+        self.log.append(step=_step_event(number, result, held, dry_run=self.run.dry_run))
         self.board.update(optimizer_step=result.optimizer_step)
+        if self._steps and self._steps.weight_version is not None:
+            self.board.update(weight_version=self._steps.weight_version)
+        if result.skipped_tensors:
+            self._warn(
+                "TENSORS_SKIPPED",
+                f"{result.skipped_tensors} tensors were left as they were in step {number}: their "
+                "gradient was not finite when it was computed again. Look at the device.",
+            )
 
     def _require_saved(self) -> None:
         """Before the first write with a state that no file on disk is like, as after a reset.
@@ -271,15 +258,15 @@ class Execution:
         self.log.append(checkpoint=written)
 
 
-def _step_event(step: int, result: StepResult) -> pb.Step:
+def _step_event(number: int, result: StepResult, held: float, *, dry_run: bool) -> pb.Step:
     times: dict[str, Any] = {
         "forward_time": duration(result.forward_seconds),
         "backward_time": duration(result.backward_seconds),
         "optimizer_time": duration(result.optimizer_seconds),
-        "pause_time": duration(0),
+        "pause_time": duration(held),
     }
     return pb.Step(
-        step=step,
+        step=number,
         loss=result.loss,
         loss_sum=result.loss_sum,
         tokens=result.tokens,
@@ -288,5 +275,8 @@ def _step_event(step: int, result: StepResult) -> pb.Step:
         learning_rate=result.learning_rate,
         changed_fraction=result.changed_fraction,
         optimizer_step=result.optimizer_step,
+        micro_batches=result.micro_batches,
+        full_gradients=_FULL_GRADIENTS[result.full_gradients],
+        dry_run=dry_run,
         **times,
     )

@@ -220,15 +220,20 @@ def _columns(event: pb.RunEvent) -> dict[str, object]:
     when = event.event_time.ToNanoseconds()
     if event.HasField("started"):
         started = event.started
-        return {
+        columns: dict[str, object] = {
             "state": pb.RUN_STATE_RUNNING,
             "started": when,
             "steps_total": started.steps_total,
-            "optimizer_step": started.optimizer_step,
-            "epoch": started.engine_epoch,
         }
+        if not started.dry_run:
+            # By these the optimizer's step is found again after a kill.
+            columns |= {
+                "optimizer_step": started.optimizer_step,
+                "epoch": started.engine_epoch,
+            }
+        return columns
     if event.HasField("step"):
-        return {"steps_done": event.step.step}
+        return {} if event.step.dry_run else {"steps_done": event.step.step}
     if event.HasField("finished"):
         finished = event.finished
         failed = finished.HasField("failure")

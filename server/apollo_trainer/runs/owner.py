@@ -9,10 +9,20 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
-from apollo_trainer.checkpoints.sync import Progress, SyncOutcome, sync_directory
+from apollo_trainer.checkpoints.adopt import Adoption, adopt_directory
+from apollo_trainer.checkpoints.recover import settle_directory
+from apollo_trainer.checkpoints.sync import (
+    Progress,
+    SyncMethod,
+    SyncOptions,
+    SyncOutcome,
+    sync_directory,
+)
+from apollo_trainer.checkpoints.verify import Verification, verify_directory
 from apollo_trainer.config import Settings
 from apollo_trainer.runs.events import now
 from apollo_trainer.runs.session import KeptState, Session, open_session
@@ -22,6 +32,7 @@ from apollo_trainer.weights.attach import MapReport, attach
 from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class ModelOwner:
@@ -112,6 +123,7 @@ class ModelOwner:
             attachment_detail="vLLM was found; its weights are being mapped and verified.",
         )
         try:
+            settle_directory(Path(self.sidecar.manifest().model))
             everything = self._settings.check_all_values
             attachment = attach(
                 self.sidecar, epoch, check_all_values=everything, traced=self._show_map
@@ -196,23 +208,51 @@ class ModelOwner:
 
     # --- checkpoints ------------------------------------------------------------------------
 
-    def sync(self, progress: Progress) -> Future[tuple[SyncOutcome, int]]:
+    def sync(
+        self, progress: Progress, method: SyncMethod | None = None
+    ) -> Future[tuple[SyncOutcome, int]]:
         """Syncs the model directory between two runs; the result holds the weight version too.
 
         Raises Unavailable when the server stops.
         """
-        future: Future[tuple[SyncOutcome, int]] = Future()
+        return self._between_runs(lambda: self._sync(progress, method))
+
+    def verify(self, progress: Progress, *, full: bool, live: bool) -> Future[Verification]:
+        """Compares the model directory with its manifest, between two runs. Raises likewise."""
+
+        def verify() -> Verification:
+            attachment = self.session().attachment
+            reader = attachment.checkpoint() if live else None
+            return verify_directory(
+                Path(attachment.directory), reader, full=full, progress=progress
+            )
+
+        return self._between_runs(verify)
+
+    def adopt(self, target: Path, progress: Progress) -> Future[Adoption]:
+        """Copies the model directory to one of its own, between two runs. Raises likewise."""
+        return self._between_runs(
+            lambda: adopt_directory(Path(self.session().attachment.directory), target, progress)
+        )
+
+    def _between_runs(self, work: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
         with self._lock:
             # After the thread's last job nobody would ever resolve it.
             if self.stopping.is_set():
                 raise Unavailable("The server is stopping.", reason="SERVER_STOPPING")
-            self._jobs.put(lambda: _resolve(future, lambda: self._sync(progress)))
+            self._jobs.put(lambda: _resolve(future, work))
         return future
 
-    def _sync(self, progress: Progress) -> tuple[SyncOutcome, int]:
-        attachment = self.session().attachment
+    def _sync(self, progress: Progress, method: SyncMethod | None) -> tuple[SyncOutcome, int]:
+        session = self.session()
+        attachment = session.attachment
         directory, reader = Path(attachment.directory), attachment.checkpoint()
-        outcome = sync_directory(directory, reader, progress)
+        # One for all parameters: after a step of any of them every tensor is compared.
+        stamp = session.optimizer.write_stamp
+        outcome = sync_directory(
+            directory, reader, progress, lambda name: stamp, SyncOptions(method=method)
+        )
         version = self._board.snapshot().weight_version
 
         def change(status: status_pb2.ServerStatus) -> None:
@@ -252,9 +292,7 @@ def _log_saved(saved: Saved) -> None:
         log.error("the Apollo state was not saved: %s", saved.error)
 
 
-def _resolve(
-    future: Future[tuple[SyncOutcome, int]], work: Callable[[], tuple[SyncOutcome, int]]
-) -> None:
+def _resolve(future: Future[T], work: Callable[[], T]) -> None:
     try:
         future.set_result(work())
     except Exception as error:

@@ -56,6 +56,7 @@ class QueuedRun:
     options: OptimizerOptions
     prepared: PreparedRun | None
     durable: Future[None]
+    dry_run: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -113,6 +114,7 @@ class RunQueue:
             read_options(spec.optimizer),
             None,
             durable,
+            spec.dry_run,
         )
         self._runs[row.run_id] = entry
         self._waiting.append(entry)
@@ -197,7 +199,7 @@ class RunQueue:
         run_log.begin_with(queued)
         durable = self._writer.accept(Acceptance(request_id, spec, run.steps_total, queued))
         digest = digest_of(canonical(spec))
-        entry = QueuedRun(run_log, request_id, digest, run.options, run, durable)
+        entry = QueuedRun(run_log, request_id, digest, run.options, run, durable, run.dry_run)
         self._runs[run_id] = entry
         self._waiting.append(entry)
         self._show_length()
@@ -241,7 +243,7 @@ class RunQueue:
     def _shape_after(self, shape: StateShape) -> StateShape:
         """What the optimizer's state is like once every run before has begun."""
         for entry in (self._active, *self._waiting):
-            if entry and entry.options.reset:
+            if entry and entry.options.reset and not entry.dry_run:
                 shape = entry.options.shape_on(shape)
         return shape
 

@@ -67,8 +67,8 @@ def _commit(connection: sqlite3.Connection, events: list[pb.RunEvent]) -> None:
 
 
 def _interrupted(row: RunRow, journal: JournalContents, saved: int | None) -> pb.Finished:
-    told = [event.step.step for event in journal.events if event.HasField("step")]
-    done = max([row.steps_done, *told])
+    steps = [event.step for event in journal.events if event.HasField("step")]
+    done = max([row.steps_done, *(step.step for step in steps if not step.dry_run)])
     in_doubt = journal.begun > done
     reached = row.optimizer_step + done
     lost = min(done, max(0, reached - (saved or 0)))

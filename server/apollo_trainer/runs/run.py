@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from apollo_grpc.errors import FieldViolation, InvalidArgument, Unimplemented
+from apollo_grpc.errors import FieldViolation, InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.training.guard import NO_LIMITS, Guard, read_guard
 from apollo_trainer.training.options import OptimizerOptions, read_options
 from apollo_trainer.training.samples import SampleLimits, TokenizedSample, tokenize_samples
 
@@ -23,6 +24,9 @@ class PreparedRun:
     Attributes:
         seed: shuffles each epoch; None keeps the order given.
         max_seconds: the run ends as FAILED after so many; None: no limit.
+        coherence: how its writes and vLLM's reads go together.
+        dry_run: nothing is written, neither weights nor optimizer state.
+        evaluate: the loss of each sample is told before and after.
     """
 
     samples: tuple[TokenizedSample, ...]
@@ -31,6 +35,10 @@ class PreparedRun:
     samples_per_step: int
     seed: int | None
     max_seconds: float | None = None
+    guard: Guard = NO_LIMITS
+    coherence: pb.Coherence = field(default_factory=pb.Coherence)
+    dry_run: bool = False
+    evaluate: bool = False
 
     @property
     def steps_total(self) -> int:
@@ -50,11 +58,11 @@ class PreparedRun:
 def prepare_run(spec: pb.RunSpec, limits: SampleLimits, tokenizer: object) -> PreparedRun:
     """Checks a spec and tokenizes its samples.
 
-    Raises InvalidArgument with field paths; Unimplemented for what this version cannot do.
+    Raises InvalidArgument with the path of each wrong field.
     """
     options = read_options(spec.optimizer)
     _check_counts(spec)
-    _refuse_unbuilt(spec)
+    guard, coherence = read_guard(spec.guard), _check_coherence(spec.coherence)
     return PreparedRun(
         samples=tuple(tokenize_samples(spec.samples, limits, tokenizer)),
         options=options,
@@ -62,6 +70,10 @@ def prepare_run(spec: pb.RunSpec, limits: SampleLimits, tokenizer: object) -> Pr
         samples_per_step=spec.samples_per_step or 1,
         seed=spec.seed if spec.HasField("seed") else None,
         max_seconds=_max_seconds(spec),
+        guard=guard,
+        coherence=coherence,
+        dry_run=spec.dry_run,
+        evaluate=spec.evaluate,
     )
 
 
@@ -92,20 +104,19 @@ def _check_counts(spec: pb.RunSpec) -> None:
         raise InvalidArgument(f"{first.field}: {first.description}", violations=violations)
 
 
-def _refuse_unbuilt(spec: pb.RunSpec) -> None:
-    """A field that asks for what is not built is refused: ignoring it would be a lie."""
-    asked = {
-        "dry_run": spec.dry_run,
-        "evaluate": spec.evaluate,
-        "guard": bool(spec.guard.ListFields()),
-        "coherence.mode": spec.coherence.mode
-        not in (pb.COHERENCE_MODE_UNSPECIFIED, pb.COHERENCE_MODE_PAUSE_RUN),
-        "coherence.cache_policy": spec.coherence.cache_policy
-        not in (pb.CACHE_POLICY_UNSPECIFIED, pb.CACHE_POLICY_RESET_AT_END),
-    }
-    for field, is_asked in asked.items():
-        if is_asked:
-            raise Unimplemented(
-                f"spec.{field} cannot be set in this version; nothing was done. Leave it unset.",
-                metadata={"field": f"spec.{field}"},
-            )
+def _check_coherence(coherence: pb.Coherence) -> pb.Coherence:
+    wrong = [
+        FieldViolation(f"spec.coherence.{name}", f"is {value}, which this version does not know")
+        for name, value, known in (
+            ("mode", coherence.mode, pb.CoherenceMode.values()),
+            ("cache_policy", coherence.cache_policy, pb.CachePolicy.values()),
+        )
+        if value not in known
+    ]
+    if wrong:
+        raise InvalidArgument(
+            f"{wrong[0].field}: {wrong[0].description}",
+            violations=wrong,
+            reason="OPTION_INVALID",
+        )
+    return coherence

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,20 @@ class Session:
         self.shape, self.other_weights = shape, ""
         self.optimizer.rounding = self.shape.rounding
         options.apply(self.optimizer)
+
+    @contextmanager
+    def trying(self, options: OptimizerOptions) -> Iterator[None]:
+        """The optimizer as `begin_run` makes it, for a dry run; afterwards all is as it was."""
+        before, rounding = dict(vars(self)), self.optimizer.rounding
+        groups = [dict(group) for group in self.optimizer.param_groups]
+        try:
+            self.begin_run(options)
+            yield
+        finally:
+            vars(self).update(before)
+            self.optimizer.rounding = rounding
+            for group, values in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update(values)
 
     def show(self, status: status_pb2.ServerStatus) -> None:
         """Puts the optimizer into a status."""

@@ -52,6 +52,9 @@ class Guard:
                self.max_update_ratio)  # fmt: skip
 
 
+NO_LIMITS = Guard()
+
+
 def read_guard(guard: pb.Guard) -> Guard:
     """The limits of a request. Raises InvalidArgument with the path of each wrong field."""
     given = {n: getattr(guard, n) for n in LIMITS if guard.HasField(n)}  # type: ignore[arg-type]

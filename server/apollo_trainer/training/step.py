@@ -15,7 +15,7 @@ from apollo_trainer.optim.gradients import has_ties
 from apollo_trainer.optim.options import settings_for
 from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
 from apollo_trainer.training.frozen_context import FrozenContexts
-from apollo_trainer.training.guard import Guard
+from apollo_trainer.training.guard import NO_LIMITS, Guard
 from apollo_trainer.training.inspection import Inspection
 from apollo_trainer.training.loss import batch_loss, total_weight
 from apollo_trainer.training.mixing import mixing_of
@@ -24,7 +24,6 @@ from apollo_trainer.training.release import step_incomplete, trial_backward, wri
 from apollo_trainer.training.samples import TokenizedSample
 
 TOKEN_BUDGET = 1024
-NO_LIMITS = Guard()
 FullGradients = Literal["", "ACCUMULATION", "TIED_PARAMETERS", "REQUESTED"]
 
 

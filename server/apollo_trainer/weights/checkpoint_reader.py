@@ -21,6 +21,14 @@ class CheckpointReader:
         root = self._plan.tied.get(name)
         return self._parameters[root].detach().contiguous() if root else None
 
+    def outline(self, name: str) -> torch.Tensor | None:
+        """Shape and dtype of what `read` returns, as a tensor without values."""
+        if planned := self._planned.get(name):
+            dtype = self._parameters[planned.root].dtype
+            return torch.empty(planned.shape, dtype=dtype, device="meta")
+        root = self._plan.tied.get(name)
+        return torch.empty_like(self._parameters[root], device="meta") if root else None
+
     def missing_from(self, names: set[str]) -> list[str]:
         """Checkpoint tensors that no file of the directory holds, under any tied name."""
         present = {self._planned[n].root for n in names if n in self._planned}

@@ -1,0 +1,225 @@
+"""The one door to the file system for everything that must survive a crash.
+
+Tests come in here: they record the operations, make the file system of every crash out of them,
+and let every single one fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+# Linux: <linux/fs.h> RENAME_EXCHANGE and FICLONE, <fcntl.h> SYNC_FILE_RANGE_WRITE.
+_EXCHANGE = 2
+_CLONE = 0x40049409
+_START_WRITING = 2
+_NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_LIBC = ctypes.CDLL(None, use_errno=True)
+# What a file system or a mount answers that cannot exchange two folders.
+CANNOT_EXCHANGE = frozenset(
+    {errno.ENOSYS, errno.EINVAL, errno.EBUSY, errno.EXDEV, errno.EOPNOTSUPP, errno.EPERM}
+)
+# A file that is described in JSON is far smaller; a bigger one is no such file.
+SMALL_FILE_BYTES = 256 << 20
+
+
+class FileStat(Protocol):
+    """What is used of os.stat_result."""
+
+    @property
+    def st_mode(self) -> int: ...  # noqa: D102
+    @property
+    def st_ino(self) -> int: ...  # noqa: D102
+    @property
+    def st_dev(self) -> int: ...  # noqa: D102
+    @property
+    def st_nlink(self) -> int: ...  # noqa: D102
+    @property
+    def st_size(self) -> int: ...  # noqa: D102
+    @property
+    def st_mtime_ns(self) -> int: ...  # noqa: D102
+
+
+class FileOps:
+    """The real file system. Every method raises OSError; none follows a link at the path's end."""
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def stat(self, path: Path) -> FileStat:
+        """Of the path itself, be it a link."""
+        return path.lstat()
+
+    def names(self, folder: Path) -> list[str]:
+        """Names in a folder, sorted."""
+        return sorted(os.listdir(folder))  # noqa: PTH208
+
+    def read_link(self, path: Path) -> str:
+        """Where a symbolic link points."""
+        return os.readlink(path)  # noqa: PTH115
+
+    def open(self, path: Path, *, write: bool = False) -> int:
+        """A descriptor of an existing file."""
+        flags = os.O_RDWR if write else os.O_RDONLY
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def pread(self, file: int, size: int, offset: int) -> bytes:
+        """At most `size` bytes; fewer at the end of the file only."""
+        parts = []
+        while size and (part := os.pread(file, size, offset)):
+            parts.append(part)
+            size, offset = size - len(part), offset + len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def room(self, folder: Path) -> int:
+        """Bytes that a user may still write there."""
+        return shutil.disk_usage(folder).free
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def create(self, path: Path, mode: int = 0o600) -> int:
+        """A descriptor of a file that did not exist."""
+        return os.open(path, _NEW, mode)
+
+    def pwrite(self, file: int, data: memoryview, offset: int) -> int:
+        """Writes some of `data`, and returns how many bytes: `write_all` is for callers."""
+        return os.pwrite(file, data, offset)
+
+    def start_writing(self, file: int, size: int, offset: int) -> None:
+        """Has the kernel begin to write a part back; otherwise the fsync waits for all of it."""
+        begin, length = ctypes.c_int64(offset), ctypes.c_int64(size)
+        _LIBC.sync_file_range(file, begin, length, _START_WRITING)
+
+    def fsync(self, file: int) -> None:
+        """Content and size are on disk. Once failed never again: the pages are marked clean."""
+        os.fsync(file)
+
+    def fdatasync(self, file: int) -> None:
+        """The same for content that was there before, without the times."""
+        os.fdatasync(file)
+
+    def sync_folder(self, folder: Path) -> None:
+        """Names in the folder are on disk: a power failure may else undo a rename."""
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def close(self, file: int) -> None:
+        """Of a descriptor of `open` or `create`."""
+        os.close(file)
+
+    def clone(self, source: int, target: int) -> None:
+        """Shares the blocks of `source` with an empty file, where the file system can."""
+        fcntl.ioctl(target, _CLONE, source)
+
+    # --- names ------------------------------------------------------------------------------
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Replaces `target`."""
+        source.replace(target)
+
+    def exchange(self, one: Path, other: Path) -> None:
+        """Two names change places in one step (Linux, renameat2 with RENAME_EXCHANGE)."""
+        if not hasattr(_LIBC, "renameat2"):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(one))
+        at = -100  # AT_FDCWD: both paths are absolute.
+        if _LIBC.renameat2(at, os.fsencode(one), at, os.fsencode(other), _EXCHANGE):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(one))
+
+    def link(self, source: Path, target: Path) -> None:
+        """A second name for a file."""
+        os.link(source, target, follow_symlinks=False)
+
+    def symlink(self, points_to: str, path: Path) -> None:
+        """A symbolic link."""
+        path.symlink_to(points_to)
+
+    def unlink(self, path: Path) -> None:
+        """Takes a name away."""
+        path.unlink()
+
+    def mkdir(self, folder: Path, mode: int = 0o700) -> None:
+        """A new folder."""
+        folder.mkdir(mode=mode)
+
+    def rmdir(self, folder: Path) -> None:
+        """Takes an empty folder away."""
+        folder.rmdir()
+
+    def copy_owner_and_mode(self, source: Path, target: Path) -> None:
+        """Readers of the old one must be able to read the new one."""
+        old, new = source.stat(), target.stat()
+        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            # Only root may give files away; whoever may write a folder need not own it.
+            with contextlib.suppress(PermissionError):
+                os.chown(target, old.st_uid, old.st_gid)
+        target.chmod(stat.S_IMODE(old.st_mode))
+
+    @contextlib.contextmanager
+    def locked(self, path: Path) -> Iterator[None]:
+        """Holds an exclusive flock. Raises BlockingIOError while another process does."""
+        file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        finally:
+            os.close(file)
+
+    # --- made of the above ------------------------------------------------------------------
+
+    def write_all(self, file: int, data: memoryview, offset: int) -> None:
+        """Writes all of `data`, also where the system takes it in parts."""
+        while data:
+            written = self.pwrite(file, data, offset)
+            if written <= 0:
+                raise OSError(errno.EIO, "the file system takes no more bytes")
+            data, offset = data[written:], offset + written
+
+    def found(self, path: Path) -> FileStat | None:
+        """The same as `stat`; None where there is nothing."""
+        try:
+            return self.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read(self, path: Path) -> bytes:
+        """A small file. Raises OSError for one of more than 256 MiB."""
+        with self.opened(path) as file:
+            data = self.pread(file, SMALL_FILE_BYTES + 1, 0)
+        if len(data) > SMALL_FILE_BYTES:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        return data
+
+    @contextlib.contextmanager
+    def opened(self, path: Path, *, write: bool = False) -> Iterator[int]:
+        """`open`, closed again."""
+        file = self.open(path, write=write)
+        try:
+            yield file
+        finally:
+            self.close(file)
+
+    def remove(self, path: Path) -> None:
+        """Takes a name away, a folder with all in it; what is not there is no error."""
+        found = self.found(path)
+        if found is None:
+            return
+        if not stat.S_ISDIR(found.st_mode):
+            self.unlink(path)
+            return
+        for name in self.names(folder := path):
+            self.remove(folder / name)
+        self.rmdir(folder)
+
+
+FILES = FileOps()

@@ -1,0 +1,178 @@
+"""The state folder beside a model directory: the lock, the manifest, and what is being built."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from apollo_grpc.errors import FailedPrecondition, Unavailable
+from apollo_trainer.checkpoints.durable_write import durable_bytes
+from apollo_trainer.checkpoints.file_ops import FILES, FileOps
+from apollo_trainer.checkpoints.manifest import SUFFIX, Manifest, ShardRecord, is_shard_name
+from apollo_trainer.checkpoints.tensor_file import digest_at, digest_of, read_header
+
+
+class SyncMethod(StrEnum):
+    """How a generation came about; the names are those of the contract."""
+
+    UNCHANGED = "unchanged"
+    EXCHANGE = "exchange"
+    ROLLFORWARD = "rollforward"
+    IN_PLACE = "in_place"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model directory, its state folder, and the way to both."""
+
+    directory: Path
+    state: Path
+    ops: FileOps = FILES
+
+    @property
+    def manifest_path(self) -> Path:
+        """What the directory held after the last sync."""
+        return self.state / "manifest.json"
+
+    @property
+    def intent_path(self) -> Path:
+        """What the sync at work makes of it."""
+        return self.state / "manifest.next.json"
+
+    @property
+    def next_folder(self) -> Path:
+        """The folder to be exchanged with the directory; afterwards, what the directory was."""
+        return self.state / "tmp-next"
+
+    @property
+    def aside(self) -> Path:
+        """Where config.json waits while shards are of two generations, so that no loader mixes."""
+        return self.directory / ".config.json.apollo-aside"
+
+    def beside(self, shard: str) -> Path:
+        """Where a new shard waits for its rename."""
+        return self.directory / f".{shard}.apollo-next"
+
+    def redo(self, generation: int) -> Path:
+        """The values that are being written in place."""
+        return self.state / f"redo-{generation}.safetensors"
+
+    def shard_names(self) -> list[str]:
+        """Names of the directory's safetensors, sorted."""
+        names = self.ops.names(self.directory)
+        return [name for name in names if name.endswith(SUFFIX) and is_shard_name(name)]
+
+
+def place_of(directory: Path, ops: FileOps = FILES, state: Path | None = None) -> Place:
+    """The place of a directory; of a link, that of the folder that it points to."""
+    resolved = directory.resolve()
+    return Place(resolved, state or resolved.with_name(f".{resolved.name}.apollo"), ops)
+
+
+@contextlib.contextmanager
+def held(place: Place) -> Iterator[None]:
+    """Makes the state folder where there is none, and holds its lock.
+
+    Raises Unavailable while another process holds it, OSError where it cannot be made.
+    """
+    if not place.ops.found(place.state):
+        place.ops.mkdir(place.state)
+        # A commit record in a folder that a power failure takes away is none.
+        place.ops.sync_folder(place.state.parent)
+    try:
+        lock = place.ops.locked(place.state / "LOCK")
+        with lock:
+            yield
+    except BlockingIOError as error:
+        raise Unavailable(
+            f"Another process is at work on {place.directory.name}; nothing was written. Two "
+            "training servers cannot keep one model directory: stop one, then try again.",
+            reason="STATE_FOLDER_BUSY",
+        ) from error
+
+
+def read_manifest(place: Place, path: Path | None = None) -> Manifest | None:
+    """The manifest, or the intent; None where there is none.
+
+    Raises FailedPrecondition for a file that is none, or of another directory.
+    """
+    path = path or place.manifest_path
+    if not place.ops.found(path):
+        return None
+    try:
+        manifest = Manifest.decode(place.ops.read(path))
+    except ValueError as error:
+        raise FailedPrecondition(
+            f"{path} is no manifest ({error}); the model directory was left as it is. Move the "
+            "file away to have the next sync read and compare the whole directory.",
+            reason="MANIFEST_UNREADABLE",
+        ) from error
+    if manifest.model != place.directory.name:
+        raise FailedPrecondition(
+            f"{path} is the manifest of {manifest.model!r}, not of {place.directory.name!r}; "
+            "nothing was written. Move it away if the directory was renamed.",
+            reason="MANIFEST_OF_ANOTHER_DIRECTORY",
+        )
+    return manifest
+
+
+def announce(place: Place, intent: Manifest) -> None:
+    """Puts on disk what the directory is to become; the folder's other new files are too."""
+    durable_bytes(place.intent_path, intent.encode(), place.ops)
+
+
+def commit(place: Place, manifest: Manifest) -> None:
+    """The commit point: from here on the directory is of this generation."""
+    durable_bytes(place.manifest_path, manifest.encode(), place.ops)
+    # An intent that is not newer than the manifest is ignored, so that nothing waits for this.
+    with contextlib.suppress(OSError):
+        place.ops.remove(place.intent_path)
+        place.ops.remove(place.redo(manifest.generation))
+        place.ops.remove(place.next_folder)
+
+
+def is_untouched(place: Place, manifest: Manifest) -> bool:
+    """Whether the directory's shards are the very files that the manifest describes. No read."""
+    names = place.shard_names()
+    return names == sorted(manifest.shards) and all(
+        manifest.shards[name].is_at(place.ops.found(place.directory / name)) for name in names
+    )
+
+
+def refreshed(place: Place, manifest: Manifest) -> Manifest | None:
+    """The manifest with the files that hold its bytes now; None where they hold others.
+
+    A directory that was copied back or touched is the same one; so is one whose bytes are equal.
+    Reads the shards that are not the very files of the manifest.
+    """
+    if is_untouched(place, manifest):
+        return manifest
+    if place.shard_names() != sorted(manifest.shards):
+        return None
+    shards = dict(manifest.shards)
+    for name, shard in manifest.shards.items():
+        if not shard.is_at(place.ops.found(place.directory / name)):
+            if differences(place, manifest, name):
+                return None
+            shards[name] = ShardRecord.of(place.ops.stat(place.directory / name), shard.header)
+    return replace(manifest, shards=shards)
+
+
+def differences(place: Place, manifest: Manifest, name: str) -> list[str]:
+    """What of a shard is not as the manifest has it, by its bytes; empty where all is."""
+    path, shard = place.directory / name, manifest.shards[name]
+    try:
+        header = read_header(place.ops, path)
+    except ValueError as error:
+        return [f"{name}: {error}"]
+    if digest_of(header.raw) != shard.header:
+        return [f"{name}: its header is another one"]
+    with place.ops.opened(path) as file:
+        return [
+            tensor
+            for tensor, record in manifest.tensors.items()
+            if record.shard == name and digest_at(place.ops, file, record.place) != record.digest
+        ]

@@ -1,0 +1,168 @@
+"""What a sync has to write: which shards hold a tensor whose bytes moved since the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from apollo_trainer.checkpoints.manifest import Manifest, ShardRecord, TensorRecord
+from apollo_trainer.checkpoints.shard_header import (
+    DTYPES,
+    NAME_OF,
+    ShardHeader,
+    TensorPlace,
+    build_header,
+    parse_metadata,
+)
+from apollo_trainer.checkpoints.state_folder import Place, SyncMethod
+from apollo_trainer.checkpoints.tensor_file import (
+    bytes_of,
+    digest_at,
+    digest_of,
+    read_header,
+)
+from apollo_trainer.weights.checkpoint_reader import CheckpointReader
+
+Progress = Callable[[int, int, str], None]
+# A number for a checkpoint tensor that is another one after every write to its live values.
+Versions = Callable[[str], int]
+NEVER_SEEN = 0
+
+
+@dataclass
+class SyncOutcome:
+    """What a sync did; bytes of tensors compared and of files written."""
+
+    method: SyncMethod = SyncMethod.UNCHANGED
+    bytes_compared: int = 0
+    bytes_written: int = 0
+    tensors_changed: int = 0
+    files_written: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Survey:
+    """The live weights against the last generation of the directory.
+
+    Args:
+        baseline: what the directory holds; its digests are those of the bytes on disk.
+        versions: None: nobody counts the writes, so that every tensor is compared.
+    """
+
+    place: Place
+    reader: CheckpointReader
+    baseline: Manifest
+    versions: Versions | None
+    outcome: SyncOutcome = field(default_factory=SyncOutcome)
+
+    def __post_init__(self) -> None:
+        self._compared = set[str]()
+        self._of_shard: dict[str, list[str]] = {name: [] for name in self.baseline.shards}
+        for name, tensor in self.baseline.tensors.items():
+            self._of_shard[tensor.shard].append(name)
+
+    def version(self, name: str) -> int:
+        """Of a live tensor now; 0 for what belongs to no parameter."""
+        counted = self.versions is not None and self.reader.outline(name) is not None
+        return self.versions(name) if self.versions and counted else NEVER_SEEN
+
+    def may_have_moved(self, name: str) -> bool:
+        """Whether a tensor was written to since the last sync, as far as is known."""
+        if self.reader.outline(name) is None:
+            return False
+        return self.versions is None or self.versions(name) != self.baseline.tensors[name].version
+
+    def any_may_have_moved(self) -> bool:
+        """The same of all; no tensor is looked at."""
+        return any(self.may_have_moved(name) for name in self.baseline.tensors)
+
+    def changed(self, shard: str) -> Iterator[str]:
+        """Names of the tensors of a shard whose bytes are not those on disk."""
+        for name in self._of_shard[shard]:
+            if self.may_have_moved(name) and self._digest(name) != self._digest_on_disk(name):
+                yield name
+
+    def _digest(self, name: str) -> str:
+        return digest_of(bytes_of(self.live(name)))
+
+    def _digest_on_disk(self, name: str) -> str:
+        """Of the bytes that are there; of another dtype or shape they are never the same."""
+        record, outline = self.baseline.tensors[name], self.reader.outline(name)
+        assert outline is not None
+        same = (record.place.dtype, record.place.shape) == _kind(outline)
+        return record.digest if same else ""
+
+    def live(self, name: str) -> torch.Tensor:
+        """A live tensor, contiguous and on the CPU; whoever asks compares its bytes."""
+        tensor = self.reader.read(name)
+        assert tensor is not None
+        if name not in self._compared:
+            self._compared.add(name)
+            self.outcome.bytes_compared += tensor.nbytes
+        return tensor.cpu()
+
+    def header_for(self, shard: str) -> tuple[ShardHeader, ShardHeader]:
+        """The header of the file on disk, and the one of live dtypes: mostly the same."""
+        old = read_header(self.place.ops, self.place.directory / shard)
+        outlines = {name: self.reader.outline(name) for name in old.tensors}
+        if all(o is None or _kind(o) == _of(old.tensors[n]) for n, o in outlines.items()):
+            return old, old
+        meta = {
+            name: _outline(old.tensors[name]) if outline is None else outline
+            for name, outline in outlines.items()
+        }
+        return old, build_header(meta, parse_metadata(old.raw))
+
+    def next_manifest(self, method: SyncMethod, written: list[WrittenShard]) -> Manifest:
+        """The directory's next generation, once these shards are in it."""
+        shards, tensors = dict(self.baseline.shards), dict[str, TensorRecord]()
+        replaced = {shard.name: shard for shard in written}
+        for name, record in self.baseline.tensors.items():
+            if record.shard not in replaced:
+                digest, place = record.digest, record.place
+                tensors[name] = TensorRecord(record.shard, place, self.version(name), digest)
+        for name, shard in replaced.items():
+            shards[name] = shard.record
+            tensors |= shard.tensors
+        generation = self.baseline.generation + 1
+        model = self.place.directory.name
+        return Manifest(generation, model, method, tuple(replaced), shards, tensors)
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """A new version of a shard, on disk."""
+
+    name: str
+    record: ShardRecord
+    tensors: dict[str, TensorRecord]
+
+
+def read_baseline(
+    place: Place, headers: dict[str, ShardHeader], read: Callable[[int], None]
+) -> Manifest:
+    """Generation 0: what a directory holds that was never synced. Reads all of it."""
+    shards, tensors = {}, {}
+    for shard, header in headers.items():
+        path = place.directory / shard
+        shards[shard] = ShardRecord.of(place.ops.stat(path), digest_of(header.raw))
+        with place.ops.opened(path) as file:
+            for name, at in header.tensors.items():
+                digest = digest_at(place.ops, file, at, read)
+                tensors[name] = TensorRecord(shard, at, NEVER_SEEN, digest)
+    model = place.directory.name
+    return Manifest(0, model, SyncMethod.UNCHANGED, (), shards, tensors)
+
+
+def _kind(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+    return NAME_OF[tensor.dtype], tuple(tensor.shape)
+
+
+def _of(place: TensorPlace) -> tuple[str, tuple[int, ...]]:
+    return place.dtype, place.shape
+
+
+def _outline(place: TensorPlace) -> torch.Tensor:
+    return torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")

@@ -1,0 +1,154 @@
+"""The steps of one run: trained, written as its coherence says, and told to vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
+from apollo_trainer.runs.coherence import coherence_of, engine_is_gone
+from apollo_trainer.runs.events import EventLog
+from apollo_trainer.runs.run import PreparedRun
+from apollo_trainer.runs.session import Session
+from apollo_trainer.training.release import StepIncomplete
+from apollo_trainer.training.samples import TokenizedSample
+from apollo_trainer.training.step import StepPolicy, StepResult, take_step
+from apollo_trainer.weights.sidecar import Sidecar
+
+
+class RunSteps:
+    """Takes a run's steps; a dry run's are tried, and neither pause vLLM nor write anything.
+
+    `begin`, `take` for each step, and `end` in any case. All raise Unavailable with ENGINE_LOST
+    once vLLM is gone.
+
+    Args:
+        require_going: called before each micro-batch; what it raises ends the step unwritten.
+        warn: told a reason and a message when vLLM was not told of what was written.
+
+    Attributes:
+        written: whole steps that are in the weights.
+        step_held_seconds: how long vLLM was held for the last step alone.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        sidecar: Sidecar,
+        log: EventLog,
+        run: PreparedRun,
+        require_going: Callable[[], None],
+        warn: Callable[[str, str], None],
+    ):
+        self._session, self._log, self._dry_run = session, log, run.dry_run
+        self._require_going, self._warn = require_going, warn
+        settings = session.settings
+        self._coherence = coherence_of(
+            run.coherence, sidecar, session.attachment, settings.lease_seconds
+        )
+        self._policy = StepPolicy(
+            token_budget=settings.token_budget,
+            guard=run.guard,
+            dry_run=run.dry_run,
+            release=not settings.keep_gradients,
+        )
+        self.written, self._writing = 0, False
+        self.step_held_seconds = 0.0
+
+    @property
+    def held_seconds(self) -> float:
+        """How long vLLM was paused for the run."""
+        return self._coherence.held_seconds
+
+    @property
+    def weight_version(self) -> int | None:
+        """The last one that vLLM told of; None where it told of none."""
+        return self._coherence.weight_version
+
+    def begin(self) -> None:
+        """Pauses vLLM where it is to wait for the whole run."""
+        if self._dry_run:
+            return
+        # A step takes long enough for vLLM to go, or to go on, between its beginning and its write.
+        self._session.optimizer.before_write = self._before_write
+        self._coherence.begin()
+
+    def take(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
+        """One step. Raises what `take_step` does, and FailedPrecondition with PAUSE_LOST."""
+        self._writing = False
+        result = self._train(samples)
+        if not self._dry_run:
+            self.written += 1
+            self._tell(self._coherence.after_step)
+            self.step_held_seconds = self._coherence.step_held_seconds
+        return result
+
+    def end(self) -> None:
+        """Lets vLLM go on."""
+        if self._dry_run:
+            return
+        self._session.optimizer.before_write = lambda: None
+        self._tell(self._coherence.end)
+
+    def _train(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
+        attachment, optimizer = self._session.attachment, self._session.optimizer
+        try:
+            return take_step(
+                attachment.model, optimizer, samples, self._policy, self._require_going
+            )
+        except StepIncomplete as error:
+            if not attachment.alive:
+                raise engine_lost(self.written) from error
+            raise
+
+    def _before_write(self) -> None:
+        """Asked before each part of a step is written."""
+        if not self._session.attachment.alive:
+            raise engine_lost(self.written)
+        if self._writing:
+            # A pause that is lost halfway is no reason to leave half a step in the weights.
+            return
+        try:
+            self._coherence.before_write()
+        except ApolloError as error:
+            raise self._not_writable(error) from error
+        self._log.begin_step(self.written + 1)
+        self._writing = True
+
+    def _not_writable(self, error: ApolloError) -> ApolloError:
+        if self._is_lost(error):
+            return engine_lost(self.written)
+        if error.reason == "PAUSE_LOST":
+            return FailedPrecondition(
+                f"{error.message}; {self.written} steps are in the weights. Send the run again.",
+                reason="PAUSE_LOST",
+            )
+        return error
+
+    def _tell(self, tell: Callable[[], None]) -> None:
+        """The weights are as they are: that vLLM could not be told of it is a warning."""
+        try:
+            tell()
+        except ApolloError as error:
+            if self._is_lost(error):
+                raise engine_lost(self.written) from error
+            self._warn(error.reason, error.message)
+
+    def _is_lost(self, error: ApolloError) -> bool:
+        """Known here before the watch knows it.
+
+        Otherwise the state would be saved as that of weights that are gone.
+        """
+        attachment = self._session.attachment
+        if attachment.alive and engine_is_gone(error):
+            attachment.lost.set()
+        return not attachment.alive
+
+
+def engine_lost(written: int) -> Unavailable:
+    """What a run fails with whose engine is gone, after so many whole steps."""
+    return Unavailable(
+        f"vLLM is gone; {written} steps were written to weights that are gone with it. "
+        "The model directory and the Apollo state on disk are as they were before the run. "
+        "Start vLLM again and send the run anew.",
+        reason="ENGINE_LOST",
+    )

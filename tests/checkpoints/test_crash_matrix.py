@@ -1,0 +1,53 @@
+"""No crash leaves a directory of two generations, and every fsync is one that is needed for it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.checkpoints.crash_matrix import enumerate_crashes, flushes
+from tests.checkpoints.crash_protocols import NAIVE, OURS, Protocol
+
+IMAGES = 24
+SOAK_IMAGES = int(os.environ.get("SOAK_IMAGES", "600"))
+
+
+def by_name(protocol: Protocol) -> str:
+    return protocol.name
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["synced before", "never synced"])
+@pytest.mark.parametrize("protocol", OURS, ids=by_name)
+def test_no_crash_leaves_anything_but_one_generation(protocol: Protocol, first: bool) -> None:
+    counts = enumerate_crashes(protocol, images=IMAGES, first=first, seed=1)
+    assert counts.images > 400
+    assert counts.wrong == 0, counts.reasons[:3]
+    if protocol.name == "exchange":
+        assert counts.mixed == 0
+
+
+@pytest.mark.parametrize("protocol", OURS, ids=by_name)
+def test_every_fsync_that_is_taken_out_is_missed(protocol: Protocol) -> None:
+    names = flushes(protocol)
+    missed = {
+        f"{number} {name}": enumerate_crashes(
+            protocol, images=60, without=number, seed=2, stop_when_bad=True
+        ).bad
+        for number, name in enumerate(names)
+    }
+    assert len(names) >= 6
+    assert all(missed.values()), [name for name, bad in missed.items() if not bad]
+
+
+@pytest.mark.parametrize("protocol", NAIVE, ids=by_name)
+def test_the_ways_that_come_to_mind_first_leave_mixes(protocol: Protocol) -> None:
+    assert enumerate_crashes(protocol, images=IMAGES, seed=3).wrong > 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("protocol", OURS, ids=by_name)
+def test_no_crash_of_very_many_leaves_anything_but_one_generation(protocol: Protocol) -> None:
+    counts = enumerate_crashes(protocol, images=SOAK_IMAGES, seed=4)
+    assert counts.wrong == 0, counts.reasons[:3]
