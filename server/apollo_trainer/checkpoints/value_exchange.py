@@ -17,6 +17,7 @@ class Exchange:
     def __init__(self) -> None:
         self._done: list[tuple[Tensor, Tensor]] = []
         self._begun: tuple[Tensor, Tensor] | None = None
+        self._scratch: dict[torch.dtype, Tensor] = {}
 
     @torch.no_grad()
     def run(self, live: Tensor, host: Tensor) -> None:
@@ -31,12 +32,20 @@ class Exchange:
             self._piece(here[part], there[part])
 
     def _piece(self, live: Tensor, host: Tensor) -> None:
-        old = torch.empty(live.shape, dtype=live.dtype).copy_(live)
+        old = self._memory(live).copy_(live)
         self._begun = (live, old)
         _write(live, host)
         host.copy_(old)
         self._done.append((live, host))
         self._begun = None
+
+    def _memory(self, live: Tensor) -> Tensor:
+        # Fresh memory for each piece costs many times what the copy does.
+        kept = self._scratch.get(live.dtype)
+        if kept is None or kept.numel() < live.numel():
+            kept = torch.empty(max(PIECE, live.numel()), dtype=live.dtype)
+            self._scratch[live.dtype] = kept
+        return kept[: live.numel()].view(live.shape)
 
     @torch.no_grad()
     def take_back(self) -> None:

@@ -48,7 +48,7 @@ class ModelCheckpoints:
         weights = sum(p.nbytes for p in attachment.parameters().values())
         # A copy of the weights at every step is what a larger model would pay for it.
         self._ring = UndoRing(budget) if weights <= budget else None
-        if self._ring:
+        if self._ring is not None:
             self.watch.add(self._ring.before_write)
         self._look_for_one_cut_off()
 
@@ -83,7 +83,7 @@ class ModelCheckpoints:
 
     def forget_updates(self) -> None:
         """They belong to an optimizer that is no more."""
-        if self._ring:
+        if self._ring is not None:
             self._ring.clear()
 
     def snapshot(
@@ -111,7 +111,7 @@ class ModelCheckpoints:
 
     def undo(self, count: int, optimizer: Apollo) -> None:
         """Takes the last updates back; vLLM must be paused. Raises as `UndoRing.undo`."""
-        ring = self._ring or UndoRing(0)
+        ring = UndoRing(0) if self._ring is None else self._ring
         with self._at_work():
             ring.undo(count, self._attachment.parameters(), optimizer, self.poison)
 
@@ -150,5 +150,5 @@ class ModelCheckpoints:
         """Ends the threads, once what they write is on disk."""
         if "_writer" in vars(self):
             self._writer.stop()
-        if self._ring:
+        if self._ring is not None:
             self._ring.stop()
