@@ -29,9 +29,12 @@ START_SECONDS = 240
 class Stack:
     """One model directory with its vLLM and its training server as child processes."""
 
-    def __init__(self, folder: Path, name: str, family: Family | None = None):
+    def __init__(
+        self, folder: Path, name: str, family: Family | None = None, model: Path | None = None
+    ):
+        folder.mkdir(exist_ok=True)
         self.folder, self.name, self.family = folder, name, family or FAMILIES[name]
-        self.model = self.family.write(folder / "model")
+        self.model = model or self.family.write(folder / "model")
         self.state = folder / "state"
         self.address = f"unix:{self.state}/training.sock"
         self.vllm: subprocess.Popen[bytes] | None = None

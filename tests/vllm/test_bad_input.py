@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from apollo_grpc.errors import FailedPrecondition, InvalidArgument, Unimplemented
+from apollo_grpc.errors import FailedPrecondition, InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
 
 pytestmark = pytest.mark.vllm
@@ -79,11 +79,15 @@ def test_every_wrong_field_is_told_at_once(qwen3):
     assert paths == [f"spec.samples[{i}].tokens.continuation_ids[0]" for i in (0, 2)]
 
 
-def test_what_is_not_built_is_refused_not_ignored(qwen3):
+def test_a_guard_and_a_coherence_that_are_none_are_refused_not_ignored(qwen3):
+    with pytest.raises(InvalidArgument) as refused:
+        list(qwen3.client.train([GOOD], max_grad_norm=-1.0))
+    assert refused.value.violations[0].field == "spec.guard.max_grad_norm"
     spec = pb.RunSpec(samples=[pb.Sample(text=pb.TextSample(context="a", continuation="b"))])
-    spec.dry_run = True
-    with pytest.raises(Unimplemented, match="dry_run"):
+    spec.coherence.MergeFromString(b"\x08\x63")
+    with pytest.raises(InvalidArgument) as refused:
         list(qwen3.client.train_spec(spec))
+    assert refused.value.violations[0].field == "spec.coherence.mode"
 
 
 def test_another_rank_than_the_live_one_is_refused_until_a_reset_is_asked_for(qwen3):
