@@ -9,6 +9,7 @@ median is reported. Some are not durable when they return: their names say so.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -36,6 +37,7 @@ def measure(model: SyncedModel, folder: Path) -> dict[str, dict[str, list[float]
         taken = {OURS: _sync(model)}
         weights = {name: p.detach().clone() for name, p in model.parameters.items()}
         for name, save in PEERS.items():
+            _settle()
             began = time.perf_counter()
             written = save(weights, folder)
             taken[name] = (time.perf_counter() - began, written)
@@ -46,7 +48,13 @@ def measure(model: SyncedModel, folder: Path) -> dict[str, dict[str, list[float]
     return found
 
 
+def _settle() -> None:
+    """Otherwise whoever flushes pays for what the one before left in the page cache."""
+    os.sync()
+
+
 def _sync(model: SyncedModel) -> tuple[float, int]:
+    _settle()
     seconds, outcome = model.sync()
     return seconds, int(outcome.bytes_written)
 
