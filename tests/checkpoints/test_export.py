@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from apollo_grpc.errors import AlreadyExists, DataLoss, FailedPrecondition
-from apollo_trainer.checkpoints import export
+from apollo_trainer.checkpoints import export, store_folder
 from apollo_trainer.checkpoints.export import export_directory
 from apollo_trainer.checkpoints.no_replace import rename_without_replacing
 
@@ -162,7 +162,8 @@ def test_a_full_disk_leaves_nothing(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(path)
 
-    monkeypatch.setattr(export, "flush_file", full)
+    for room in (export, store_folder):
+        monkeypatch.setattr(room, "flush_file", full)
     with pytest.raises(OSError, match="No space"):
         export_directory(live.folder, tmp_path / "out", live.reader, shard_bytes=20_000)
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
@@ -178,6 +179,10 @@ def test_a_live_tensor_of_another_shape_is_refused(tmp_path: Path, live_director
             values = live.reader.read(name)
             padded = name == "model.embed_tokens.weight"
             return torch.cat([values, values[:4]]) if padded else values
+
+        def outline(self, name: str) -> torch.Tensor | None:
+            values = self.read(name)
+            return None if values is None else values.to("meta")
 
         def missing_from(self, names: set[str]) -> list[str]:
             return list(live.reader.missing_from(names))

@@ -11,6 +11,7 @@ from apollo_client.command import display
 from apollo_client.command.outcome import REFUSED, reported_errors
 
 app = typer.Typer(no_args_is_help=True, help="Snapshots, undo, export: the disk, and ways back.")
+Expect = Annotated[int | None, typer.Option(help="Only if the live weights have this version.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
 
 
@@ -78,9 +79,7 @@ def list_(context: typer.Context, as_json: Json = False) -> None:
 def restore(
     context: typer.Context,
     snapshot: Annotated[str, typer.Argument(help="Its id, or its name.")],
-    expect: Annotated[
-        int | None, typer.Option(help="Only if the live weights have this version.")
-    ] = None,
+    expect: Expect = None,
     as_json: Json = False,
 ) -> None:
     """Make a snapshot the live model again, while vLLM serves."""
@@ -93,9 +92,7 @@ def restore(
 def undo(
     context: typer.Context,
     updates: Annotated[int, typer.Argument(help="How many.")] = 1,
-    expect: Annotated[
-        int | None, typer.Option(help="Only if the live weights have this version.")
-    ] = None,
+    expect: Expect = None,
     as_json: Json = False,
 ) -> None:
     """Take the last updates back, weights and optimizer state."""

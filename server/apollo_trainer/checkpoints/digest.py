@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from blake3 import blake3
 from numpy.typing import NDArray
 
+from apollo_trainer.checkpoints.tensor_file import DIGEST_BYTES, digest_of
+
 _BLAKE3 = "blake3-128"
-_SIZE = 32  # hexadecimal digits
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
 
@@ -19,7 +19,7 @@ def raw_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
 
 def digest(tensor: torch.Tensor) -> str:
     """ "<algorithm>:<hexadecimal>" of the bytes in row-major order."""
-    return f"{_BLAKE3}:{blake3(raw_bytes(tensor).data).hexdigest(length=_SIZE // 2)}"
+    return f"{_BLAKE3}:{digest_of(raw_bytes(tensor).data)}"
 
 
 def matches(tensor: torch.Tensor, expected: str) -> bool:
@@ -31,6 +31,6 @@ def matches(tensor: torch.Tensor, expected: str) -> bool:
 def algorithm_of(expected: str) -> str:
     """The algorithm of a digest. Raises ValueError for what is none."""
     name, _, value = expected.partition(":")
-    if name != _BLAKE3 or len(value) != _SIZE or not set(value) <= _HEXADECIMAL:
+    if name != _BLAKE3 or len(value) != 2 * DIGEST_BYTES or not set(value) <= _HEXADECIMAL:
         raise ValueError(f"{expected[:60]!r} is no digest")
     return name

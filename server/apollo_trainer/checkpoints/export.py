@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from safetensors import safe_open
 from apollo_grpc.errors import AlreadyExists, DataLoss, FailedPrecondition
 from apollo_trainer.checkpoints.durable_write import flush_file, flush_folder
 from apollo_trainer.checkpoints.no_replace import rename_without_replacing
+from apollo_trainer.checkpoints.store_folder import flush_tree
+from apollo_trainer.checkpoints.survey import Progress
 from apollo_trainer.checkpoints.tensor_file import write_tensors
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader, same_bytes
 
@@ -26,8 +27,6 @@ _PATTERN = "model{suffix}.safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _INDEXES = tuple(f"{ending}.index.json" for ending in _WEIGHTS)
 _FOLDERS = ("additional_chat_templates",)
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def export_directory(
     try:
         _copy_others(source, building)
         exported = _write_shards(source, building, reader, shapes, shard_bytes, progress)
-        _flush(building)
+        flush_tree(building)
         try:
             rename_without_replacing(building, target)
         except FileExistsError as error:
@@ -87,7 +86,8 @@ def _planned(source: Path, reader: CheckpointReader) -> dict[str, torch.Tensor]:
     for shard in _shards(source):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                planned[name] = _read(source, shard, name, reader).to("meta")
+                live = reader.outline(name)
+                planned[name] = file.get_tensor(name).to("meta") if live is None else live
                 if list(planned[name].shape) != file.get_slice(name).get_shape():
                     raise FailedPrecondition(
                         f"The live {name} is {list(planned[name].shape)}, which is not its shape "
@@ -142,8 +142,7 @@ def _write_shards(
     for filename, names in split.filename_to_tensors.items():
         progress(done, total, filename)
         read = {name: _read(source, holder[name], name, reader) for name in names}
-        # safetensors refuses tensors of one storage, and live views share the engine's buffer.
-        write_tensors({n: t.clone() for n, t in read.items()}, building / filename, _META)
+        write_tensors(read, building / filename, _META)
         flush_file(building / filename)
         _compare(building / filename, read)
         done += sum(t.nbytes for t in read.values())
@@ -174,12 +173,3 @@ def _compare(path: Path, written: dict[str, torch.Tensor]) -> None:
                     "removed. Check the disk.",
                     reason="EXPORT_CORRUPT",
                 )
-
-
-def _flush(building: Path) -> None:
-    for path in sorted(building.rglob("*"), reverse=True):
-        if path.is_dir():
-            flush_folder(path)
-        else:
-            flush_file(path)
-    flush_folder(building)

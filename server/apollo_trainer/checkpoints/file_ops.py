@@ -48,6 +48,16 @@ class FileStat(Protocol):
     def st_mtime_ns(self) -> int: ...  # noqa: D102
 
 
+def renameat2(source: Path, target: Path, flags: int) -> None:
+    """Linux's call of that name. Raises OSError, with ENOSYS where there is none."""
+    if not hasattr(_LIBC, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(target))
+    at = -100  # AT_FDCWD: relative paths are those of the process.
+    if _LIBC.renameat2(at, os.fsencode(source), at, os.fsencode(target), flags):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
+
+
 class FileOps:
     """The real file system. Every method raises OSError; none follows a link at the path's end."""
 
@@ -129,12 +139,7 @@ class FileOps:
 
     def exchange(self, one: Path, other: Path) -> None:
         """Two names change places in one step (Linux, renameat2 with RENAME_EXCHANGE)."""
-        if not hasattr(_LIBC, "renameat2"):
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(one))
-        at = -100  # AT_FDCWD: both paths are absolute.
-        if _LIBC.renameat2(at, os.fsencode(one), at, os.fsencode(other), _EXCHANGE):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), str(one))
+        renameat2(one, other, _EXCHANGE)
 
     def link(self, source: Path, target: Path) -> None:
         """A second name for a file."""

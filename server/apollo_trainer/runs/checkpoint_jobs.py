@@ -121,9 +121,8 @@ class CheckpointJobs:
                     f"{updates} updates cannot be taken back; nothing was changed.",
                     reason="UNDO_OUT_OF_RANGE",
                 )
-            return self._replace(
-                session, lambda: session.checkpoints.undo(updates, session.optimizer)
-            )
+            self._replace(session, lambda: session.checkpoints.undo(updates, session.optimizer))
+            return self._restored(session)
 
         return self._owner.between_runs(undo)
 
@@ -172,17 +171,14 @@ class CheckpointJobs:
         shape = StateShape(**state.extra["shape"])
         optimizer = session.optimizer_of(shape)
         progress(0, info.weights_bytes, "writing")
-        restored = self._replace(session, lambda: session.checkpoints.put(state, optimizer))
+        self._replace(session, lambda: session.checkpoints.put(state, optimizer))
         if optimizer is not session.optimizer:
             session.optimizer, session.shape = optimizer, shape
             session.checkpoints.forget_updates()
         session.other_weights = ""
-        self._tell(session)
-        return Restored(
-            restored.weight_version, session.optimizer.step_count, restored.bytes_written
-        )
+        return self._restored(session)
 
-    def _replace(self, session: Session, write: Callable[[], None]) -> Restored:
+    def _replace(self, session: Session, write: Callable[[], None]) -> None:
         """Pauses vLLM while something else than a step writes the weights."""
         attachment = session.attachment
         pause = EnginePause(self._owner.sidecar, attachment, session.settings.lease_seconds)
@@ -191,13 +187,13 @@ class CheckpointJobs:
         finally:
             version = pause.end(weights_changed=True, updates=1)
             self._board.update(weight_version=version)
-        self._tell(session)
-        written = sum(p.nbytes for p in attachment.parameters().values())
-        return Restored(version, session.optimizer.step_count, written)
 
-    def _tell(self, session: Session) -> None:
+    def _restored(self, session: Session) -> Restored:
+        """Once the session is what was restored: told to everyone, and the state put on disk."""
         self._board.update(session.show)
         self._owner.save(session)
+        written = sum(p.nbytes for p in session.attachment.parameters().values())
+        return Restored(self._version(), session.optimizer.step_count, written)
 
 
 def find_snapshot(session: Session, snapshot: str) -> SnapshotInfo:

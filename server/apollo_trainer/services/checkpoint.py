@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,11 +35,9 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
     ) -> AsyncIterator[pb.SyncResponse]:
         """Streams progress, then the result."""
         method = _asked_method(request.method)
-        async for update in self._told(request, lambda tell: self._jobs.sync(tell, method)):
-            if isinstance(update, pb.Progress):
-                yield pb.SyncResponse(progress=update)
-            else:
-                yield pb.SyncResponse(result=results.sync_result(update))
+        start = partial(self._jobs.sync, method=method)
+        async for update in self._told(request, start):
+            yield _answer(pb.SyncResponse, update, results.sync_result)
 
     async def Verify(  # noqa: N802
         self, request: pb.VerifyRequest, context: Any
@@ -46,59 +45,42 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
         """Streams progress, then what differs."""
         full, live = request.full, request.live
         directory = self._owner.session().attachment.directory
-        async for update in self._told(
-            None, lambda tell: self._jobs.verify(tell, full=full, live=live)
-        ):
-            if isinstance(update, pb.Progress):
-                yield pb.VerifyResponse(progress=update)
-            else:
-                yield pb.VerifyResponse(result=results.verify_result(directory, update))
+        start = partial(self._jobs.verify, full=full, live=live)
+        async for update in self._told(None, start):
+            yield _answer(pb.VerifyResponse, update, partial(results.verify_result, directory))
 
     async def Adopt(  # noqa: N802
         self, request: pb.AdoptRequest, context: Any
     ) -> AsyncIterator[pb.AdoptResponse]:
         """Streams progress, then the copy."""
         target = _new_folder(request.directory)
-        async for update in self._told(request, lambda tell: self._jobs.adopt(target, tell)):
-            if isinstance(update, pb.Progress):
-                yield pb.AdoptResponse(progress=update)
-            else:
-                yield pb.AdoptResponse(result=results.adopt_result(update))
+        async for update in self._told(request, partial(self._jobs.adopt, target)):
+            yield _answer(pb.AdoptResponse, update, results.adopt_result)
 
     async def Export(  # noqa: N802
         self, request: pb.ExportRequest, context: Any
     ) -> AsyncIterator[pb.ExportResponse]:
         """Streams progress, then the result."""
         target = _new_folder(request.directory)
-        async for update in self._told(request, lambda tell: self._jobs.export(target, tell)):
-            if isinstance(update, pb.Progress):
-                yield pb.ExportResponse(progress=update)
-            else:
-                yield pb.ExportResponse(result=results.export_result(str(target), update))
+        async for update in self._told(request, partial(self._jobs.export, target)):
+            yield _answer(pb.ExportResponse, update, partial(results.export_result, str(target)))
 
     async def CreateSnapshot(  # noqa: N802
         self, request: pb.CreateSnapshotRequest, context: Any
     ) -> AsyncIterator[pb.CreateSnapshotResponse]:
         """Streams progress, then the snapshot once it is durable."""
         name = request.name
-        async for update in self._told(request, lambda tell: self._jobs.snapshot(name, tell)):
-            if isinstance(update, pb.Progress):
-                yield pb.CreateSnapshotResponse(progress=update)
-            else:
-                yield pb.CreateSnapshotResponse(snapshot=results.snapshot_message(update))
+        async for update in self._told(request, partial(self._jobs.snapshot, name)):
+            yield _answer(pb.CreateSnapshotResponse, update, results.snapshot_message, "snapshot")
 
     async def RestoreSnapshot(  # noqa: N802
         self, request: pb.RestoreSnapshotRequest, context: Any
     ) -> AsyncIterator[pb.RestoreSnapshotResponse]:
         """Streams progress, then the result."""
         expected = _expected(request)
-        async for update in self._told(
-            request, lambda tell: self._jobs.restore(request.snapshot_id, expected, tell)
-        ):
-            if isinstance(update, pb.Progress):
-                yield pb.RestoreSnapshotResponse(progress=update)
-            else:
-                yield pb.RestoreSnapshotResponse(result=results.restore_result(update))
+        start = partial(self._jobs.restore, request.snapshot_id, expected)
+        async for update in self._told(request, start):
+            yield _answer(pb.RestoreSnapshotResponse, update, results.restore_result)
 
     async def Undo(  # noqa: N802
         self, request: pb.UndoRequest, context: Any
@@ -165,6 +147,15 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
             while (progress := await news.get()) is not None:
                 yield progress
             yield _result(future)
+
+
+def _answer(
+    response: Callable[..., T], update: Any, read: Callable[[Any], Any], field: str = "result"
+) -> T:
+    """A message of a stream: progress as it is, or what the job came to in its own field."""
+    if isinstance(update, pb.Progress):
+        return response(progress=update)
+    return response(**{field: read(update)})
 
 
 def _call(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> None:
