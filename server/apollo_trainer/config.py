@@ -86,6 +86,11 @@ class Settings(BaseSettings):
         description="of memory for updates that can be taken back; none are kept of a model "
         "whose weights are larger",
     )
+    sync_keeps_previous: bool = Field(
+        default=True,
+        description="the shards of the sync before stay on disk, and the next sync writes over "
+        "them, which is many times faster where little changed; they go where room is short",
+    )
     snapshot_mebibytes: int = Field(
         default=0, ge=0, description="of all snapshots of a model on disk; 0: no limit"
     )

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
 from apollo_trainer.checkpoints.recover import recover
 from apollo_trainer.checkpoints.shard_header import build_header
+from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.state_folder import held, is_untouched, place_of
 from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, sync_directory
 from apollo_trainer.checkpoints.tensor_file import bytes_of
@@ -49,11 +51,16 @@ def files(generation: int) -> dict[str, bytes]:
 
 @cache
 def reader(generation: int) -> CheckpointReader:
-    """Of the live weights at a generation."""
+    """Of the live weights at a generation; nobody may write to them."""
+    return live_model(generation)
+
+
+def live_model(generation: int) -> CheckpointReader:
+    """The same, with memory of its own."""
     tensors = tuple(CheckpointTensor(n, n, (ELEMENTS,), (1,), 0) for n in CHANGES)
     plan = CheckpointPlan(dict.fromkeys(CHANGES, (ELEMENTS,)), {}, tensors)
     return CheckpointReader(
-        plan, {n: torch.nn.Parameter(t) for n, t in weights(generation).items()}
+        plan, {n: torch.nn.Parameter(t.clone()) for n, t in weights(generation).items()}
     )
 
 
@@ -85,11 +92,14 @@ class Protocol:
     ours: bool = True
 
 
-def ours(name: str, method: SyncMethod | None) -> Protocol:
+def ours(name: str, method: SyncMethod | None, *, spares: bool = False) -> Protocol:
     """One rung of the ladder."""
+    # A process knows what it spared; the one that comes after a crash has another file system.
+    of_process = WeakKeyDictionary[MemoryFiles, Spare]()
 
     def sync(fs: MemoryFiles, generation: int) -> None:
-        options = SyncOptions(method=method, ops=fs)
+        spare = of_process.setdefault(fs, Spare()) if spares else None
+        options = SyncOptions(method=method, ops=fs, spare=spare)
         outcome = sync_directory(
             MODEL,
             reader(generation),
@@ -133,6 +143,7 @@ def _rename_each(fs: MemoryFiles, generation: int) -> None:
 
 OURS = (
     ours("exchange", None),
+    ours("exchange, over the last but one", None, spares=True),
     ours("rollforward", SyncMethod.ROLLFORWARD),
     ours("in_place", SyncMethod.IN_PLACE),
 )

@@ -17,6 +17,7 @@ WITHOUT_IMAGES = 60
 COUNTED = ("operations", "images", "wrong", "mixed")
 NAMES = {
     "exchange": "a folder with the new shards, exchanged with the old one (the default)",
+    "exchange, over the last but one": "the same, where the folder before is written over",
     "rollforward": "new shards beside the old ones, a commit record, renames",
     "in_place": "written in place behind a redo log of values",
 }

@@ -30,21 +30,24 @@ from tests.checkpoints.test_faulty_disk import generation_of, made, synced
 ENDLESS_SYNC = """
 import sys
 from pathlib import Path
+from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, sync_directory
 from tests.checkpoints.crash_protocols import reader
 
 folder, method = Path(sys.argv[1]), SyncMethod(sys.argv[2])
+options = SyncOptions(method, spare=Spare())
 readers = {generation: reader(generation) for generation in (1, 2, 3)}
 print("begun", flush=True)
 while True:
     for live in readers.values():
-        sync_directory(folder, live, options=SyncOptions(method))
+        sync_directory(folder, live, options=options)
 """
 # The same of a real model, whose every weight is the number of the generation.
 ENDLESS_MODEL_SYNC = """
 import sys
 from pathlib import Path
 import torch
+from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, sync_directory
 from apollo_trainer.weights.checkpoint_plan import plan_checkpoint
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
@@ -53,12 +56,12 @@ from apollo_trainer.weights.live_model import meta_model
 folder, method = Path(sys.argv[1]), SyncMethod(sys.argv[2])
 plan = plan_checkpoint(meta_model(str(folder)))
 live = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in plan.roots.items()}
-generation = 0
+generation, options = 0, SyncOptions(method, spare=Spare())
 while True:
     generation += 1
     for parameter in live.values():
         parameter.data.fill_(generation)
-    sync_directory(folder, CheckpointReader(plan, live), options=SyncOptions(method))
+    sync_directory(folder, CheckpointReader(plan, live), options=options)
     print("synced", flush=True)
 """
 MODEL_KILLS = int(os.environ.get("SOAK_MODEL_KILLS", "60"))

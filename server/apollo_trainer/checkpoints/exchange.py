@@ -13,6 +13,7 @@ from pathlib import Path
 from apollo_trainer.checkpoints.file_ops import CANNOT_EXCHANGE, FileOps
 from apollo_trainer.checkpoints.manifest import Manifest
 from apollo_trainer.checkpoints.shard_writer import write_shard
+from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.state_folder import Place, SyncMethod, announce, commit
 from apollo_trainer.checkpoints.survey import Survey, WrittenShard
 
@@ -42,15 +43,16 @@ def can_exchange(place: Place) -> bool:
     return True
 
 
-def exchange_sync(survey: Survey, shards: list[str], began: Callable[[str], None]) -> Manifest:
+def exchange_sync(
+    survey: Survey, shards: list[str], began: Callable[[str], None], spare: Spare
+) -> Manifest:
     """Raises ExchangeRefused, or OSError; without an intent on disk nothing was changed."""
     place = survey.place
-    place.ops.remove(place.next_folder)
-    place.ops.mkdir(place.next_folder)
+    spare.open(place, shards)
     written = list[WrittenShard]()
     for shard in shards:
         began(shard)
-        written.append(write_shard(survey, shard, place.next_folder / shard))
+        written.append(write_shard(survey, shard, place.next_folder / shard, spare))
     copy_names(place.ops, place.directory, place.next_folder, skip=set(shards))
     manifest = survey.next_manifest(SyncMethod.EXCHANGE, written)
     announce(place, manifest)
@@ -61,6 +63,7 @@ def exchange_sync(survey: Survey, shards: list[str], began: Callable[[str], None
             raise ExchangeRefused from error
         raise
     finish_exchange(place, manifest)
+    spare.keep(place, survey.baseline, shards)
     return manifest
 
 

@@ -12,15 +12,17 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-# Linux: <linux/fs.h> RENAME_EXCHANGE and FICLONE, <fcntl.h> SYNC_FILE_RANGE_WRITE.
+# Linux: <linux/fs.h> RENAME_EXCHANGE and FICLONE, <fcntl.h> SYNC_FILE_RANGE_WRITE, F_SETSIG.
 _EXCHANGE = 2
 _CLONE = 0x40049409
 _START_WRITING = 2
+_SET_SIGNAL = 10
 _NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # What a file system or a mount answers that cannot exchange two folders.
@@ -87,6 +89,21 @@ class FileOps:
             parts.append(part)
             size, offset = size - len(part), offset + len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def is_open_here_alone(self, file: int) -> bool:
+        """Whether no other descriptor of the file and no map of it is left, in any process.
+
+        That is what Linux grants a write lease for (fcntl(2), F_SETLEASE). False where the file
+        system cannot tell.
+        """
+        try:
+            # Who opens the file meanwhile waits, and we are sent a signal: by default a deadly one.
+            fcntl.fcntl(file, _SET_SIGNAL, signal.SIGURG)
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except OSError:
+            return False
+        return True
 
     def room(self, folder: Path) -> int:
         """Bytes that a user may still write there."""

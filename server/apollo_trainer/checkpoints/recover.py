@@ -14,6 +14,7 @@ from apollo_trainer.checkpoints.exchange import finish_exchange
 from apollo_trainer.checkpoints.in_place import redo
 from apollo_trainer.checkpoints.manifest import Manifest
 from apollo_trainer.checkpoints.rollforward import finish_rollforward, put_config_back
+from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.state_folder import (
     Place,
     SyncMethod,
@@ -41,17 +42,18 @@ def settle_directory(directory: Path) -> None:
         log.error("%s was not settled: %s", directory, error)
 
 
-def recover(place: Place) -> Manifest | None:
+def recover(place: Place, spare: Spare | None = None) -> Manifest | None:
     """Finishes or drops what was begun; returns the manifest that holds now, if there is one.
 
-    The caller holds the lock. Raises FailedPrecondition where the directory was edited, DataLoss
-    where a sync cannot be finished; both leave all as it is. Raises OSError.
+    The caller holds the lock. What `spare` knows of is left. Raises FailedPrecondition where the
+    directory was edited, DataLoss where a sync cannot be finished; both leave all as it is. Raises
+    OSError.
     """
     baseline, intent = read_manifest(place), read_manifest(place, place.intent_path)
     if intent and intent.generation > (baseline.generation if baseline else 0):
         _settle(place, baseline, intent)
         baseline = read_manifest(place)
-    _remove_leftovers(place)
+    _remove_leftovers(place, spare or Spare())
     return baseline
 
 
@@ -67,12 +69,13 @@ def _settle(place: Place, baseline: Manifest | None, intent: Manifest) -> None:
         raise edited(place, baseline)
 
 
-def _remove_leftovers(place: Place) -> None:
+def _remove_leftovers(place: Place, spare: Spare) -> None:
     """What no intent speaks of: it was never announced, or is done with."""
     ops = place.ops
     for name in ops.names(place.state):
-        if name.startswith((TEMPORARY, "redo-")):
-            ops.remove(place.state / name)
+        path = place.state / name
+        if name.startswith((TEMPORARY, "redo-")) and not spare.is_in(path):
+            ops.remove(path)
     for name in ops.names(place.directory):
         if name.startswith(".") and name.endswith(".apollo-next"):
             ops.remove(place.directory / name)

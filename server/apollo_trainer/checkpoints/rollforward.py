@@ -26,7 +26,6 @@ def rollforward_sync(survey: Survey, shards: list[str], began: Callable[[str], N
     place, written = survey.place, list[WrittenShard]()
     for shard in shards:
         began(shard)
-        place.ops.remove(place.beside(shard))
         written.append(write_shard(survey, shard, place.beside(shard)))
     place.ops.sync_folder(place.directory)
     manifest = survey.next_manifest(SyncMethod.ROLLFORWARD, written)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from apollo_trainer.checkpoints.manifest import ShardRecord, TensorRecord
 from apollo_trainer.checkpoints.shard_header import ShardHeader
+from apollo_trainer.checkpoints.spare import Digests, Spare
 from apollo_trainer.checkpoints.survey import Survey, WrittenShard
 from apollo_trainer.checkpoints.tensor_file import (
     bytes_of,
@@ -16,26 +18,29 @@ from apollo_trainer.checkpoints.tensor_file import (
 )
 
 
-def write_shard(survey: Survey, shard: str, target: Path) -> WrittenShard:
+def write_shard(
+    survey: Survey, shard: str, target: Path, spare: Spare | None = None
+) -> WrittenShard:
     """Writes `target`, and flushes it; its name is on disk after its folder's fsync only.
+
+    Args:
+        spare: may have a shard at `target` already, to be written over.
 
     Raises OSError: the new file must then be given up.
     """
     ops, path = survey.place.ops, survey.place.directory / shard
     old, new = survey.header_for(shard)
-    file = ops.create(target)
+    holds = spare.take(shard, digest_of(new.raw)) if spare else None
+    file = _new_file(survey, target) if holds is None else ops.open(target, write=True)
     try:
         with ops.opened(path) as source:
-            if old is new and _cloned(survey, source, file):
-                digests = _write_moved(survey, new, file)
-            else:
-                ops.write_all(file, memoryview(new.raw), 0)
-                digests = _write_all(survey, old, new, source, file)
+            if holds is None:
+                holds = _begun(survey, old, new, source, file)
+            digests = _write(survey, _Shard(old, new, source, file), holds)
         ops.copy_owner_and_mode(path, target)
         ops.fsync(file)
     finally:
         ops.close(file)
-    survey.outcome.bytes_written += new.size
     tensors = {
         name: TensorRecord(shard, place, survey.version(name), digests[name])
         for name, place in new.tensors.items()
@@ -43,6 +48,31 @@ def write_shard(survey: Survey, shard: str, target: Path) -> WrittenShard:
     changed = (survey.baseline.tensors[name].digest != digests[name] for name in tensors)
     survey.outcome.tensors_changed += sum(changed)
     return WrittenShard(shard, ShardRecord.of(ops.stat(target), digest_of(new.raw)), tensors)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Headers of the file on disk and of the new one, and descriptors of both."""
+
+    old: ShardHeader
+    new: ShardHeader
+    source: int
+    file: int
+
+
+def _new_file(survey: Survey, target: Path) -> int:
+    survey.place.ops.remove(target)
+    return survey.place.ops.create(target)
+
+
+def _begun(survey: Survey, old: ShardHeader, new: ShardHeader, source: int, file: int) -> Digests:
+    """Digests of the tensors that an empty file holds now: with its header, or as a clone."""
+    moved = all(survey.may_have_moved(name) for name in new.tensors)
+    if old is new and not moved and _cloned(survey, source, file):
+        return {name: survey.baseline.tensors[name].digest for name in new.tensors}
+    survey.place.ops.write_all(file, memoryview(new.raw), 0)
+    survey.outcome.bytes_written += len(new.raw)
+    return {}
 
 
 def _cloned(survey: Survey, source: int, file: int) -> bool:
@@ -53,25 +83,22 @@ def _cloned(survey: Survey, source: int, file: int) -> bool:
     return False
 
 
-def _write_moved(survey: Survey, header: ShardHeader, file: int) -> dict[str, str]:
-    """Over a clone: the tensors that moved, and the digests of all."""
-    digests = {name: survey.baseline.tensors[name].digest for name in header.tensors}
-    for name, place in header.tensors.items():
-        if survey.may_have_moved(name):
-            data = bytes_of(survey.live(name))
-            digests[name] = write_piecewise(survey.place.ops, file, data, place.start)
+def _write(survey: Survey, shard: _Shard, holds: Digests) -> Digests:
+    """Writes what the file does not hold yet, in its order; returns the digests of all."""
+    digests = dict[str, str]()
+    for name, place in sorted(shard.new.tensors.items(), key=lambda item: item[1].start):
+        on_disk = survey.baseline.tensors[name].digest
+        if not survey.may_have_moved(name) and holds.get(name) == on_disk:
+            digests[name] = on_disk
+            continue
+        digests[name] = _write_tensor(survey, shard, name)
+        survey.outcome.bytes_written += place.end - place.start
     return digests
 
 
-def _write_all(
-    survey: Survey, old: ShardHeader, new: ShardHeader, source: int, file: int
-) -> dict[str, str]:
-    """Into an empty file: every tensor, in the order of the file."""
-    ops, digests = survey.place.ops, {}
-    for name, place in sorted(new.tensors.items(), key=lambda item: item[1].start):
-        if survey.reader.outline(name) is None:
-            offset = place.start - old.tensors[name].start
-            digests[name] = copy_piecewise(ops, source, file, old.tensors[name], offset)
-        else:
-            digests[name] = write_piecewise(ops, file, bytes_of(survey.live(name)), place.start)
-    return digests
+def _write_tensor(survey: Survey, shard: _Shard, name: str) -> str:
+    ops, place = survey.place.ops, shard.new.tensors[name]
+    if survey.reader.outline(name) is not None:
+        return write_piecewise(ops, shard.file, bytes_of(survey.live(name)), place.start)
+    there = shard.old.tensors[name]
+    return copy_piecewise(ops, shard.source, shard.file, there, place.start - there.start)

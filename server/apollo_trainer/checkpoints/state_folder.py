@@ -44,7 +44,7 @@ class Place:
 
     @property
     def next_folder(self) -> Path:
-        """The folder to be exchanged with the directory; afterwards, what the directory was."""
+        """The folder to be exchanged with the directory; afterwards, what is spared of that."""
         return self.state / "tmp-next"
 
     @property
@@ -131,7 +131,6 @@ def commit(place: Place, manifest: Manifest) -> None:
     with contextlib.suppress(OSError):
         place.ops.remove(place.intent_path)
         place.ops.remove(place.redo(manifest.generation))
-        place.ops.remove(place.next_folder)
 
 
 def is_untouched(place: Place, manifest: Manifest) -> bool:

@@ -21,6 +21,7 @@ from apollo_trainer.checkpoints.manifest import Manifest
 from apollo_trainer.checkpoints.recover import edited, recover
 from apollo_trainer.checkpoints.rollforward import rollforward_sync
 from apollo_trainer.checkpoints.shard_header import ShardHeader
+from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.state_folder import (
     Place,
     SyncMethod,
@@ -52,11 +53,13 @@ class SyncOptions:
     Attributes:
         method: None for the ladder; ROLLFORWARD or IN_PLACE for that one.
         state: the state folder; None for the one beside the directory.
+        spare: what the syncs before left of this directory; None to keep nothing.
     """
 
     method: SyncMethod | None = None
     state: Path | None = None
     ops: FileOps = FILES
+    spare: Spare | None = None
 
 
 def sync_directory(
@@ -84,7 +87,7 @@ def sync_directory(
     _require_directory(place, directory)
     with held(place):
         try:
-            return _sync(place, reader, progress, versions, options.method)
+            return _sync(place, reader, progress, versions, options)
         except OSError:
             _clean_up(place)
             raise
@@ -95,9 +98,9 @@ def _sync(
     reader: CheckpointReader,
     progress: Progress,
     versions: Versions | None,
-    method: SyncMethod | None,
+    options: SyncOptions,
 ) -> SyncOutcome:
-    known = recover(place)
+    known = recover(place, options.spare)
     refuse_links(place)
     if known and versions and is_untouched(place, known):
         survey = Survey(place, reader, known, versions)
@@ -118,21 +121,21 @@ def _sync(
         if next(survey.changed(shard), None) is not None:
             shards.append(shard)
         meter.done += headers[shard].size
-    _write(survey, shards, method, meter.at)
+    _write(survey, shards, options, meter.at)
     meter.at("")
     return survey.outcome
 
 
 def _write(
-    survey: Survey, shards: list[str], method: SyncMethod | None, began: Callable[[str], None]
+    survey: Survey, shards: list[str], options: SyncOptions, began: Callable[[str], None]
 ) -> None:
     if not shards:
         commit(survey.place, survey.next_manifest(SyncMethod.UNCHANGED, []))
         return
     try:
-        manifest = _climb(survey, shards, method, began)
+        manifest = _climb(survey, shards, options, began)
     except OSError as error:
-        if error.errno not in _NO_ROOM or not _may_still_fit(survey, shards, method):
+        if error.errno not in _NO_ROOM or not _may_still_fit(survey, shards, options.method):
             raise
         manifest = in_place_sync(survey, shards)
     survey.outcome.method = SyncMethod(manifest.method)
@@ -140,13 +143,14 @@ def _write(
 
 
 def _climb(
-    survey: Survey, shards: list[str], method: SyncMethod | None, began: Callable[[str], None]
+    survey: Survey, shards: list[str], options: SyncOptions, began: Callable[[str], None]
 ) -> Manifest:
+    method, spare = options.method, options.spare or Spare(keeps=False)
     if method == SyncMethod.IN_PLACE and can_write_in_place(survey, shards):
         return in_place_sync(survey, shards)
     if method != SyncMethod.ROLLFORWARD and can_exchange(survey.place):
         with contextlib.suppress(ExchangeRefused):
-            return exchange_sync(survey, shards, began)
+            return exchange_sync(survey, shards, began, spare)
         recover(survey.place)
         survey.outcome.bytes_written = survey.outcome.tensors_changed = 0
     return rollforward_sync(survey, shards, began)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -38,3 +39,21 @@ class WriteWatch:
             yield
         finally:
             self.remove(watcher)
+
+
+class WriteVersions:
+    """A number for each parameter that is another one after every write, and in every process."""
+
+    _BITS = 62
+
+    def __init__(self) -> None:
+        self._before_any = secrets.randbits(self._BITS)
+        self._versions: dict[int, int] = {}
+
+    def before_write(self, parameter: Tensor) -> None:
+        """The parameter is about to be written; one that fails halfway has changed it too."""
+        self._versions[id(parameter)] = secrets.randbits(self._BITS)
+
+    def of(self, parameter: Tensor) -> int:
+        """The parameter's number now."""
+        return self._versions.get(id(parameter), self._before_any)

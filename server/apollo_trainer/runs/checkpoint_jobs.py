@@ -16,9 +16,7 @@ from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
 from apollo_trainer.checkpoints.sync import (
     Progress,
     SyncMethod,
-    SyncOptions,
     SyncOutcome,
-    sync_directory,
 )
 from apollo_trainer.checkpoints.verify import Verification, verify_directory
 from apollo_trainer.runs.events import now
@@ -143,20 +141,13 @@ class CheckpointJobs:
 
     def _sync(self, progress: Progress, method: SyncMethod | None) -> tuple[SyncOutcome, int]:
         session = self._owner.session()
-        session.checkpoints.poison.require_sound()
-        attachment = session.attachment
-        directory, reader = Path(attachment.directory), attachment.checkpoint()
-        # One for all parameters: after a step of any of them every tensor is compared.
-        stamp = session.optimizer.write_stamp
-        outcome = sync_directory(
-            directory, reader, progress, lambda name: stamp, SyncOptions(method=method)
-        )
-        version = self._version()
+        outcome = session.checkpoints.sync(progress, method)
+        version, directory = self._version(), session.attachment.directory
 
         def change(status: status_pb2.ServerStatus) -> None:
             status.last_sync.time.CopyFrom(now())
             status.last_sync.weight_version = version
-            status.last_sync.directory = attachment.directory
+            status.last_sync.directory = directory
 
         self._board.update(change)
         return outcome, version

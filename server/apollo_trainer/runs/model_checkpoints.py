@@ -18,9 +18,17 @@ from apollo_trainer.checkpoints.restore import restore
 from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.snapshots import SnapshotCopy, SnapshotWriter
+from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.state_folder import place_of
+from apollo_trainer.checkpoints.sync import (
+    Progress,
+    SyncMethod,
+    SyncOptions,
+    SyncOutcome,
+    sync_directory,
+)
 from apollo_trainer.checkpoints.undo_ring import UndoRing
-from apollo_trainer.checkpoints.write_watch import WriteWatch
+from apollo_trainer.checkpoints.write_watch import WriteVersions, WriteWatch
 from apollo_trainer.config import Settings
 from apollo_trainer.optim import Apollo
 from apollo_trainer.weights.attach import Attachment
@@ -44,6 +52,8 @@ class ModelCheckpoints:
     def __init__(self, attachment: Attachment, folder: Path, settings: Settings):
         self._attachment, self._folder, self._settings = attachment, folder, settings
         self.watch, self.poison = WriteWatch(), Poison()
+        self._versions, self._spare = WriteVersions(), Spare(keeps=settings.sync_keeps_previous)
+        self.watch.add(self._versions.before_write)
         budget = settings.undo_mebibytes * MIB
         weights = sum(p.nbytes for p in attachment.parameters().values())
         # A copy of the weights at every step is what a larger model would pay for it.
@@ -102,6 +112,19 @@ class ModelCheckpoints:
         future.add_done_callback(lambda _: self.watch.remove(copying.before_write))
         return future
 
+    def sync(self, progress: Progress, method: SyncMethod | None) -> SyncOutcome:
+        """Syncs the model directory. Raises as `sync_directory`, and where weights are mixed."""
+        self.poison.require_sound()
+        reader = self._attachment.checkpoint()
+
+        def version(name: str) -> int:
+            parameter = reader.parameter(name)
+            assert parameter is not None
+            return self._versions.of(parameter)
+
+        options = SyncOptions(method=method, spare=self._spare)
+        return sync_directory(Path(self._attachment.directory), reader, progress, version, options)
+
     # --- ways back --------------------------------------------------------------------------
 
     def put(self, state: ModelState, optimizer: Apollo) -> None:
@@ -152,3 +175,4 @@ class ModelCheckpoints:
             self._writer.stop()
         if self._ring is not None:
             self._ring.stop()
+        self._spare.remove()

@@ -21,6 +21,12 @@ class CheckpointReader:
         root = self._plan.tied.get(name)
         return self._parameters[root].detach().contiguous() if root else None
 
+    def parameter(self, name: str) -> torch.nn.Parameter | None:
+        """The live parameter whose values `read` returns, or a part of them."""
+        planned = self._planned.get(name)
+        root = planned.root if planned else self._plan.tied.get(name)
+        return self._parameters[root] if root else None
+
     def outline(self, name: str) -> torch.Tensor | None:
         """Shape and dtype of what `read` returns, as a tensor without values."""
         if planned := self._planned.get(name):
