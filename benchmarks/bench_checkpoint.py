@@ -1,9 +1,10 @@
-"""All weights to disk after an update of all: a sync beside other ways, in one process.
+"""Every target of the checkpoints, and a sync beside other ways to save, in one process.
 
-    python -m benchmarks.bench_checkpoint [--gib 1] [--shards 4] [--folder FOLDER]
+    python -m benchmarks.bench_checkpoint [--shape qwen3-0.6b] [--device cpu] [--folder FOLDER]
 
-A synthetic bfloat16 model. All ways run in turn, round after round, on the disk of `--folder`; the
-median is reported. Some are not durable when they return: their names say so.
+Weights of real shapes with random values; on a GPU they are live there, as vLLM's are. A sync of
+everything and its peers run in turn, round after round, on the disk of `--folder`; the median is
+reported. Some are not durable when they return: their names say so.
 """
 
 from __future__ import annotations
@@ -19,81 +20,125 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_sync import SyncedModel
-from benchmarks.machine import installed, origin, result_path, write_json
+from apollo_trainer.checkpoints.state_folder import SyncMethod
+from benchmarks import bench_snapshots
+from benchmarks.machine import installed, origin, pick_device, result_path, write_json
 from benchmarks.saving_peers import PEERS
+from benchmarks.shapes import TABLES
+from benchmarks.synced_model import SyncedModel
 
 ROUNDS = 5
+ONE_PER_CENT = 0.01
 OURS = "sync, by exchange"
 
 
-def measure(model: SyncedModel, folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Seconds and bytes of each way in each round; the first round of each is not counted."""
-    found: dict[str, dict[str, list[float]]] = {
-        name: {"seconds": [], "bytes": []} for name in (OURS, *PEERS)
-    }
-    for number in range(ROUNDS + 1):
+def beside_peers(model: SyncedModel, folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds and bytes of each way; the first two rounds make files, and are not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in (OURS, *PEERS)}
+    written: dict[str, int] = {}
+    for number in range(rounds + 2):
         model.train(model.names)
-        taken = {OURS: _sync(model)}
-        weights = {name: p.detach().clone() for name, p in model.parameters.items()}
-        for name, save in PEERS.items():
-            _settle()
+        for name in seconds:
+            # Otherwise whoever flushes pays for what the one before left in the page cache.
+            os.sync()
             began = time.perf_counter()
-            written = save(weights, folder)
-            taken[name] = (time.perf_counter() - began, written)
-        if number:
-            for name, (seconds, written) in taken.items():
-                found[name]["seconds"].append(seconds)
-                found[name]["bytes"].append(written)
-    return found
+            if name == OURS:
+                written[name] = model.sync()[1].bytes_written
+            else:
+                weights = {n: p.detach() for n, p in model.parameters.items()}
+                written[name] = PEERS[name](weights, folder)
+            if number > 1:
+                seconds[name].append(time.perf_counter() - began)
+        print(f"round {number + 1} of {rounds + 2}", flush=True)
+    return {name: _row(model, seconds[name], seconds[OURS], written[name]) for name in seconds}
 
 
-def _settle() -> None:
-    """Otherwise whoever flushes pays for what the one before left in the page cache."""
-    os.sync()
-
-
-def _sync(model: SyncedModel) -> tuple[float, int]:
-    _settle()
-    seconds, outcome = model.sync()
-    return seconds, int(outcome.bytes_written)
-
-
-def row(rounds: dict[str, list[float]], ours: dict[str, list[float]], gib: float) -> dict[str, Any]:
-    """The figures of one way, and its time over ours within each round."""
-    ratios = [a / b for a, b in zip(rounds["seconds"], ours["seconds"], strict=True)]
+def _row(
+    model: SyncedModel, seconds: list[float], ours: list[float], written: int
+) -> dict[str, Any]:
     return {
-        "seconds_per_gib": statistics.median(rounds["seconds"]) / gib,
-        "bytes_per_byte": statistics.median(rounds["bytes"]) / (gib * 2**30),
-        "times_a_sync": statistics.median(ratios),
+        "seconds_per_gib": statistics.median(seconds) / model.bytes * 2**30,
+        "bytes_per_byte": written / model.bytes,
+        "times_a_sync": statistics.median(a / b for a, b in zip(seconds, ours, strict=True)),
     }
+
+
+def syncs(model: SyncedModel, rounds: int) -> dict[str, dict[str, Any]]:
+    """Each rung of the ladder, after nothing, a hundredth or everything changed."""
+    some = model.some(ONE_PER_CENT)
+    return {
+        "nothing changed": model.measure([], None, rounds),
+        "1 % changed, exchange": model.measure(some, None, rounds),
+        "1 % changed, in place": model.measure(some, SyncMethod.IN_PLACE, rounds),
+        "all changed, exchange": model.measure(model.names, None, rounds),
+        "all changed, rollforward": model.measure(model.names, SyncMethod.ROLLFORWARD, rounds),
+        "all changed, in place": model.measure(model.names, SyncMethod.IN_PLACE, rounds),
+    }
+
+
+def targets(result: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """What is to be reached: its name, the bound, and the figure."""
+    sync, snapshots = result["syncs"], result["snapshots"]
+
+    def ms(case: str) -> float:
+        return 1000 * float(sync[case]["seconds_per_gib"])
+
+    whole = sync["all changed, exchange"]
+    return [
+        ("sync, nothing changed: ms", 5, ms("nothing changed") * result["gib"]),
+        ("sync, 1 % changed: ms per GiB of model", 25, ms("1 % changed, exchange")),
+        ("sync, all changed: ms per GiB", 1000, ms("all changed, exchange")),
+        ("sync, all changed: bytes per byte", 1.0, whole["bytes_written"] / result["bytes"]),
+        *bench_snapshots.targets(snapshots),
+    ]
 
 
 def main() -> None:
     """Measures, prints and writes a result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gib", type=float, default=1.0)
-    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--shape", choices=list(TABLES), default="qwen3-0.6b")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    parser.add_argument("--shards", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--folder", type=Path, default=Path.cwd() / "build")
+    parser.add_argument("--out", type=Path, help="of the result")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    device, shapes = pick_device(arguments.device), TABLES[arguments.shape]()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=arguments.folder))
-    try:
-        model = SyncedModel(folder / "model", int(arguments.gib * 2**30), arguments.shards)
-        found = measure(model, folder)
-    finally:
-        shutil.rmtree(folder)
-    rows = {name: row(rounds, found[OURS], model.gib) for name, rounds in found.items()}
-    for name, figures in rows.items():
-        print(
-            f"{name:36} {figures['seconds_per_gib']:7.3f} s/GiB  "
-            f"{figures['bytes_per_byte']:6.3f} of the bytes  {figures['times_a_sync']:6.2f} times"
-        )
-    device = torch.device("cpu")
-    result = origin(device) | {"gib": model.gib, "rounds": ROUNDS, "rows": rows}
+    result = origin(device) | {"shape": arguments.shape, "rounds": arguments.rounds}
     result["versions"] |= {n: installed(n) for n in ("safetensors", "transformers")}
-    write_json(result_path("bench_checkpoint", device), result)
+    try:
+        model = SyncedModel(folder / "model", shapes, arguments.shards, device)
+        result |= {"bytes": model.bytes, "gib": model.bytes / 2**30}
+        result["rows"] = beside_peers(model, folder, arguments.rounds)
+        result["syncs"] = syncs(model, arguments.rounds)
+        del model
+        shutil.rmtree(folder)
+        result["snapshots"] = bench_snapshots.measure(shapes, folder, device)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    show(result)
+    write_json(arguments.out or result_path("bench_checkpoint", device), result)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the figures."""
+    print(f"{result['shape']} on {result['machine']['device']}")
+    for name, row in result["rows"].items():
+        print(
+            f"{name:36} {row['seconds_per_gib']:7.3f} s/GiB  "
+            f"{row['bytes_per_byte']:6.3f} of the bytes  {row['times_a_sync']:6.2f} times"
+        )
+    for name, case in result["syncs"].items():
+        print(
+            f"{name:26} {case['method']:12} {1000 * case['seconds_per_gib']:8.1f} ms/GiB "
+            f"(slowest {1000 * case['slowest_seconds_per_gib']:.1f}, the first "
+            f"{1000 * case['first_seconds_per_gib']:.1f}), {case['bytes_written']:,} bytes written"
+        )
+    for name, bound, figure in targets(result):
+        print(f"{name:50} target {bound:8.1f}   measured {figure:8.2f}")
 
 
 if __name__ == "__main__":

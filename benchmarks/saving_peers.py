@@ -38,7 +38,7 @@ def with_torch(weights: Weights, folder: Path) -> int:
 def with_block_compare(weights: Weights, folder: Path) -> int:
     """Blocks of 4 KB that differ from the file's are written in place, with no journal."""
     path, changed = folder / "blocks.bin", 0
-    data = [w.reshape(-1).view(torch.uint8).numpy() for w in weights.values()]
+    data = [w.cpu().reshape(-1).view(torch.uint8).numpy() for w in weights.values()]
     if not path.exists():
         path.write_bytes(b"".join(memoryview(d) for d in data))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as old:
@@ -58,7 +58,8 @@ def with_block_compare(weights: Weights, folder: Path) -> int:
 def with_save_pretrained(weights: Weights, folder: Path) -> int:
     """transformers' own, of a model whose weights are as many bytes; it does not flush."""
     target = folder / "pretrained"
-    model = _model(sum(w.nbytes for w in weights.values()))
+    device = next(iter(weights.values())).device
+    model = _model(sum(w.nbytes for w in weights.values())).to(device)
     model.save_pretrained(target)
     return sum(path.stat().st_size for path in target.glob("*.safetensors"))
 

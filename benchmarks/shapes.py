@@ -51,6 +51,11 @@ def qwen3_4b() -> Shapes:
     return Qwen3(2560, 36, 9728, 32, 8, 128, 151936).shapes()
 
 
+def qwen3_0_6b() -> Shapes:
+    """Qwen3-0.6B, 5.96e8 parameters, 1.1 GiB in bfloat16."""
+    return Qwen3(1024, 28, 3072, 16, 8, 128, 151936).shapes()
+
+
 def qwen3_100m() -> Shapes:
     """The same architecture with about 1e8 parameters: what is measured on a CPU."""
     return Qwen3(1024, 6, 2816, 16, 8, 64, 32000).shapes()
@@ -61,7 +66,12 @@ def qwen3_tiny() -> Shapes:
     return Qwen3(256, 2, 704, 4, 2, 64, 1000).shapes()
 
 
-TABLES = {"qwen3-4b": qwen3_4b, "qwen3-100m": qwen3_100m, "qwen3-tiny": qwen3_tiny}
+TABLES = {
+    "qwen3-4b": qwen3_4b,
+    "qwen3-0.6b": qwen3_0_6b,
+    "qwen3-100m": qwen3_100m,
+    "qwen3-tiny": qwen3_tiny,
+}
 
 
 def count(shapes: Shapes) -> int:

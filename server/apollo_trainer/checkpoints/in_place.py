@@ -35,7 +35,8 @@ def in_place_sync(survey: Survey, shards: list[str]) -> Manifest:
     generation = survey.baseline.generation + 1
     log, beside = place.redo(generation), place.state / "tmp-redo"
     place.ops.remove(beside)
-    digests = write_tensors({n: survey.live(n) for n in changed}, beside, None, place.ops)
+    outlines = {name: survey.outline(name) for name in changed}
+    digests = write_tensors(outlines, beside, None, place.ops, survey.live)
     flush_file(beside, place.ops)
     place.ops.rename(beside, log)
     manifest = survey.next_manifest(SyncMethod.IN_PLACE, [])

@@ -16,6 +16,7 @@ from apollo_trainer.checkpoints.shard_header import (
     build_header,
     parse_metadata,
 )
+from apollo_trainer.checkpoints.staging import Staging
 from apollo_trainer.checkpoints.state_folder import Place, SyncMethod
 from apollo_trainer.checkpoints.tensor_file import (
     bytes_of,
@@ -58,7 +59,7 @@ class Survey:
     outcome: SyncOutcome = field(default_factory=SyncOutcome)
 
     def __post_init__(self) -> None:
-        self._compared = set[str]()
+        self._compared, self._staging = set[str](), Staging()
         self._of_shard: dict[str, list[str]] = {name: [] for name in self.baseline.shards}
         for name, tensor in self.baseline.tensors.items():
             self._of_shard[tensor.shard].append(name)
@@ -89,19 +90,24 @@ class Survey:
 
     def _digest_on_disk(self, name: str) -> str:
         """Of the bytes that are there; of another dtype or shape they are never the same."""
-        record, outline = self.baseline.tensors[name], self.reader.outline(name)
-        assert outline is not None
+        record, outline = self.baseline.tensors[name], self.outline(name)
         same = (record.place.dtype, record.place.shape) == _kind(outline)
         return record.digest if same else ""
 
+    def outline(self, name: str) -> torch.Tensor:
+        """Shape and dtype of a live tensor, which is there."""
+        outline = self.reader.outline(name)
+        assert outline is not None
+        return outline
+
     def live(self, name: str) -> torch.Tensor:
-        """A live tensor, contiguous and on the CPU; whoever asks compares its bytes."""
+        """A live tensor, contiguous and on the CPU, until the next one is asked for."""
         tensor = self.reader.read(name)
         assert tensor is not None
         if name not in self._compared:
             self._compared.add(name)
             self.outcome.bytes_compared += tensor.nbytes
-        return tensor.cpu()
+        return self._staging(tensor)
 
     def header_for(self, shard: str) -> tuple[ShardHeader, ShardHeader]:
         """The header of the file on disk, and the one of live dtypes: mostly the same."""

@@ -45,17 +45,21 @@ def write_tensors(
     path: Path,
     metadata: dict[str, str] | None,
     ops: FileOps = FILES,
+    values: Callable[[str], torch.Tensor] | None = None,
 ) -> dict[str, str]:
     """Writes a new safetensors file, not flushed; returns the digest of each tensor.
 
+    Args:
+        tensors: on the CPU, or without values where `values` returns them, one after the other.
+
     Raises OSError when the disk refuses.
     """
-    header = build_header(tensors, metadata)
+    header, read = build_header(tensors, metadata), values or tensors.__getitem__
     file = ops.create(path, 0o666)
     try:
         ops.write_all(file, memoryview(header.raw), 0)
         return {
-            name: write_piecewise(ops, file, bytes_of(tensors[name]), place.start)
+            name: write_piecewise(ops, file, bytes_of(read(name)), place.start)
             for name, place in header.tensors.items()
         }
     finally:

@@ -10,6 +10,7 @@ from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.checkpoints.file_ops import FILES, FileOps
 from apollo_trainer.checkpoints.manifest import Manifest, TensorRecord
 from apollo_trainer.checkpoints.shard_header import NAME_OF
+from apollo_trainer.checkpoints.staging import Staging
 from apollo_trainer.checkpoints.state_folder import Place, held, place_of, read_manifest
 from apollo_trainer.checkpoints.survey import Progress
 from apollo_trainer.checkpoints.tensor_file import bytes_of, digest_at, digest_of, read_header
@@ -127,10 +128,11 @@ def _tensors(manifest: Manifest, shard: str) -> list[tuple[str, TensorRecord]]:
 
 
 def _of_live(manifest: Manifest, reader: CheckpointReader) -> Iterator[Difference]:
+    staging = Staging()
     for name, record in manifest.tensors.items():
         live = reader.read(name)
         if live is None:
             continue
         same = NAME_OF[live.dtype] == record.place.dtype and tuple(live.shape) == record.place.shape
-        if not same or digest_of(bytes_of(live.cpu())) != record.digest:
+        if not same or digest_of(bytes_of(staging(live))) != record.digest:
             yield Difference(record.shard, name, "the live weights differ; sync to write them")
