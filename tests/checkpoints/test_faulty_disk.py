@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 
 from apollo_trainer.checkpoints.recover import recover
+from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.state_folder import held, is_untouched, place_of
 from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, SyncOutcome, sync_directory
+from apollo_trainer.checkpoints.verify import verify_directory
 from tests.checkpoints.crash_protocols import files, reader
 from tests.checkpoints.faulty_disk import SHORT_WRITE, FaultyFiles, tree
 
@@ -75,6 +78,23 @@ def test_a_call_that_fails_leaves_one_generation_and_the_next_sync_works(
         pytest.fail("a sync makes more calls than were made to fail")
     assert number > 30
     assert (failures > 20) == (fault != SHORT_WRITE)
+
+
+def test_a_process_whose_sync_over_spare_shards_failed_goes_on(tmp_path: Path) -> None:
+    for number in range(ENOUGH):
+        folder, spare = made(tmp_path / f"model{number}"), Spare()
+        synced(folder, 2, SyncOptions(spare=spare))
+        assert place_of(folder).next_folder.exists()
+        disk = FaultyFiles(number, "EIO")
+        with contextlib.suppress(OSError):
+            synced(folder, 3, SyncOptions(spare=spare, ops=disk))
+        if not disk.failed:
+            break
+        assert generation_of(folder) in (2, 3)
+        synced(folder, 1, SyncOptions(spare=spare))
+        assert generation_of(folder) == 1
+        assert verify_directory(folder, reader(1), full=True).differences == []
+    assert 30 < number < ENOUGH - 1
 
 
 def test_a_full_disk_is_answered_by_a_sync_in_place(tmp_path: Path) -> None:
