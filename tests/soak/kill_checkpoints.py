@@ -131,7 +131,7 @@ def _measure(server: ServerProcess, draw: random.Random) -> dict[str, float]:
 
 
 def _train(client: ApolloClient, draw: random.Random) -> None:
-    *_, last = client.train([SAMPLE], epochs=draw.choice([1, 2, 5]), lr=1e-3)
+    *_, last = client.train([SAMPLE], epochs=draw.choice([1, 2, 3]), lr=1e-3)
     assert not last.finished.HasField("failure"), last.finished.failure
 
 
