@@ -8,12 +8,15 @@ from pathlib import Path
 
 from tests.server_process import ServerProcess
 from tests.vllm.conftest import Stack
+from tests.vllm.families import FAMILIES, Family
 
 
 @contextmanager
-def served_by_vllm(folder: Path, **settings: str) -> Iterator[ServerProcess]:
+def served_by_vllm(
+    folder: Path, family: Family = FAMILIES["qwen3"], **settings: str
+) -> Iterator[ServerProcess]:
     """An attached server beside a real vLLM."""
-    stack = Stack(folder, "qwen3")
+    stack = Stack(folder, "soak", family)
     stack.state.mkdir(mode=0o700)
     server = ServerProcess(stack.state, **settings)
     try:
