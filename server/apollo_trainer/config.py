@@ -31,6 +31,11 @@ class Settings(BaseSettings):
     state_dir: Path = Field(
         default_factory=locations.state_folder, description="folder of sockets and Apollo state"
     )
+    checkpoint_dir: Path | None = Field(
+        default=None,
+        description="folder of manifests and snapshots; default: beside each model directory, where "
+        "alone a sync can exchange folders",
+    )
     address: str = Field(
         default_factory=locations.server_address,
         description="where clients connect: unix:PATH, or host:port with a token",

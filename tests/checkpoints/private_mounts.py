@@ -103,3 +103,12 @@ def used_bytes(folder: Path) -> int:
     _run("sync", "-f", folder)
     found = os.statvfs(folder)
     return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+def fill(disk: Path, free: int) -> Path:
+    """Takes all but so many bytes of a file system."""
+    filler = disk / "filler"
+    with filler.open("wb") as file:
+        found = os.statvfs(disk)
+        os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - free)
+    return filler

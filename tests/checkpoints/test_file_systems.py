@@ -23,6 +23,7 @@ from tests.checkpoints.private_mounts import (
     DISK,
     NOBODY,
     as_user,
+    fill,
     mount,
     on_loop,
     read_only,
@@ -44,8 +45,9 @@ def refused(call: Callable[[], object]) -> int | None:
     return caught.value.errno
 
 
-def assert_rolled_forward(folder: Path, options: SyncOptions = SyncOptions()) -> None:
+def assert_rolled_forward(folder: Path, state: Path | None = None) -> None:
     """Two syncs of new weights and one of the same, by renames."""
+    options = SyncOptions(state=state)
     for generation in (2, 3):
         outcome = synced(folder, generation, options)
         assert (outcome.method, outcome.tensors_changed) == (SyncMethod.ROLLFORWARD, 3)
@@ -77,8 +79,7 @@ def test_a_directory_that_is_a_disk_of_its_own_is_rolled_forward() -> None:
 @with_private_mounts
 def test_a_state_folder_on_another_disk_is_rolled_forward(tmp_path: Path) -> None:
     folder, elsewhere = made(tmp_path / "model"), tmpfs() / "state"
-    options = SyncOptions(state=elsewhere)
-    assert_rolled_forward(folder, options)
+    assert_rolled_forward(folder, elsewhere)
     assert (elsewhere / "manifest.json").exists()
     assert verify_directory(folder, full=True, state=elsewhere).differences == []
 
@@ -166,15 +167,6 @@ def test_a_directory_that_others_own_is_told_and_nothing_of_it_changes() -> None
             assert tree(folder) == before
     synced(folder, 2, SyncOptions())
     assert generation_of(folder) == 2
-
-
-def fill(disk: Path, free: int) -> Path:
-    """Takes all but so many bytes of a file system."""
-    filler = disk / "filler"
-    with filler.open("wb") as file:
-        found = os.statvfs(disk)
-        os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - free)
-    return filler
 
 
 @with_private_mounts

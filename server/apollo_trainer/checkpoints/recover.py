@@ -6,7 +6,6 @@ May be repeated, and may itself be cut off anywhere.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition
 from apollo_trainer.checkpoints.durable_write import TEMPORARY
@@ -18,7 +17,6 @@ from apollo_trainer.checkpoints.state_folder import (
     Place,
     SyncMethod,
     held,
-    place_of,
     read_manifest,
     refreshed,
 )
@@ -26,19 +24,18 @@ from apollo_trainer.checkpoints.state_folder import (
 log = logging.getLogger(__name__)
 
 
-def settle_directory(directory: Path) -> None:
+def settle_directory(place: Place) -> None:
     """At the start: `recover`, where there is a state folder; what it cannot do, a sync will tell.
 
     Without it a directory whose config.json is aside would stay so until the next sync.
     """
-    place = place_of(directory)
     if place.ops.found(place.state) is None:
         return
     try:
         with held(place):
             recover(place)
     except (ApolloError, OSError) as error:
-        log.error("%s was not settled: %s", directory, error)
+        log.error("%s was not settled: %s", place.directory, error)
 
 
 def recover(place: Place) -> Manifest | None:

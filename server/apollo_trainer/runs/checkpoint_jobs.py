@@ -59,10 +59,11 @@ class CheckpointJobs:
         """Compares the model directory with its manifest."""
 
         def verify() -> Verification:
-            attachment = self._owner.session().attachment
+            session = self._owner.session()
+            attachment, state = session.attachment, session.checkpoints.place.state
             reader = attachment.checkpoint() if live else None
             directory = Path(attachment.directory)
-            return verify_directory(directory, reader, full=full, progress=progress)
+            return verify_directory(directory, reader, full=full, progress=progress, state=state)
 
         return self._owner.between_runs(verify)
 
@@ -149,7 +150,11 @@ class CheckpointJobs:
         # One for all parameters: after a step of any of them every tensor is compared.
         stamp = session.optimizer.write_stamp
         outcome = sync_directory(
-            directory, reader, progress, lambda name: stamp, SyncOptions(method=method)
+            directory,
+            reader,
+            progress,
+            lambda name: stamp,
+            SyncOptions(method=method, state=session.checkpoints.place.state),
         )
         version = self._version()
 

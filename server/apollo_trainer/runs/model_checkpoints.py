@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from apollo_grpc.errors import Unavailable
 from apollo_trainer.checkpoints.durable_write import durable_bytes, flush_folder
 from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.poison import Poison
@@ -18,7 +20,7 @@ from apollo_trainer.checkpoints.restore import restore
 from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.snapshots import SnapshotCopy, SnapshotWriter
-from apollo_trainer.checkpoints.state_folder import place_of
+from apollo_trainer.checkpoints.state_folder import Place, owned, place_under
 from apollo_trainer.checkpoints.undo_ring import UndoRing
 from apollo_trainer.checkpoints.write_watch import WriteWatch
 from apollo_trainer.config import Settings
@@ -44,6 +46,9 @@ class ModelCheckpoints:
     def __init__(self, attachment: Attachment, folder: Path, settings: Settings):
         self._attachment, self._folder, self._settings = attachment, folder, settings
         self.watch, self.poison = WriteWatch(), Poison()
+        self._place = place_under(Path(attachment.directory), settings.checkpoint_dir)
+        self._owned, self._owning = ExitStack(), threading.Lock()
+        self._is_owner = self._closed = False
         budget = settings.undo_mebibytes * MIB
         weights = sum(p.nbytes for p in attachment.parameters().values())
         # A copy of the weights at every step is what a larger model would pay for it.
@@ -52,12 +57,28 @@ class ModelCheckpoints:
             self.watch.add(self._ring.before_write)
         self._look_for_one_cut_off()
 
+    @property
+    def place(self) -> Place:
+        """The model directory and its state folder, which from now on are this server's alone.
+
+        Raises Unavailable where another server keeps them, OSError where the folder cannot be made.
+        """
+        with self._owning:
+            # A lock that is taken after the end would never be let go of.
+            if self._closed:
+                raise Unavailable("vLLM went. Nothing was done.", reason="ENGINE_LOST")
+            if not self._is_owner:
+                self._place.state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._owned.enter_context(owned(self._place))
+                self._is_owner = True
+            return self._place
+
     @cached_property
     def store(self) -> SnapshotStore:
-        """The snapshots on disk. Raises OSError where their folder cannot be made."""
+        """The snapshots on disk. Raises as `place` does."""
         settings = self._settings
         return SnapshotStore(
-            place_of(Path(self._attachment.directory)).state,
+            self.place.state,
             keep_automatic=settings.automatic_snapshots,
             budget_bytes=settings.snapshot_mebibytes * MIB,
         )
@@ -152,3 +173,6 @@ class ModelCheckpoints:
             self._writer.stop()
         if self._ring is not None:
             self._ring.stop()
+        with self._owning:
+            self._closed = True
+            self._owned.close()

@@ -14,6 +14,7 @@ from typing import TypeVar
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.recover import settle_directory
+from apollo_trainer.checkpoints.state_folder import place_under
 from apollo_trainer.config import Settings
 from apollo_trainer.runs.session import KeptState, Session, open_session
 from apollo_trainer.runs.state_saver import Saved, StateSaver
@@ -113,7 +114,8 @@ class ModelOwner:
             attachment_detail="vLLM was found; its weights are being mapped and verified.",
         )
         try:
-            settle_directory(Path(self.sidecar.manifest().model))
+            model, states = Path(self.sidecar.manifest().model), self._settings.checkpoint_dir
+            settle_directory(place_under(model, states))
             everything = self._settings.check_all_values
             attachment = attach(
                 self.sidecar, epoch, check_all_values=everything, traced=self._show_map
