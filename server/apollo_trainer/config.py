@@ -33,8 +33,8 @@ class Settings(BaseSettings):
     )
     checkpoint_dir: Path | None = Field(
         default=None,
-        description="folder of manifests and snapshots; default: beside each model directory, where "
-        "alone a sync can exchange folders",
+        description="folder of manifests and snapshots; default: beside each model directory. On "
+        "another disk a sync renames shard after shard",
     )
     address: str = Field(
         default_factory=locations.server_address,
