@@ -53,6 +53,7 @@ def adopt_directory(
             written += _copy(source / name, beside / name, ops)
         for folder in sorted({beside, *(beside / n for f in files for n in f.parents)}):
             ops.sync_folder(folder)
+        progress(written, total, target.name)
         _require_free(target, ops)
         ops.rename(beside, target)
         ops.sync_folder(target.parent)

@@ -53,6 +53,8 @@ def exchange_sync(survey: Survey, shards: list[str], began: Callable[[str], None
         written.append(write_shard(survey, shard, place.next_folder / shard))
     copy_names(place.ops, place.directory, place.next_folder, skip=set(shards))
     manifest = survey.next_manifest(SyncMethod.EXCHANGE, written)
+    # The last moment at which all is as it was.
+    began(place.intent_path.name)
     announce(place, manifest)
     try:
         place.ops.exchange(place.directory, place.next_folder)

@@ -40,6 +40,7 @@ from apollo_trainer.checkpoints.snapshot_info import (
     write_info,
 )
 from apollo_trainer.checkpoints.store_folder import StoreFolder, own_bytes
+from apollo_trainer.checkpoints.survey import Progress
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan
 
 log = logging.getLogger(__name__)
@@ -80,12 +81,18 @@ class SnapshotStore:
         self._anchors.folder.clean()
 
     def create(
-        self, source: Source | ModelState, name: str = "", *, synced: SyncedFiles | None = None
+        self,
+        source: Source | ModelState,
+        name: str = "",
+        progress: Progress = lambda *_: None,
+        *,
+        synced: SyncedFiles | None = None,
     ) -> SnapshotInfo:
         """Writes a snapshot; when it returns, it is durable.
 
         Args:
             name: the user's; without one the snapshot is automatic.
+            progress: may raise, and nothing is left then.
             synced: files that may hold these weights. They are compared, and then only linked.
 
         Raises AlreadyExists for a name that is taken, ResourceExhausted where it does not fit into
@@ -102,7 +109,7 @@ class SnapshotStore:
             state = source if isinstance(source, ModelState) else source.state()
             before = set(self._anchors.folder.ids())
             try:
-                info = self._build(state, name, synced)
+                info = self._build(state, name, progress, synced)
             except BaseException:
                 for anchor in set(self._anchors.folder.ids()) - before:
                     self._anchors.folder.remove(anchor)
@@ -110,13 +117,18 @@ class SnapshotStore:
             self._retire()
             return info
 
-    def _build(self, state: ModelState, name: str, synced: SyncedFiles | None) -> SnapshotInfo:
+    def _build(
+        self, state: ModelState, name: str, progress: Progress, synced: SyncedFiles | None
+    ) -> SnapshotInfo:
+        total = sum(p.nbytes for p in state.parameters.values())
+        progress(0, total, "encoding")
         with self._folder.building() as (new, folder):
             anchor, linked = "", tuple[str, ...]()
             if synced and link_files(synced, folder, state):
                 linked = tuple(file.name for file in synced.files)
             else:
                 anchor, encoded = self._encoded(state)
+                progress(0, total, "writing")
                 write_delta(folder / DELTA_FILE, anchor, encoded)
             description = {OPTIMIZER_KEY: state.description, EXTRA_KEY: state.extra}
             save_state(folder / STATE_FILE, state.moments, description)
@@ -128,7 +140,7 @@ class SnapshotStore:
                 optimizer_step=int(state.description["step_count"]),
                 weight_version=int(state.extra.get("weight_version", 0)),
                 size_bytes=own_bytes(folder),
-                weights_bytes=sum(p.nbytes for p in state.parameters.values()),
+                weights_bytes=total,
                 anchor=anchor,
                 linked=linked,
                 digests={n: state.digest(n) for n in state.parameters},
@@ -136,6 +148,7 @@ class SnapshotStore:
             )
             write_info(folder, info)
             self._require_room(info)
+            progress(total, total, "making it durable")
             self._folder.publish(new)
         return info
 

@@ -22,6 +22,7 @@ from apollo_trainer.checkpoints.sync import (
 )
 from apollo_trainer.checkpoints.verify import Verification, verify_directory
 from apollo_trainer.runs.events import now
+from apollo_trainer.runs.job import Job
 from apollo_trainer.runs.owner import ModelOwner
 from apollo_trainer.runs.pause import EnginePause
 from apollo_trainer.runs.session import Session
@@ -53,51 +54,61 @@ class CheckpointJobs:
         self, progress: Progress, method: SyncMethod | None = None
     ) -> Future[tuple[SyncOutcome, int]]:
         """Syncs the model directory; the result holds the weight version too."""
-        return self._owner.between_runs(lambda: self._sync(progress, method))
+        job = Job[tuple[SyncOutcome, int]](progress)
+        return self._owner.between_runs(lambda: self._sync(job.progress, method), job)
 
     def verify(self, progress: Progress, *, full: bool, live: bool) -> Future[Verification]:
         """Compares the model directory with its manifest."""
+        job = Job[Verification](progress)
 
         def verify() -> Verification:
             session = self._owner.session()
             attachment, state = session.attachment, session.checkpoints.place.state
             reader = attachment.checkpoint() if live else None
             directory = Path(attachment.directory)
-            return verify_directory(directory, reader, full=full, progress=progress, state=state)
+            return verify_directory(
+                directory, reader, full=full, progress=job.progress, state=state
+            )
 
-        return self._owner.between_runs(verify)
+        return self._owner.between_runs(verify, job)
 
     def adopt(self, target: Path, progress: Progress) -> Future[Adoption]:
         """Copies the model directory to one of its own."""
+        job = Job[Adoption](progress)
         return self._owner.between_runs(
             lambda: adopt_directory(
-                Path(self._owner.session().attachment.directory), target, progress
-            )
+                Path(self._owner.session().attachment.directory), target, job.progress
+            ),
+            job,
         )
 
     def export(self, target: Path, progress: Progress) -> Future[tuple[Exported, int]]:
         """Writes the live weights into a new directory; the result holds their version too."""
+        job = Job[tuple[Exported, int]](progress)
 
         def export() -> tuple[Exported, int]:
             session = self._owner.session()
             session.checkpoints.poison.require_sound()
             attachment = session.attachment
             source, reader = Path(attachment.directory), attachment.checkpoint()
-            exported = export_directory(source, target, reader, progress=progress)
+            exported = export_directory(source, target, reader, progress=job.progress)
             return exported, self._version()
 
-        return self._owner.between_runs(export)
+        return self._owner.between_runs(export, job)
 
     def snapshot(self, name: str, progress: Progress) -> Future[SnapshotInfo]:
         """Keeps weights and Apollo state; training goes on once they are copied."""
-        done: Future[SnapshotInfo] = Future()
+        done = Job[SnapshotInfo](progress)
 
         def begin() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
             session = self._owner.session()
             session.require_sound()
             extra = session.extra(self._version())
-            progress(0, sum(p.nbytes for p in session.attachment.parameters().values()), "copying")
-            written = session.checkpoints.snapshot(session.optimizer, extra, name)
+            total = sum(p.nbytes for p in session.attachment.parameters().values())
+            done.progress(0, total, "copying")
+            written = session.checkpoints.snapshot(session.optimizer, extra, name, done.progress)
             written.add_done_callback(lambda future: _pass_on(future, done))
 
         self._owner.between_runs(begin).add_done_callback(lambda begun: _pass_error(begun, done))
@@ -107,8 +118,9 @@ class CheckpointJobs:
         self, snapshot: str, expected_version: int | None, progress: Progress
     ) -> Future[Restored]:
         """Puts a snapshot, by id or name, into the live model."""
+        job = Job[Restored](progress)
         return self._owner.between_runs(
-            lambda: self._restore(self._owner.session(), snapshot, expected_version, progress)
+            lambda: self._restore(self._owner.session(), snapshot, expected_version, job), job
         )
 
     def undo(self, updates: int, expected_version: int | None) -> Future[Restored]:
@@ -167,15 +179,17 @@ class CheckpointJobs:
         return outcome, version
 
     def _restore(
-        self, session: Session, snapshot: str, expected: int | None, progress: Progress
+        self, session: Session, snapshot: str, expected: int | None, job: Job[Restored]
     ) -> Restored:
         self._require_version(expected)
         info = find_snapshot(session, snapshot)
-        progress(0, info.weights_bytes, "decoding and verifying")
+        job.progress(0, info.weights_bytes, "decoding and verifying")
         state = session.checkpoints.store.load(info.id)
         shape = StateShape(**state.extra["shape"])
         optimizer = session.optimizer_of(shape)
-        progress(0, info.weights_bytes, "writing")
+        job.progress(0, info.weights_bytes, "writing")
+        # From the first weight that is written on it is finished, or taken back by itself.
+        job.close()
         self._replace(session, lambda: session.checkpoints.put(state, optimizer))
         if optimizer is not session.optimizer:
             session.optimizer, session.shape = optimizer, shape

@@ -21,6 +21,7 @@ from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.snapshots import SnapshotCopy, SnapshotWriter
 from apollo_trainer.checkpoints.state_folder import Place, owned, place_under
+from apollo_trainer.checkpoints.survey import Progress
 from apollo_trainer.checkpoints.undo_ring import UndoRing
 from apollo_trainer.checkpoints.write_watch import WriteWatch
 from apollo_trainer.config import Settings
@@ -108,7 +109,11 @@ class ModelCheckpoints:
             self._ring.clear()
 
     def snapshot(
-        self, optimizer: Apollo, extra: dict[str, Any], name: str = ""
+        self,
+        optimizer: Apollo,
+        extra: dict[str, Any],
+        name: str = "",
+        progress: Progress = lambda *_: None,
     ) -> Future[SnapshotInfo]:
         """Begins a snapshot of this moment, between two steps; what it copies late, steps copy.
 
@@ -119,7 +124,7 @@ class ModelCheckpoints:
         writer = self._writer
         copying = SnapshotCopy(self._attachment.parameters(), optimizer, extra)
         self.watch.add(copying.before_write)
-        future = writer.write(copying.start(), name)
+        future = writer.write(copying.start(), name, progress)
         future.add_done_callback(lambda _: self.watch.remove(copying.before_write))
         return future
 

@@ -201,12 +201,15 @@ class ModelOwner:
 
     # --- work between two runs --------------------------------------------------------------
 
-    def between_runs(self, work: Callable[[], T]) -> Future[T]:
+    def between_runs(self, work: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
         """Has the training thread do something once the run at work has ended.
+
+        Args:
+            future: what it comes to; one that was cancelled by then never begins.
 
         Raises Unavailable when the server stops.
         """
-        future: Future[T] = Future()
+        future = Future() if future is None else future
         with self._lock:
             # After the thread's last job nobody would ever resolve it.
             if self.stopping.is_set():
@@ -250,6 +253,8 @@ def _log_saved(saved: Saved) -> None:
 
 
 def _resolve(future: Future[T], work: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         future.set_result(work())
     except Exception as error:
