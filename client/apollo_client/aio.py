@@ -21,7 +21,7 @@ from apollo_client.requests import (
 )
 from apollo_client.resume import Resume
 from apollo_client.samples import SampleLike
-from apollo_grpc.errors import DETAILS_KEY, ApolloError
+from apollo_grpc.errors import ApolloError
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import status_pb2, training_pb2
 from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
@@ -48,28 +48,12 @@ class AsyncStream(Generic[T]):
             # Also raised for a call that was left, which would pass for this task's own end.
             if self._left:
                 raise StopAsyncIteration from None
-            if error := await self._stopped_by_server():
-                raise readable(error, self._endpoint) from None
             raise
         except grpc.RpcError as error:
             raise readable(error, self._endpoint) from None
         if message is grpc.aio.EOF:
             raise StopAsyncIteration
         return self._read(message)
-
-    async def _stopped_by_server(self) -> grpc.RpcError | None:
-        """What a call of that status ended with; None where this task is the one to end.
-
-        grpc.aio raises CancelledError for both.
-        """
-        task = asyncio.current_task()
-        if (task and task.cancelling()) or not self._call.done():
-            return None
-        trailers = await self._call.trailing_metadata()
-        if all(key != DETAILS_KEY for key, _ in trailers or ()):
-            return None
-        code, details = await self._call.code(), await self._call.details()
-        return grpc.aio.AioRpcError(code, None, trailers, details)
 
     def close(self) -> None:
         """Leaves the stream: iterating it ends. What it watched goes on."""

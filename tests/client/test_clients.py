@@ -178,16 +178,16 @@ def test_a_token_never_leaves_for_another_machine_in_the_clear(connect):
 def test_a_job_that_waits_is_stopped_by_its_request_id(connect, server):
     with ApolloClient(server) as other:
         run = other.train([SAMPLE], epochs=100_000)
-        run_id = next(run).run_id
+        run_id, request_id = next(run).run_id, uuid.uuid4().hex
         wait_until(lambda: other.status().active_run_id == run_id, "the run")
 
         def stop() -> None:
-            wait_until(lambda: _stopped(other, "waits"), "the job")
+            wait_until(lambda: _stopped(other, request_id), "the job")
 
         stopper = threading.Thread(target=stop)
         stopper.start()
         with pytest.raises(Cancelled) as caught:
-            connect(server).call("sync", request_id="waits")
+            connect(server).call("sync", request_id=request_id)
         stopper.join()
         assert caught.value.reason == "JOB_CANCELLED"
         with pytest.raises(NotFound):
