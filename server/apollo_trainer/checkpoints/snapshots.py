@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor
 
 from apollo_grpc.errors import Aborted
-from apollo_trainer.checkpoints.linked_files import SyncedFiles
 from apollo_trainer.checkpoints.model_state import ModelState, moments_of, to_host
 from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
@@ -131,11 +130,9 @@ class SnapshotWriter:
         source: SnapshotCopy,
         name: str = "",
         progress: Progress = lambda *_: None,
-        *,
-        synced: SyncedFiles | None = None,
     ) -> Future[SnapshotInfo]:
         """Ends when the snapshot is durable, or with what `SnapshotStore.create` raises."""
-        return self._pool.submit(self._store.create, source, name, progress, synced=synced)
+        return self._pool.submit(self._store.create, source, name, progress)
 
     def stop(self) -> None:
         """Ends once all that waits is written."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apollo_grpc.errors import Aborted, NotFound, OutOfRange
+from apollo_grpc.errors import Aborted, OutOfRange
 from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.adopt import Adoption, adopt_directory
 from apollo_trainer.checkpoints.export import Exported, export_directory
@@ -216,14 +216,9 @@ class CheckpointJobs:
 
 
 def find_snapshot(session: Session, snapshot: str) -> SnapshotInfo:
-    """A snapshot by its id or its name. Raises NotFound."""
-    for info in session.checkpoints.store.list():
-        if snapshot in (info.id, info.name) and snapshot:
-            return info
-    raise NotFound(
-        f"There is no snapshot {snapshot[:60]!r}; `apollo checkpoint list` shows them.",
-        reason="SNAPSHOT_NOT_FOUND",
-    )
+    """A snapshot by its id or its name. Raises NotFound, or DataLoss where it cannot be read."""
+    store = session.checkpoints.store
+    return store.get(store.id_of(snapshot))
 
 
 def _pass_on(future: Future[Any], done: Future[Any]) -> None:

@@ -123,7 +123,8 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
         session = self._owner.session()
 
         def delete() -> None:
-            session.checkpoints.store.delete(find_snapshot(session, request.snapshot_id).id)
+            store = session.checkpoints.store
+            store.delete(store.id_of(request.snapshot_id))
 
         def start() -> Future[None]:
             return self._owner.between_runs(delete)
