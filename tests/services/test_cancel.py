@@ -10,11 +10,13 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from apollo_grpc.errors import ApolloError, Cancelled, NotFound
 from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.file_ops import FileOps
+from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.value_exchange import Exchange
 from tests.checkpoints.faulty_disk import tree
 
@@ -197,8 +199,6 @@ def test_a_restore_that_decodes_is_stopped(
     list(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="start"), timeout=60))
     caller.train(optimizer=FAST)
     weights = engine.model.values()
-    from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
-
     load = SnapshotStore.load
 
     def wait_and_load(store: SnapshotStore, *arguments: Any) -> Any:
@@ -222,3 +222,36 @@ def test_an_id_that_no_call_had_is_not_found(caller: Any, error_of: Any, request
     error = error_of(lambda: cancel(caller, request_id))
     assert isinstance(error, NotFound)
     assert error.reason == "REQUEST_NOT_FOUND"
+
+
+def test_a_restore_amid_a_sync_waits_and_the_directory_holds_what_was_synced(
+    start_engine: Any,
+    start_server: Any,
+    model_folder: Path,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, caller = start_engine(), start_server()
+    caller.wait_attached()
+    list(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="start"), timeout=60))
+    start = engine.model.values()
+    caller.train(optimizer=FAST)
+    learned, fsync = engine.model.values(), FileOps.fsync
+
+    def wait_and_flush(ops: FileOps, file: int) -> None:
+        gate.wait()
+        fsync(ops, file)
+
+    monkeypatch.setattr(FileOps, "fsync", wait_and_flush)
+    sync = caller.checkpoints.Sync(cp.SyncRequest(), timeout=60)
+    gate.reached()
+    asked = cp.RestoreSnapshotRequest(snapshot_id="start")
+    restore = caller.checkpoints.RestoreSnapshot(asked, timeout=60)
+    assert all(torch.equal(engine.model.values()[name], w) for name, w in learned.items())
+    gate.open()
+    *_, synced = sync
+    *_, restored = restore
+    assert (synced.result.weight_version, restored.result.weight_version) == (1, 2)
+    on_disk = dict(AutoModelForCausalLM.from_pretrained(model_folder).named_parameters())
+    assert all(torch.equal(learned[name], p) for name, p in on_disk.items())
+    assert all(torch.equal(engine.model.values()[name], w) for name, w in start.items())
