@@ -19,7 +19,10 @@ OTHERS = frozenset(
 
 
 class Settings(BaseSettings):
-    """One setting a field; `--state-dir` on the command line is APOLLO_STATE_DIR outside it."""
+    """One setting a field; `--state-dir` on the command line is APOLLO_STATE_DIR outside it.
+
+    `recover DIRECTORY` instead of settings settles a sync that was cut off, and serves nothing.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
