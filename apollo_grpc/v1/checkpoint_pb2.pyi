@@ -53,6 +53,35 @@ SYNC_METHOD_IN_PLACE: SyncMethod.ValueType  # 5
 """Written in place behind a redo log."""
 global___SyncMethod = SyncMethod
 
+class _CancelState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _CancelStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_CancelState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CANCEL_STATE_UNSPECIFIED: _CancelState.ValueType  # 0
+    CANCEL_STATE_CANCELLED: _CancelState.ValueType  # 1
+    """It never began, or has stopped. Its stream ends with CANCELLED, reason JOB_CANCELLED."""
+    CANCEL_STATE_STOPPING: _CancelState.ValueType  # 2
+    """It stops at its next progress. One that is past its last ends as it would have: its own stream
+    tells which.
+    """
+    CANCEL_STATE_TOO_LATE: _CancelState.ValueType  # 3
+    """It has ended, or writes what must be finished, such as live weights."""
+
+class CancelState(_CancelState, metaclass=_CancelStateEnumTypeWrapper): ...
+
+CANCEL_STATE_UNSPECIFIED: CancelState.ValueType  # 0
+CANCEL_STATE_CANCELLED: CancelState.ValueType  # 1
+"""It never began, or has stopped. Its stream ends with CANCELLED, reason JOB_CANCELLED."""
+CANCEL_STATE_STOPPING: CancelState.ValueType  # 2
+"""It stops at its next progress. One that is past its last ends as it would have: its own stream
+tells which.
+"""
+CANCEL_STATE_TOO_LATE: CancelState.ValueType  # 3
+"""It has ended, or writes what must be finished, such as live weights."""
+global___CancelState = CancelState
+
 @typing.final
 class Progress(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -161,17 +190,20 @@ class VerifyRequest(google.protobuf.message.Message):
 
     FULL_FIELD_NUMBER: builtins.int
     LIVE_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     full: builtins.bool
     """Read the files, and compare the digest of every tensor."""
     live: builtins.bool
     """Compare the live weights with the digests too."""
+    request_id: builtins.str
     def __init__(
         self,
         *,
         full: builtins.bool = ...,
         live: builtins.bool = ...,
+        request_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["full", b"full", "live", b"live"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["full", b"full", "live", b"live", "request_id", b"request_id"]) -> None: ...
 
 global___VerifyRequest = VerifyRequest
 
@@ -663,3 +695,33 @@ class ExportResult(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["bytes_written", b"bytes_written", "directory", b"directory", "weight_version", b"weight_version"]) -> None: ...
 
 global___ExportResult = ExportResult
+
+@typing.final
+class CancelCheckpointRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request_id", b"request_id"]) -> None: ...
+
+global___CancelCheckpointRequest = CancelCheckpointRequest
+
+@typing.final
+class CancelCheckpointResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: builtins.int
+    state: global___CancelState.ValueType
+    def __init__(
+        self,
+        *,
+        state: global___CancelState.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["state", b"state"]) -> None: ...
+
+global___CancelCheckpointResponse = CancelCheckpointResponse

@@ -88,6 +88,11 @@ class CheckpointServiceStub(object):
                 request_serializer=apollo_dot_v1_dot_checkpoint__pb2.ExportRequest.SerializeToString,
                 response_deserializer=apollo_dot_v1_dot_checkpoint__pb2.ExportResponse.FromString,
                 _registered_method=True)
+        self.CancelCheckpoint = channel.unary_unary(
+                '/apollo.v1.CheckpointService/CancelCheckpoint',
+                request_serializer=apollo_dot_v1_dot_checkpoint__pb2.CancelCheckpointRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_checkpoint__pb2.CancelCheckpointResponse.FromString,
+                _registered_method=True)
 
 
 class CheckpointServiceServicer(object):
@@ -168,6 +173,14 @@ class CheckpointServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelCheckpoint(self, request, context):
+        """Stops what a call with this `request_id` began, and leaves all as it was before that call.
+        Idempotent; returns at once. NOT_FOUND where no call had the id since the server started.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CheckpointServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -220,6 +233,11 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
                     servicer.Export,
                     request_deserializer=apollo_dot_v1_dot_checkpoint__pb2.ExportRequest.FromString,
                     response_serializer=apollo_dot_v1_dot_checkpoint__pb2.ExportResponse.SerializeToString,
+            ),
+            'CancelCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelCheckpoint,
+                    request_deserializer=apollo_dot_v1_dot_checkpoint__pb2.CancelCheckpointRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_checkpoint__pb2.CancelCheckpointResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -496,6 +514,33 @@ class CheckpointService(object):
             '/apollo.v1.CheckpointService/Export',
             apollo_dot_v1_dot_checkpoint__pb2.ExportRequest.SerializeToString,
             apollo_dot_v1_dot_checkpoint__pb2.ExportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.CheckpointService/CancelCheckpoint',
+            apollo_dot_v1_dot_checkpoint__pb2.CancelCheckpointRequest.SerializeToString,
+            apollo_dot_v1_dot_checkpoint__pb2.CancelCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

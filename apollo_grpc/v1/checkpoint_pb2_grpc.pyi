@@ -87,6 +87,14 @@ class CheckpointServiceStub:
     ]
     """Writes a new, complete Hugging Face directory."""
 
+    CancelCheckpoint: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.CancelCheckpointRequest,
+        apollo_grpc.v1.checkpoint_pb2.CancelCheckpointResponse,
+    ]
+    """Stops what a call with this `request_id` began, and leaves all as it was before that call.
+    Idempotent; returns at once. NOT_FOUND where no call had the id since the server started.
+    """
+
 class CheckpointServiceAsyncStub:
     """CheckpointService brings the disk up to date with the live weights, and back.
 
@@ -155,6 +163,14 @@ class CheckpointServiceAsyncStub:
         apollo_grpc.v1.checkpoint_pb2.ExportResponse,
     ]
     """Writes a new, complete Hugging Face directory."""
+
+    CancelCheckpoint: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.CancelCheckpointRequest,
+        apollo_grpc.v1.checkpoint_pb2.CancelCheckpointResponse,
+    ]
+    """Stops what a call with this `request_id` began, and leaves all as it was before that call.
+    Idempotent; returns at once. NOT_FOUND where no call had the id since the server started.
+    """
 
 class CheckpointServiceServicer(metaclass=abc.ABCMeta):
     """CheckpointService brings the disk up to date with the live weights, and back.
@@ -244,5 +260,15 @@ class CheckpointServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[apollo_grpc.v1.checkpoint_pb2.ExportResponse], collections.abc.AsyncIterator[apollo_grpc.v1.checkpoint_pb2.ExportResponse]]:
         """Writes a new, complete Hugging Face directory."""
+
+    @abc.abstractmethod
+    def CancelCheckpoint(
+        self,
+        request: apollo_grpc.v1.checkpoint_pb2.CancelCheckpointRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.checkpoint_pb2.CancelCheckpointResponse, collections.abc.Awaitable[apollo_grpc.v1.checkpoint_pb2.CancelCheckpointResponse]]:
+        """Stops what a call with this `request_id` began, and leaves all as it was before that call.
+        Idempotent; returns at once. NOT_FOUND where no call had the id since the server started.
+        """
 
 def add_CheckpointServiceServicer_to_server(servicer: CheckpointServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -12,7 +12,8 @@ from apollo_grpc.v1 import checkpoint_pb2 as pb
 class AsyncCheckpointCalls:
     """What is done about the disk; `AsyncApolloClient` says how a call is made.
 
-    `request_id`: the same id again attaches to what the first call began, until the server ends.
+    `request_id`: the same id again attaches to what the first call began, until the server ends;
+    `cancel_checkpoint` stops it.
     """
 
     _checkpoints: Any
@@ -37,7 +38,12 @@ class AsyncCheckpointCalls:
         return result
 
     async def verify(
-        self, *, full: bool = False, live: bool = False, progress: Told | None = None
+        self,
+        *,
+        full: bool = False,
+        live: bool = False,
+        progress: Told | None = None,
+        request_id: str = "",
     ) -> pb.VerifyResult:
         """Compares the model directory with what the last sync left there.
 
@@ -45,22 +51,26 @@ class AsyncCheckpointCalls:
             full: read every file, and compare digests.
             live: compare the live weights too.
         """
-        request = pb.VerifyRequest(full=full, live=live)
+        request = pb.VerifyRequest(full=full, live=live, request_id=request_id)
         result: pb.VerifyResult = await self._result(self._checkpoints.Verify, request, progress)
         return result
 
-    async def adopt(self, directory: str | Path, progress: Told | None = None) -> pb.AdoptResult:
+    async def adopt(
+        self, directory: str | Path, progress: Told | None = None, *, request_id: str = ""
+    ) -> pb.AdoptResult:
         """Makes a private copy of the model directory, in a new folder of the server's machine."""
-        request = pb.AdoptRequest(directory=str(directory))
+        request = pb.AdoptRequest(directory=str(directory), request_id=request_id)
         result: pb.AdoptResult = await self._result(self._checkpoints.Adopt, request, progress)
         return result
 
-    async def export(self, directory: str | Path, progress: Told | None = None) -> pb.ExportResult:
+    async def export(
+        self, directory: str | Path, progress: Told | None = None, *, request_id: str = ""
+    ) -> pb.ExportResult:
         """Writes the live weights as a new model directory on the server's machine.
 
         Raises AlreadyExists for a folder that exists.
         """
-        request = pb.ExportRequest(directory=str(directory))
+        request = pb.ExportRequest(directory=str(directory), request_id=request_id)
         result: pb.ExportResult = await self._result(self._checkpoints.Export, request, progress)
         return result
 
@@ -141,3 +151,13 @@ class AsyncCheckpointCalls:
         )
         result: pb.RestoreResult = await self._result(self._checkpoints.Undo, request, None)
         return result
+
+    async def cancel_checkpoint(self, request_id: str) -> str:
+        """Stops what the last call with this id began; returns at once.
+
+        Returns `"CANCELLED"`, `"STOPPING"` (at its next progress; its own call tells), or
+        `"TOO_LATE"`: it has ended, or writes live weights. Raises NotFound for an unknown id.
+        """
+        request = pb.CancelCheckpointRequest(request_id=request_id)
+        state = (await self._answer(self._checkpoints.CancelCheckpoint, request)).state
+        return pb.CancelState.Name(state).removeprefix("CANCEL_STATE_")

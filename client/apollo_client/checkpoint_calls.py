@@ -12,7 +12,8 @@ from apollo_grpc.v1 import checkpoint_pb2 as pb
 class CheckpointCalls:
     """What is done about the disk; `ApolloClient` says how a call is made.
 
-    `request_id`: the same id again attaches to what the first call began, until the server ends.
+    `request_id`: the same id again attaches to what the first call began, until the server ends;
+    `cancel_checkpoint` stops it.
     """
 
     _checkpoints: Any
@@ -37,7 +38,12 @@ class CheckpointCalls:
         return result
 
     def verify(
-        self, *, full: bool = False, live: bool = False, progress: Told | None = None
+        self,
+        *,
+        full: bool = False,
+        live: bool = False,
+        progress: Told | None = None,
+        request_id: str = "",
     ) -> pb.VerifyResult:
         """Compares the model directory with what the last sync left there.
 
@@ -45,22 +51,26 @@ class CheckpointCalls:
             full: read every file, and compare digests.
             live: compare the live weights too.
         """
-        request = pb.VerifyRequest(full=full, live=live)
+        request = pb.VerifyRequest(full=full, live=live, request_id=request_id)
         result: pb.VerifyResult = self._result(self._checkpoints.Verify, request, progress)
         return result
 
-    def adopt(self, directory: str | Path, progress: Told | None = None) -> pb.AdoptResult:
+    def adopt(
+        self, directory: str | Path, progress: Told | None = None, *, request_id: str = ""
+    ) -> pb.AdoptResult:
         """Makes a private copy of the model directory, in a new folder of the server's machine."""
-        request = pb.AdoptRequest(directory=str(directory))
+        request = pb.AdoptRequest(directory=str(directory), request_id=request_id)
         result: pb.AdoptResult = self._result(self._checkpoints.Adopt, request, progress)
         return result
 
-    def export(self, directory: str | Path, progress: Told | None = None) -> pb.ExportResult:
+    def export(
+        self, directory: str | Path, progress: Told | None = None, *, request_id: str = ""
+    ) -> pb.ExportResult:
         """Writes the live weights as a new model directory on the server's machine.
 
         Raises AlreadyExists for a folder that exists.
         """
-        request = pb.ExportRequest(directory=str(directory))
+        request = pb.ExportRequest(directory=str(directory), request_id=request_id)
         result: pb.ExportResult = self._result(self._checkpoints.Export, request, progress)
         return result
 
@@ -135,3 +145,13 @@ class CheckpointCalls:
         )
         result: pb.RestoreResult = self._result(self._checkpoints.Undo, request, None)
         return result
+
+    def cancel_checkpoint(self, request_id: str) -> str:
+        """Stops what the last call with this id began; returns at once.
+
+        Returns `"CANCELLED"`, `"STOPPING"` (at its next progress; its own call tells), or
+        `"TOO_LATE"`: it has ended, or writes live weights. Raises NotFound for an unknown id.
+        """
+        request = pb.CancelCheckpointRequest(request_id=request_id)
+        state = self._answer(self._checkpoints.CancelCheckpoint, request).state
+        return pb.CancelState.Name(state).removeprefix("CANCEL_STATE_")

@@ -19,7 +19,10 @@ OTHERS = frozenset(
 
 
 class Settings(BaseSettings):
-    """One setting a field; `--state-dir` on the command line is APOLLO_STATE_DIR outside it."""
+    """One setting a field; `--state-dir` on the command line is APOLLO_STATE_DIR outside it.
+
+    `recover DIRECTORY` instead of settings settles a sync that was cut off, and serves nothing.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -30,6 +33,11 @@ class Settings(BaseSettings):
 
     state_dir: Path = Field(
         default_factory=locations.state_folder, description="folder of sockets and Apollo state"
+    )
+    checkpoint_dir: Path | None = Field(
+        default=None,
+        description="folder of manifests and snapshots; default: beside each model directory. On "
+        "another disk a sync renames shard after shard",
     )
     address: str = Field(
         default_factory=locations.server_address,

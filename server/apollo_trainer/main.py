@@ -30,6 +30,7 @@ from apollo_grpc.v1 import (
     training_pb2,
     training_pb2_grpc,
 )
+from apollo_trainer import recover_command
 from apollo_trainer.config import Settings, described, unknown_names
 from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.runs.engine_watch import EngineWatch, no_engine
@@ -145,7 +146,10 @@ async def _serve(settings: Settings) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `apollo-training-server`; exits with 2 for wrong settings, 1 when refused."""
+    """Entry point of `apollo-training-server`; exits with 2 for wrong settings, 1 when refused.
+
+    `recover DIRECTORY` in place of settings settles a cut-off sync, and serves nothing.
+    """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
@@ -154,6 +158,8 @@ def main(arguments: list[str] | None = None) -> None:
         for name in unknown:
             print(f"apollo-training-server: {name}: is no setting; see --help", file=sys.stderr)
         sys.exit(2)
+    if given[:1] == [recover_command.NAME]:
+        sys.exit(recover_command.command("apollo-training-server", given[1:]))
     try:
         settings: Any = CliApp.run(Settings, cli_args=given)
     except ValidationError as error:

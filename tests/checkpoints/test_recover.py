@@ -220,7 +220,7 @@ def test_a_config_that_is_aside_is_put_back_at_the_start(folder: Path) -> None:
         synced(folder, 2, SyncOptions(SyncMethod.ROLLFORWARD, ops=DiesAtTheSecondShard(-1, "EIO")))
     assert generation_of(folder) == "mix"
     assert not (folder / "config.json").exists()
-    settle_directory(folder)
+    settle_directory(place_of(folder))
     assert (folder / "config.json").exists()
     assert generation_of(folder) == 2
 
@@ -301,7 +301,7 @@ def kill_while_a_model_is_synced(live: Any, method: SyncMethod, kills: int) -> s
             assert child.stdout and child.stdout.readline() == b"synced\n"
             time.sleep(rng.uniform(0, 0.4))
             child.send_signal(signal.SIGKILL)
-        settle_directory(live.folder)
+        settle_directory(place_of(live.folder))
         (value,) = {float(v) for p in live.loaded().values() for v in p.detach().unique()}
         found.add(value)
     return found

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ from apollo_grpc.errors import (
     ResourceExhausted,
 )
 from apollo_trainer.checkpoints import snapshot_store, store_folder
-from apollo_trainer.checkpoints.linked_files import SyncedFiles
-from apollo_trainer.checkpoints.model_state import ModelState, capture
+from apollo_trainer.checkpoints.model_state import capture
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
 from apollo_trainer.optim import Apollo
 from tests.checkpoints.learner import Learner, assert_same
@@ -318,76 +318,45 @@ def test_a_killed_process_leaves_a_whole_store(tmp_path: Path) -> None:
             store.load(info.id)
 
 
-def synced_state(live: Any) -> tuple[ModelState, SyncedFiles]:
-    optimizer = Apollo(live.parameters.items(), rank=8)
-    shards = tuple(sorted(live.folder.glob("*.safetensors")))
-    return capture(live.parameters, optimizer), SyncedFiles(shards, live.plan)
-
-
-@pytest.mark.parametrize("kind", ["tied", "untied", "gpt2"])
-def test_synced_weights_are_linked_and_come_back(
-    tmp_path: Path, live_directory: Make, kind: str
-) -> None:
-    live, store = live_directory(kind, shard_size="20KB"), SnapshotStore(tmp_path / "state")
-    state, synced = synced_state(live)
-    info = store.create(state, "synced", synced=synced)
-    assert set(info.linked) == {file.name for file in synced.files}
-    moments = sum(t.nbytes for t in state.moments.values())
-    assert info.size_bytes < moments + 50_000
-    # A sync renames new files over the old ones; the links keep those.
-    for file in synced.files:
-        new = file.with_suffix(".new")
-        new.write_bytes(b"other")
-        new.replace(file)
-    assert_same(store.load(info.id, live.plan), state)
-
-
-def test_files_that_are_not_the_live_weights_are_not_linked(
-    tmp_path: Path, live_directory: Make
-) -> None:
-    live, store = live_directory("tied"), SnapshotStore(tmp_path / "state")
-    live.train(next(iter(live.parameters)))
-    state, synced = synced_state(live)
-    info = store.create(state, "ahead", synced=synced)
-    assert info.linked == ()
-    assert synced.files[0].stat().st_nlink == 1
-    assert_same(store.load(info.id), state)
-
-
-def test_a_linked_file_that_was_edited_in_place_is_refused(
-    tmp_path: Path, live_directory: Make
-) -> None:
-    live, store = live_directory("tied"), SnapshotStore(tmp_path / "state")
-    state, synced = synced_state(live)
-    info = store.create(state, "synced", synced=synced)
-    flip(synced.files[0], 0.9)
-    with pytest.raises(DataLoss, match="changed in place"):
-        store.load(info.id, live.plan)
-
-
-def test_links_that_the_filesystem_refuses_become_a_difference(
-    tmp_path: Path, live_directory: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    live, store = live_directory("tied"), SnapshotStore(tmp_path / "state")
-    state, synced = synced_state(live)
-
-    def refuse(*_: Any) -> None:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    monkeypatch.setattr("apollo_trainer.checkpoints.linked_files.os.link", refuse)
-    info = store.create(state, "synced", synced=synced)
-    assert info.linked == ()
-    assert_same(store.load(info.id), state)
-
-
-def test_a_link_out_of_the_snapshot_is_refused(tmp_path: Path, live_directory: Make) -> None:
-    live, store = live_directory("tied"), SnapshotStore(tmp_path / "state")
-    state, synced = synced_state(live)
-    info = store.create(state, "synced", synced=synced)
-    folder = tmp_path / "state" / "snapshots" / info.id
-    snapshot_store.write_info(
-        folder, type(info)(**{**vars(info), "linked": ("../../../model.safetensors",)})
-    )
+@pytest.mark.parametrize("anchor", ["../anchors/x", "..", "", "/etc", "00000001-" + "0" * 13])
+def test_an_anchor_out_of_its_folder_is_refused(tmp_path: Path, anchor: str) -> None:
+    store = SnapshotStore(tmp_path)
+    info = store.create(Learner().state(), "mine")
+    folder = tmp_path / "snapshots" / info.id
+    snapshot_store.write_info(folder, replace(info, anchor=anchor))
     assert json.loads((folder / "snapshot.json").read_text())
-    with pytest.raises(DataLoss, match="another folder"):
-        store.load(info.id, live.plan)
+    with pytest.raises(DataLoss) as caught:
+        store.load(info.id)
+    assert caught.value.reason == "SNAPSHOT_CORRUPT"
+
+
+def test_an_id_is_found_without_reading_the_other_snapshots(
+    tmp_path: Path, learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, read = SnapshotStore(tmp_path), list[str]()
+    first, second = store.create(learner.state(), "a"), store.create(learner.state(), "b")
+    read_info = snapshot_store.read_info
+
+    def reading(folder: Path) -> Any:
+        read.append(folder.name)
+        return read_info(folder)
+
+    monkeypatch.setattr(snapshot_store, "read_info", reading)
+    assert store.get(store.id_of(second.id)).name == "b"
+    assert read == [second.id]
+    assert store.id_of("a") == first.id
+    for unknown in ("", "c", "../a"):
+        with pytest.raises(NotFound):
+            store.id_of(unknown)
+
+
+def test_a_damaged_snapshot_is_told_by_its_id_and_can_be_deleted(
+    tmp_path: Path, learner: Learner
+) -> None:
+    store = SnapshotStore(tmp_path)
+    info = store.create(learner.state(), "a")
+    flip(tmp_path / "snapshots" / info.id / "snapshot.json", 0.5)
+    with pytest.raises(DataLoss):
+        store.get(store.id_of(info.id))
+    store.delete(store.id_of(info.id))
+    assert not (tmp_path / "snapshots" / info.id).exists()

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.checkpoints.sync import sync_directory
+from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, CheckpointTensor
+from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 
 Make = Callable[..., Any]
 # Syncs changed weights with room for 4 KB a file only, and says which error that was.
@@ -229,3 +231,44 @@ def test_no_shard_is_replaced_before_all_new_ones_are_on_disk(
     with pytest.raises(OSError, match="No space"):
         sync_directory(live.folder, live.reader)
     assert live.files() == before
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_a_shard_that_was_cut_off_is_told_and_kept(live_directory: Make, length: int) -> None:
+    live = live_directory("untied", shard_size="20KB")
+    sync_directory(live.folder, live.reader)
+    shard = live.folder / "model-00002-of-00005.safetensors"
+    os.truncate(shard, shard.stat().st_size - 1 if length < 0 else length)
+    assert "model-00002" in refused(live, "SHARD_UNREADABLE").message
+
+
+@pytest.mark.parametrize(
+    "index", [b"", b"{", b'{"weight_map": {"lm_head.weight": "../../outside.safetensors"}}']
+)
+def test_an_index_that_lies_leads_nowhere_and_is_kept(live_directory: Make, index: bytes) -> None:
+    live = live_directory("untied", shard_size="20KB")
+    path = live.folder / "model.safetensors.index.json"
+    right = path.read_bytes()
+    path.write_bytes(index)
+    live.train()
+    sync_directory(live.folder, live.reader)
+    assert path.read_bytes() == index
+    assert not (live.folder.parent.parent / "outside.safetensors").exists()
+    path.write_bytes(right)
+    live.assert_holds_live_values()
+
+
+def test_every_16_bit_pattern_is_written_as_it_is(tmp_path: Path) -> None:
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    shape = (len(patterns),)
+    plan = CheckpointPlan({"w": shape}, {}, (CheckpointTensor("w", "w", shape, (1,), 0),))
+    for dtype in (torch.bfloat16, torch.float16):
+        folder = tmp_path / str(dtype)
+        folder.mkdir()
+        save_file({"w": patterns.view(dtype)}, folder / "model.safetensors")
+        # Each NaN becomes another NaN, and each zero one of the other sign.
+        other = torch.nn.Parameter((patterns ^ -32767).view(dtype))
+        outcome = sync_directory(folder, CheckpointReader(plan, {"w": other}))
+        assert outcome.tensors_changed == 1
+        written = load_file(folder / "model.safetensors")["w"]
+        assert torch.equal(written.view(torch.int16), patterns ^ -32767)

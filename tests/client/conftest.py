@@ -82,8 +82,8 @@ class Blocking:
                 updates.append(next(stream))
         return updates
 
-    def call(self, name: str, *arguments: Any) -> Any:
-        return getattr(self.client, name)(*arguments)
+    def call(self, name: str, *arguments: Any, **options: Any) -> Any:
+        return getattr(self.client, name)(*arguments, **options)
 
     def close(self) -> None:
         self.client.close()
@@ -140,9 +140,9 @@ class Asyncio:
 
         return self._runner.run(collect())
 
-    def call(self, name: str, *arguments: Any) -> Any:
+    def call(self, name: str, *arguments: Any, **options: Any) -> Any:
         async def call() -> Any:
-            return await getattr(self.client, name)(*arguments)
+            return await getattr(self.client, name)(*arguments, **options)
 
         return self._runner.run(call())
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 
 import pytest
 
 from apollo_client import ApolloClient
-from apollo_grpc.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
+from apollo_grpc.errors import AlreadyExists, Cancelled, InvalidArgument, NotFound, Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from tests.waiting import wait_until
 
@@ -172,3 +173,30 @@ def test_a_stream_that_was_left_ends(connect, server):
 def test_a_token_never_leaves_for_another_machine_in_the_clear(connect):
     with pytest.raises(InvalidArgument, match="TLS"):
         connect("192.0.2.1:50051", token="secret")
+
+
+def test_a_job_that_waits_is_stopped_by_its_request_id(connect, server):
+    with ApolloClient(server) as other:
+        run = other.train([SAMPLE], epochs=100_000)
+        run_id, request_id = next(run).run_id, uuid.uuid4().hex
+        wait_until(lambda: other.status().active_run_id == run_id, "the run")
+
+        def stop() -> None:
+            wait_until(lambda: _stopped(other, request_id), "the job")
+
+        stopper = threading.Thread(target=stop)
+        stopper.start()
+        with pytest.raises(Cancelled) as caught:
+            connect(server).call("sync", request_id=request_id)
+        stopper.join()
+        assert caught.value.reason == "JOB_CANCELLED"
+        with pytest.raises(NotFound):
+            other.cancel_checkpoint("unknown")
+        other.cancel_run(run_id)
+
+
+def _stopped(client: ApolloClient, request_id: str) -> bool:
+    try:
+        return client.cancel_checkpoint(request_id) == "CANCELLED"
+    except NotFound:
+        return False

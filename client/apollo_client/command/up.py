@@ -18,6 +18,8 @@ from apollo_client.connection import find_server
 from apollo_grpc.locations import private_folder, sidecar_address, state_folder
 
 _NAME = "apollo"  # the plugin's, as vLLM knows it
+# Where the training server puts config.json while shards are of two generations.
+_ASIDE = ".config.json.apollo-aside"
 _VLLM = "vllm.entrypoints.openai.api_server"
 # No download, no report to anybody, unless the user's own environment says otherwise.
 _QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -47,6 +49,12 @@ def command(
 
 def require_startable(model: Path) -> None:
     """Ends the command where MODEL is no model directory, or what serves it is not installed."""
+    if (model / _ASIDE).is_file():
+        fail(
+            f"{model}: a sync was cut off, and its shards may be of two generations. Nothing was "
+            f"started; settle it first: apollo-training-server recover {model}",
+            WRONG_INPUT,
+        )
     if not (model / "config.json").is_file():
         fail(f"{model} is no model directory: it has no config.json.", WRONG_INPUT)
     for module, extra in _NEEDED.items():

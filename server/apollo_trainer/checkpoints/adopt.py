@@ -11,6 +11,7 @@ from pathlib import Path
 from apollo_grpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from apollo_trainer.checkpoints.durable_write import TEMPORARY
 from apollo_trainer.checkpoints.file_ops import FILES, FileOps
+from apollo_trainer.checkpoints.no_replace import rename_without_replacing
 from apollo_trainer.checkpoints.survey import Progress
 from apollo_trainer.checkpoints.tensor_file import PIECE
 
@@ -53,8 +54,11 @@ def adopt_directory(
             written += _copy(source / name, beside / name, ops)
         for folder in sorted({beside, *(beside / n for f in files for n in f.parents)}):
             ops.sync_folder(folder)
-        _require_free(target, ops)
-        ops.rename(beside, target)
+        progress(written, total, target.name)
+        try:
+            rename_without_replacing(beside, target)
+        except FileExistsError as error:
+            raise _exists(target) from error
         ops.sync_folder(target.parent)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -66,15 +70,19 @@ def adopt_directory(
 
 def _require_free(target: Path, ops: FileOps) -> None:
     if ops.found(target):
-        raise AlreadyExists(
-            f"{target} exists already; it was left as it is. Name a folder that does not exist.",
-            reason="FOLDER_EXISTS",
-        )
+        raise _exists(target)
     if not target.parent.is_dir():
         raise FailedPrecondition(
             f"{target.parent} is no folder; nothing was copied. Make it first.",
             reason="NO_SUCH_FOLDER",
         )
+
+
+def _exists(target: Path) -> AlreadyExists:
+    return AlreadyExists(
+        f"{target} exists already; it was left as it is. Name a folder that does not exist.",
+        reason="FOLDER_EXISTS",
+    )
 
 
 def _files(source: Path) -> Iterator[Path]:

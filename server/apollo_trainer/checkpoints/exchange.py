@@ -55,6 +55,8 @@ def exchange_sync(
         written.append(write_shard(survey, shard, place.next_folder / shard, spare))
     copy_names(place.ops, place.directory, place.next_folder, skip=set(shards))
     manifest = survey.next_manifest(SyncMethod.EXCHANGE, written)
+    # The last moment at which all is as it was.
+    began(place.intent_path.name)
     announce(place, manifest)
     try:
         place.ops.exchange(place.directory, place.next_folder)

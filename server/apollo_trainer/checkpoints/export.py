@@ -63,6 +63,7 @@ def export_directory(
         _copy_others(source, building)
         exported = _write_shards(source, building, reader, shapes, shard_bytes, progress)
         flush_tree(building)
+        progress(exported.bytes_written, exported.bytes_written, target.name)
         try:
             rename_without_replacing(building, target)
         except FileExistsError as error:
@@ -70,6 +71,7 @@ def export_directory(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     flush_folder(target.parent)
+    progress(exported.bytes_written, exported.bytes_written, "")
     return exported
 
 
@@ -152,7 +154,6 @@ def _write_shards(
             "weight_map": dict(sorted(split.tensor_to_filename.items())),
         }
         (building / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    progress(total, total, "")
     return Exported(total, tuple(split.filename_to_tensors))
 
 

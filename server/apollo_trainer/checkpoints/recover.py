@@ -6,9 +6,8 @@ May be repeated, and may itself be cut off anywhere.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
-from apollo_grpc.errors import ApolloError, FailedPrecondition
+from apollo_grpc.errors import ApolloError, DataLoss, FailedPrecondition
 from apollo_trainer.checkpoints.durable_write import TEMPORARY
 from apollo_trainer.checkpoints.exchange import finish_exchange
 from apollo_trainer.checkpoints.in_place import redo
@@ -19,7 +18,6 @@ from apollo_trainer.checkpoints.state_folder import (
     Place,
     SyncMethod,
     held,
-    place_of,
     read_manifest,
     refreshed,
 )
@@ -27,19 +25,18 @@ from apollo_trainer.checkpoints.state_folder import (
 log = logging.getLogger(__name__)
 
 
-def settle_directory(directory: Path) -> None:
+def settle_directory(place: Place) -> None:
     """At the start: `recover`, where there is a state folder; what it cannot do, a sync will tell.
 
     Without it a directory whose config.json is aside would stay so until the next sync.
     """
-    place = place_of(directory)
     if place.ops.found(place.state) is None:
         return
     try:
         with held(place):
             recover(place)
     except (ApolloError, OSError) as error:
-        log.error("%s was not settled: %s", directory, error)
+        log.error("%s was not settled: %s", place.directory, error)
 
 
 def recover(place: Place, spare: Spare | None = None) -> Manifest | None:
@@ -53,6 +50,8 @@ def recover(place: Place, spare: Spare | None = None) -> Manifest | None:
     if intent and intent.generation > (baseline.generation if baseline else 0):
         _settle(place, baseline, intent)
         baseline = read_manifest(place)
+    if place.ops.found(place.aside) and not (baseline and refreshed(place, baseline)):
+        raise _nobody_knows(place)
     _remove_leftovers(place, spare or Spare())
     return baseline
 
@@ -85,6 +84,17 @@ def _remove_leftovers(place: Place, spare: Spare) -> None:
         ops.remove(place.intent_path)
         # Else a power failure could bring it back beside what is built next.
         ops.sync_folder(place.state)
+
+
+def _nobody_knows(place: Place) -> DataLoss:
+    """The refusal to put config.json back over shards that may be of two generations."""
+    return DataLoss(
+        f"A sync of {place.directory.name} was cut off, and what it had announced is gone: nobody "
+        "knows of which generation its shards are. Nothing was written, and config.json is aside "
+        f"({place.aside.name}) so that nobody loads a mix. Bring the directory back from a copy, "
+        f"then remove {place.state}.",
+        reason="SYNC_CANNOT_FINISH",
+    )
 
 
 def edited(place: Place, baseline: Manifest) -> FailedPrecondition:

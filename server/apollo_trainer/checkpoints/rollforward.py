@@ -29,6 +29,8 @@ def rollforward_sync(survey: Survey, shards: list[str], began: Callable[[str], N
         written.append(write_shard(survey, shard, place.beside(shard)))
     place.ops.sync_folder(place.directory)
     manifest = survey.next_manifest(SyncMethod.ROLLFORWARD, written)
+    # The last moment at which all is as it was.
+    began(place.intent_path.name)
     announce(place, manifest)
     finish_rollforward(place, manifest)
     return manifest

@@ -27,10 +27,9 @@ class SnapshotInfo:
         created: seconds since 1970, by this machine's clock; ids order snapshots, not this.
         optimizer_step: completed steps.
         weight_version: of the live weights then; 0 where nobody said.
-        size_bytes: of its own files; neither the anchor's nor linked files'.
+        size_bytes: of its own files, not the anchor's.
         weights_bytes: of the parameters.
-        anchor: the id of the anchor that it is a difference to; empty for linked files.
-        linked: names of the model directory's files that it holds by hard links.
+        anchor: the id of the anchor that it is a difference to.
         digests: of each parameter.
         state_digest: of the file of the Apollo state.
     """
@@ -44,14 +43,12 @@ class SnapshotInfo:
     size_bytes: int
     weights_bytes: int
     anchor: str
-    linked: tuple[str, ...]
     digests: dict[str, str] = field(repr=False)
     state_digest: str = field(repr=False)
 
 
 _KINDS: dict[str, Any] = {
-    "str": str, "bool": bool, "float": (float, int), "int": int,
-    "tuple[str, ...]": list, "dict[str, str]": dict,
+    "str": str, "bool": bool, "float": (float, int), "int": int, "dict[str, str]": dict,
 }  # fmt: skip
 
 
@@ -89,13 +86,9 @@ def _parse(values: dict[str, Any]) -> SnapshotInfo:
     for each in fields(SnapshotInfo):
         if not isinstance(values[each.name], _KINDS[str(each.type)]):
             raise ValueError(f"its {each.name} is {str(values[each.name])[:40]!r}")
-    linked = tuple(values["linked"])
-    if any(Path(name).name != name or name in ("", ".", "..") for name in linked):
-        raise ValueError("it links a file of another folder")
     require_id(values["id"])
-    if values["anchor"] or not linked:
-        require_id(values["anchor"])
-    return SnapshotInfo(**{**values, "linked": linked})
+    require_id(values["anchor"])
+    return SnapshotInfo(**values)
 
 
 def _checksum(text: str) -> str:

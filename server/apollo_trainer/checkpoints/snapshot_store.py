@@ -1,4 +1,4 @@
-"""The snapshots of one model: each a difference to an anchor, or links to the model's own files.
+"""The snapshots of one model: each a difference to an anchor.
 
     <parent>/.<model>.apollo/{anchors,snapshots,trash}/
 
@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 
 from apollo_grpc.errors import AlreadyExists, DataLoss, NotFound, ResourceExhausted
-from apollo_trainer.checkpoints import linked_files
 from apollo_trainer.checkpoints.anchors import Anchors
 from apollo_trainer.checkpoints.apollo_state import FILE_NAME as STATE_FILE
 from apollo_trainer.checkpoints.apollo_state import OPTIMIZER_KEY, load_state, save_state
@@ -30,8 +29,7 @@ from apollo_trainer.checkpoints.delta_file import (
     open_delta,
     write_delta,
 )
-from apollo_trainer.checkpoints.digest import digest, matches
-from apollo_trainer.checkpoints.linked_files import SyncedFiles, link_files, read_parameters
+from apollo_trainer.checkpoints.digest import digest
 from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.snapshot_info import (
     SnapshotInfo,
@@ -40,7 +38,7 @@ from apollo_trainer.checkpoints.snapshot_info import (
     write_info,
 )
 from apollo_trainer.checkpoints.store_folder import StoreFolder, own_bytes
-from apollo_trainer.weights.checkpoint_plan import CheckpointPlan
+from apollo_trainer.checkpoints.survey import Progress
 
 log = logging.getLogger(__name__)
 DELTA_FILE = "delta.safetensors"
@@ -80,13 +78,16 @@ class SnapshotStore:
         self._anchors.folder.clean()
 
     def create(
-        self, source: Source | ModelState, name: str = "", *, synced: SyncedFiles | None = None
+        self,
+        source: Source | ModelState,
+        name: str = "",
+        progress: Progress = lambda *_: None,
     ) -> SnapshotInfo:
         """Writes a snapshot; when it returns, it is durable.
 
         Args:
             name: the user's; without one the snapshot is automatic.
-            synced: files that may hold these weights. They are compared, and then only linked.
+            progress: may raise, and nothing is left then.
 
         Raises AlreadyExists for a name that is taken, ResourceExhausted where it does not fit into
         the budget, OSError when the disk refuses; nothing of it is then left.
@@ -102,7 +103,7 @@ class SnapshotStore:
             state = source if isinstance(source, ModelState) else source.state()
             before = set(self._anchors.folder.ids())
             try:
-                info = self._build(state, name, synced)
+                info = self._build(state, name, progress)
             except BaseException:
                 for anchor in set(self._anchors.folder.ids()) - before:
                     self._anchors.folder.remove(anchor)
@@ -110,14 +111,13 @@ class SnapshotStore:
             self._retire()
             return info
 
-    def _build(self, state: ModelState, name: str, synced: SyncedFiles | None) -> SnapshotInfo:
+    def _build(self, state: ModelState, name: str, progress: Progress) -> SnapshotInfo:
+        total = sum(p.nbytes for p in state.parameters.values())
+        progress(0, total, "encoding")
         with self._folder.building() as (new, folder):
-            anchor, linked = "", tuple[str, ...]()
-            if synced and link_files(synced, folder, state):
-                linked = tuple(file.name for file in synced.files)
-            else:
-                anchor, encoded = self._encoded(state)
-                write_delta(folder / DELTA_FILE, anchor, encoded)
+            anchor, encoded = self._encoded(state)
+            progress(0, total, "writing")
+            write_delta(folder / DELTA_FILE, anchor, encoded)
             description = {OPTIMIZER_KEY: state.description, EXTRA_KEY: state.extra}
             save_state(folder / STATE_FILE, state.moments, description)
             info = SnapshotInfo(
@@ -128,14 +128,14 @@ class SnapshotStore:
                 optimizer_step=int(state.description["step_count"]),
                 weight_version=int(state.extra.get("weight_version", 0)),
                 size_bytes=own_bytes(folder),
-                weights_bytes=sum(p.nbytes for p in state.parameters.values()),
+                weights_bytes=total,
                 anchor=anchor,
-                linked=linked,
                 digests={n: state.digest(n) for n in state.parameters},
                 state_digest=_file_digest(folder / STATE_FILE),
             )
             write_info(folder, info)
             self._require_room(info)
+            progress(total, total, "making it durable")
             self._folder.publish(new)
         return info
 
@@ -164,6 +164,21 @@ class SnapshotStore:
         """Raises NotFound, or DataLoss where it cannot be read."""
         return read_info(self._entry(snapshot))
 
+    def id_of(self, snapshot: str) -> str:
+        """The id of a snapshot by its id, for which no file is read, or its name. Raises NotFound.
+
+        One that cannot be read has its id still, by which it can be deleted.
+        """
+        if snapshot in self._folder.ids():
+            return snapshot
+        for info in self.list():
+            if info.name == snapshot and snapshot:
+                return info.id
+        raise NotFound(
+            f"There is no snapshot {snapshot[:60]!r}; `apollo checkpoint list` shows them.",
+            reason="SNAPSHOT_NOT_FOUND",
+        )
+
     def delete(self, snapshot: str) -> None:
         """Deletes a snapshot, and an anchor that no other one needs. Raises NotFound."""
         with self._lock:
@@ -171,11 +186,8 @@ class SnapshotStore:
             self._folder.remove(snapshot)
             self._drop_anchors()
 
-    def load(self, snapshot: str, plan: CheckpointPlan | None = None) -> ModelState:
+    def load(self, snapshot: str) -> ModelState:
         """Decodes and verifies a snapshot; the live weights are not touched.
-
-        Args:
-            plan: needed for one that links to the model's own files.
 
         Raises NotFound, and DataLoss where a byte of it is not as it was written.
         """
@@ -183,30 +195,21 @@ class SnapshotStore:
             folder = self._entry(snapshot)
             info = read_info(folder)
             try:
-                return self._load(folder, info, plan)
+                return self._load(folder, info)
             except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
                 raise _corrupt(snapshot, str(error)) from error
 
-    def _load(self, folder: Path, info: SnapshotInfo, plan: CheckpointPlan | None) -> ModelState:
+    def _load(self, folder: Path, info: SnapshotInfo) -> ModelState:
         if _file_digest(folder / STATE_FILE) != info.state_digest:
             raise _corrupt(info.id, "its Apollo state is not what was written")
         loaded = load_state(folder / STATE_FILE)
         if loaded is None:
             raise _corrupt(info.id, "it has no Apollo state")
-        if info.linked:
-            if plan is None:
-                raise ValueError("it is of linked files, and needs the checkpoint's plan")
-            parameters = read_parameters(folder / linked_files.FOLDER, info.linked, plan)
-            parameters = {name: parameters[name] for name in info.digests}
-            if not all(matches(p, info.digests[name]) for name, p in parameters.items()):
-                raise ValueError("a linked file was changed in place")
-        else:
-            threads = min(_MOST_THREADS, os.cpu_count() or 1)
-            delta = folder / DELTA_FILE
-            parameters = self._anchors.decode(delta, info.anchor, threads)
-            # The differential verified each one by its own digests; these say it is this one.
-            if any(info.digests.get(n) != d for n, d in _delta_digests(delta).items()):
-                raise _corrupt(info.id, "its differential is of another snapshot")
+        threads, delta = min(_MOST_THREADS, os.cpu_count() or 1), folder / DELTA_FILE
+        parameters = self._anchors.decode(delta, info.anchor, threads)
+        # The differential verified each one by its own digests; these say it is this one.
+        if any(info.digests.get(n) != d for n, d in _delta_digests(delta).items()):
+            raise _corrupt(info.id, "its differential is of another snapshot")
         moments, description = loaded
         return ModelState(
             parameters,
@@ -217,7 +220,7 @@ class SnapshotStore:
         )
 
     def size_bytes(self) -> int:
-        """Bytes of all anchors and snapshots; links to the model's own files take none."""
+        """Bytes of all anchors and snapshots."""
         return own_bytes(self._folder.path) + own_bytes(self._anchors.folder.path)
 
     def _entry(self, snapshot: str) -> Path:

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from apollo_grpc.errors import Aborted
-from apollo_trainer.checkpoints.linked_files import SyncedFiles
 from apollo_trainer.checkpoints.model_state import ModelState, moments_of, to_host
 from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
+from apollo_trainer.checkpoints.survey import Progress
 from apollo_trainer.optim import Apollo
 
 
@@ -126,10 +126,13 @@ class SnapshotWriter:
         self._pool = ThreadPoolExecutor(1, "snapshot-writer")
 
     def write(
-        self, source: SnapshotCopy, name: str = "", *, synced: SyncedFiles | None = None
+        self,
+        source: SnapshotCopy,
+        name: str = "",
+        progress: Progress = lambda *_: None,
     ) -> Future[SnapshotInfo]:
         """Ends when the snapshot is durable, or with what `SnapshotStore.create` raises."""
-        return self._pool.submit(self._store.create, source, name, synced=synced)
+        return self._pool.submit(self._store.create, source, name, progress)
 
     def stop(self) -> None:
         """Ends once all that waits is written."""

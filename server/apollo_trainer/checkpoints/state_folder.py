@@ -72,26 +72,52 @@ def place_of(directory: Path, ops: FileOps = FILES, state: Path | None = None) -
     return Place(resolved, state or resolved.with_name(f".{resolved.name}.apollo"), ops)
 
 
+def place_under(directory: Path, states: Path | None) -> Place:
+    """The place of a directory whose state folder lies in a folder of such; None: beside it."""
+    resolved = directory.resolve()
+    if states is None:
+        return place_of(resolved)
+    # Two models of one name would otherwise take each other's manifest for theirs.
+    which = digest_of(bytes(resolved))[:12]
+    return place_of(resolved, state=states.resolve() / f"{resolved.name}-{which}.apollo")
+
+
 @contextlib.contextmanager
 def held(place: Place) -> Iterator[None]:
-    """Makes the state folder where there is none, and holds its lock.
+    """Makes the state folder where there is none, and holds its lock: for one sync, or the like.
 
     Raises Unavailable while another process holds it, OSError where it cannot be made.
     """
+    with _locked(place, "LOCK"):
+        yield
+
+
+@contextlib.contextmanager
+def owned(place: Place) -> Iterator[None]:
+    """The same of a server that keeps the directory, for as long as it does.
+
+    Two of them would write over each other's weights, and remove what the other one is building.
+    """
+    with _locked(place, "OWNER"):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(place: Place, name: str) -> Iterator[None]:
     if not place.ops.found(place.state):
         place.ops.mkdir(place.state)
         # A commit record in a folder that a power failure takes away is none.
         place.ops.sync_folder(place.state.parent)
-    try:
-        lock = place.ops.locked(place.state / "LOCK")
-        with lock:
-            yield
-    except BlockingIOError as error:
-        raise Unavailable(
-            f"Another process is at work on {place.directory.name}; nothing was written. Two "
-            "training servers cannot keep one model directory: stop one, then try again.",
-            reason="STATE_FOLDER_BUSY",
-        ) from error
+    with contextlib.ExitStack() as lock:
+        try:
+            lock.enter_context(place.ops.locked(place.state / name))
+        except BlockingIOError as error:
+            raise Unavailable(
+                f"Another process is at work on {place.directory.name}; nothing was written. Two "
+                "training servers cannot keep one model directory: stop one, then try again.",
+                reason="STATE_FOLDER_BUSY",
+            ) from error
+        yield
 
 
 def read_manifest(place: Place, path: Path | None = None) -> Manifest | None:

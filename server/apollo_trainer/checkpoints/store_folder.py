@@ -73,16 +73,15 @@ class StoreFolder:
 
 
 def flush_tree(folder: Path) -> None:
-    """fsync of every file and folder below, links to files of others' apart."""
+    """fsync of every file and folder below."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir():
             flush_folder(path)
-        elif path.stat().st_nlink == 1:
+        else:
             flush_file(path)
     flush_folder(folder)
 
 
 def own_bytes(folder: Path) -> int:
-    """Bytes of files that would be free without the folder; links to others' files are not."""
-    sizes = (p.stat() for p in folder.rglob("*") if p.is_file())
-    return sum(stat.st_size for stat in sizes if stat.st_nlink == 1)
+    """Bytes of all files below."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from apollo_grpc.errors import FailedPrecondition
+from apollo_grpc.errors import Cancelled, FailedPrecondition
 from apollo_trainer.checkpoints.exchange import ExchangeRefused, can_exchange, exchange_sync
 from apollo_trainer.checkpoints.file_ops import FILES, FileOps
 from apollo_trainer.checkpoints.in_place import can_write_in_place, in_place_sync
@@ -80,15 +80,15 @@ def sync_directory(
 
     Raises FailedPrecondition for a directory that cannot be synced, Unavailable while another
     process works on it, OSError when the disk refuses, DataLoss where an older sync that was cut
-    off cannot be finished. The directory is always wholly of one generation for whoever comes
-    after the next sync or start of the server.
+    off cannot be finished, Cancelled where `progress` does, with all as it was. The directory is
+    always wholly of one generation for whoever comes after the next sync or start of the server.
     """
     place = place_of(directory, options.ops, options.state)
     _require_directory(place, directory)
     with held(place):
         try:
             return _sync(place, reader, progress, versions, options)
-        except OSError:
+        except (OSError, Cancelled):
             _clean_up(place)
             raise
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apollo_grpc.errors import Aborted, NotFound, OutOfRange
+from apollo_grpc.errors import Aborted, OutOfRange
 from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.adopt import Adoption, adopt_directory
 from apollo_trainer.checkpoints.export import Exported, export_directory
@@ -20,6 +20,7 @@ from apollo_trainer.checkpoints.sync import (
 )
 from apollo_trainer.checkpoints.verify import Verification, verify_directory
 from apollo_trainer.runs.events import now
+from apollo_trainer.runs.job import Job
 from apollo_trainer.runs.owner import ModelOwner
 from apollo_trainer.runs.pause import EnginePause
 from apollo_trainer.runs.session import Session
@@ -51,50 +52,61 @@ class CheckpointJobs:
         self, progress: Progress, method: SyncMethod | None = None
     ) -> Future[tuple[SyncOutcome, int]]:
         """Syncs the model directory; the result holds the weight version too."""
-        return self._owner.between_runs(lambda: self._sync(progress, method))
+        job = Job[tuple[SyncOutcome, int]](progress)
+        return self._owner.between_runs(lambda: self._sync(job.progress, method), job)
 
     def verify(self, progress: Progress, *, full: bool, live: bool) -> Future[Verification]:
         """Compares the model directory with its manifest."""
+        job = Job[Verification](progress)
 
         def verify() -> Verification:
-            attachment = self._owner.session().attachment
+            session = self._owner.session()
+            attachment, state = session.attachment, session.checkpoints.place.state
             reader = attachment.checkpoint() if live else None
             directory = Path(attachment.directory)
-            return verify_directory(directory, reader, full=full, progress=progress)
+            return verify_directory(
+                directory, reader, full=full, progress=job.progress, state=state
+            )
 
-        return self._owner.between_runs(verify)
+        return self._owner.between_runs(verify, job)
 
     def adopt(self, target: Path, progress: Progress) -> Future[Adoption]:
         """Copies the model directory to one of its own."""
+        job = Job[Adoption](progress)
         return self._owner.between_runs(
             lambda: adopt_directory(
-                Path(self._owner.session().attachment.directory), target, progress
-            )
+                Path(self._owner.session().attachment.directory), target, job.progress
+            ),
+            job,
         )
 
     def export(self, target: Path, progress: Progress) -> Future[tuple[Exported, int]]:
         """Writes the live weights into a new directory; the result holds their version too."""
+        job = Job[tuple[Exported, int]](progress)
 
         def export() -> tuple[Exported, int]:
             session = self._owner.session()
             session.checkpoints.poison.require_sound()
             attachment = session.attachment
             source, reader = Path(attachment.directory), attachment.checkpoint()
-            exported = export_directory(source, target, reader, progress=progress)
+            exported = export_directory(source, target, reader, progress=job.progress)
             return exported, self._version()
 
-        return self._owner.between_runs(export)
+        return self._owner.between_runs(export, job)
 
     def snapshot(self, name: str, progress: Progress) -> Future[SnapshotInfo]:
         """Keeps weights and Apollo state; training goes on once they are copied."""
-        done: Future[SnapshotInfo] = Future()
+        done = Job[SnapshotInfo](progress)
 
         def begin() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
             session = self._owner.session()
             session.require_sound()
             extra = session.extra(self._version())
-            progress(0, sum(p.nbytes for p in session.attachment.parameters().values()), "copying")
-            written = session.checkpoints.snapshot(session.optimizer, extra, name)
+            total = sum(p.nbytes for p in session.attachment.parameters().values())
+            done.progress(0, total, "copying")
+            written = session.checkpoints.snapshot(session.optimizer, extra, name, done.progress)
             written.add_done_callback(lambda future: _pass_on(future, done))
 
         self._owner.between_runs(begin).add_done_callback(lambda begun: _pass_error(begun, done))
@@ -104,8 +116,9 @@ class CheckpointJobs:
         self, snapshot: str, expected_version: int | None, progress: Progress
     ) -> Future[Restored]:
         """Puts a snapshot, by id or name, into the live model."""
+        job = Job[Restored](progress)
         return self._owner.between_runs(
-            lambda: self._restore(self._owner.session(), snapshot, expected_version, progress)
+            lambda: self._restore(self._owner.session(), snapshot, expected_version, job), job
         )
 
     def undo(self, updates: int, expected_version: int | None) -> Future[Restored]:
@@ -153,15 +166,17 @@ class CheckpointJobs:
         return outcome, version
 
     def _restore(
-        self, session: Session, snapshot: str, expected: int | None, progress: Progress
+        self, session: Session, snapshot: str, expected: int | None, job: Job[Restored]
     ) -> Restored:
         self._require_version(expected)
         info = find_snapshot(session, snapshot)
-        progress(0, info.weights_bytes, "decoding and verifying")
+        job.progress(0, info.weights_bytes, "decoding and verifying")
         state = session.checkpoints.store.load(info.id)
         shape = StateShape(**state.extra["shape"])
         optimizer = session.optimizer_of(shape)
-        progress(0, info.weights_bytes, "writing")
+        job.progress(0, info.weights_bytes, "writing")
+        # From the first weight that is written on it is finished, or taken back by itself.
+        job.close()
         self._replace(session, lambda: session.checkpoints.put(state, optimizer))
         if optimizer is not session.optimizer:
             session.optimizer, session.shape = optimizer, shape
@@ -188,14 +203,9 @@ class CheckpointJobs:
 
 
 def find_snapshot(session: Session, snapshot: str) -> SnapshotInfo:
-    """A snapshot by its id or its name. Raises NotFound."""
-    for info in session.checkpoints.store.list():
-        if snapshot in (info.id, info.name) and snapshot:
-            return info
-    raise NotFound(
-        f"There is no snapshot {snapshot[:60]!r}; `apollo checkpoint list` shows them.",
-        reason="SNAPSHOT_NOT_FOUND",
-    )
+    """A snapshot by its id or its name. Raises NotFound, or DataLoss where it cannot be read."""
+    store = session.checkpoints.store
+    return store.get(store.id_of(snapshot))
 
 
 def _pass_on(future: Future[Any], done: Future[Any]) -> None:

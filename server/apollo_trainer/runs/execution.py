@@ -264,7 +264,7 @@ class Execution:
             session.checkpoints.snapshot(session.optimizer, extra).add_done_callback(
                 self._tell_snapshot
             )
-        except OSError as error:
+        except (OSError, Unavailable) as error:
             self._warn("SNAPSHOT_NOT_TAKEN", f"No snapshot can be taken here ({error}).")
 
     def _tell_snapshot(self, future: Future[SnapshotInfo]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from apollo_grpc.errors import Unavailable
 from apollo_trainer.checkpoints.durable_write import durable_bytes, flush_folder
 from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.poison import Poison
@@ -19,7 +21,7 @@ from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.snapshots import SnapshotCopy, SnapshotWriter
 from apollo_trainer.checkpoints.spare import Spare
-from apollo_trainer.checkpoints.state_folder import place_of
+from apollo_trainer.checkpoints.state_folder import Place, owned, place_under
 from apollo_trainer.checkpoints.sync import (
     Progress,
     SyncMethod,
@@ -54,6 +56,9 @@ class ModelCheckpoints:
         self.watch, self.poison = WriteWatch(), Poison()
         self._versions, self._spare = WriteVersions(), Spare(keeps=settings.sync_keeps_previous)
         self.watch.add(self._versions.before_write)
+        self._place = place_under(Path(attachment.directory), settings.checkpoint_dir)
+        self._owned, self._owning = ExitStack(), threading.Lock()
+        self._is_owner = self._closed = False
         budget = settings.undo_mebibytes * MIB
         weights = sum(p.nbytes for p in attachment.parameters().values())
         # A copy of the weights at every step is what a larger model would pay for it.
@@ -62,12 +67,28 @@ class ModelCheckpoints:
             self.watch.add(self._ring.before_write)
         self._look_for_one_cut_off()
 
+    @property
+    def place(self) -> Place:
+        """The model directory and its state folder, which from now on are this server's alone.
+
+        Raises Unavailable where another server keeps them, OSError where the folder cannot be made.
+        """
+        with self._owning:
+            # A lock that is taken after the end would never be let go of.
+            if self._closed:
+                raise Unavailable("vLLM went. Nothing was done.", reason="ENGINE_LOST")
+            if not self._is_owner:
+                self._place.state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._owned.enter_context(owned(self._place))
+                self._is_owner = True
+            return self._place
+
     @cached_property
     def store(self) -> SnapshotStore:
-        """The snapshots on disk. Raises OSError where their folder cannot be made."""
+        """The snapshots on disk. Raises as `place` does."""
         settings = self._settings
         return SnapshotStore(
-            place_of(Path(self._attachment.directory)).state,
+            self.place.state,
             keep_automatic=settings.automatic_snapshots,
             budget_bytes=settings.snapshot_mebibytes * MIB,
         )
@@ -97,7 +118,11 @@ class ModelCheckpoints:
             self._ring.clear()
 
     def snapshot(
-        self, optimizer: Apollo, extra: dict[str, Any], name: str = ""
+        self,
+        optimizer: Apollo,
+        extra: dict[str, Any],
+        name: str = "",
+        progress: Progress = lambda *_: None,
     ) -> Future[SnapshotInfo]:
         """Begins a snapshot of this moment, between two steps; what it copies late, steps copy.
 
@@ -108,7 +133,7 @@ class ModelCheckpoints:
         writer = self._writer
         copying = SnapshotCopy(self._attachment.parameters(), optimizer, extra)
         self.watch.add(copying.before_write)
-        future = writer.write(copying.start(), name)
+        future = writer.write(copying.start(), name, progress)
         future.add_done_callback(lambda _: self.watch.remove(copying.before_write))
         return future
 
@@ -122,7 +147,7 @@ class ModelCheckpoints:
             assert parameter is not None
             return self._versions.of(parameter)
 
-        options = SyncOptions(method=method, spare=self._spare)
+        options = SyncOptions(method=method, state=self.place.state, spare=self._spare)
         return sync_directory(Path(self._attachment.directory), reader, progress, version, options)
 
     # --- ways back --------------------------------------------------------------------------
@@ -176,3 +201,6 @@ class ModelCheckpoints:
         if self._ring is not None:
             self._ring.stop()
         self._spare.remove()
+        with self._owning:
+            self._closed = True
+            self._owned.close()

@@ -14,6 +14,7 @@ from typing import TypeVar
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.recover import settle_directory
+from apollo_trainer.checkpoints.state_folder import place_under
 from apollo_trainer.config import Settings
 from apollo_trainer.runs.session import KeptState, Session, open_session
 from apollo_trainer.runs.state_saver import Saved, StateSaver
@@ -113,7 +114,8 @@ class ModelOwner:
             attachment_detail="vLLM was found; its weights are being mapped and verified.",
         )
         try:
-            settle_directory(Path(self.sidecar.manifest().model))
+            model, states = Path(self.sidecar.manifest().model), self._settings.checkpoint_dir
+            settle_directory(place_under(model, states))
             everything = self._settings.check_all_values
             attachment = attach(
                 self.sidecar, epoch, check_all_values=everything, traced=self._show_map
@@ -199,12 +201,15 @@ class ModelOwner:
 
     # --- work between two runs --------------------------------------------------------------
 
-    def between_runs(self, work: Callable[[], T]) -> Future[T]:
+    def between_runs(self, work: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
         """Has the training thread do something once the run at work has ended.
+
+        Args:
+            future: what it comes to; one that was cancelled by then never begins.
 
         Raises Unavailable when the server stops.
         """
-        future: Future[T] = Future()
+        future = Future() if future is None else future
         with self._lock:
             # After the thread's last job nobody would ever resolve it.
             if self.stopping.is_set():
@@ -248,6 +253,8 @@ def _log_saved(saved: Saved) -> None:
 
 
 def _resolve(future: Future[T], work: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         future.set_result(work())
     except Exception as error:

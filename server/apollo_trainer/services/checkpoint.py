@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from apollo_grpc.v1 import checkpoint_pb2 as pb
 from apollo_grpc.v1 import checkpoint_pb2_grpc as pb_grpc
 from apollo_trainer.checkpoints.sync import Progress, SyncMethod
 from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs, find_snapshot
+from apollo_trainer.runs.job import stopped
 from apollo_trainer.runs.owner import ModelOwner
 from apollo_trainer.services import checkpoint_results as results
 from apollo_trainer.services.repeated import RepeatedCalls
@@ -46,7 +47,7 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
         full, live = request.full, request.live
         directory = self._owner.session().attachment.directory
         start = partial(self._jobs.verify, full=full, live=live)
-        async for update in self._told(None, start):
+        async for update in self._told(request, start):
             yield _answer(pb.VerifyResponse, update, partial(results.verify_result, directory))
 
     async def Adopt(  # noqa: N802
@@ -122,13 +123,21 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
         session = self._owner.session()
 
         def delete() -> None:
-            session.checkpoints.store.delete(find_snapshot(session, request.snapshot_id).id)
+            store = session.checkpoints.store
+            store.delete(store.id_of(request.snapshot_id))
 
         def start() -> Future[None]:
             return self._owner.between_runs(delete)
 
-        await _on_disk(lambda: self._repeated.begin(request, start).result())
+        await asyncio.to_thread(lambda: _result(self._repeated.begin(request, start)))
         return pb.DeleteSnapshotResponse()
+
+    async def CancelCheckpoint(  # noqa: N802
+        self, request: pb.CancelCheckpointRequest, context: Any
+    ) -> pb.CancelCheckpointResponse:
+        """Stops what the last call with an id began, where that can be."""
+        job = self._repeated.last(request.request_id)
+        return pb.CancelCheckpointResponse(state=results.cancel_state(job.cancel(), job.done()))
 
     async def _told(
         self, request: Any, start: Callable[[Progress], Future[Any]]
@@ -142,7 +151,7 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
 
         with self._streams.one():
             self._owner.session()
-            future = self._repeated.begin(request, lambda: start(tell)) if request else start(tell)
+            future = self._repeated.begin(request, lambda: start(tell))
             future.add_done_callback(lambda _: _call(loop, lambda: news.put_nowait(None)))
             while (progress := await news.get()) is not None:
                 yield progress
@@ -175,6 +184,8 @@ async def _on_disk(work: Callable[[], T]) -> T:
 def _result(future: Future[Any]) -> Any:
     try:
         return future.result()
+    except CancelledError:
+        raise stopped() from None
     except OSError as error:
         raise _refused_by_disk(error) from error
 

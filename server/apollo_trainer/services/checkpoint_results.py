@@ -71,3 +71,10 @@ def export_result(directory: str, done: tuple[Exported, int]) -> pb.ExportResult
     return pb.ExportResult(
         directory=directory, bytes_written=exported.bytes_written, weight_version=version
     )
+
+
+def cancel_state(heeded: bool, ended: bool) -> pb.CancelState.ValueType:
+    """Of a job that was asked to stop: whether it will, and whether it has."""
+    if not heeded:
+        return pb.CANCEL_STATE_TOO_LATE
+    return pb.CANCEL_STATE_CANCELLED if ended else pb.CANCEL_STATE_STOPPING

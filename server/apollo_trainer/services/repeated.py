@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from apollo_grpc.errors import AlreadyExists, InvalidArgument
+from apollo_grpc.errors import AlreadyExists, InvalidArgument, NotFound
 
 MAX_ID_BYTES = 256
 KEPT = 1024
@@ -40,6 +40,7 @@ class RepeatedCalls:
         with self._lock:
             if key not in self._begun or _failed(self._begun[key][1]):
                 self._begun[key] = (asked, start())
+                self._begun.move_to_end(key)
                 while len(self._begun) > KEPT:
                     self._begun.popitem(last=False)
             first, future = self._begun[key]
@@ -50,10 +51,22 @@ class RepeatedCalls:
             )
         return future
 
+    def last(self, request_id: str) -> Future[Any]:
+        """What the last call with this id began. Raises NotFound where there was none."""
+        with self._lock:
+            for (_, known), (_, future) in reversed(self._begun.items()):
+                if known == request_id and request_id:
+                    return future
+        raise NotFound(
+            f"No call with the request_id {request_id[:60]!r} came since the server started; "
+            "nothing was stopped.",
+            reason="REQUEST_NOT_FOUND",
+        )
+
 
 def _canonical(request: Message) -> bytes:
     return request.SerializeToString(deterministic=True)
 
 
 def _failed(future: Future[Any]) -> bool:
-    return future.done() and future.exception() is not None
+    return future.done() and (future.cancelled() or future.exception() is not None)

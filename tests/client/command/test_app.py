@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -91,3 +92,24 @@ def test_an_unknown_run_is_told_in_words(server):
         done = apollo("--address", server, command, "none")
         assert done.returncode == 1
         assert "apollo runs" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["up", "doctor"])
+def test_a_model_whose_sync_was_cut_off_is_not_started_and_the_way_out_is_told(tmp_path, command):
+    (tmp_path / ".config.json.apollo-aside").write_text("{}")
+    environment = os.environ | {"APOLLO_STATE_DIR": str(tmp_path / "state")}
+    done = apollo(command, str(tmp_path), env=environment)
+    assert done.returncode == 2
+    assert f"apollo-training-server recover {tmp_path}" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".config.json.apollo-aside"]
+
+
+def test_what_has_ended_is_told_to_be_too_late_to_cancel_and_what_never_was_is_not_found(server):
+    environment = os.environ | {"APOLLO_ADDRESS": server}
+    synced = apollo("checkpoint", "sync", "--request-id", "mine", env=environment)
+    assert synced.returncode == 0, synced.stderr
+    ended = apollo("checkpoint", "cancel", "mine", env=environment)
+    assert (ended.returncode, ended.stdout) == (1, "mine: too late\n")
+    unknown = apollo("checkpoint", "cancel", "another", env=environment)
+    assert unknown.returncode == 1
+    assert "REQUEST_NOT_FOUND" in unknown.stderr
