@@ -54,4 +54,4 @@ def test_no_kill_leaves_a_directory_that_does_not_load(tmp_path: Path) -> None:
     for name in OPERATIONS:
         assert outcome.cut_off[name] >= outcome.kills[name] / 4, name
     assert sum(outcome.amid.values()) >= KILLS / 4
-    assert len(seen) > KILLS / 4, "not the same one each time"
+    assert len(seen) > KILLS / 2, "not the same one each time"
