@@ -114,6 +114,31 @@ def _sampled(words: Array) -> Array:
     return np.concatenate([words[n * step : n * step + SAMPLE] for n in range(SAMPLES)])
 
 
+def parts(count: int, threads: int) -> list[slice]:
+    """At most so many parts of whole frames; their frames in a row are the tensor's."""
+    frames = -(-count // FRAME)
+    step = FRAME * max(1, -(-frames // threads))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def split(frames: memoryview, codec: str, parts: list[slice]) -> list[memoryview]:
+    """The frames of each part. Raises ValueError where there are not as many."""
+    if codec == "same":
+        return [frames] * len(parts)
+    found, at = [], 0
+    for part in parts:
+        start = at
+        for _ in range(part.start, part.stop, FRAME):
+            if len(frames) - at < _HEAD.size:
+                raise ValueError("a frame is missing")
+            _, _, _, size, more = _HEAD.unpack_from(frames, at)
+            at += _HEAD.size + size + more
+        found.append(frames[start:at])
+    if at != len(frames):
+        raise ValueError("the frames do not end where the file does")
+    return found
+
+
 def encode(old: Array, new: Array, codec: str) -> Iterator[bytes]:
     """The frames that take `old` to `new`, in pieces: flat words of one size and number."""
     if codec == "same":
