@@ -17,6 +17,7 @@ from apollo_grpc.errors import DataLoss, FailedPrecondition, Internal
 from apollo_trainer.checkpoints.digest import matches
 from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.poison import Poison, PoisonedError
+from apollo_trainer.checkpoints.spread import spread_by_size, threads_for
 from apollo_trainer.checkpoints.value_exchange import Exchange
 from apollo_trainer.optim import Apollo
 
@@ -61,9 +62,10 @@ def restore(
     exchange = Exchange()
     optimizer.mark_written()
     try:
-        for name, parameter in parameters.items():
+        for parameter in parameters.values():
             optimizer.before_param_write(parameter)
-            exchange.run(parameter, state.parameters[name])
+        pairs = [(parameter, state.parameters[name]) for name, parameter in parameters.items()]
+        exchange.run_all(pairs, _threads(parameters))
         optimizer.load_named_state(state.moments, state.description)
         _verify(parameters, wanted)
     except BaseException as error:
@@ -104,9 +106,19 @@ def _require_fitting(
 
 
 def _verify(parameters: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
-    for name, parameter in parameters.items():
-        if not matches(parameter, wanted[name]):
+    sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
+
+    def verify(name: str, threads: int) -> None:
+        if not matches(parameters[name], wanted[name], threads):
             raise Internal(f"{name} reads back as something else than was written")
+
+    spread_by_size(verify, sizes, _threads(parameters))
+
+
+def _threads(parameters: Mapping[str, Tensor]) -> int:
+    """One where they are on a device: its copies wait for each other."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters.values())
+    return threads_for(sum(p.nbytes for p in parameters.values())) if on_cpu else 1
 
 
 def _roll_back(
