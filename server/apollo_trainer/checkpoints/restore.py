@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apollo_grpc.errors import DataLoss, FailedPrecondition, Internal
 from apollo_trainer.checkpoints.digest import matches
-from apollo_trainer.checkpoints.model_state import ModelState
+from apollo_trainer.checkpoints.model_state import ModelState, to_host
 from apollo_trainer.checkpoints.poison import Poison, PoisonedError
 from apollo_trainer.checkpoints.spread import spread_by_size, threads_for
 from apollo_trainer.checkpoints.value_exchange import Exchange
@@ -56,7 +56,7 @@ def restore(
     wanted = {name: state.digest(name) for name in parameters}
     old = ModelState(
         state.parameters,
-        {name: t.detach().cpu().clone() for name, t in optimizer.named_state()[0].items()},
+        {name: to_host(t) for name, t in optimizer.named_state()[0].items()},
         copy.deepcopy(optimizer.named_state()[1]),
     )
     exchange = Exchange()
@@ -79,9 +79,9 @@ def restore(
         ) from error
     poison.why = ""
     if ring is not None:
-        live = {name: p.detach() for name, p in parameters.items()}
-        moments = {name: t.detach() for name, t in state.moments.items()}
-        ring.add(old, ModelState(live, moments, state.description, digests=wanted))
+        # The parameters themselves: the next write of each is announced by them.
+        live = ModelState(dict(parameters), state.moments, state.description, digests=wanted)
+        ring.add(old, live)
     return old
 
 

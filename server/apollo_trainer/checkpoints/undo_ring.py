@@ -21,10 +21,10 @@ from apollo_trainer.checkpoints.poison import Poison
 from apollo_trainer.checkpoints.restore import restore
 from apollo_trainer.checkpoints.spread import background_threads
 from apollo_trainer.checkpoints.undo_update import (
+    Held,
     Reached,
     Recorded,
     Update,
-    encode_all,
     weights_before,
 )
 from apollo_trainer.optim import Apollo
@@ -89,7 +89,7 @@ class UndoRing:
             newest.encoded.result()
             newest = None
         moments = moments_of(self._optimizer, name, parameter)
-        self._recorded[key] = Recorded(name, parameter, moments, self._buffers, newest)
+        self._recorded[key] = Recorded.staged(name, parameter, moments, self._buffers, newest)
         if newest is not None:
             self._older[key] = newest
 
@@ -100,24 +100,37 @@ class UndoRing:
         if update is None or not recorded:
             # A step that was refused has nothing to take back.
             return
+        self._submit(update, recorded, parameters)
+
+    def add(self, old: ModelState, new: ModelState) -> None:
+        """Keeps the way back from a change that was none of the optimizer's, such as a restore.
+
+        Args:
+            old: is read in the background, until the first write that `before_write` is told of.
+            new: the live parameters, on any device; its digests are theirs.
+        """
+        self._wait()
+        update = Update(copy.deepcopy(old.description))
+        update.moments = {name: to_host(tensor) for name, tensor in old.moments.items()}
+        recorded = {}
+        for name, values in old.parameters.items():
+            live, digest = new.parameters[name], new.digests.get(name, "")
+            recorded[id(live)] = Recorded(name, live, Held(values), {}, digest=digest)
+        self._submit(update, recorded, new.parameters)
+
+    def _submit(
+        self, update: Update, recorded: dict[int, Recorded], parameters: Mapping[str, Tensor]
+    ) -> None:
         self._newest |= recorded
         if self._pool is None:
             size = sum(p.nbytes for p in parameters.values())
             self._pool = ThreadPoolExecutor(background_threads(size), "undo")
-        # In the order of the writes: the next update comes to them in it.
         written = Reached(any(p.is_cuda for p in parameters.values()))
+        # In the order of the writes: the next update comes to them in it.
         for each in recorded.values():
             self._pool.submit(each.encode, update, written)
         encoded = [each.encoded for each in recorded.values()]
         self._keeping = self._pool.submit(self._keep_encoded, update, encoded, self._keeping)
-
-    def add(self, old: ModelState, new: ModelState) -> None:
-        """Keeps the way back from a change that was none of the optimizer's, such as a restore."""
-        update = Update(copy.deepcopy(old.description))
-        update.moments = {name: to_host(tensor) for name, tensor in old.moments.items()}
-        encode_all(update, old.parameters, new.parameters, new.digests)
-        self._wait()
-        self._keep(update)
 
     def undo(
         self,

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,24 @@ class Reached:
             self._event.synchronize()
 
 
+class Staged(Protocol):
+    """Values that will be in host memory."""
+
+    def tensor(self) -> Tensor:
+        """They, once they are complete."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Values that are in host memory, and stay there."""
+
+    values: Tensor
+
+    def tensor(self) -> Tensor:
+        """They."""
+        return self.values
+
+
 class StagedCopy:
     """A copy of a tensor in a buffer; a CUDA device goes on with it after this was constructed.
 
@@ -71,28 +89,46 @@ class Recorded:
     """One parameter of an update, before it was written, and its moments.
 
     Args:
+        old: its values then, contiguous on the CPU.
+        buffers: where `old` and `moments` go when they are encoded; None where they stay.
         previous: the same parameter in the update before, where that is not encoded yet.
+        digest: of the values after the update, where it is known.
     """
 
     def __init__(
         self,
         name: str,
         parameter: Tensor,
-        moments: Mapping[str, Tensor],
-        buffers: HostBuffers,
-        previous: Recorded | None,
+        old: Staged,
+        moments: Mapping[str, Staged],
+        buffers: HostBuffers | None = None,
+        previous: Recorded | None = None,
+        digest: str = "",
     ):
-        self.name, self._parameter, self._buffers = name, parameter, buffers
-        self._old = StagedCopy(parameter, buffers)
-        self._moments = {key: StagedCopy(tensor, buffers) for key, tensor in moments.items()}
+        self.name, self._parameter, self._digest = name, parameter, digest
+        self._old, self._moments, self._buffers = old, moments, buffers
         self._previous = previous
-        self._after: StagedCopy | None = None
+        self._after: Staged | None = None
         self._begun, self._lock = False, threading.Lock()
         self.encoded: Future[None] = Future()
         if previous is not None:
-            previous.parameter_is_written(self._old)
+            previous.parameter_is_written(old)
 
-    def parameter_is_written(self, after: StagedCopy | None = None) -> None:
+    @classmethod
+    def staged(
+        cls,
+        name: str,
+        parameter: Tensor,
+        moments: Mapping[str, Tensor],
+        buffers: HostBuffers,
+        previous: Recorded | None,
+    ) -> Recorded:
+        """Copies what is live now into buffers."""
+        copies = {key: StagedCopy(tensor, buffers) for key, tensor in moments.items()}
+        old = StagedCopy(parameter, buffers)
+        return cls(name, parameter, old, copies, buffers, previous)
+
+    def parameter_is_written(self, after: Staged | None = None) -> None:
         """Before the parameter is written again: waits only where it is needed as it is.
 
         Args:
@@ -126,40 +162,27 @@ class Recorded:
             self.encoded.set_exception(error)
 
     def _encode(self, update: Update) -> None:
-        now, old = self._after, self._old.tensor()
-        if now is None and (self._parameter.is_cuda or not self._parameter.is_contiguous()):
-            now = StagedCopy(self._parameter, self._buffers)
-            new = now.tensor()
-            free = [old, new]
-        else:
-            new = self._parameter.detach() if now is None else now.tensor()
-            free = [old]
-        encoded = encode_tensor(new, old, threads=background_threads(old.nbytes))
-        update.weights[self.name] = encoded
+        old, new = self._old.tensor(), self._new()
+        threads = background_threads(old.nbytes)
+        update.weights[self.name] = encode_tensor(
+            new, old, old_digest=self._digest, threads=threads
+        )
         for key, staged in self._moments.items():
             update.moments[key] = to_host(staged.tensor())
-            free.append(staged.tensor())
-        self._after = None
-        for buffer in free:
-            self._buffers.give(buffer)
+        if self._buffers is None:
+            return
+        for staged in (self._old, *self._moments.values()):
+            self._buffers.give(staged.tensor())
+        if self._after is None and new.data_ptr() != self._parameter.data_ptr():
+            self._buffers.give(new)
 
-
-def encode_all(
-    update: Update, old: Mapping[str, Tensor], new: Mapping[str, Tensor], digests: Mapping[str, str]
-) -> None:
-    """Adds what takes `new` back to `old`, and waits for it.
-
-    Args:
-        new: on any device.
-        digests: of `new`.
-    """
-
-    def encode(name: str, threads: int) -> EncodedTensor:
-        live = new[name].detach().cpu().contiguous()
-        return encode_tensor(live, old[name], old_digest=digests.get(name, ""), threads=threads)
-
-    sizes = {name: tensor.nbytes for name, tensor in old.items()}
-    update.weights |= spread_by_size(encode, sizes, threads_for(sum(sizes.values())))
+    def _new(self) -> Tensor:
+        """The values after the update, contiguous on the CPU."""
+        if self._after is not None:
+            return self._after.tensor()
+        if not self._parameter.is_cuda and self._parameter.is_contiguous():
+            return self._parameter.detach()
+        return StagedCopy(self._parameter, self._buffers or HostBuffers()).tensor()
 
 
 def weights_before(
