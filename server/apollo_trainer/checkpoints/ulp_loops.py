@@ -148,6 +148,27 @@ def _marks(word: Any, width: int) -> Any:
 
 
 @_compiled
+def _find_marks(words: Array, count: int, width: int, found: Array) -> int:
+    """Writes the places of the marks in so many words, in order; returns how many those are.
+
+    Three are looked for in each word, whether or not there are as many: how many there are is
+    what a processor cannot predict, and a wrong guess costs it more than all three.
+    """
+    marks, each, shift = 0, 64 // width, 1 if width == 2 else 2 if width == 4 else 3
+    for n in range(count):
+        left = _marks(words[n], width)
+        for _ in range(3):
+            found[marks] = n * each + (_PLACES[((left & (~left + _1)) * _FACTOR) >> _58] >> shift)
+            marks += left != 0
+            left &= left - _1
+        while left:
+            found[marks] = n * each + (_PLACES[((left & (~left + _1)) * _FACTOR) >> _58] >> shift)
+            marks += 1
+            left &= left - _1
+    return marks
+
+
+@_compiled
 def encode(old: Array, new: Array, width: int, packed: Array, near: Array, far: Array) -> Any:
     """Writes differences of 2, 4 or 8 bits and the escapes; returns how many are near and far.
 
@@ -157,8 +178,8 @@ def encode(old: Array, new: Array, width: int, packed: Array, near: Array, far: 
         far: as `old`; likewise.
     """
     steps, stage = np.zeros(CHUNK, np.int8), np.zeros(CHUNK, np.uint8)
-    words, most = stage.view(np.uint64), 2 ** (width - 1) - 1
-    nears, fars, each, shift = 0, 0, 8 // width, 1 if width == 2 else 2 if width == 4 else 3
+    words, found = stage.view(np.uint64), np.zeros(CHUNK + 3, np.int64)
+    most, nears, fars, each = 2 ** (width - 1) - 1, 0, 0, 8 // width
     for start in range(0, old.size, CHUNK):
         count = min(CHUNK, old.size - start)
         if count < CHUNK:
@@ -167,21 +188,17 @@ def encode(old: Array, new: Array, width: int, packed: Array, near: Array, far: 
         _fold(steps, width, stage)
         size, at = (count + each - 1) // each, start // each
         _copy(stage[:size], packed[at:])
-        for n in range((size + 7) // 8):
-            left = _marks(words[n], width)
-            while left:
-                place = _PLACES[((left & (~left + _1)) * _FACTOR) >> _58] >> shift
-                i = start + n * 8 * each + place
-                left &= left - _1
-                if width < 8:
-                    d = _difference(old[i], new[i], old.itemsize)
-                    fits = -127 <= d <= 127
-                    near[nears] = d if fits else -128
-                    nears += 1
-                    if fits:
-                        continue
-                far[fars] = new[i]
-                fars += 1
+        for k in range(_find_marks(words, (size + 7) // 8, width, found)):
+            i = start + found[k]
+            if width < 8:
+                d = _difference(old[i], new[i], old.itemsize)
+                fits = -127 <= d <= 127
+                near[nears] = d if fits else -128
+                nears += 1
+                if fits:
+                    continue
+            far[fars] = new[i]
+            fars += 1
     return nears, fars
 
 
@@ -192,8 +209,8 @@ def decode(old: Array, packed: Array, near: Array, far: Array, width: int, out: 
     Where those are other numbers than there are escapes, `out` is of no use.
     """
     steps, stage = np.zeros(CHUNK, np.int8), np.zeros(CHUNK, np.uint8)
-    words, half = stage.view(np.uint64), 2 ** (width - 1)
-    nears, fars, each, shift = 0, 0, 8 // width, 1 if width == 2 else 2 if width == 4 else 3
+    words, found = stage.view(np.uint64), np.zeros(CHUNK + 3, np.int64)
+    half, nears, fars, each = 2 ** (width - 1), 0, 0, 8 // width
     for start in range(0, old.size, CHUNK):
         count = min(CHUNK, old.size - start)
         size, at = (count + each - 1) // each, start // each
@@ -202,24 +219,20 @@ def decode(old: Array, packed: Array, near: Array, far: Array, width: int, out: 
         _copy(packed[at : at + size], stage)
         _unfold(stage, width, steps)
         _add(old[start : start + count], steps, out[start : start + count])
-        for n in range((size + 7) // 8):
-            left = _marks(words[n], width)
-            while left:
-                place = _PLACES[((left & (~left + _1)) * _FACTOR) >> _58] >> shift
-                i = start + n * 8 * each + place
-                left &= left - _1
-                if i >= old.size:
-                    # Set in what fills the last byte: no escape belongs to it.
+        for k in range(_find_marks(words, (size + 7) // 8, width, found)):
+            i = start + found[k]
+            if i >= old.size:
+                # Set in what fills the last byte: no escape belongs to it.
+                continue
+            if width < 8:
+                d = near[nears] if nears < near.size else np.int8(0)
+                nears += 1
+                if d != -128:
+                    out[i] = _moved(out[i], d + half, old.itemsize)
                     continue
-                if width < 8:
-                    d = near[nears] if nears < near.size else np.int8(0)
-                    nears += 1
-                    if d != -128:
-                        out[i] = _moved(out[i], d + half, old.itemsize)
-                        continue
-                if fars < far.size:
-                    out[i] = far[fars]
-                fars += 1
+            if fars < far.size:
+                out[i] = far[fars]
+            fars += 1
     return nears, fars
 
 
