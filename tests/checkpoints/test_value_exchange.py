@@ -1,8 +1,6 @@
-"""Threads exchange values; what one of them cannot write is taken back for all of them."""
+"""Values change places piece by piece; what cannot be written is taken back, all of it."""
 
 from __future__ import annotations
-
-import threading
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(value_exchange, "PIECE", 100)
-    monkeypatch.setattr(value_exchange, "_TASK", 3)
 
 
 def pairs() -> Pairs:
@@ -39,31 +36,27 @@ def assert_same(mine: Pairs, wanted: Pairs) -> None:
         assert same_bytes(a[1], b[1])
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_all_values_change_places(threads: int) -> None:
+def test_all_values_change_places() -> None:
     mine = pairs()
     before = copied(mine)
-    Exchange().run_all(mine, threads)
+    exchange = Exchange()
+    for live, host in mine:
+        exchange.run(live, host)
     assert_same(mine, [(host, live) for live, host in before])
 
 
-@pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("good", [0, 1, 5, 17, 40])
-def test_what_one_thread_cannot_write_is_taken_back_for_all(
-    monkeypatch: pytest.MonkeyPatch, threads: int, good: int
+def test_what_cannot_be_written_is_taken_back_with_all_before_it(
+    monkeypatch: pytest.MonkeyPatch, good: int
 ) -> None:
-    mine = pairs()
-    before, lock, left = copied(mine), threading.Lock(), [good]
-    write = value_exchange._write
+    mine, left = pairs(), [good]
+    before, write = copied(mine), value_exchange._write
 
     def failing(live: torch.Tensor, values: torch.Tensor) -> None:
-        with lock:
-            left[0] -= 1
-            fails = left[0] < 0
-        if fails:
-            # Half of it is written, in every thread that comes here.
+        left[0] -= 1
+        if left[0] < 0:
             half = live.numel() // 2
-            live.view(-1)[:half].copy_(values.view(-1)[:half]) if live.is_contiguous() else None
+            live.view(-1)[:half].copy_(values.view(-1)[:half])
             raise OSError(5, "Input/output error")
         write(live, values)
 
@@ -71,9 +64,8 @@ def test_what_one_thread_cannot_write_is_taken_back_for_all(
     with monkeypatch.context() as patch:
         patch.setattr(value_exchange, "_write", failing)
         with pytest.raises(OSError, match="Input/output"):
-            exchange.run_all(mine, threads)
-    # Each thread may have begun one more, and then ended.
-    assert left[0] >= -threads
+            for live, host in mine:
+                exchange.run(live, host)
     exchange.take_back()
     for (live, _), (wanted, _) in zip(mine, before, strict=True):
         assert same_bytes(live, wanted)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from apollo_trainer.checkpoints.digest import digest
-from apollo_trainer.checkpoints.host_memory import empty_host
 from apollo_trainer.optim import Apollo
 from apollo_trainer.optim.named_state import tensor_name
 
@@ -46,7 +46,8 @@ class ModelState:
 
 def to_host(tensor: Tensor) -> Tensor:
     """A contiguous copy in host memory; waits for the device."""
-    return empty_host(tuple(tensor.shape), tensor.dtype).copy_(tensor.detach())
+    host = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return host.copy_(tensor.detach())
 
 
 def moments_of(optimizer: Apollo, name: str, parameter: Tensor) -> dict[str, Tensor]:

@@ -62,10 +62,9 @@ def restore(
     exchange = Exchange()
     optimizer.mark_written()
     try:
-        for parameter in parameters.values():
+        for name, parameter in parameters.items():
             optimizer.before_param_write(parameter)
-        pairs = [(parameter, state.parameters[name]) for name, parameter in parameters.items()]
-        exchange.run_all(pairs, _threads(parameters))
+            exchange.run(parameter, state.parameters[name])
         optimizer.load_named_state(state.moments, state.description)
         _verify(parameters, wanted)
     except BaseException as error:
