@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ from safetensors.torch import save_file
 from apollo_grpc.errors import DataLoss
 from apollo_trainer.checkpoints.delta_file import (
     FORMAT,
+    EncodedTensor,
+    decode_tensor,
     encode_tensor,
     open_delta,
     write_delta,
 )
+from apollo_trainer.checkpoints.frames import FRAME
 from apollo_trainer.weights.checkpoint_reader import same_bytes
 
 ANCHOR = "00000001-0123456789ab"
@@ -54,6 +59,42 @@ def test_what_was_written_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert delta.entries["same"].codec == "same"
         for name in old:
             assert same_bytes(delta.decode(name, old[name]), new[name])
+
+
+@pytest.mark.parametrize("count", [1, FRAME, 3 * FRAME + 5, 6 * FRAME])
+@pytest.mark.parametrize("kind", ["near", "far", "same"])
+def test_threads_write_and_read_the_same_as_one(count: int, kind: str) -> None:
+    torch.manual_seed(count)
+    old = torch.randn(count).mul(0.02).bfloat16()
+    new = {"near": old * 1.01, "far": torch.randn(count).bfloat16(), "same": old.clone()}[kind]
+    one, more = encode_tensor(old, new), encode_tensor(old, new, threads=3)
+    assert one.entry == more.entry
+    assert torch.equal(one.frames, more.frames)
+    for threads in (1, 2, 3):
+        assert same_bytes(decode_tensor("t", one, old, threads=threads), new)
+    cut = EncodedTensor(one.entry, one.frames[: one.frames.numel() // 2])
+    with pytest.raises(ValueError) if kind != "same" else nullcontext():
+        decode_tensor("t", cut, old, threads=3)
+
+
+def test_another_old_tensor_is_named_where_the_new_values_do_not_come_out() -> None:
+    old, new = tensors()
+    encoded = encode_tensor(old["layer.weight"], new["layer.weight"])
+    with pytest.raises(ValueError, match="is not what it was in the anchor"):
+        decode_tensor("w", encoded, old["layer.weight"] * 2)
+    wrong = replace(encoded.entry, new=encoded.entry.old)
+    with pytest.raises(ValueError, match="did not come back"):
+        decode_tensor("w", EncodedTensor(wrong, encoded.frames), old["layer.weight"])
+
+
+def test_another_old_tensor_is_refused_on_demand_where_all_values_are_in_the_frames() -> None:
+    old = torch.zeros(300).bfloat16()
+    new = torch.randint(-(2**15), 2**15, (300,), dtype=torch.int16).view(torch.bfloat16)
+    encoded = encode_tensor(old, new)
+    assert encoded.entry.codec == "raw"
+    assert same_bytes(decode_tensor("w", encoded, old + 1), new)
+    with pytest.raises(ValueError, match="is not what it was in the anchor"):
+        decode_tensor("w", encoded, old + 1, verify_old=True)
 
 
 def test_another_anchor_than_that_of_the_differential_is_refused(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,14 +18,13 @@ from apollo_trainer.checkpoints.delta_file import (
     open_delta,
 )
 from apollo_trainer.checkpoints.model_state import ModelState
+from apollo_trainer.checkpoints.spread import spread_by_size, threads_for
 from apollo_trainer.checkpoints.store_folder import StoreFolder
 from apollo_trainer.checkpoints.tensor_file import write_tensors
 
 FORMAT, FILE_NAME = "apollo-anchor-1", "weights.safetensors"
 # Above it a new anchor is cheaper: it makes the next differentials small again.
 MOST_OF_THE_BYTES = 0.45
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 class Anchors:
@@ -67,22 +66,33 @@ class Anchors:
         except (OSError, SafetensorError):
             return False
 
-    def encode(self, anchor: str, state: ModelState) -> dict[str, EncodedTensor] | None:
+    def encode(
+        self, anchor: str, state: ModelState, threads: int = 1
+    ) -> dict[str, EncodedTensor] | None:
         """The differential to an anchor; None where it is above MOST_OF_THE_BYTES."""
-        room = MOST_OF_THE_BYTES * sum(p.nbytes for p in state.parameters.values())
-        encoded: dict[str, EncodedTensor] = {}
+        sizes = {name: p.nbytes for name, p in state.parameters.items()}
+        room = _Room(MOST_OF_THE_BYTES * sum(sizes.values()))
         with safe_open(self.path(anchor), framework="pt") as file:
             digests = _digests(file)
-            for name, tensor in state.parameters.items():
-                old = file.get_tensor(name)
-                encoded[name] = encode_tensor(old, tensor, old_digest=digests.get(name, ""))
-                state.digests[name] = encoded[name].entry.new
-                room -= encoded[name].frames.nbytes
-                if room < 0:
-                    return None
+
+            def encode(name: str, threads: int) -> EncodedTensor:
+                encoded = encode_tensor(
+                    file.get_tensor(name),
+                    state.parameters[name],
+                    old_digest=digests.get(name, ""),
+                    threads=threads,
+                )
+                room.take(encoded.frames.nbytes)
+                return encoded
+
+            try:
+                encoded = spread_by_size(encode, sizes, threads)
+            except _NoRoomError:
+                return None
+        state.digests.update({name: each.entry.new for name, each in encoded.items()})
         return encoded
 
-    def decode(self, path: Path, anchor: str, threads: int) -> dict[str, torch.Tensor]:
+    def decode(self, path: Path, anchor: str) -> dict[str, torch.Tensor]:
         """The weights of a differential. Raises DataLoss where anything is not as it was."""
         try:
             file: Any = safe_open(self.path(anchor), framework="pt")
@@ -101,20 +111,29 @@ class Anchors:
                     reason="SNAPSHOT_CORRUPT",
                 )
 
-            def decode(name: str) -> torch.Tensor:
-                return delta.decode(name, file.get_tensor(name))
+            def decode(name: str, threads: int) -> torch.Tensor:
+                return delta.decode(name, file.get_tensor(name), threads)
 
-            return dict(zip(delta.entries, spread(decode, delta.entries, threads), strict=True))
+            anchored = {name: file.get_tensor(name).nbytes for name in delta.entries}
+            return spread_by_size(decode, anchored, threads_for(sum(anchored.values())))
 
 
-def spread(
-    work: Callable[[_Item], _Result], items: Iterable[_Item], threads: int
-) -> Iterable[_Result]:
-    """The results of all items, in order, computed on so many threads."""
-    if threads == 1:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(threads, "snapshot") as pool:
-        return list(pool.map(work, items))
+class _NoRoomError(Exception):
+    """More bytes were taken than there were."""
+
+
+class _Room:
+    """Bytes that threads take from."""
+
+    def __init__(self, size: float):
+        self._left, self._lock = size, threading.Lock()
+
+    def take(self, size: int) -> None:
+        """Raises _NoRoomError where they are used up."""
+        with self._lock:
+            self._left -= size
+            if self._left < 0:
+                raise _NoRoomError
 
 
 def _digests(file: Any) -> dict[str, str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from blake3 import blake3
 from numpy.typing import NDArray
 
-from apollo_trainer.checkpoints.tensor_file import DIGEST_BYTES, digest_of
+from apollo_trainer.checkpoints.tensor_file import DIGEST_BYTES
 
 _BLAKE3 = "blake3-128"
 _HEXADECIMAL = frozenset("0123456789abcdef")
@@ -17,15 +20,32 @@ def raw_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def digest(tensor: torch.Tensor) -> str:
+def digest(tensor: torch.Tensor, threads: int = 1) -> str:
     """ "<algorithm>:<hexadecimal>" of the bytes in row-major order."""
-    return f"{_BLAKE3}:{digest_of(raw_bytes(tensor).data)}"
+    running = RunningDigest(threads)
+    running.update(raw_bytes(tensor))
+    return running.value()
 
 
-def matches(tensor: torch.Tensor, expected: str) -> bool:
+class RunningDigest:
+    """The digest of bytes that come in parts. The interpreter's lock is released meanwhile."""
+
+    def __init__(self, threads: int = 1):
+        self._hash = blake3(max_threads=threads)
+
+    def update(self, part: NDArray[Any]) -> None:
+        """The next ones, without gaps."""
+        self._hash.update(part.view(np.uint8).data)
+
+    def value(self) -> str:
+        """As of `digest`."""
+        return f"{_BLAKE3}:{self._hash.hexdigest(length=DIGEST_BYTES)}"
+
+
+def matches(tensor: torch.Tensor, expected: str, threads: int = 1) -> bool:
     """Whether the bytes have this digest. Raises ValueError for what is none."""
     algorithm_of(expected)
-    return digest(tensor) == expected
+    return digest(tensor, threads) == expected
 
 
 def algorithm_of(expected: str) -> str:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from apollo_grpc.errors import DataLoss, FailedPrecondition, Internal
 from apollo_trainer.checkpoints.digest import matches
-from apollo_trainer.checkpoints.model_state import ModelState
+from apollo_trainer.checkpoints.model_state import ModelState, to_host
 from apollo_trainer.checkpoints.poison import Poison, PoisonedError
+from apollo_trainer.checkpoints.spread import spread_by_size, threads_for
 from apollo_trainer.checkpoints.value_exchange import Exchange
 from apollo_trainer.optim import Apollo
 
@@ -55,7 +56,7 @@ def restore(
     wanted = {name: state.digest(name) for name in parameters}
     old = ModelState(
         state.parameters,
-        {name: t.detach().cpu().clone() for name, t in optimizer.named_state()[0].items()},
+        {name: to_host(t) for name, t in optimizer.named_state()[0].items()},
         copy.deepcopy(optimizer.named_state()[1]),
     )
     exchange = Exchange()
@@ -77,9 +78,9 @@ def restore(
         ) from error
     poison.why = ""
     if ring is not None:
-        live = {name: p.detach() for name, p in parameters.items()}
-        moments = {name: t.detach() for name, t in state.moments.items()}
-        ring.add(old, ModelState(live, moments, state.description, digests=wanted))
+        # The parameters themselves: the next write of each is announced by them.
+        live = ModelState(dict(parameters), state.moments, state.description, digests=wanted)
+        ring.add(old, live)
     return old
 
 
@@ -104,9 +105,19 @@ def _require_fitting(
 
 
 def _verify(parameters: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
-    for name, parameter in parameters.items():
-        if not matches(parameter, wanted[name]):
+    sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
+
+    def verify(name: str, threads: int) -> None:
+        if not matches(parameters[name], wanted[name], threads):
             raise Internal(f"{name} reads back as something else than was written")
+
+    spread_by_size(verify, sizes, _threads(parameters))
+
+
+def _threads(parameters: Mapping[str, Tensor]) -> int:
+    """One where they are on a device: its copies wait for each other."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters.values())
+    return threads_for(sum(p.nbytes for p in parameters.values())) if on_cpu else 1
 
 
 def _roll_back(

@@ -9,7 +9,6 @@ One process works on a folder at a time: its owner's lock sees to that.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -37,13 +36,13 @@ from apollo_trainer.checkpoints.snapshot_info import (
     require_name,
     write_info,
 )
+from apollo_trainer.checkpoints.spread import background_threads
 from apollo_trainer.checkpoints.store_folder import StoreFolder, own_bytes
 from apollo_trainer.checkpoints.survey import Progress
 
 log = logging.getLogger(__name__)
 DELTA_FILE = "delta.safetensors"
 EXTRA_KEY = "extra"
-_MOST_THREADS = 8
 
 
 class Source(Protocol):
@@ -140,8 +139,9 @@ class SnapshotStore:
         return info
 
     def _encoded(self, state: ModelState) -> tuple[str, dict[str, EncodedTensor]]:
+        threads = background_threads(sum(p.nbytes for p in state.parameters.values()))
         anchor = self._anchors.newest_for(state)
-        encoded = self._anchors.encode(anchor, state) if anchor else None
+        encoded = self._anchors.encode(anchor, state, threads) if anchor else None
         if encoded is None:
             anchor = self._anchors.create(state)
             encoded = {
@@ -205,8 +205,8 @@ class SnapshotStore:
         loaded = load_state(folder / STATE_FILE)
         if loaded is None:
             raise _corrupt(info.id, "it has no Apollo state")
-        threads, delta = min(_MOST_THREADS, os.cpu_count() or 1), folder / DELTA_FILE
-        parameters = self._anchors.decode(delta, info.anchor, threads)
+        delta = folder / DELTA_FILE
+        parameters = self._anchors.decode(delta, info.anchor)
         # The differential verified each one by its own digests; these say it is this one.
         if any(info.digests.get(n) != d for n, d in _delta_digests(delta).items()):
             raise _corrupt(info.id, "its differential is of another snapshot")

@@ -7,6 +7,10 @@ numbers are near. What does not fit is marked, and its new pattern kept: an esca
 
 For 16 bits the key is `u ^ (0xffff if sign else 0x8000)`; here it is the same as a signed number,
 the upper bit flipped. Differences wrap around in the key's width, so that they too are exact.
+
+This is the plain reference; ulp_loops.py does the same in compiled loops. What a tensor is stored
+as is `encode`: escapes of 2 and 4 bits are themselves differences of NEAR bits, which cost one byte
+and not a pattern; what does not even fit there is marked once more, and its new pattern kept.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ _SIGNED: dict[int, Any] = {2: np.int16, 4: np.int32}
 _UNSIGNED: dict[int, Any] = {2: np.uint16, 4: np.uint32}
 # Differences by the bits that each one takes: what they are stored as before they are packed.
 STORED: dict[int, Any] = {2: np.int8, 4: np.int8, 8: np.int8, 16: np.int16}
+NEAR = 8  # bits
 
 
 def keys(bits: Array) -> Array:
@@ -113,6 +118,34 @@ def unpack(packed: Array, count: int, width: int) -> Array:
     if width == 8:
         return packed.view(np.int8)
     return np.take(_TABLES[width], packed).view(np.int8)[:count]
+
+
+def encode(old: Array, new: Array, width: int) -> tuple[Array, Array, Array]:
+    """Packed differences (uint8 [packed_size]), near escapes (int8) and far ones (as `new`).
+
+    There are near ones for widths below NEAR alone; both are in the order of their marks.
+    """
+    steps, patterns = difference(old, new, width)
+    packed = pack(steps, width)
+    if width >= NEAR:
+        return packed, np.empty(0, np.int8), patterns
+    near, far = difference(old[steps == -(2 ** (width - 1))], patterns, NEAR)
+    return packed, near, far
+
+
+def decode(old: Array, packed: Array, near: Array, far: Array, width: int, out: Array) -> None:
+    """Writes the new patterns; the inverse of `encode`. `out` may be `old`.
+
+    Raises ValueError where there are not as many escapes as marks; `out` is then of no use.
+    """
+    steps = unpack(packed, old.size, width)
+    if width < NEAR:
+        marked = old[steps == -(2 ** (width - 1))]
+        if marked.size != near.size:
+            raise ValueError(f"{marked.size} marks, and {near.size} escapes")
+        apply(marked, near, far, NEAR, marked)
+        far = marked
+    apply(old, steps, far, width, out)
 
 
 # As many bytes as there are differences in one packed byte.

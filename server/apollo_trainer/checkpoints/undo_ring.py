@@ -8,41 +8,35 @@ the background, during the next forward and backward.
 from __future__ import annotations
 
 import copy
-import threading
 from collections import deque
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from torch import Tensor
 
 from apollo_grpc.errors import FailedPrecondition, OutOfRange
-from apollo_trainer.checkpoints.delta_file import EncodedTensor, decode_tensor, encode_tensor
+from apollo_trainer.checkpoints.host_memory import HostBuffers
 from apollo_trainer.checkpoints.model_state import ModelState, moments_of, to_host
 from apollo_trainer.checkpoints.poison import Poison
 from apollo_trainer.checkpoints.restore import restore
+from apollo_trainer.checkpoints.spread import background_threads
+from apollo_trainer.checkpoints.undo_update import (
+    Held,
+    Reached,
+    Recorded,
+    Update,
+    weights_before,
+)
 from apollo_trainer.optim import Apollo
-
-
-@dataclass
-class _Update:
-    """What takes one update back."""
-
-    description: dict[str, Any]
-    moments: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, EncodedTensor] = field(default_factory=dict)
-
-    def size_bytes(self) -> int:
-        frames = sum(e.frames.nbytes for e in self.weights.values())
-        return frames + sum(t.nbytes for t in self.moments.values())
 
 
 class UndoRing:
     """Updates, the newest of which are kept within a budget.
 
-    Between `begin` and `end` the weights' old values are held as they are: as many bytes again as
-    the weights that the update writes, which do not count to the budget.
+    The weights' old values are first held as they are, in buffers that are kept for all updates
+    (pinned for a CUDA device): as many bytes again as the weights and moments that an update
+    writes, twice that where updates follow each other faster than they are encoded. They do not
+    count to the budget; `clear` frees them.
 
     Args:
         budget_bytes: of differences and old moments.
@@ -50,14 +44,17 @@ class UndoRing:
 
     def __init__(self, budget_bytes: int):
         self._budget = budget_bytes
-        self._updates: deque[_Update] = deque()
-        self._open: _Update | None = None
-        self._old: dict[str, Tensor] = {}
+        self._updates: deque[Update] = deque()
+        self._open: Update | None = None
+        self._recorded: dict[int, Recorded] = {}
         self._names: dict[int, str] = {}
         self._optimizer: Apollo | None = None
-        self._encoding: dict[int, Future[None]] = {}
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(1, "undo")
+        # By parameter: in the newest update that wrote it, and in the one before that.
+        self._newest: dict[int, Recorded] = {}
+        self._older: dict[int, Recorded] = {}
+        self._buffers = HostBuffers()
+        self._keeping: Future[None] | None = None
+        self._pool: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         """Updates that can be taken back."""
@@ -72,42 +69,68 @@ class UndoRing:
     def begin(self, parameters: Mapping[str, Tensor], optimizer: Apollo) -> None:
         """Before an update, no step being open; `before_write` and `end` follow."""
         _, description = optimizer.named_state()
-        self._open, self._old = _Update(copy.deepcopy(description)), {}
+        self._open, self._recorded = Update(copy.deepcopy(description)), {}
         self._names = {id(p): name for name, p in parameters.items()}
         self._optimizer = optimizer
 
     def before_write(self, parameter: Tensor) -> None:
-        """Copies what is about to be written; waits until its last change was encoded."""
-        if encoding := self._encoding.pop(id(parameter), None):
-            encoding.result()
-        name = self._names.get(id(parameter))
-        if self._open is None or self._optimizer is None or name is None or name in self._old:
+        """Copies what is about to be written; waits where two updates are not yet encoded."""
+        key = id(parameter)
+        if key in self._recorded:
             return
-        self._old[name] = to_host(parameter)
-        for key, tensor in moments_of(self._optimizer, name, parameter).items():
-            self._open.moments[key] = to_host(tensor)
+        name, newest = self._names.get(key), self._newest.pop(key, None)
+        if self._open is None or self._optimizer is None or name is None:
+            if newest is not None:
+                newest.parameter_is_written()
+            return
+        if older := self._older.pop(key, None):
+            older.encoded.result()
+        if newest is not None and newest.encoded.done():
+            newest.encoded.result()
+            newest = None
+        moments = moments_of(self._optimizer, name, parameter)
+        self._recorded[key] = Recorded.staged(name, parameter, moments, self._buffers, newest)
+        if newest is not None:
+            self._older[key] = newest
 
     def end(self, parameters: Mapping[str, Tensor]) -> None:
         """After the update, or after it failed halfway: what was written can be taken back."""
-        update, old = self._open, self._old
-        self._open, self._old = None, {}
-        if update is None or not old:
+        update, recorded = self._open, self._recorded
+        self._open, self._recorded = None, {}
+        if update is None or not recorded:
             # A step that was refused has nothing to take back.
             return
-        self._encoding = {
-            id(parameters[name]): self._pool.submit(_encode, update, name, parameters[name], values)
-            for name, values in old.items()
-        }
-        self._pool.submit(self._keep, update)
+        self._submit(update, recorded, parameters)
 
     def add(self, old: ModelState, new: ModelState) -> None:
-        """Keeps the way back from a change that was none of the optimizer's, such as a restore."""
-        update = _Update(copy.deepcopy(old.description))
-        update.moments = {name: to_host(tensor) for name, tensor in old.moments.items()}
-        for name, values in old.parameters.items():
-            _encode(update, name, new.parameters[name], values)
+        """Keeps the way back from a change that was none of the optimizer's, such as a restore.
+
+        Args:
+            old: is read in the background, until the first write that `before_write` is told of.
+            new: the live parameters, on any device; its digests are theirs.
+        """
         self._wait()
-        self._keep(update)
+        update = Update(copy.deepcopy(old.description))
+        update.moments = {name: to_host(tensor) for name, tensor in old.moments.items()}
+        recorded = {}
+        for name, values in old.parameters.items():
+            live, digest = new.parameters[name], new.digests.get(name, "")
+            recorded[id(live)] = Recorded(name, live, Held(values), {}, digest=digest)
+        self._submit(update, recorded, new.parameters)
+
+    def _submit(
+        self, update: Update, recorded: dict[int, Recorded], parameters: Mapping[str, Tensor]
+    ) -> None:
+        self._newest |= recorded
+        if self._pool is None:
+            size = sum(p.nbytes for p in parameters.values())
+            self._pool = ThreadPoolExecutor(background_threads(size), "undo")
+        written = Reached(any(p.is_cuda for p in parameters.values()))
+        # In the order of the writes: the next update comes to them in it.
+        for each in recorded.values():
+            self._pool.submit(each.encode, update, written)
+        encoded = [each.encoded for each in recorded.values()]
+        self._keeping = self._pool.submit(self._keep_encoded, update, encoded, self._keeping)
 
     def undo(
         self,
@@ -139,48 +162,53 @@ class UndoRing:
         """Forgets all updates."""
         self._wait()
         self._updates.clear()
+        self._newest.clear()
+        self._older.clear()
+        self._buffers.clear()
 
     def stop(self) -> None:
-        """Ends the thread."""
-        self._pool.shutdown()
+        """Ends the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def _wait(self) -> None:
-        self._pool.submit(int).result()
-        for encoding in self._encoding.values():
-            encoding.result()
+        if self._keeping is not None:
+            self._keeping.result()
 
-    def _keep(self, update: _Update) -> None:
-        with self._lock:
-            self._updates.append(update)
-            total = sum(each.size_bytes() for each in self._updates)
-            while self._updates and total > self._budget:
-                total -= self._updates.popleft().size_bytes()
+    def _keep_encoded(
+        self, update: Update, encoded: Sequence[Future[None]], before: Future[None] | None
+    ) -> None:
+        """Raises what encoding raised: older updates cannot be taken back without this one."""
+        wait([*encoded, *([before] if before else [])])
+        try:
+            for each in encoded:
+                each.result()
+        except BaseException:
+            self._updates.clear()
+            raise
+        self._keep(update)
 
-
-def _encode(update: _Update, name: str, new: Tensor, old: Tensor) -> None:
-    live = new.detach().cpu().contiguous()
-    update.weights[name] = encode_tensor(live, old)
+    def _keep(self, update: Update) -> None:
+        self._updates.append(update)
+        total = sum(each.size_bytes() for each in self._updates)
+        while self._updates and total > self._budget:
+            total -= self._updates.popleft().size_bytes()
 
 
 def _state_before(
-    taken: list[_Update], parameters: Mapping[str, Tensor], optimizer: Apollo
+    taken: Sequence[Update], parameters: Mapping[str, Tensor], optimizer: Apollo
 ) -> ModelState:
     """The state before these updates, the newest first. Raises FailedPrecondition."""
-    weights: dict[str, Tensor] = {}
-    digests: dict[str, str] = {}
-    moments = {name: to_host(t) for name, t in optimizer.named_state()[0].items()}
+    try:
+        weights, digests = weights_before(taken, parameters)
+    except ValueError as error:
+        raise FailedPrecondition(
+            f"The live weights are not those after the last update ({error}); nothing was "
+            "changed. Restore a snapshot instead.",
+            reason="UNDO_STALE",
+        ) from error
+    moments = dict(optimizer.named_state()[0])
     for update in taken:
-        for name, encoded in update.weights.items():
-            now = weights[name] if name in weights else parameters[name].detach().cpu().contiguous()
-            try:
-                weights[name] = decode_tensor(name, encoded, now)
-            except ValueError as error:
-                raise FailedPrecondition(
-                    f"The live weights are not those after the last update ({error}); nothing was "
-                    "changed. Restore a snapshot instead.",
-                    reason="UNDO_STALE",
-                ) from error
-            digests[name] = encoded.entry.new
         moments.update(update.moments)
     description = copy.deepcopy(taken[-1].description)
     return ModelState(

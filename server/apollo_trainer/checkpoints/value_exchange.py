@@ -8,7 +8,11 @@ from torch import Tensor
 from apollo_grpc.errors import Internal
 from apollo_trainer.weights.checkpoint_reader import same_bytes
 
-PIECE = 2**18  # elements that are exchanged at once: what stays in a core's cache
+# Elements that are exchanged at once: few enough to stay in the cache that cores share, many
+# enough for torch's threads. Threads that each call torch would fight over those.
+PIECE = 2**20
+# A device is far away: what is copied there and back must be worth the way.
+_FAR = 16
 
 
 class Exchange:
@@ -26,9 +30,9 @@ class Exchange:
         if not live.is_contiguous():
             self._piece(live, host)
             return
-        here, there = live.view(-1), host.view(-1)
-        for start in range(0, here.numel(), PIECE):
-            part = slice(start, start + PIECE)
+        here, there, size = live.view(-1), host.view(-1), PIECE * (_FAR if live.is_cuda else 1)
+        for start in range(0, here.numel(), size):
+            part = slice(start, start + size)
             self._piece(here[part], there[part])
 
     def _piece(self, live: Tensor, host: Tensor) -> None:
@@ -43,7 +47,8 @@ class Exchange:
         # Fresh memory for each piece costs many times what the copy does.
         kept = self._scratch.get(live.dtype)
         if kept is None or kept.numel() < live.numel():
-            kept = torch.empty(max(PIECE, live.numel()), dtype=live.dtype)
+            size = max(PIECE, live.numel())
+            kept = torch.empty(size, dtype=live.dtype, pin_memory=live.is_cuda)
             self._scratch[live.dtype] = kept
         return kept[: live.numel()].view(live.shape)
 

@@ -1,0 +1,61 @@
+"""Work on many tensors at once, over threads: a model may also be one huge tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+_MOST_THREADS = 8
+# Bytes that are worth a thread of their own.
+_SHARE = 2**24
+
+
+def threads_for(size: int) -> int:
+    """Threads for work that is waited for, on so many bytes."""
+    return max(1, min(_MOST_THREADS, os.cpu_count() or 1, size // _SHARE))
+
+
+def background_threads(size: int) -> int:
+    """Threads for work beside training, which must not be slowed by it."""
+    return min(threads_for(size), 1 if (os.cpu_count() or 1) < 8 else 2)
+
+
+def spread(
+    work: Callable[[_Item], _Result], items: Iterable[_Item], threads: int
+) -> Sequence[_Result]:
+    """The results of all items, in order, computed on so many threads.
+
+    Raises what the first item that failed raised, once no thread works any more; items that had
+    not begun are left out.
+    """
+    if threads == 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads, "checkpoint") as pool:
+        try:
+            return list(pool.map(work, items))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def spread_by_size(
+    work: Callable[[str, int], _Result], sizes: Mapping[str, int], threads: int
+) -> dict[str, _Result]:
+    """The results by name, in the order of `sizes`.
+
+    Args:
+        work: is called with a name, and the threads that it may use itself: all of them for what
+            is larger than one thread's share, one at a time; otherwise one.
+        sizes: bytes, by name.
+    """
+    share = sum(sizes.values()) // threads
+    huge = [name for name, size in sizes.items() if threads > 1 and size > max(share, _SHARE)]
+    results = {name: work(name, threads) for name in huge}
+    rest = sorted(sizes.keys() - results.keys(), key=lambda name: -sizes[name])
+    results |= zip(rest, spread(lambda name: work(name, 1), rest, threads), strict=True)
+    return {name: results[name] for name in sizes}
