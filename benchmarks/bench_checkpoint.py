@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from apollo_trainer.checkpoints.state_folder import SyncMethod
-from benchmarks import bench_snapshots
+from benchmarks import snapshot_costs
 from benchmarks.machine import installed, origin, pick_device, result_path, write_json
 from benchmarks.saving_peers import PEERS
 from benchmarks.shapes import TABLES
@@ -94,7 +94,7 @@ def targets(result: dict[str, Any]) -> list[tuple[str, float, float]]:
         ("sync, 1 % changed: ms per GiB of model", 25, ms("1 % changed, exchange")),
         ("sync, all changed: ms per GiB", 1000, ms("all changed, exchange")),
         ("sync, all changed: bytes per byte", 1.0, whole["bytes_written"] / result["bytes"]),
-        *bench_snapshots.targets(result["snapshots"]),
+        *snapshot_costs.targets(result["snapshots"]),
     ]
 
 
@@ -113,7 +113,7 @@ def measure(
         del model
         shutil.rmtree(folder)
     if "snapshots" in parts:
-        result["snapshots"] = bench_snapshots.measure(shapes, folder, device)
+        result["snapshots"] = snapshot_costs.measure(shapes, folder, device)
     return result
 
 

@@ -1,17 +1,12 @@
-"""Snapshots, undo and restore of a synthetic bfloat16 model: sizes, and how fast each part is.
+"""Snapshots, undo and restore of a model of real shapes: sizes, and how fast each part is.
 
-    python benchmarks/bench_snapshots.py FOLDER [--mebibytes 512] [--updates 100]
-        [--device cuda] [--write]
-
-FOLDER is on the disk to measure, and must not exist. Weights are N(0, 0.02); an update adds
-N(0, 1e-5) to all, rounded stochastically, as in the design's table. Files are warm, and the loops
-compiled: how long that takes is in the result. GB/s are bytes of the weights.
+Weights are bfloat16, N(0, 0.02); an update adds N(0, 1e-5) to all, rounded stochastically, as in
+the design's table. Files are warm, and the loops compiled: how long that takes is in the result.
+GB/s are bytes of the weights.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import time
@@ -20,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import origin, result_path, write_json
 
 from apollo_trainer.checkpoints.delta_file import decode_tensor, encode_tensor
 from apollo_trainer.checkpoints.digest import digest
@@ -31,20 +25,26 @@ from apollo_trainer.checkpoints.snapshots import SnapshotCopy
 from apollo_trainer.checkpoints.spread import background_threads, threads_for
 from apollo_trainer.checkpoints.undo_ring import UndoRing
 from apollo_trainer.optim import Apollo
+from benchmarks.shapes import Shapes
 
-SIDE, UPDATES, SIZE = 4096, (1, 10, 100), 1e-5
+UPDATES, SIZE = (1, 10, 100), 1e-5
+# Draws of one update; more elements take them again, far outside of what a frame holds.
+POOL = 2**22
 ROUNDS = 3
 
 Weights = dict[str, torch.nn.Parameter]
 
 
-def update(weight: torch.Tensor) -> None:
+def update(weights: Weights) -> None:
     """One dense update, rounded stochastically, in place."""
-    here = {"device": weight.device}
-    exact = weight.float().add_(torch.randn(weight.shape, **here), alpha=SIZE)
-    noise = torch.randint(0, 2**16, weight.shape, dtype=torch.int32, **here)
-    bits = exact.view(torch.int32).add_(noise).bitwise_right_shift_(16)
-    weight.data.copy_(bits.to(torch.int16).view(torch.bfloat16))
+    device = next(iter(weights.values())).device
+    normal = torch.randn(POOL, device=device)
+    noise = torch.randint(0, 2**16, (POOL,), dtype=torch.int32, device=device)
+    for weight in weights.values():
+        for part in weight.data.view(-1).split(POOL):
+            exact = part.float().add_(normal[: part.numel()], alpha=SIZE)
+            bits = exact.view(torch.int32).add_(noise[: part.numel()]).bitwise_right_shift_(16)
+            part.copy_(bits.to(torch.int16).view(torch.bfloat16))
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -68,7 +68,7 @@ def best(work: Callable[[], Any], rounds: int = ROUNDS) -> tuple[float, Any]:
 
 
 def measure(
-    folder: Path, *, mebibytes: int = 512, updates: int = max(UPDATES), device: str = "cpu"
+    shapes: Shapes, folder: Path, device: torch.device, updates: int = max(UPDATES)
 ) -> dict[str, Any]:
     """All figures: sizes in percent of the weights, GB/s, ms, ms per GiB of weights.
 
@@ -78,10 +78,10 @@ def measure(
     """
     torch.manual_seed(0)
     weights = {
-        f"layer.{n}": torch.nn.Parameter(
-            torch.randn(SIDE, SIDE).mul_(0.02).bfloat16().to(device), requires_grad=True
+        name: torch.nn.Parameter(
+            torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
         )
-        for n in range(mebibytes * 2**20 // (2 * SIDE * SIDE))
+        for name, shape in shapes.items()
     }
     optimizer = Apollo(weights.items(), rank=64)
     size = sum(p.nbytes for p in weights.values())
@@ -89,7 +89,7 @@ def measure(
         "bytes": size,
         "moments": optimizer.state_size_bytes() / size,
         "digest": digest(torch.zeros(1)).partition(":")[0],
-        "device": device,
+        "device": str(device),
         "processors": os.cpu_count(),
         "threads": threads_for(size),
         "background_threads": background_threads(size),
@@ -99,8 +99,7 @@ def measure(
     try:
         result |= first(store, weights, optimizer, size)
         for number in range(1, updates + 1):
-            for weight in weights.values():
-                update(weight)
+            update(weights)
             if number in UPDATES:
                 result[f"after_{number}"] = one(store, weights, optimizer, size, number)
         result["undo"] = undo(weights, optimizer, size)
@@ -190,34 +189,27 @@ def record(ring: UndoRing, weights: Weights, optimizer: Apollo) -> float:
     """Seconds of the hook in one update."""
     ring.begin(weights, optimizer)
     seconds, _ = timed(lambda: [ring.before_write(weight) for weight in weights.values()])
-    for weight in weights.values():
-        update(weight)
+    update(weights)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     ring.end(weights)
     return seconds
 
 
-def main() -> None:
-    """Measures and prints; `--write` keeps the result."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--mebibytes", type=int, default=512)
-    parser.add_argument("--updates", type=int, default=max(UPDATES))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--write", action="store_true")
-    options = parser.parse_args()
-    result = measure(
-        options.folder,
-        mebibytes=options.mebibytes,
-        updates=options.updates,
-        device=options.device,
-    )
-    print(json.dumps(result, indent=2))
-    if options.write:
-        device = torch.device(options.device)
-        write_json(result_path("bench_snapshots", device), origin(device) | {"snapshots": result})
-
-
-if __name__ == "__main__":
-    main()
+def targets(figures: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """What is to be reached: its name, the bound, and the figure."""
+    bounds = {1: 11.0, 10: 20.0, 100: 30.0}
+    measured = {n: figures[f"after_{n}"] for n in UPDATES if f"after_{n}" in figures}
+    sizes = [
+        (f"snapshot after {n} updates: % of the bytes", bounds[n], each["percent"])
+        for n, each in measured.items()
+    ]
+    slowest = min(each["load_and_restore_gb_s"] for each in measured.values())
+    return [
+        *sizes,
+        ("snapshot, pause: ms", 0, figures["pause_ms"]),
+        ("snapshot, worst pause: ms per GiB", 70, figures["worst_pause_ms_per_gib"]),
+        ("undo, pause of an update: ms per GiB", 70, figures["undo"]["hook_ms_per_gib"]),
+        ("load and restore, at least: GB/s", 5, slowest),
+        ("restore of a decoded one, at least: GB/s", 5, figures["after_1"]["restore_gb_s"]),
+    ]
