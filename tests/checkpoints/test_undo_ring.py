@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from apollo_grpc.errors import FailedPrecondition, OutOfRange
+from apollo_trainer.checkpoints import undo_update
+from apollo_trainer.checkpoints.restore import restore
 from apollo_trainer.checkpoints.undo_ring import UndoRing
-from tests.checkpoints.learner import Learner
+from tests.checkpoints.learner import Learner, copied
 
 
 class Undoable(Learner):
@@ -130,3 +133,68 @@ def test_a_parameter_without_a_gradient_takes_no_room(learner: Undoable) -> None
         parameter.requires_grad_("norm" in name)
     learner.update(1, 1)
     assert learner.ring.size_bytes() < whole / 10
+
+
+def delay_encoding(monkeypatch: pytest.MonkeyPatch, begin: threading.Event) -> None:
+    encode = undo_update.encode_tensor
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        assert begin.wait(30)
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(undo_update, "encode_tensor", late)
+
+
+def test_an_update_goes_on_before_the_one_before_it_is_encoded(
+    learner: Undoable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner.update(0, 1)
+    before = learner.state()
+    assert len(learner.ring) == 1
+    begin = threading.Event()
+    delay_encoding(monkeypatch, begin)
+    # The encoder has begun with one parameter, whose next write must wait for it.
+    threading.Timer(0.3, begin.set).start()
+    learner.update(1, 4)
+    after = learner.state()
+    learner.undo(4)
+    learner.assert_is(before)
+    learner.update(1, 4)
+    learner.assert_is(after)
+
+
+def test_training_right_after_a_restore_leaves_its_way_back_whole(
+    learner: Undoable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = learner.state()
+    learner.update(0, 2)
+    before = learner.state()
+    assert len(learner.ring) == 2
+    begin = threading.Event()
+    delay_encoding(monkeypatch, begin)
+    restore(copied(saved), learner.parameters, learner.optimizer, learner.ring)
+    threading.Timer(0.2, begin.set).start()
+    learner.update(5, 1)
+    learner.undo(2)
+    learner.assert_is(before)
+
+
+def test_an_update_that_cannot_be_encoded_takes_those_before_it_along(
+    learner: Undoable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner.update(0, 2)
+    assert len(learner.ring) == 2
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(undo_update, "encode_tensor", fail)
+        learner.update(2, 1)
+        assert len(learner.ring) == 0
+    before = learner.state()
+    learner.update(3, 2)
+    with pytest.raises(OutOfRange, match="2 updates"):
+        learner.undo(3)
+    learner.undo(2)
+    learner.assert_is(before)

@@ -8,6 +8,7 @@ the background, during the next forward and backward.
 from __future__ import annotations
 
 import copy
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -28,6 +29,8 @@ from apollo_trainer.checkpoints.undo_update import (
     weights_before,
 )
 from apollo_trainer.optim import Apollo
+
+log = logging.getLogger(__name__)
 
 
 class UndoRing:
@@ -84,9 +87,8 @@ class UndoRing:
                 newest.parameter_is_written()
             return
         if older := self._older.pop(key, None):
-            older.encoded.result()
+            wait([older.encoded])
         if newest is not None and newest.encoded.done():
-            newest.encoded.result()
             newest = None
         moments = moments_of(self._optimizer, name, parameter)
         self._recorded[key] = Recorded.staged(name, parameter, moments, self._buffers, newest)
@@ -173,19 +175,17 @@ class UndoRing:
 
     def _wait(self) -> None:
         if self._keeping is not None:
-            self._keeping.result()
+            wait([self._keeping])
 
     def _keep_encoded(
         self, update: Update, encoded: Sequence[Future[None]], before: Future[None] | None
     ) -> None:
-        """Raises what encoding raised: older updates cannot be taken back without this one."""
         wait([*encoded, *([before] if before else [])])
-        try:
-            for each in encoded:
-                each.result()
-        except BaseException:
+        if errors := [error for each in encoded if (error := each.exception())]:
+            # Without this one, none of those before it can be taken back.
             self._updates.clear()
-            raise
+            log.warning("An update cannot be undone, nor those before it: %r", errors[0])
+            return
         self._keep(update)
 
     def _keep(self, update: Update) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -133,14 +133,13 @@ class Recorded:
 
         Args:
             after: a copy of what it is now, which will do as well.
-
-        Raises what encoding raised.
         """
         with self._lock:
             if after is not None and not self._begun:
                 self._after = after
                 return
-        self.encoded.result()
+        # What it raised is for the ring: no step fails because an update cannot be taken back.
+        wait([self.encoded])
 
     def encode(self, update: Update, written: Reached) -> None:
         """Adds to the update what takes the parameter back; then the buffers are free.
@@ -151,7 +150,7 @@ class Recorded:
         try:
             if self._previous is not None:
                 # Its new values are the old ones of this.
-                self._previous.encoded.exception()
+                wait([self._previous.encoded])
                 self._previous = None
             with self._lock:
                 self._begun = True
