@@ -16,6 +16,18 @@ ALL = np.arange(2**16, dtype=np.uint16)
 UNSIGNED: dict[int, Any] = {2: np.uint16, 4: np.uint32}
 
 
+def drawn(data: st.DataObject, itemsize: int, width: int, most_elements: int) -> tuple[Any, Any]:
+    """Old and new patterns; many are near: a step of each width, and a mark, must both occur."""
+    most = 2 ** (8 * itemsize) - 1
+    olds = data.draw(st.lists(st.integers(0, most), max_size=most_elements))
+    near = st.integers(-(2**width), 2**width)
+    news = [
+        data.draw(st.one_of(near.map(lambda d, o=o: (o + d) & most), st.integers(0, most)))
+        for o in olds
+    ]
+    return np.array(olds, UNSIGNED[itemsize]), np.array(news, UNSIGNED[itemsize])
+
+
 def test_every_16_bit_pattern_has_a_key_of_its_own_and_comes_back() -> None:
     keys = ulp_codec.keys(ALL)
     assert np.unique(keys).size == ALL.size
@@ -57,15 +69,7 @@ def test_all_patterns_go_to_all_others_and_back(width: int, shift: int) -> None:
 
 @given(data=st.data(), itemsize=st.sampled_from([2, 4]), width=st.sampled_from([2, 4, 8, 16]))
 def test_any_two_tensors_come_back(data: st.DataObject, itemsize: int, width: int) -> None:
-    # Every other pair is near: a step of each width, and a mark, must both occur.
-    most = 2 ** (8 * itemsize) - 1
-    olds = data.draw(st.lists(st.integers(0, most), max_size=40))
-    near = st.integers(-(2**width), 2**width)
-    news = [
-        data.draw(st.one_of(near.map(lambda d, o=o: (o + d) & most), st.integers(0, most)))
-        for o in olds
-    ]
-    old, new = np.array(olds, UNSIGNED[itemsize]), np.array(news, UNSIGNED[itemsize])
+    old, new = drawn(data, itemsize, width, most_elements=40)
     steps, escapes = ulp_codec.difference(old, new, width)
     unpacked = ulp_codec.unpack(ulp_codec.pack(steps, width), old.size, width)
     ulp_codec.apply(old, unpacked, escapes, width, old)

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from apollo_trainer.checkpoints import ulp_codec, ulp_loops
+from tests.checkpoints.test_ulp_codec import ALL, UNSIGNED, drawn
 
 Array = NDArray[Any]
-ALL = np.arange(2**16, dtype=np.uint16)
-UNSIGNED: dict[int, Any] = {2: np.uint16, 4: np.uint32}
 WIDTHS = [2, 4, 8, 16]
 
 
@@ -73,14 +72,7 @@ def test_any_number_of_elements_is_as_in_the_reference(
 def test_any_two_tensors_are_as_in_the_reference(
     data: st.DataObject, itemsize: int, width: int
 ) -> None:
-    most = 2 ** (8 * itemsize) - 1
-    olds = data.draw(st.lists(st.integers(0, most), max_size=80))
-    near = st.integers(-(2**width), 2**width)
-    news = [
-        data.draw(st.one_of(near.map(lambda d, o=o: (o + d) & most), st.integers(0, most)))
-        for o in olds
-    ]
-    check(np.array(olds, UNSIGNED[itemsize]), np.array(news, UNSIGNED[itemsize]), width)
+    check(*drawn(data, itemsize, width, most_elements=80), width)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

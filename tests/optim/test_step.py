@@ -310,31 +310,3 @@ def test_what_the_announcement_raises_leaves_all_parameters_unwritten():
         optimizer.step()
     assert all(torch.equal(p, torch.ones(4)) for p in params.values())
     assert optimizer.step_count == 0
-
-
-def test_the_stamp_is_another_one_after_every_write_and_for_every_optimizer():
-    params = model()
-    one, two = Apollo(params.items(), rank=8), Apollo(params.items(), rank=8)
-    stamps = [one.write_stamp, two.write_stamp]
-    give_gradients(params, 0)
-    one.step()
-    stamps.append(one.write_stamp)
-    one.begin_step()
-    assert one.write_stamp == stamps[-1]
-    one.step_param(params["a"])
-    one.abandon_step()
-    stamps.append(one.write_stamp)
-    assert len(set(stamps)) == 4
-
-
-def test_a_write_that_is_forbidden_leaves_the_stamp():
-    def forbid():
-        raise RuntimeError("no")
-
-    params = model()
-    optimizer = Apollo(params.items(), rank=8)
-    before, optimizer.before_write = optimizer.write_stamp, forbid
-    give_gradients(params, 0)
-    with pytest.raises(RuntimeError, match="no"):
-        optimizer.step()
-    assert optimizer.write_stamp == before

@@ -49,6 +49,14 @@ def gate() -> Iterator[Gate]:
     gate.open()
 
 
+def with_a_snapshot(start_engine: Any, start_server: Any) -> tuple[Any, Any]:
+    """An engine, and a caller who took the snapshot "start" of it."""
+    engine, caller = start_engine(), start_server()
+    caller.wait_attached()
+    list(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="start"), timeout=60))
+    return engine, caller
+
+
 class Call:
     """A stream that is read in the background."""
 
@@ -165,9 +173,7 @@ def test_a_job_that_waits_for_a_run_ends_at_once_and_never_begins(
 def test_a_restore_that_writes_is_finished_and_not_torn(
     start_engine: Any, start_server: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, caller = start_engine(), start_server()
-    caller.wait_attached()
-    list(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="start"), timeout=60))
+    engine, caller = with_a_snapshot(start_engine, start_server)
     weights = engine.model.values()
     caller.train(optimizer=FAST)
     run = Exchange.run
@@ -194,9 +200,7 @@ def test_a_restore_that_decodes_is_stopped(
     error_of: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine, caller = start_engine(), start_server()
-    caller.wait_attached()
-    list(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="start"), timeout=60))
+    engine, caller = with_a_snapshot(start_engine, start_server)
     caller.train(optimizer=FAST)
     weights = engine.model.values()
     load = SnapshotStore.load
@@ -231,9 +235,7 @@ def test_a_restore_amid_a_sync_waits_and_the_directory_holds_what_was_synced(
     gate: Gate,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine, caller = start_engine(), start_server()
-    caller.wait_attached()
-    list(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="start"), timeout=60))
+    engine, caller = with_a_snapshot(start_engine, start_server)
     start = engine.model.values()
     caller.train(optimizer=FAST)
     learned, fsync = engine.model.values(), FileOps.fsync

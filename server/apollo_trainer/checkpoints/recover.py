@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import logging
 
-from apollo_grpc.errors import ApolloError, DataLoss, FailedPrecondition
+from apollo_grpc.errors import ApolloError, FailedPrecondition
 from apollo_trainer.checkpoints.durable_write import TEMPORARY
 from apollo_trainer.checkpoints.exchange import finish_exchange
 from apollo_trainer.checkpoints.in_place import redo
 from apollo_trainer.checkpoints.manifest import Manifest
-from apollo_trainer.checkpoints.rollforward import finish_rollforward, put_config_back
+from apollo_trainer.checkpoints.rollforward import (
+    finish_rollforward,
+    perhaps_mixed,
+    put_config_back,
+)
 from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.state_folder import (
     Place,
@@ -51,7 +55,11 @@ def recover(place: Place, spare: Spare | None = None) -> Manifest | None:
         _settle(place, baseline, intent)
         baseline = read_manifest(place)
     if place.ops.found(place.aside) and not (baseline and refreshed(place, baseline)):
-        raise _nobody_knows(place)
+        raise perhaps_mixed(
+            place,
+            "what it had announced is gone: nobody knows of which generation its shards are. "
+            "Nothing was written",
+        )
     _remove_leftovers(place, spare or Spare())
     return baseline
 
@@ -84,17 +92,6 @@ def _remove_leftovers(place: Place, spare: Spare) -> None:
         ops.remove(place.intent_path)
         # Else a power failure could bring it back beside what is built next.
         ops.sync_folder(place.state)
-
-
-def _nobody_knows(place: Place) -> DataLoss:
-    """The refusal to put config.json back over shards that may be of two generations."""
-    return DataLoss(
-        f"A sync of {place.directory.name} was cut off, and what it had announced is gone: nobody "
-        "knows of which generation its shards are. Nothing was written, and config.json is aside "
-        f"({place.aside.name}) so that nobody loads a mix. Bring the directory back from a copy, "
-        f"then remove {place.state}.",
-        reason="SYNC_CANNOT_FINISH",
-    )
 
 
 def edited(place: Place, baseline: Manifest) -> FailedPrecondition:

@@ -60,7 +60,6 @@ def restore(
         copy.deepcopy(optimizer.named_state()[1]),
     )
     exchange = Exchange()
-    optimizer.mark_written()
     try:
         for name, parameter in parameters.items():
             optimizer.before_param_write(parameter)

@@ -47,16 +47,24 @@ def finish_rollforward(place: Place, manifest: Manifest) -> None:
         if record.is_at(place.ops.found(beside)):
             place.ops.rename(beside, place.directory / shard)
     if not is_untouched(place, manifest):
-        raise DataLoss(
-            f"A sync of {place.directory.name} was cut off, and a shard that it had written has "
-            "since been changed or taken away. Nothing more was written, and config.json is aside "
-            f"({place.aside.name}) so that nobody loads a mix. Bring the directory back from a "
-            f"copy, then remove {place.state}.",
-            reason="SYNC_CANNOT_FINISH",
+        raise perhaps_mixed(
+            place,
+            "a shard that it had written has since been changed or taken away. Nothing more was "
+            "written",
         )
     place.ops.sync_folder(place.directory)
     put_config_back(place)
     commit(place, manifest)
+
+
+def perhaps_mixed(place: Place, what: str) -> DataLoss:
+    """The refusal to put config.json back over shards that may be of two generations."""
+    return DataLoss(
+        f"A sync of {place.directory.name} was cut off, and {what}, and config.json is aside "
+        f"({place.aside.name}) so that nobody loads a mix. Bring the directory back from a copy, "
+        f"then remove {place.state}.",
+        reason="SYNC_CANNOT_FINISH",
+    )
 
 
 def put_config_aside(place: Place) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from apollo_trainer.checkpoints.host_memory import Staging
 from apollo_trainer.checkpoints.manifest import Manifest, ShardRecord, TensorRecord
 from apollo_trainer.checkpoints.shard_header import (
     DTYPES,
@@ -16,7 +17,6 @@ from apollo_trainer.checkpoints.shard_header import (
     build_header,
     parse_metadata,
 )
-from apollo_trainer.checkpoints.staging import Staging
 from apollo_trainer.checkpoints.state_folder import Place, SyncMethod
 from apollo_trainer.checkpoints.tensor_file import (
     bytes_of,

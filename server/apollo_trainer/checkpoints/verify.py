@@ -8,9 +8,9 @@ from pathlib import Path
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.checkpoints.file_ops import FILES, FileOps
+from apollo_trainer.checkpoints.host_memory import Staging
 from apollo_trainer.checkpoints.manifest import Manifest, TensorRecord
 from apollo_trainer.checkpoints.shard_header import NAME_OF
-from apollo_trainer.checkpoints.staging import Staging
 from apollo_trainer.checkpoints.state_folder import Place, held, place_of, read_manifest
 from apollo_trainer.checkpoints.survey import Progress
 from apollo_trainer.checkpoints.tensor_file import bytes_of, digest_at, digest_of, read_header

@@ -44,6 +44,7 @@ class WriteWatch:
 class WriteVersions:
     """A number for each parameter that is another one after every write, and in every process."""
 
+    # Two that are equal by chance would hide a write: 62 bits, and still a JSON number.
     _BITS = 62
 
     def __init__(self) -> None:

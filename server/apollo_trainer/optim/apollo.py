@@ -6,7 +6,6 @@ Algorithm 1.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, overload
 
@@ -30,9 +29,6 @@ from apollo_trainer.optim.options import (
 from apollo_trainer.optim.parameters import Slot, named, new_state, sort_out
 from apollo_trainer.optim.reference import Job, step_parameter
 from apollo_trainer.optim.rounding import Rounding, RoundingMode
-
-# Two that are equal by chance would hide a write: 62 bits, and still a JSON number.
-_STAMP_BITS = 62
 
 
 class Apollo(Optimizer):
@@ -85,8 +81,6 @@ class Apollo(Optimizer):
         step_count: completed steps.
         before_write: called before parameters are written; what it raises ends the step, with
             those unwritten that it was called for.
-        write_stamp: a number that is another one after every write to a parameter, and for every
-            optimizer of every process.
         before_param_write: called likewise with each parameter that will be written, weights and
             state.
         measure: set it to True to fill the next two at every step.
@@ -128,8 +122,6 @@ class Apollo(Optimizer):
         self.impl: Impl = impl
         self.compat: Compat | None = compat
         self.step_count = 0
-        self.write_stamp = 0
-        self.mark_written()
         self.measure = False
         self.before_write: Callable[[], None] = lambda: None
         self.before_param_write: Callable[[Tensor], None] = lambda _: None
@@ -142,13 +134,6 @@ class Apollo(Optimizer):
         self._skipped: dict[torch.device, Tensor] = {}
         self._steppers: dict[torch.device, FusedStepper] = {}
         super().__init__(params, defaults)
-
-    def mark_written(self) -> None:
-        """Parameters are about to be written; whoever else writes them calls this as well.
-
-        Otherwise a sync would take the model directory for up to date.
-        """
-        self.write_stamp = secrets.randbits(_STAMP_BITS)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group and allocates its state. Raises ValueError, and then adds nothing."""
@@ -263,8 +248,6 @@ class Apollo(Optimizer):
         opened = self._opened("a step")
         if slots:
             self.before_write()
-            # Before the write: one that fails halfway has changed something too.
-            self.mark_written()
         on_cpu, on_cuda = list[Job](), dict[torch.device, list[Work]]()
         with_grad = [(slot, grad) for slot in slots if (grad := slot.gradient()) is not None]
         for slot, _ in with_grad:
