@@ -113,7 +113,7 @@ def measure(
         del model
         shutil.rmtree(folder)
     if "snapshots" in parts:
-        result["snapshots"] = snapshot_costs.measure(shapes, folder, device)
+        result["snapshots"] = snapshot_costs.measure(shapes, folder, device, rounds)
     return result
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from apollo_trainer.checkpoints.delta_file import decode_tensor, encode_tensor
 from apollo_trainer.checkpoints.digest import digest
 from apollo_trainer.checkpoints.frames import FRAME
+from apollo_trainer.checkpoints.host_memory import HostBuffers
+from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.restore import restore
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.snapshots import SnapshotCopy
@@ -56,7 +59,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def best(work: Callable[[], Any], rounds: int = ROUNDS) -> tuple[float, Any]:
+def best(work: Callable[[], Any], rounds: int) -> tuple[float, Any]:
     """Seconds of the fastest round, and the last result."""
     seconds, result = [], None
     for _ in range(rounds):
@@ -67,13 +70,42 @@ def best(work: Callable[[], Any], rounds: int = ROUNDS) -> tuple[float, Any]:
     return min(seconds), result
 
 
+@dataclass
+class Measured:
+    """The model that is measured, and what the server keeps beside it."""
+
+    weights: Weights
+    optimizer: Apollo
+    store: SnapshotStore
+    memory: HostBuffers
+    rounds: int
+    size: int
+
+    def copy(self) -> SnapshotCopy:
+        """A copy that is yet to be made, in memory that is kept."""
+        return SnapshotCopy(self.weights, self.optimizer, {}, self.memory)
+
+    def gb_s(self, seconds: float) -> float:
+        """Bytes of the weights by these seconds."""
+        return self.size / seconds / 1e9
+
+    def ms_per_gib(self, seconds: float) -> float:
+        """These seconds by the weights' size."""
+        return 1000 * seconds / self.size * 2**30
+
+
 def measure(
-    shapes: Shapes, folder: Path, device: torch.device, updates: int = max(UPDATES)
+    shapes: Shapes,
+    folder: Path,
+    device: torch.device,
+    rounds: int = ROUNDS,
+    updates: int = max(UPDATES),
 ) -> dict[str, Any]:
     """All figures: sizes in percent of the weights, GB/s, ms, ms per GiB of weights.
 
     Args:
         folder: is made and removed; its disk is what anchors and snapshots are written to.
+        rounds: of each, the fastest of which counts.
         updates: sizes are measured after 1, 10 and 100 of them, as far as this goes.
     """
     torch.manual_seed(0)
@@ -95,17 +127,26 @@ def measure(
         "background_threads": background_threads(size),
         "compile_s": compile_seconds(),
     }
-    store = SnapshotStore(folder)
+    memory = HostBuffers(device.type == "cuda")
+    model = Measured(weights, optimizer, SnapshotStore(folder), memory, rounds, size)
     try:
-        result |= first(store, weights, optimizer, size)
+        result |= told("first", lambda: first(model))
         for number in range(1, updates + 1):
             update(weights)
             if number in UPDATES:
-                result[f"after_{number}"] = one(store, weights, optimizer, size, number)
-        result["undo"] = undo(weights, optimizer, size)
+                row = f"after_{number}"
+                result[row] = told(row, lambda number=number: one(model, number))
+        result["undo"] = told("undo", lambda: undo(model))
     finally:
         shutil.rmtree(folder)
     return result
+
+
+def told(what: str, work: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The figures of a part, printed as they come: a large model takes minutes."""
+    figures = work()
+    print(what, {name: round(figure, 3) for name, figure in figures.items()}, flush=True)
+    return figures
 
 
 def compile_seconds() -> float:
@@ -119,80 +160,104 @@ def compile_seconds() -> float:
     return timed(there_and_back)[0] - timed(there_and_back)[0]
 
 
-def first(store: SnapshotStore, weights: Weights, optimizer: Apollo, size: int) -> dict[str, float]:
-    """The first snapshot: the pause, the copy, and an anchor."""
-    pause, copying = best(lambda: SnapshotCopy(weights, optimizer))
-    copied, _ = best(lambda: SnapshotCopy(weights, optimizer).state())
-    anchor, _ = best(lambda: store.create(copying, "anchor"), 1)
+def first(model: Measured) -> dict[str, float]:
+    """The first snapshot, into fresh memory, and those after it; an anchor."""
+    pause, _ = best(model.copy, model.rounds)
+    fresh, copying = timed(lambda: _copied(model))
+    anchor, _ = best(lambda: model.store.create(copying, "anchor"), 1)
+    copying.give_back()
+
+    def again() -> None:
+        _copied(model).give_back()
+
+    copied, _ = best(again, model.rounds)
     return {
         "pause_ms": 1000 * pause,
         # At worst, where each step comes to every parameter before the copy does.
-        "worst_pause_ms_per_gib": 1000 * copied / size * 2**30,
-        "copy_gb_s": size / copied / 1e9,
-        "anchor_gb_s": size / anchor / 1e9,
+        "first_worst_pause_ms_per_gib": model.ms_per_gib(fresh),
+        "worst_pause_ms_per_gib": model.ms_per_gib(copied),
+        "copy_gb_s": model.gb_s(copied),
+        "anchor_gb_s": model.gb_s(anchor),
     }
 
 
-def one(
-    store: SnapshotStore, weights: Weights, optimizer: Apollo, size: int, number: int
-) -> dict[str, float]:
+def _copied(model: Measured) -> SnapshotCopy:
+    copying = model.copy()
+    for weight in model.weights.values():
+        copying.before_write(weight)
+    copying.state()
+    return copying
+
+
+def one(model: Measured, number: int) -> dict[str, float]:
     """A snapshot of the weights, its load and its restore, each alone and together."""
-    state = SnapshotCopy(weights, optimizer).state()
-    anchor = store.list()[0].anchor
-    encode, _ = best(lambda: store._anchors.encode(anchor, state, background_threads(size)))
-    spread, _ = best(lambda: store._anchors.encode(anchor, state, threads_for(size)))
+    store, anchors, size, rounds = model.store, model.store.anchors, model.size, model.rounds
+    copying, anchor = model.copy(), store.list()[0].anchor
+    state = copying.state()
+    encode, _ = best(lambda: anchors.encode(anchor, state, background_threads(size)), rounds)
+    spread, _ = best(lambda: anchors.encode(anchor, state, threads_for(size)), rounds)
     create, info = best(lambda: store.create(state, f"after {number}"), 1)
-    load, _ = best(lambda: store.load(info.id))
+    copying.give_back()
+
+    def loaded() -> ModelState:
+        return store.load(info.id, model.memory.take)
+
+    def given(state: ModelState) -> None:
+        for values in state.parameters.values():
+            model.memory.give(values)
+
+    load, _ = best(lambda: given(loaded()), rounds)
+    state = loaded()
     # The decoded state is the old one afterwards, and is restored in the next round.
-    put, _ = best(lambda: restore(state, weights, optimizer))
-    both, _ = best(lambda: restore(store.load(info.id), weights, optimizer))
+    put, _ = best(lambda: restore(state, model.weights, model.optimizer), rounds)
+    given(state)
+    both, _ = best(lambda: given(restore(loaded(), model.weights, model.optimizer)), rounds)
     return {
-        "percent": 100 * (info.size_bytes - optimizer.state_size_bytes()) / size,
-        "encode_gb_s": size / encode / 1e9,
-        "encode_all_threads_gb_s": size / spread / 1e9,
-        "create_gb_s": size / create / 1e9,
-        "load_gb_s": size / load / 1e9,
-        "restore_gb_s": size / put / 1e9,
-        "load_and_restore_gb_s": size / both / 1e9,
+        "percent": 100 * (info.size_bytes - model.optimizer.state_size_bytes()) / size,
+        "encode_gb_s": model.gb_s(encode),
+        "encode_all_threads_gb_s": model.gb_s(spread),
+        "create_gb_s": model.gb_s(create),
+        "load_gb_s": model.gb_s(load),
+        "restore_gb_s": model.gb_s(put),
+        "load_and_restore_gb_s": model.gb_s(both),
     }
 
 
-def undo(weights: Weights, optimizer: Apollo, size: int) -> dict[str, float]:
+def undo(model: Measured) -> dict[str, float]:
     """Updates recorded and taken back.
 
     The first hook writes to fresh memory; `hook` is that of later updates; `hook_at_once` that of
     an update which follows before anything of the one before it was encoded.
     """
-    ring = UndoRing(8 * size)
+    ring = UndoRing(8 * model.size)
     hooks, encoded, kept = [], [], [0]
-    for _ in range(1 + ROUNDS):
-        hooks.append(record(ring, weights, optimizer))
+    for _ in range(1 + model.rounds):
+        hooks.append(record(ring, model))
         seconds, all_kept = timed(ring.size_bytes)
         encoded.append(seconds)
         kept.append(all_kept)
-    at_once = min([record(ring, weights, optimizer) for _ in range(ROUNDS)][1:])
-    back, _ = best(lambda: ring.undo(1, weights, optimizer))
+    at_once = min([record(ring, model) for _ in range(max(2, model.rounds))][1:])
+    back, _ = best(lambda: ring.undo(1, model.weights, model.optimizer), model.rounds)
     ring.clear()
     ring.stop()
-    per_gib = 1000 / size * 2**30
     return {
-        "percent_with_moments": 100 * (kept[-1] - kept[-2]) / size,
-        "hook_first_ms_per_gib": hooks[0] * per_gib,
-        "hook_ms_per_gib": min(hooks[1:]) * per_gib,
-        "hook_at_once_ms_per_gib": at_once * per_gib,
-        "encode_gb_s": size / min(encoded) / 1e9,
-        "undo_gb_s": size / back / 1e9,
+        "percent_with_moments": 100 * (kept[-1] - kept[-2]) / model.size,
+        "hook_first_ms_per_gib": model.ms_per_gib(hooks[0]),
+        "hook_ms_per_gib": model.ms_per_gib(min(hooks[1:])),
+        "hook_at_once_ms_per_gib": model.ms_per_gib(at_once),
+        "encode_gb_s": model.gb_s(min(encoded)),
+        "undo_gb_s": model.gb_s(back),
     }
 
 
-def record(ring: UndoRing, weights: Weights, optimizer: Apollo) -> float:
+def record(ring: UndoRing, model: Measured) -> float:
     """Seconds of the hook in one update."""
-    ring.begin(weights, optimizer)
-    seconds, _ = timed(lambda: [ring.before_write(weight) for weight in weights.values()])
-    update(weights)
+    ring.begin(model.weights, model.optimizer)
+    seconds, _ = timed(lambda: [ring.before_write(weight) for weight in model.weights.values()])
+    update(model.weights)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    ring.end(weights)
+    ring.end(model.weights)
     return seconds
 
 

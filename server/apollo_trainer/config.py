@@ -99,6 +99,11 @@ class Settings(BaseSettings):
         description="the shards of the sync before stay on disk, and the next sync writes over "
         "them, which is many times faster where little changed; they go where room is short",
     )
+    snapshots_keep_memory: bool = Field(
+        default=True,
+        description="the memory that the first snapshot or restore takes, as much as the weights, "
+        "is kept for the next one, which fresh memory would slow several times",
+    )
     snapshot_mebibytes: int = Field(
         default=0, ge=0, description="of all snapshots of a model on disk; 0: no limit"
     )

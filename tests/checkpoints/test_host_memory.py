@@ -31,3 +31,10 @@ def test_a_buffer_is_used_again_once_it_was_given_back() -> None:
     buffers.give(second)
     buffers.clear()
     assert buffers.take(like) is not second
+
+
+def test_what_is_not_kept_is_fresh_each_time() -> None:
+    buffers, like = HostBuffers(keeps=False), torch.zeros(4, 6)
+    first = buffers.take(like)
+    buffers.give(first)
+    assert buffers.take(like) is not first

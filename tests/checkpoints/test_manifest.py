@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apollo_trainer.checkpoints.manifest import Manifest, ShardRecord, TensorRecord, is_shard_name
+from apollo_trainer.checkpoints.manifest import (
+    FORMAT,
+    Manifest,
+    ShardRecord,
+    TensorRecord,
+    is_shard_name,
+)
 from apollo_trainer.checkpoints.shard_header import DTYPES, TensorPlace
 
 WHOLE = st.integers(0, (1 << 62) - 1)
@@ -50,7 +56,7 @@ def encoded(**changes: Any) -> bytes:
     """A sound manifest of one shard with two tensors, but for these entries."""
     digest = "0" * 32
     content = {
-        "format": "apollo-manifest-1",
+        "format": FORMAT,
         "generation": 3,
         "model": "m",
         "method": "exchange",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from apollo_grpc.errors import Aborted
-from apollo_trainer.checkpoints import snapshots
+from apollo_trainer.checkpoints.host_memory import HostBuffers
 from apollo_trainer.checkpoints.restore import restore
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.snapshots import SnapshotCopy, SnapshotWriter
@@ -42,16 +42,16 @@ def test_a_copy_amid_a_step_is_one_of_before_it(
     learner: Learner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted, stepping = learner.state(), threading.Event()
-    original, copied = snapshots.to_host, []
+    original, copied = HostBuffers.take, []
 
-    def slowly(tensor: torch.Tensor) -> torch.Tensor:
+    def slowly(buffers: HostBuffers, like: torch.Tensor) -> torch.Tensor:
         copied.append(threading.current_thread().name)
         if copied[-1] == "snapshot-copy" and len(copied) > 10:
             assert stepping.wait(30)
             time.sleep(0.05)
-        return original(tensor)
+        return original(buffers, like)
 
-    monkeypatch.setattr(snapshots, "to_host", slowly)
+    monkeypatch.setattr(HostBuffers, "take", slowly)
     # From the other end than the step: in its order, the step would only wait for each copy.
     backwards = dict(reversed(learner.parameters.items()))
     copying = SnapshotCopy(backwards, learner.optimizer).start()
@@ -82,6 +82,25 @@ def test_many_snapshots_of_running_training_are_each_of_one_step(
         loaded = store.load(info.id)
         assert loaded.extra == {"batch": number}
         assert_same(loaded, state)
+
+
+def test_what_one_snapshot_took_is_the_memory_of_the_next_and_of_a_load(
+    tmp_path: Path, learner: Learner
+) -> None:
+    store, buffers = SnapshotStore(tmp_path), HostBuffers()
+    writer, places = SnapshotWriter(store), []
+    for number in range(3):
+        copying = SnapshotCopy(learner.parameters, learner.optimizer, {}, buffers).start()
+        wanted, state = learner.state(), copying.state()
+        places.append({t.data_ptr() for t in (*state.parameters.values(), *state.moments.values())})
+        info = writer.write(copying, f"number {number}").result()
+        assert_same(store.load(info.id), wanted)
+        learner.train(2 + number, 1)
+    writer.stop()
+    assert places[0] == places[1] == places[2]
+    loaded = store.load(info.id, buffers.take)
+    assert_same(loaded, wanted)
+    assert {t.data_ptr() for t in loaded.parameters.values()} <= places[0]
 
 
 def test_a_step_that_raises_halfway_leaves_the_snapshot_whole(learner: Learner) -> None:

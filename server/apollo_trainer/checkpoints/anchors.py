@@ -17,12 +17,13 @@ from apollo_trainer.checkpoints.delta_file import (
     encode_tensor,
     open_delta,
 )
+from apollo_trainer.checkpoints.host_memory import Memory
 from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.spread import spread_by_size, threads_for
 from apollo_trainer.checkpoints.store_folder import StoreFolder
 from apollo_trainer.checkpoints.tensor_file import write_tensors
 
-FORMAT, FILE_NAME = "apollo-anchor-1", "weights.safetensors"
+FORMAT, FILE_NAME = "apollo-anchor-2", "weights.safetensors"
 # Above it a new anchor is cheaper: it makes the next differentials small again.
 MOST_OF_THE_BYTES = 0.45
 
@@ -56,7 +57,8 @@ class Anchors:
     def _fits(self, anchor: str, parameters: Mapping[str, torch.Tensor]) -> bool:
         try:
             with safe_open(self.path(anchor), framework="pt") as file:
-                if set(file.keys()) != parameters.keys():
+                known = (file.metadata() or {}).get("format") == FORMAT
+                if not known or set(file.keys()) != parameters.keys():
                     return False
                 return all(
                     file.get_slice(name).get_shape() == list(p.shape)
@@ -92,8 +94,15 @@ class Anchors:
         state.digests.update({name: each.entry.new for name, each in encoded.items()})
         return encoded
 
-    def decode(self, path: Path, anchor: str) -> dict[str, torch.Tensor]:
-        """The weights of a differential. Raises DataLoss where anything is not as it was."""
+    def decode(
+        self, path: Path, anchor: str, digests: Mapping[str, str], memory: Memory
+    ) -> dict[str, torch.Tensor]:
+        """The weights of a differential. Raises DataLoss where anything is not as it was.
+
+        Args:
+            digests: of the weights, which the differential's must be.
+            memory: of the weights.
+        """
         try:
             file: Any = safe_open(self.path(anchor), framework="pt")
         except (OSError, SafetensorError) as error:
@@ -111,8 +120,12 @@ class Anchors:
                     reason="SNAPSHOT_CORRUPT",
                 )
 
+            # It verifies each one by its own digests; these say that it is this snapshot's.
+            if any(digests.get(n) != entry.new for n, entry in delta.entries.items()):
+                raise ValueError("its differential is of another snapshot")
+
             def decode(name: str, threads: int) -> torch.Tensor:
-                return delta.decode(name, file.get_tensor(name), threads)
+                return delta.decode(name, file.get_tensor(name), threads, memory)
 
             anchored = {name: file.get_tensor(name).nbytes for name in delta.entries}
             return spread_by_size(decode, anchored, threads_for(sum(anchored.values())))

@@ -29,11 +29,11 @@ from apollo_trainer.checkpoints.digest import (
     matches,
     raw_bytes,
 )
-from apollo_trainer.checkpoints.host_memory import empty_host
+from apollo_trainer.checkpoints.host_memory import Memory, empty_host, empty_like_host
 from apollo_trainer.checkpoints.spread import spread
 from apollo_trainer.checkpoints.tensor_file import write_tensors
 
-FORMAT = "apollo-delta-1"
+FORMAT = "apollo-delta-2"
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
 _ID = re.compile(r"[0-9]{8}-[0-9a-f]{12}")
 _NAME = re.compile(r"[^\x00-\x1f/\\]{1,500}")
@@ -75,8 +75,8 @@ def encode_tensor(
         frames.parts(b.size, threads),
         threads,
     )
-    old_digest = old_digest or digest(old, threads)
-    new_digest = old_digest if codec == "same" else digest(new, threads)
+    old_digest = old_digest or digest(old)
+    new_digest = old_digest if codec == "same" else digest(new)
     dtype = str(new.dtype).removeprefix("torch.")
     entry = DeltaEntry(codec, dtype, tuple(new.shape), old_digest, new_digest)
     return EncodedTensor(entry, _joined([piece for part in pieces for piece in part]))
@@ -98,10 +98,12 @@ def decode_tensor(
     *,
     threads: int = 1,
     verify_old: bool = False,
+    memory: Memory = empty_like_host,
 ) -> torch.Tensor:
     """The new tensor, in memory of its own; `old` is contiguous, on the CPU.
 
     Args:
+        memory: of the new tensor.
         verify_old: refuse another `old` than that of the encoding even where the right new
             values come out, as they do where all of them are in the frames.
 
@@ -112,7 +114,7 @@ def decode_tensor(
         raise ValueError(f"{name} has another shape or dtype in the anchor")
     if verify_old and not matches(old, entry.old):
         raise ValueError(_OTHER_OLD.format(name))
-    new = empty_host(tuple(old.shape), old.dtype)
+    new = memory(old)
     found = _decode(raw_bytes(encoded.frames).data, entry.codec, old, new, threads)
     if found != entry.new:
         # Whose fault it is is of interest only now: a right result needs no second digest.
@@ -134,7 +136,7 @@ def _decode(
     parts = frames.parts(target.size, threads)
     rows = zip(parts, frames.split(data, codec, parts), strict=True)
     spread(lambda row: frames.decode(row[1], source[row[0]], codec, target[row[0]]), rows, threads)
-    return digest(new, threads)
+    return digest(new)
 
 
 def write_delta(path: Path, anchor: str, tensors: Mapping[str, EncodedTensor]) -> None:
@@ -163,17 +165,24 @@ class DeltaFile:
             raise ValueError("its tensors are not those that it describes")
         self.entries = {name: _parse_entry(name, entry) for name, entry in described.items()}
 
-    def decode(self, name: str, old: torch.Tensor, threads: int = 1) -> torch.Tensor:
+    def decode(
+        self,
+        name: str,
+        old: torch.Tensor,
+        threads: int = 1,
+        memory: Memory = empty_like_host,
+    ) -> torch.Tensor:
         """The new tensor, in memory of its own.
 
         Args:
             old: the anchor's tensor, contiguous, on the CPU.
+            memory: of the new tensor.
 
         Raises DataLoss where the anchor, the frames or what comes out is not what was written.
         """
         with _refusing(self._path):
             encoded = EncodedTensor(self.entries[name], self._file.get_tensor(name))
-            return decode_tensor(name, encoded, old, threads=threads)
+            return decode_tensor(name, encoded, old, threads=threads, memory=memory)
 
 
 @contextmanager

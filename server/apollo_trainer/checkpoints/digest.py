@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from blake3 import blake3
+import xxhash
 from numpy.typing import NDArray
 
 from apollo_trainer.checkpoints.tensor_file import DIGEST_BYTES
 
-_BLAKE3 = "blake3-128"
+_XXH3 = "xxh3-128"
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
 
@@ -20,9 +20,9 @@ def raw_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def digest(tensor: torch.Tensor, threads: int = 1) -> str:
+def digest(tensor: torch.Tensor) -> str:
     """ "<algorithm>:<hexadecimal>" of the bytes in row-major order."""
-    running = RunningDigest(threads)
+    running = RunningDigest()
     running.update(raw_bytes(tensor))
     return running.value()
 
@@ -30,8 +30,8 @@ def digest(tensor: torch.Tensor, threads: int = 1) -> str:
 class RunningDigest:
     """The digest of bytes that come in parts. The interpreter's lock is released meanwhile."""
 
-    def __init__(self, threads: int = 1):
-        self._hash = blake3(max_threads=threads)
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
 
     def update(self, part: NDArray[Any]) -> None:
         """The next ones, without gaps."""
@@ -39,18 +39,18 @@ class RunningDigest:
 
     def value(self) -> str:
         """As of `digest`."""
-        return f"{_BLAKE3}:{self._hash.hexdigest(length=DIGEST_BYTES)}"
+        return f"{_XXH3}:{self._hash.hexdigest()}"
 
 
-def matches(tensor: torch.Tensor, expected: str, threads: int = 1) -> bool:
+def matches(tensor: torch.Tensor, expected: str) -> bool:
     """Whether the bytes have this digest. Raises ValueError for what is none."""
     algorithm_of(expected)
-    return digest(tensor, threads) == expected
+    return digest(tensor) == expected
 
 
 def algorithm_of(expected: str) -> str:
     """The algorithm of a digest. Raises ValueError for what is none."""
     name, _, value = expected.partition(":")
-    if name != _BLAKE3 or len(value) != 2 * DIGEST_BYTES or not set(value) <= _HEXADECIMAL:
+    if name != _XXH3 or len(value) != 2 * DIGEST_BYTES or not set(value) <= _HEXADECIMAL:
         raise ValueError(f"{expected[:60]!r} is no digest")
     return name

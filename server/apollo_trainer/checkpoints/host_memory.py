@@ -8,11 +8,15 @@ into memory that was written before, 19 GB/s; into fresh memory, 3; into fresh h
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# A contiguous CPU tensor of a tensor's shape and dtype, not initialised.
+Memory = Callable[[Tensor], Tensor]
 
 
 def empty_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -27,28 +31,39 @@ def empty_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
 
 
+def empty_like_host(tensor: Tensor) -> Tensor:
+    """As `empty_host`, of a tensor's shape and dtype."""
+    return empty_host(tuple(tensor.shape), tensor.dtype)
+
+
 class HostBuffers:
     """Buffers that are taken and given back; none is ever freed but by `clear`.
 
-    Pinned where the tensors are on a CUDA device, so that copies run beside the host.
+    Args:
+        pinned: all of them; those for tensors of a CUDA device always are, so that copies run
+            beside the host.
+        keeps: what is given back; otherwise it is freed, and each one taken is fresh memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pinned: bool = False, *, keeps: bool = True) -> None:
+        self._pinned, self._keeps = pinned, keeps
         self._free: dict[tuple[torch.Size, torch.dtype, bool], list[Tensor]] = {}
         self._lock = threading.Lock()
 
     def take(self, like: Tensor) -> Tensor:
         """A contiguous CPU tensor of this shape and dtype, not initialised."""
+        pinned = self._pinned or like.is_cuda
         with self._lock:
-            if free := self._free.get((like.shape, like.dtype, like.is_cuda)):
+            if free := self._free.get((like.shape, like.dtype, pinned)):
                 return free.pop()
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned)
 
     def give(self, buffer: Tensor) -> None:
         """Back, for whoever takes the next one; nothing may read it any more."""
-        key = (buffer.shape, buffer.dtype, buffer.is_pinned())
-        with self._lock:
-            self._free.setdefault(key, []).append(buffer)
+        if self._keeps:
+            key = (buffer.shape, buffer.dtype, buffer.is_pinned())
+            with self._lock:
+                self._free.setdefault(key, []).append(buffer)
 
     def clear(self) -> None:
         """Frees those that nobody has taken."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apollo_grpc.errors import DataLoss, FailedPrecondition, Internal
 from apollo_trainer.checkpoints.digest import matches
+from apollo_trainer.checkpoints.host_memory import Staging
 from apollo_trainer.checkpoints.model_state import ModelState, to_host
 from apollo_trainer.checkpoints.poison import Poison, PoisonedError
 from apollo_trainer.checkpoints.spread import spread_by_size, threads_for
@@ -104,17 +105,17 @@ def _require_fitting(
 
 
 def _verify(parameters: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
-    sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
+    sizes, staged = {name: p.nbytes for name, p in parameters.items()}, Staging()
 
-    def verify(name: str, threads: int) -> None:
-        if not matches(parameters[name], wanted[name], threads):
+    def verify(name: str, _: int) -> None:
+        if not matches(staged(parameters[name].detach()), wanted[name]):
             raise Internal(f"{name} reads back as something else than was written")
 
     spread_by_size(verify, sizes, _threads(parameters))
 
 
 def _threads(parameters: Mapping[str, Tensor]) -> int:
-    """One where they are on a device: its copies wait for each other."""
+    """One where they are on a device: its copies wait for each other, and share their memory."""
     on_cpu = all(parameter.device.type == "cpu" for parameter in parameters.values())
     return threads_for(sum(p.nbytes for p in parameters.values())) if on_cpu else 1
 

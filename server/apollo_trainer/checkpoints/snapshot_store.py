@@ -25,10 +25,10 @@ from apollo_trainer.checkpoints.apollo_state import OPTIMIZER_KEY, load_state, s
 from apollo_trainer.checkpoints.delta_file import (
     EncodedTensor,
     encode_tensor,
-    open_delta,
     write_delta,
 )
 from apollo_trainer.checkpoints.digest import digest
+from apollo_trainer.checkpoints.host_memory import Memory, empty_like_host
 from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.snapshot_info import (
     SnapshotInfo,
@@ -60,6 +60,9 @@ class SnapshotStore:
         keep_automatic: automatic snapshots that are kept; older ones are deleted.
         budget_bytes: of all anchors and snapshots; automatic ones give way. 0 is no limit.
         clock: seconds since 1970.
+
+    Attributes:
+        anchors: what the snapshots are differences to.
     """
 
     def __init__(
@@ -70,11 +73,11 @@ class SnapshotStore:
         budget_bytes: int = 0,
         clock: Callable[[], float] = time.time,
     ):
-        self._anchors, self._folder = Anchors(root), StoreFolder(root, "snapshots")
+        self.anchors, self._folder = Anchors(root), StoreFolder(root, "snapshots")
         self._keep, self._budget, self._clock = keep_automatic, budget_bytes, clock
         self._lock = threading.RLock()
         self._folder.clean()
-        self._anchors.folder.clean()
+        self.anchors.folder.clean()
 
     def create(
         self,
@@ -100,12 +103,12 @@ class SnapshotStore:
                     reason="SNAPSHOT_EXISTS",
                 )
             state = source if isinstance(source, ModelState) else source.state()
-            before = set(self._anchors.folder.ids())
+            before = set(self.anchors.folder.ids())
             try:
                 info = self._build(state, name, progress)
             except BaseException:
-                for anchor in set(self._anchors.folder.ids()) - before:
-                    self._anchors.folder.remove(anchor)
+                for anchor in set(self.anchors.folder.ids()) - before:
+                    self.anchors.folder.remove(anchor)
                 raise
             self._retire()
             return info
@@ -140,10 +143,10 @@ class SnapshotStore:
 
     def _encoded(self, state: ModelState) -> tuple[str, dict[str, EncodedTensor]]:
         threads = background_threads(sum(p.nbytes for p in state.parameters.values()))
-        anchor = self._anchors.newest_for(state)
-        encoded = self._anchors.encode(anchor, state, threads) if anchor else None
+        anchor = self.anchors.newest_for(state)
+        encoded = self.anchors.encode(anchor, state, threads) if anchor else None
         if encoded is None:
-            anchor = self._anchors.create(state)
+            anchor = self.anchors.create(state)
             encoded = {
                 name: encode_tensor(p, p, old_digest=state.digest(name))
                 for name, p in state.parameters.items()
@@ -186,8 +189,11 @@ class SnapshotStore:
             self._folder.remove(snapshot)
             self._drop_anchors()
 
-    def load(self, snapshot: str) -> ModelState:
+    def load(self, snapshot: str, memory: Memory = empty_like_host) -> ModelState:
         """Decodes and verifies a snapshot; the live weights are not touched.
+
+        Args:
+            memory: of the weights.
 
         Raises NotFound, and DataLoss where a byte of it is not as it was written.
         """
@@ -195,21 +201,18 @@ class SnapshotStore:
             folder = self._entry(snapshot)
             info = read_info(folder)
             try:
-                return self._load(folder, info)
+                return self._load(folder, info, memory)
             except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
                 raise _corrupt(snapshot, str(error)) from error
 
-    def _load(self, folder: Path, info: SnapshotInfo) -> ModelState:
+    def _load(self, folder: Path, info: SnapshotInfo, memory: Memory) -> ModelState:
         if _file_digest(folder / STATE_FILE) != info.state_digest:
             raise _corrupt(info.id, "its Apollo state is not what was written")
         loaded = load_state(folder / STATE_FILE)
         if loaded is None:
             raise _corrupt(info.id, "it has no Apollo state")
         delta = folder / DELTA_FILE
-        parameters = self._anchors.decode(delta, info.anchor)
-        # The differential verified each one by its own digests; these say it is this one.
-        if any(info.digests.get(n) != d for n, d in _delta_digests(delta).items()):
-            raise _corrupt(info.id, "its differential is of another snapshot")
+        parameters = self.anchors.decode(delta, info.anchor, info.digests, memory)
         moments, description = loaded
         return ModelState(
             parameters,
@@ -221,7 +224,7 @@ class SnapshotStore:
 
     def size_bytes(self) -> int:
         """Bytes of all anchors and snapshots."""
-        return own_bytes(self._folder.path) + own_bytes(self._anchors.folder.path)
+        return own_bytes(self._folder.path) + own_bytes(self.anchors.folder.path)
 
     def _entry(self, snapshot: str) -> Path:
         if snapshot not in self._folder.ids():
@@ -233,7 +236,7 @@ class SnapshotStore:
         staying = [each for each in self.list() if not each.automatic]
         anchors = {each.anchor for each in (*staying, info)} - {""}
         needed = info.size_bytes + sum(each.size_bytes for each in staying)
-        needed += sum(own_bytes(self._anchors.path(anchor).parent) for anchor in anchors)
+        needed += sum(own_bytes(self.anchors.path(anchor).parent) for anchor in anchors)
         if self._budget and needed > self._budget:
             raise ResourceExhausted(
                 f"The snapshot and the named ones need {needed} bytes, and the budget is "
@@ -256,19 +259,14 @@ class SnapshotStore:
 
     def _drop_anchors(self) -> None:
         """Removes anchors that no snapshot needs, but the newest: the next one begins from it."""
-        infos, anchors = self.list(), self._anchors.folder.ids()
+        infos, anchors = self.list(), self.anchors.folder.ids()
         if len(infos) < len(self._folder.ids()):
             # One that cannot be read may need any of them.
             return
         needed = {info.anchor for info in infos} | set(anchors[-1:])
         for anchor in anchors:
             if anchor not in needed:
-                self._anchors.folder.remove(anchor)
-
-
-def _delta_digests(path: Path) -> dict[str, str]:
-    with open_delta(path) as delta:
-        return {name: entry.new for name, entry in delta.entries.items()}
+                self.anchors.folder.remove(anchor)
 
 
 def _file_digest(path: Path) -> str:

@@ -13,12 +13,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from apollo_grpc.errors import Aborted
-from apollo_trainer.checkpoints.model_state import ModelState, moments_of, to_host
+from apollo_trainer.checkpoints.host_memory import HostBuffers
+from apollo_trainer.checkpoints.model_state import ModelState, moments_of
 from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
+from apollo_trainer.checkpoints.staged_copy import Reached, StagedCopy, beside
 from apollo_trainer.checkpoints.survey import Progress
 from apollo_trainer.optim import Apollo
 
@@ -32,7 +35,8 @@ class _Pending:
     moments: dict[str, Tensor]
     versions: list[int]
     lock: threading.Lock = field(default_factory=threading.Lock)
-    copied: bool = False
+    copies: list[StagedCopy] = field(default_factory=list)
+    begun: bool = False
 
     def tensors(self) -> list[Tensor]:
         return [self.parameter, *self.moments.values()]
@@ -44,6 +48,9 @@ class SnapshotCopy:
     Whoever writes parameters calls `before_write` for each one first. Host memory: the bytes of
     the weights and of the state.
 
+    Args:
+        buffers: where the host memory comes from, and goes to at `give_back`.
+
     Raises RuntimeError in the middle of a step.
     """
 
@@ -52,6 +59,7 @@ class SnapshotCopy:
         parameters: Mapping[str, Tensor],
         optimizer: Apollo,
         extra: dict[str, Any] | None = None,
+        buffers: HostBuffers | None = None,
     ):
         _, description = optimizer.named_state()
         self._state = ModelState({}, {}, copy.deepcopy(description), copy.deepcopy(extra or {}))
@@ -60,6 +68,9 @@ class SnapshotCopy:
             moments = moments_of(optimizer, name, parameter)
             versions = [t._version for t in (parameter, *moments.values())]
             self._pending.append(_Pending(name, parameter, moments, versions))
+        self._buffers = buffers or HostBuffers(keeps=False)
+        self._device = next((p.device for p in parameters.values()), torch.device("cpu"))
+        self._begun = Reached(self._device.type == "cuda")
         self._by_id = {id(p.parameter): p for p in self._pending}
         self._error: Exception | None = None
         self.copied_by_writers = 0
@@ -73,7 +84,7 @@ class SnapshotCopy:
     def before_write(self, parameter: Tensor) -> None:
         """Copies the parameter and its moments now, unless that was done."""
         if pending := self._by_id.get(id(parameter)):
-            self.copied_by_writers += self._copy(pending)
+            self.copied_by_writers += self._copy(pending, waits=False)
 
     def state(self) -> ModelState:
         """The complete copy; waits for it.
@@ -86,24 +97,42 @@ class SnapshotCopy:
             self._thread.join()
         if self._error is not None:
             raise self._error
-        order = [p.name for p in self._pending]
-        self._state.parameters = {name: self._state.parameters[name] for name in order}
+        for pending in self._pending:
+            parameter, *moments = [each.tensor() for each in pending.copies]
+            self._state.parameters[pending.name] = parameter
+            self._state.moments |= zip(pending.moments, moments, strict=True)
         return self._state
 
-    def _copy_all(self) -> None:
+    def give_back(self) -> None:
+        """Ends the use of what `state` returned: its memory is for the next copy."""
+        if self._thread.ident is not None:
+            self._thread.join()
         for pending in self._pending:
-            self._copy(pending)
+            for each in pending.copies:
+                self._buffers.give(each.tensor())
+            pending.copies.clear()
 
-    def _copy(self, pending: _Pending) -> bool:
-        """Returns whether it was copied now. Errors are `state`'s to raise: a step goes on."""
+    def _copy_all(self) -> None:
+        with beside(self._begun, self._device):
+            for pending in self._pending:
+                self._copy(pending, waits=True)
+
+    def _copy(self, pending: _Pending, *, waits: bool) -> bool:
+        """Returns whether it was copied now. Errors are `state`'s to raise: a step goes on.
+
+        Args:
+            waits: until a device has made the copy. The lock keeps the step from writing meanwhile;
+                what the step copies itself, the device does before it writes.
+        """
         with pending.lock:
-            if pending.copied:
+            if pending.begun:
                 return False
-            pending.copied = True
+            pending.begun = True
             try:
-                self._state.parameters[pending.name] = to_host(pending.parameter)
-                for name, tensor in pending.moments.items():
-                    self._state.moments[name] = to_host(tensor)
+                for tensor in pending.tensors():
+                    pending.copies.append(StagedCopy(tensor, self._buffers))
+                if waits:
+                    pending.copies[-1].tensor()
                 if [t._version for t in pending.tensors()] != pending.versions:
                     raise Aborted(
                         f"{pending.name} was changed while the snapshot was taken; no snapshot "
@@ -132,7 +161,14 @@ class SnapshotWriter:
         progress: Progress = lambda *_: None,
     ) -> Future[SnapshotInfo]:
         """Ends when the snapshot is durable, or with what `SnapshotStore.create` raises."""
-        return self._pool.submit(self._store.create, source, name, progress)
+
+        def create() -> SnapshotInfo:
+            try:
+                return self._store.create(source, name, progress)
+            finally:
+                source.give_back()
+
+        return self._pool.submit(create)
 
     def stop(self) -> None:
         """Ends once all that waits is written."""

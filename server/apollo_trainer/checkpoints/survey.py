@@ -66,12 +66,12 @@ class Survey:
 
     def version(self, name: str) -> int:
         """Of a live tensor now; 0 for what belongs to no parameter."""
-        counted = self.versions is not None and self.reader.outline(name) is not None
+        counted = self.versions is not None and self.reader.parameter(name) is not None
         return self.versions(name) if self.versions and counted else NEVER_SEEN
 
     def may_have_moved(self, name: str) -> bool:
         """Whether a tensor was written to since the last sync, as far as is known."""
-        if self.reader.outline(name) is None:
+        if self.reader.parameter(name) is None:
             return False
         return self.versions is None or self.versions(name) != self.baseline.tensors[name].version
 

@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
@@ -21,13 +22,8 @@ from apollo_trainer.checkpoints.model_state import ModelState, moments_of, to_ho
 from apollo_trainer.checkpoints.poison import Poison
 from apollo_trainer.checkpoints.restore import restore
 from apollo_trainer.checkpoints.spread import background_threads
-from apollo_trainer.checkpoints.undo_update import (
-    Held,
-    Reached,
-    Recorded,
-    Update,
-    weights_before,
-)
+from apollo_trainer.checkpoints.staged_copy import Held, Reached
+from apollo_trainer.checkpoints.undo_update import Recorded, Update, weights_before
 from apollo_trainer.optim import Apollo
 
 log = logging.getLogger(__name__)
@@ -61,12 +57,12 @@ class UndoRing:
 
     def __len__(self) -> int:
         """Updates that can be taken back."""
-        self._wait()
+        self.settle()
         return len(self._updates)
 
     def size_bytes(self) -> int:
         """Bytes of what is kept."""
-        self._wait()
+        self.settle()
         return sum(update.size_bytes() for update in self._updates)
 
     def begin(self, parameters: Mapping[str, Tensor], optimizer: Apollo) -> None:
@@ -111,7 +107,7 @@ class UndoRing:
             old: is read in the background, until the first write that `before_write` is told of.
             new: the live parameters, on any device; its digests are theirs.
         """
-        self._wait()
+        self.settle()
         update = Update(copy.deepcopy(old.description))
         update.moments = {name: to_host(tensor) for name, tensor in old.moments.items()}
         recorded = {}
@@ -140,13 +136,17 @@ class UndoRing:
         parameters: Mapping[str, Tensor],
         optimizer: Apollo,
         poison: Poison | None = None,
+        writing: AbstractContextManager[None] | None = None,
     ) -> None:
         """Takes the last updates back, weights and Apollo state.
+
+        Args:
+            writing: is entered while the live weights are written: all is decoded before.
 
         Raises OutOfRange where fewer are kept, FailedPrecondition where the live weights are not
         those after the last update (nothing was touched), and what `restore` raises.
         """
-        self._wait()
+        self.settle()
         if not 0 < count <= len(self._updates):
             raise OutOfRange(
                 f"{len(self._updates)} updates can be taken back, not {count}; nothing was "
@@ -156,13 +156,14 @@ class UndoRing:
         taken = [self._updates[-1 - n] for n in range(count)]
         state = _state_before(taken, parameters, optimizer)
         touched = {name: parameters[name] for name in state.parameters}
-        restore(state, touched, optimizer, poison=poison)
+        with writing or nullcontext():
+            restore(state, touched, optimizer, poison=poison)
         for _ in taken:
             self._updates.pop()
 
     def clear(self) -> None:
         """Forgets all updates."""
-        self._wait()
+        self.settle()
         self._updates.clear()
         self._newest.clear()
         self._older.clear()
@@ -173,7 +174,8 @@ class UndoRing:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _wait(self) -> None:
+    def settle(self) -> None:
+        """Waits until all updates are encoded."""
         if self._keeping is not None:
             wait([self._keeping])
 

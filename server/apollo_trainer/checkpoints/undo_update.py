@@ -10,15 +10,15 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from apollo_trainer.checkpoints.delta_file import EncodedTensor, decode_tensor, encode_tensor
 from apollo_trainer.checkpoints.host_memory import HostBuffers
 from apollo_trainer.checkpoints.model_state import to_host
 from apollo_trainer.checkpoints.spread import background_threads, spread_by_size, threads_for
+from apollo_trainer.checkpoints.staged_copy import Reached, Staged, StagedCopy
 
 
 @dataclass
@@ -33,56 +33,6 @@ class Update:
         """Bytes of differences and old moments."""
         frames = sum(e.frames.nbytes for e in self.weights.values())
         return frames + sum(t.nbytes for t in self.moments.values())
-
-
-class Reached:
-    """Whether a CUDA device has come as far as its current stream was when this was made."""
-
-    def __init__(self, on_device: bool):
-        self._event: Any = None
-        if on_device:
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-
-    def wait(self) -> None:
-        """Ends when it has; at once on a CPU."""
-        if self._event is not None:
-            self._event.synchronize()
-
-
-class Staged(Protocol):
-    """Values that will be in host memory."""
-
-    def tensor(self) -> Tensor:
-        """They, once they are complete."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """Values that are in host memory, and stay there."""
-
-    values: Tensor
-
-    def tensor(self) -> Tensor:
-        """They."""
-        return self.values
-
-
-class StagedCopy:
-    """A copy of a tensor in a buffer; a CUDA device goes on with it after this was constructed.
-
-    What the device does next, in the stream that is current, finds the tensor read.
-    """
-
-    def __init__(self, tensor: Tensor, buffers: HostBuffers):
-        tensor = tensor.detach()
-        self._buffer = buffers.take(tensor).copy_(tensor, non_blocking=tensor.is_cuda)
-        self._copied = Reached(tensor.is_cuda)
-
-    def tensor(self) -> Tensor:
-        """The copy, once it is complete."""
-        self._copied.wait()
-        return self._buffer
 
 
 class Recorded:

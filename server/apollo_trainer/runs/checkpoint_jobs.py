@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ class CheckpointJobs:
                     f"{updates} updates cannot be taken back; nothing was changed.",
                     reason="UNDO_OUT_OF_RANGE",
                 )
-            self._replace(session, lambda: session.checkpoints.undo(updates, session.optimizer))
+            session.checkpoints.undo(updates, session.optimizer, self._paused(session))
             return self._restored(session)
 
         return self._owner.between_runs(undo)
@@ -171,25 +172,26 @@ class CheckpointJobs:
         self._require_version(expected)
         info = find_snapshot(session, snapshot)
         job.progress(0, info.weights_bytes, "decoding and verifying")
-        state = session.checkpoints.store.load(info.id)
+        state = session.checkpoints.load(info.id)
         shape = StateShape(**state.extra["shape"])
         optimizer = session.optimizer_of(shape)
         job.progress(0, info.weights_bytes, "writing")
         # From the first weight that is written on it is finished, or taken back by itself.
         job.close()
-        self._replace(session, lambda: session.checkpoints.put(state, optimizer))
+        session.checkpoints.put(state, optimizer, self._paused(session))
         if optimizer is not session.optimizer:
             session.optimizer, session.shape = optimizer, shape
             session.checkpoints.forget_updates()
         session.other_weights = ""
         return self._restored(session)
 
-    def _replace(self, session: Session, write: Callable[[], None]) -> None:
-        """Pauses vLLM while something else than a step writes the weights."""
+    @contextmanager
+    def _paused(self, session: Session) -> Iterator[None]:
+        """vLLM waits while something else than a step writes the weights."""
         attachment = session.attachment
         pause = EnginePause(self._owner.sidecar, attachment, session.settings.lease_seconds)
         try:
-            write()
+            yield
         finally:
             version = pause.end(weights_changed=True, updates=1)
             self._board.update(weight_version=version)

@@ -7,13 +7,14 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from apollo_grpc.errors import Unavailable
 from apollo_trainer.checkpoints.durable_write import durable_bytes, flush_folder
+from apollo_trainer.checkpoints.host_memory import HostBuffers
 from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.poison import Poison
 from apollo_trainer.checkpoints.restore import restore
@@ -38,6 +39,7 @@ from apollo_trainer.weights.attach import Attachment
 log = logging.getLogger(__name__)
 MIB = 2**20
 CUT_OFF = "restore-at-work.json"
+Pausing = AbstractContextManager[None]
 
 
 class ModelCheckpoints:
@@ -56,11 +58,14 @@ class ModelCheckpoints:
         self.watch, self.poison = WriteWatch(), Poison()
         self._versions, self._spare = WriteVersions(), Spare(keeps=settings.sync_keeps_previous)
         self.watch.add(self._versions.before_write)
+        parameters = attachment.parameters().values()
+        on_device = any(p.is_cuda for p in parameters)
+        self._memory = HostBuffers(on_device, keeps=settings.snapshots_keep_memory)
         self._place = place_under(Path(attachment.directory), settings.checkpoint_dir)
         self._owned, self._owning = ExitStack(), threading.Lock()
         self._is_owner = self._closed = False
         budget = settings.undo_mebibytes * MIB
-        weights = sum(p.nbytes for p in attachment.parameters().values())
+        weights = sum(p.nbytes for p in parameters)
         # A copy of the weights at every step is what a larger model would pay for it.
         self._ring = UndoRing(budget) if weights <= budget else None
         if self._ring is not None:
@@ -131,7 +136,8 @@ class ModelCheckpoints:
             name: the user's; without one it is automatic.
         """
         writer = self._writer
-        copying = SnapshotCopy(self._attachment.parameters(), optimizer, extra)
+        parameters = self._attachment.parameters()
+        copying = SnapshotCopy(parameters, optimizer, extra, self._memory)
         self.watch.add(copying.before_write)
         future = writer.write(copying.start(), name, progress)
         future.add_done_callback(lambda _: self.watch.remove(copying.before_write))
@@ -152,25 +158,46 @@ class ModelCheckpoints:
 
     # --- ways back --------------------------------------------------------------------------
 
-    def put(self, state: ModelState, optimizer: Apollo) -> None:
-        """Makes a loaded snapshot the live model; vLLM must be paused. Raises as `restore`."""
-        with self._at_work():
-            restore(state, self._attachment.parameters(), optimizer, self._ring, self.poison)
+    def load(self, snapshot: str) -> ModelState:
+        """Decodes and verifies a snapshot. Raises as `SnapshotStore.load`."""
+        if self._ring is not None:
+            # It holds the memory after a restore, until what was live before is encoded.
+            return self.store.load(snapshot)
+        return self.store.load(snapshot, self._memory.take)
 
-    def undo(self, count: int, optimizer: Apollo) -> None:
-        """Takes the last updates back; vLLM must be paused. Raises as `UndoRing.undo`."""
+    def put(self, state: ModelState, optimizer: Apollo, paused: Pausing) -> None:
+        """Makes a state of `load` the live model, and uses it up. Raises as `restore`.
+
+        Args:
+            paused: vLLM, while the weights are written.
+        """
+        if self._ring is not None:
+            self._ring.settle()
+        with self._at_work(paused):
+            old = restore(state, self._attachment.parameters(), optimizer, self._ring, self.poison)
+        if self._ring is None:
+            for values in old.parameters.values():
+                self._memory.give(values)
+
+    def undo(self, count: int, optimizer: Apollo, paused: Pausing) -> None:
+        """Takes the last updates back. Raises as `UndoRing.undo`.
+
+        Args:
+            paused: vLLM, while the weights are written.
+        """
         ring = UndoRing(0) if self._ring is None else self._ring
-        with self._at_work():
-            ring.undo(count, self._attachment.parameters(), optimizer, self.poison)
+        parameters, writing = self._attachment.parameters(), self._at_work(paused)
+        ring.undo(count, parameters, optimizer, self.poison, writing)
 
     @contextmanager
-    def _at_work(self) -> Iterator[None]:
+    def _at_work(self, paused: Pausing) -> Iterator[None]:
         """A mark on disk: a server that is killed in the middle leaves mixed weights."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         mark = self._folder / CUT_OFF
         durable_bytes(mark, json.dumps({"epoch": self._attachment.epoch}).encode())
         try:
-            yield
+            with paused:
+                yield
         finally:
             if not self.poison.why:
                 self._remove(mark)
