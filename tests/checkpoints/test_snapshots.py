@@ -71,10 +71,9 @@ def test_many_snapshots_of_running_training_are_each_of_one_step(
     for number in range(2, 8):
         copying = SnapshotCopy(learner.parameters, learner.optimizer, {"batch": number}).start()
         wanted.append(learner.state())
-        with learner.watch.telling(copying.before_write):
-            futures.append(writer.write(copying, f"before {number}"))
-            learner.train(number, 1)
-            copying.state()
+        learner.watch.add(copying.before_write)
+        futures.append(writer.write(copying, f"before {number}"))
+        learner.train(number, 1)
     writer.stop()
     for number, (future, state) in enumerate(zip(futures, wanted, strict=True), 2):
         info = future.result()

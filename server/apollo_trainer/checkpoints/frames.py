@@ -13,6 +13,7 @@ escapes. Codecs:
 
 from __future__ import annotations
 
+import logging
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from apollo_trainer.checkpoints import ulp_codec
 from apollo_trainer.checkpoints.digest import raw_bytes
 
 Array = NDArray[Any]
+log = logging.getLogger(__name__)
 
 FRAME = 2**18  # elements
 SAMPLE, SAMPLES = 2**13, 4  # elements that a codec is chosen by, and how often
@@ -78,7 +80,13 @@ def _loops() -> ModuleType | None:
     """The compiled loops; None without numba, which is imported when they are needed."""
     try:
         from apollo_trainer.checkpoints import ulp_loops
-    except ImportError:
+    except ImportError as error:
+        # A numba that is too old for numpy raises this too.
+        log.warning(
+            "Without numba (%s) snapshots, undo and restore take several times as long; install a "
+            "numba and a numpy that go together.",
+            error,
+        )
         return None
     return ulp_loops
 

@@ -113,9 +113,12 @@ class SnapshotCopy:
             pending.copies.clear()
 
     def _copy_all(self) -> None:
-        with beside(self._begun, self._device):
-            for pending in self._pending:
-                self._copy(pending, waits=True)
+        try:
+            with beside(self._begun, self._device):
+                for pending in self._pending:
+                    self._copy(pending, waits=True)
+        except Exception as error:
+            self._error = self._error or error
 
     def _copy(self, pending: _Pending, *, waits: bool) -> bool:
         """Returns whether it was copied now. Errors are `state`'s to raise: a step goes on.
