@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from apollo_trainer.checkpoints.tensor_file import DIGEST_BYTES
 
 _XXH3 = "xxh3-128"
+# Bytes of a file that are read at once: they stay in the core's cache.
+_PIECE = 2**19
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
 
@@ -24,6 +27,15 @@ def digest(tensor: torch.Tensor) -> str:
     """ "<algorithm>:<hexadecimal>" of the bytes in row-major order."""
     running = RunningDigest()
     running.update(raw_bytes(tensor))
+    return running.value()
+
+
+def file_digest(path: Path) -> str:
+    """Of a file's bytes, likewise; it is read piece by piece. Raises OSError."""
+    running, piece = RunningDigest(), np.empty(_PIECE, np.uint8)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(piece.data):
+            running.update(piece[:size])
     return running.value()
 
 

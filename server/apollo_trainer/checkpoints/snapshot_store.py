@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from safetensors import SafetensorError
 
 from apollo_grpc.errors import AlreadyExists, DataLoss, NotFound, ResourceExhausted
@@ -27,7 +26,7 @@ from apollo_trainer.checkpoints.delta_file import (
     encode_tensor,
     write_delta,
 )
-from apollo_trainer.checkpoints.digest import digest
+from apollo_trainer.checkpoints.digest import file_digest
 from apollo_trainer.checkpoints.host_memory import Memory, empty_like_host
 from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.snapshot_info import (
@@ -133,7 +132,7 @@ class SnapshotStore:
                 weights_bytes=total,
                 anchor=anchor,
                 digests={n: state.digest(n) for n in state.parameters},
-                state_digest=_file_digest(folder / STATE_FILE),
+                state_digest=file_digest(folder / STATE_FILE),
             )
             write_info(folder, info)
             self._require_room(info)
@@ -206,7 +205,7 @@ class SnapshotStore:
                 raise _corrupt(snapshot, str(error)) from error
 
     def _load(self, folder: Path, info: SnapshotInfo, memory: Memory) -> ModelState:
-        if _file_digest(folder / STATE_FILE) != info.state_digest:
+        if file_digest(folder / STATE_FILE) != info.state_digest:
             raise _corrupt(info.id, "its Apollo state is not what was written")
         loaded = load_state(folder / STATE_FILE)
         if loaded is None:
@@ -267,10 +266,6 @@ class SnapshotStore:
         for anchor in anchors:
             if anchor not in needed:
                 self.anchors.folder.remove(anchor)
-
-
-def _file_digest(path: Path) -> str:
-    return digest(torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8))
 
 
 def _corrupt(snapshot: str, why: str) -> DataLoss:
