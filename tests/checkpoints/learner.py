@@ -30,9 +30,10 @@ CONFIG: dict[str, Any] = {
 class Learner:
     """The same seed makes the same learner, and the same number the same batch."""
 
-    def __init__(self, rounding: Any = "stochastic", seed: int = 3):
+    def __init__(self, rounding: Any = "stochastic", seed: int = 3, device: str = "cpu"):
         torch.manual_seed(seed)
         self.model: Any = AutoModelForCausalLM.from_config(Qwen3Config(**CONFIG)).bfloat16().eval()
+        self.model.to(device)
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = Apollo(self.parameters.items(), lr=1e-3, rank=8, rounding=rounding, seed=7)
         self.watch = WriteWatch()
@@ -40,7 +41,7 @@ class Learner:
 
     def backward(self, number: int) -> float:
         torch.manual_seed(1000 + number)
-        tokens = torch.randint(0, 64, (2, 12))
+        tokens = torch.randint(0, 64, (2, 12)).to(self.model.device)
         self.optimizer.zero_grad()
         loss = self.model(input_ids=tokens, labels=tokens).loss
         loss.backward()

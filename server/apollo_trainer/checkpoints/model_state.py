@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apollo_trainer.checkpoints.digest import digest
+from apollo_trainer.checkpoints.host_memory import Memory
 from apollo_trainer.optim import Apollo
 from apollo_trainer.optim.named_state import tensor_name
 
@@ -44,10 +45,13 @@ class ModelState:
         return sum(t.nbytes for t in (*self.parameters.values(), *self.moments.values()))
 
 
-def to_host(tensor: Tensor) -> Tensor:
+def _ordinary(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def to_host(tensor: Tensor, memory: Memory = _ordinary) -> Tensor:
     """A contiguous copy in host memory; waits for the device."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return host.copy_(tensor.detach())
+    return memory(tensor).copy_(tensor.detach())
 
 
 def moments_of(optimizer: Apollo, name: str, parameter: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apollo_grpc.errors import DataLoss, FailedPrecondition, Internal
 from apollo_trainer.checkpoints.digest import matches
-from apollo_trainer.checkpoints.host_memory import Staging
+from apollo_trainer.checkpoints.host_memory import empty_like_host
 from apollo_trainer.checkpoints.model_state import ModelState, to_host
 from apollo_trainer.checkpoints.poison import Poison, PoisonedError
 from apollo_trainer.checkpoints.spread import spread_by_size, threads_for
@@ -57,7 +57,7 @@ def restore(
     wanted = {name: state.digest(name) for name in parameters}
     old = ModelState(
         state.parameters,
-        {name: to_host(t) for name, t in optimizer.named_state()[0].items()},
+        {n: to_host(t, empty_like_host) for n, t in optimizer.named_state()[0].items()},
         copy.deepcopy(optimizer.named_state()[1]),
     )
     exchange = Exchange()
@@ -105,19 +105,13 @@ def _require_fitting(
 
 
 def _verify(parameters: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
-    sizes, staged = {name: p.nbytes for name, p in parameters.items()}, Staging()
+    sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
 
     def verify(name: str, _: int) -> None:
-        if not matches(staged(parameters[name].detach()), wanted[name]):
+        if not matches(parameters[name], wanted[name]):
             raise Internal(f"{name} reads back as something else than was written")
 
-    spread_by_size(verify, sizes, _threads(parameters))
-
-
-def _threads(parameters: Mapping[str, Tensor]) -> int:
-    """One where they are on a device: its copies wait for each other, and share their memory."""
-    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters.values())
-    return threads_for(sum(p.nbytes for p in parameters.values())) if on_cpu else 1
+    spread_by_size(verify, sizes, threads_for(sum(sizes.values())))
 
 
 def _roll_back(
