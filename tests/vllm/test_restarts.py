@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 
 from apollo_trainer.checkpoints.apollo_state import FILE_NAME, OPTIMIZER_KEY, load_state
 from apollo_trainer.checkpoints.state_folder import place_of
+from tests.vllm.conftest import Stack
+from tests.vllm.families import FAMILIES
 
 pytestmark = pytest.mark.vllm
 IDS = list(range(70, 130))
@@ -56,30 +59,48 @@ def learn(stack: Any, folder: Path, **options: Any) -> Learned:
     return Learned(losses, digests(weights), digests(moments), description[OPTIMIZER_KEY], served)
 
 
+@pytest.fixture(params=["float32", "bfloat16"])
+def stack(request: pytest.FixtureRequest, stacks: Any, tmp_path: Path) -> Iterator[Any]:
+    """Qwen3: float32 is the one that tests share; bfloat16 is rounded stochastically."""
+    if request.param == "float32":
+        yield stacks("qwen3")
+        return
+    family = replace(FAMILIES["qwen3"], dtype=request.param)
+    own = Stack(tmp_path / "stack", request.param, family)
+    try:
+        own.start_server()
+        own.start_vllm()
+        own.wait_attached()
+        yield own
+    finally:
+        own.end("server")
+        own.end("vllm")
+
+
 def test_both_services_restart_and_learn_bit_for_bit_what_they_had_learned(
-    qwen3: Any, tmp_path: Path
+    stack: Any, tmp_path: Path
 ) -> None:
-    client = qwen3.client
-    learn(qwen3, tmp_path / "before", accept_other_weights=True)
+    client = stack.client
+    learn(stack, tmp_path / "before", accept_other_weights=True)
     client.create_snapshot("synced later")
-    learned = {"synced later": learn(qwen3, tmp_path / "first")}
+    learned = {"synced later": learn(stack, tmp_path / "first")}
     client.sync()
     client.create_snapshot("as synced")
-    learned["as synced"] = learn(qwen3, tmp_path / "second")
+    learned["as synced"] = learn(stack, tmp_path / "second")
     client.create_snapshot("never synced")
-    learned["never synced"] = learn(qwen3, tmp_path / "third")
+    learned["never synced"] = learn(stack, tmp_path / "third")
     assert len({each.weights["model.norm.weight"] for each in learned.values()}) == 3
 
     epoch = client.status().engine_epoch
-    assert qwen3.end("server") == 0
-    qwen3.end("vllm")
-    qwen3.start_server()
-    qwen3.start_vllm()
-    assert qwen3.wait_attached().engine_epoch != epoch
-    assert qwen3.engine_logprobs(IDS).tolist() == learned["synced later"].served
+    assert stack.end("server") == 0
+    stack.end("vllm")
+    stack.start_server()
+    stack.start_vllm()
+    assert stack.wait_attached().engine_epoch != epoch
+    assert stack.engine_logprobs(IDS).tolist() == learned["synced later"].served
     assert not client.verify(full=True, live=True).differences, "vLLM came from the directory"
 
     for name in ("as synced", "never synced", "synced later"):
         client.restore(name)
-        assert learn(qwen3, tmp_path / f"again {name}") == learned[name], name
+        assert learn(stack, tmp_path / f"again {name}") == learned[name], name
         client.delete_snapshot(name)
