@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +15,7 @@ from statistics import median
 
 from apollo_client import ApolloClient
 from apollo_grpc.errors import ApolloError, FailedPrecondition
+from apollo_trainer.runs.model_checkpoints import CUT_OFF
 from tests.server_process import ServerProcess
 
 OPERATIONS: dict[str, Callable[[ApolloClient], object]] = {
@@ -23,6 +24,9 @@ OPERATIONS: dict[str, Callable[[ApolloClient], object]] = {
     "restore": lambda client: client.restore("anchor"),
     "undo": lambda client: client.undo(),
 }
+# They write to the live weights, for some milliseconds of the second that they take.
+WRITERS = ("restore", "undo")
+WRITE_SECONDS = 0.02
 Files = dict[Path, int]
 MEASURED = 3
 # Kills come a little after the usual end too.
@@ -93,9 +97,10 @@ def kill_again_and_again(
         client.create_snapshot("anchor")
     seconds = _measure(server, draw)
     for number in range(kills):
-        name = list(OPERATIONS)[number % len(OPERATIONS)]
-        after = draw.uniform(0, LATEST * seconds[name])
-        before, ended = _kill_in(server, model, name, draw, after)
+        name, second = list(OPERATIONS)[number % len(OPERATIONS)], number // len(OPERATIONS) % 2
+        aimed = second == 1 and name in WRITERS
+        after = draw.uniform(0, WRITE_SECONDS if aimed else LATEST * seconds[name])
+        before, ended = _kill_in(server, model, name, draw, after, aimed)
         outcome.kills[name] += 1
         outcome.cut_off[name] += not ended
         outcome.amid[name] += not ended and _amid(before, _files(server, model))
@@ -108,7 +113,8 @@ def kill_again_and_again(
             assert _digests(model) == found, "recovery left the directory as every reader found it"
             _require_next_sync(client, outcome, name, draw)
         how = "ended" if ended else "cut off"
-        print(f"{number + 1} of {kills}: {name} {how} after {after * 1e3:.0f} ms", flush=True)
+        when = f"{after * 1e3:.0f} ms{' of its write' if aimed else ''}"
+        print(f"{number + 1} of {kills}: {name} {how} after {when}", flush=True)
     return outcome
 
 
@@ -138,13 +144,24 @@ def _train(client: ApolloClient, draw: random.Random) -> None:
 
 
 def _kill_in(
-    server: ServerProcess, model: Path, name: str, draw: random.Random, after: float
+    server: ServerProcess,
+    model: Path,
+    name: str,
+    draw: random.Random,
+    after: float,
+    aimed: bool,
 ) -> tuple[Files, bool]:
-    """Returns the files of before the operation, and whether it had ended."""
+    """Returns the files of before the operation, and whether it had ended.
+
+    Args:
+        aimed: `after` counts from the mark that it writes to live weights, not from the call.
+    """
     with ApolloClient(server.address) as client:
         _train(client, draw)
         before = _files(server, model)
         operation = Operation(client, name)
+        while aimed and operation.is_alive() and not any(_marks(server)):
+            time.sleep(0.0005)
         time.sleep(after)
         server.end(signal.SIGKILL)
         return before, operation.ended()
@@ -153,8 +170,11 @@ def _kill_in(
 def _files(server: ServerProcess, model: Path) -> Files:
     """All that is kept beside the directory, and the mark of a restore, each with its time."""
     state = model.with_name(f".{model.name}.apollo")
-    marks = server.folder.rglob("restore-at-work.json")
-    return {path: path.stat().st_mtime_ns for path in (*state.rglob("*"), *marks)}
+    return {path: path.stat().st_mtime_ns for path in (*state.rglob("*"), *_marks(server))}
+
+
+def _marks(server: ServerProcess) -> Iterator[Path]:
+    return server.folder.glob(f"models/*/{CUT_OFF}")
 
 
 def _amid(before: Files, after: Files) -> bool:
@@ -164,10 +184,7 @@ def _amid(before: Files, after: Files) -> bool:
         # Then the folder for what is next is what the sync has left of the old directory.
         return False
     names = {part for path in begun for part in path.parts}
-    return any(
-        name.startswith("tmp-") or name in ("manifest.next.json", "restore-at-work.json")
-        for name in names
-    )
+    return any(name.startswith("tmp-") or name in ("manifest.next.json", CUT_OFF) for name in names)
 
 
 def _digests(model: Path) -> dict[str, str]:
@@ -189,7 +206,7 @@ def _require_next_sync(
         client.sync()
     except FailedPrecondition as error:
         assert error.reason == "WEIGHTS_POISONED", error
-        assert name in ("restore", "undo")
+        assert name in WRITERS
         outcome.mixed[name] += 1
         client.restore("anchor")
         _train(client, draw)
