@@ -23,11 +23,15 @@ def state_folder() -> Path:
 def private_folder(path: Path) -> Path:
     """Makes `path` with mode 0700, or checks that it is a folder of this user's alone.
 
+    Parents that are missing are made private too: one of them may be asked for next.
+
     Raises FailedPrecondition when it cannot be made, or when another user owns it or can enter it:
     grpc makes sockets world-writable, so the folder's mode is what keeps others out.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for missing in [each for each in reversed(path.parents) if not each.exists()]:
+            missing.mkdir(mode=0o700, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise FailedPrecondition(
             f"The folder {path} cannot be made: {error.strerror}. Choose another with "

@@ -44,8 +44,10 @@ def test_addresses_are_sockets_in_the_state_folder_unless_set(monkeypatch):
 
 def test_a_missing_folder_is_made_private(tmp_path):
     made = locations.private_folder(tmp_path / "a/b/state")
-    assert made.is_dir()
-    assert made.stat().st_mode & 0o777 == 0o700
+    for folder in (made, tmp_path / "a/b", tmp_path / "a"):
+        assert folder.is_dir()
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert locations.private_folder(tmp_path / "a/b") == tmp_path / "a/b"
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o710, 0o704])
