@@ -203,8 +203,7 @@ def one(model: Measured, number: int) -> dict[str, float]:
         return store.load(info.id, model.memory.take)
 
     def given(state: ModelState) -> None:
-        for values in state.parameters.values():
-            model.memory.give(values)
+        model.memory.give(*state.parameters.values())
 
     load, _ = best(lambda: given(loaded()), rounds)
     state = loaded()

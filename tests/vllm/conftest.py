@@ -216,14 +216,14 @@ class Stacks:
         self._new_folder = new_folder
         self._started: dict[str, Stack] = {}
 
-    def __call__(self, family: str) -> Stack:
-        """The family's stack; training server first, then vLLM."""
-        if family not in self._started:
-            stack = self._started[family] = Stack(self._new_folder("s"), family)
+    def __call__(self, name: str, family: Family | None = None) -> Stack:
+        """The stack of a family, or of the one of this name; training server first, then vLLM."""
+        if name not in self._started:
+            stack = self._started[name] = Stack(self._new_folder("s"), name, family)
             stack.start_server()
             stack.start_vllm()
             stack.wait_attached()
-        return self._started[family]
+        return self._started[name]
 
     def end(self, *families: str) -> None:
         """Ends the families' processes, and all where none is named."""

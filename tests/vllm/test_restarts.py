@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from apollo_trainer.checkpoints.apollo_state import FILE_NAME, OPTIMIZER_KEY, load_state
 from apollo_trainer.checkpoints.state_folder import place_of
-from tests.vllm.conftest import Stack
 from tests.vllm.families import FAMILIES
 
 pytestmark = pytest.mark.vllm
@@ -60,21 +59,14 @@ def learn(stack: Any, folder: Path, **options: Any) -> Learned:
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
-def stack(request: pytest.FixtureRequest, stacks: Any, tmp_path: Path) -> Iterator[Any]:
+def stack(request: pytest.FixtureRequest, stacks: Any) -> Iterator[Any]:
     """Qwen3: float32 is the one that tests share; bfloat16 is rounded stochastically."""
     if request.param == "float32":
         yield stacks("qwen3")
         return
     family = replace(FAMILIES["qwen3"], dtype=request.param)
-    own = Stack(tmp_path / "stack", request.param, family)
-    try:
-        own.start_server()
-        own.start_vllm()
-        own.wait_attached()
-        yield own
-    finally:
-        own.end("server")
-        own.end("vllm")
+    yield stacks(request.param, family)
+    stacks.end(request.param)
 
 
 def test_both_services_restart_and_learn_bit_for_bit_what_they_had_learned(

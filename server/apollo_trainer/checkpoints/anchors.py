@@ -97,11 +97,13 @@ class Anchors:
     def decode(
         self, path: Path, anchor: str, digests: Mapping[str, str], memory: Memory
     ) -> dict[str, torch.Tensor]:
-        """The weights of a differential. Raises DataLoss where anything is not as it was.
+        """The weights of a differential.
 
         Args:
             digests: of the weights, which the differential's must be.
             memory: of the weights.
+
+        Raises DataLoss where anything is not as it was, ValueError where its digests are others.
         """
         try:
             file: Any = safe_open(self.path(anchor), framework="pt")

@@ -12,9 +12,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from apollo_trainer.checkpoints.tensor_file import DIGEST_BYTES
-
-_XXH3 = "xxh3-128"
+_XXH3, _DIGITS = "xxh3-128", 32
 # Bytes of a file that are read at once: they stay in the core's cache.
 _PIECE = 2**19
 # Bytes of a device's memory that are copied at once: enough to be worth the call.
@@ -81,6 +79,6 @@ def matches(tensor: torch.Tensor, expected: str) -> bool:
 def algorithm_of(expected: str) -> str:
     """The algorithm of a digest. Raises ValueError for what is none."""
     name, _, value = expected.partition(":")
-    if name != _XXH3 or len(value) != 2 * DIGEST_BYTES or not set(value) <= _HEXADECIMAL:
+    if name != _XXH3 or len(value) != _DIGITS or not set(value) <= _HEXADECIMAL:
         raise ValueError(f"{expected[:60]!r} is no digest")
     return name

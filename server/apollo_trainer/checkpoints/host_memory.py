@@ -58,11 +58,13 @@ class HostBuffers:
                 return free.pop()
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned)
 
-    def give(self, buffer: Tensor) -> None:
-        """Back, for whoever takes the next one; nothing may read it any more."""
-        if self._keeps:
-            key = (buffer.shape, buffer.dtype, buffer.is_pinned())
-            with self._lock:
+    def give(self, *buffers: Tensor) -> None:
+        """Back, for whoever takes the next ones; nothing may read them any more."""
+        if not self._keeps:
+            return
+        with self._lock:
+            for buffer in buffers:
+                key = (buffer.shape, buffer.dtype, buffer.is_pinned())
                 self._free.setdefault(key, []).append(buffer)
 
     def clear(self) -> None:

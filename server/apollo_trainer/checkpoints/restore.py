@@ -18,7 +18,7 @@ from apollo_trainer.checkpoints.digest import matches
 from apollo_trainer.checkpoints.host_memory import empty_like_host
 from apollo_trainer.checkpoints.model_state import ModelState, to_host
 from apollo_trainer.checkpoints.poison import Poison, PoisonedError
-from apollo_trainer.checkpoints.spread import spread_by_size, threads_for
+from apollo_trainer.checkpoints.spread import spread, threads_for
 from apollo_trainer.checkpoints.value_exchange import Exchange
 from apollo_trainer.optim import Apollo
 
@@ -105,13 +105,13 @@ def _require_fitting(
 
 
 def _verify(parameters: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
-    sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
-
-    def verify(name: str, _: int) -> None:
+    def verify(name: str) -> None:
         if not matches(parameters[name], wanted[name]):
             raise Internal(f"{name} reads back as something else than was written")
 
-    spread_by_size(verify, sizes, threads_for(sum(sizes.values())))
+    # The largest first: one that comes last is waited for by threads that have nothing to do.
+    names = sorted(parameters, key=lambda name: -parameters[name].nbytes)
+    spread(verify, names, threads_for(sum(p.nbytes for p in parameters.values())))
 
 
 def _roll_back(

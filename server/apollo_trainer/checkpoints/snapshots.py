@@ -108,8 +108,7 @@ class SnapshotCopy:
         if self._thread.ident is not None:
             self._thread.join()
         for pending in self._pending:
-            for each in pending.copies:
-                self._buffers.give(each.tensor())
+            self._buffers.give(*(each.tensor() for each in pending.copies))
             pending.copies.clear()
 
     def _copy_all(self) -> None:

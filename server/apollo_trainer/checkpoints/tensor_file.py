@@ -25,7 +25,6 @@ from apollo_trainer.checkpoints.shard_header import (
 
 # Bytes that are written or read at one time.
 PIECE = 16 << 20
-DIGEST_BYTES = 16
 
 
 def digest_of(data: bytes | memoryview) -> str:

@@ -120,8 +120,7 @@ class Recorded:
             update.moments[key] = to_host(staged.tensor())
         if self._buffers is None:
             return
-        for staged in (self._old, *self._moments.values()):
-            self._buffers.give(staged.tensor())
+        self._buffers.give(old, *(staged.tensor() for staged in self._moments.values()))
         if self._after is None and new.data_ptr() != self._parameter.data_ptr():
             self._buffers.give(new)
 
