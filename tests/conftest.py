@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,6 +12,15 @@ from typing import Any
 import pytest
 
 from tests.waiting import wait_until
+
+
+def pytest_collection_finish() -> None:
+    """Takes the imports of all tests out of the garbage collector's sight, as the server does.
+
+    Otherwise each engine that a test ends stops every thread for some 0.6 s.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,17 @@ def test_a_stopped_worker_is_noticed_within_two_seconds_and_found_again(
     trainer.wait_for(ATTACHED, engine.engine.epoch)
 
 
+def test_a_loss_is_told_before_the_collection_that_stops_every_thread(
+    attached: Any, wait: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, trainer = attached
+    told: list[int] = []
+    monkeypatch.setattr("gc.collect", lambda: told.append(trainer.status.attachment))
+    engine.stop()
+    wait(lambda: told, "the collection of what was unmapped")
+    assert told[0] == DETACHED
+
+
 def test_a_paused_engine_that_does_not_answer_fails_its_run_within_two_seconds(
     attached: Any, all_events: Events, wait: Any
 ) -> None:

@@ -95,7 +95,6 @@ class ModelOwner:
         with self._lock:
             self._losses, self._found_epoch = self._losses + 1, ""
             session = self._session
-            self._jobs.put(self._let_go)
         if session:
             session.attachment.lost.set()
         self._board.update(
@@ -103,6 +102,8 @@ class ModelOwner:
             attachment_detail=detail,
             optimizer_loaded=False,
         )
+        # Its collection holds up every thread: before the lines above, the loss is told late.
+        self._jobs.put(self._let_go)
 
     def _attach(self, epoch: str) -> None:
         with self._lock:
