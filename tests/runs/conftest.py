@@ -19,6 +19,7 @@ from apollo_trainer.runs.queue import RunQueue
 from apollo_trainer.runs.run import prepare_run
 from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.weights.sidecar import Sidecar
+from tests.runs.books import Books
 from tests.waiting import WAIT_SECONDS, wait_until
 
 
@@ -108,3 +109,18 @@ def attached(start_engine: Callable[..., Any], start_trainer: Callable[..., Trai
     engine, trainer = start_engine(), start_trainer()
     trainer.wait_for(status_pb2.ATTACHMENT_STATE_ATTACHED)
     return engine, trainer
+
+
+@pytest.fixture
+def open_books(state_dir: Path) -> Iterator[Callable[..., Books]]:
+    """Opens the ledger of the state folder."""
+    opened: list[Books] = []
+
+    def start(**options: Any) -> Books:
+        opened.append(Books(state_dir, **options))
+        return opened[-1]
+
+    yield start
+    for books in opened:
+        if books.writer._thread.is_alive():
+            books.close()

@@ -2,76 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import stat
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from apollo_grpc.errors import DataLoss, FailedPrecondition
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.runs.events import EventLog, now
-from apollo_trainer.runs.ledger import Acceptance, Ledger
-from apollo_trainer.runs.ledger_file import FILE_NAME, LedgerFile
-from apollo_trainer.runs.ledger_writer import LedgerWriter
-from apollo_trainer.runs.queue import Store
-from apollo_trainer.runs.recovery import settle
-from apollo_trainer.runs.retention import Retention
-
-KEEP_ALL = Retention(seconds=1e9, bytes=2**40)
-SPEC = pb.RunSpec(samples=[pb.Sample(weight=1.0)], epochs=3)
-
-
-class Books:
-    """A ledger with its writer, as a server opens them."""
-
-    def __init__(self, folder: Path, retention: Retention = KEEP_ALL):
-        file = LedgerFile(folder)
-        self.ledger = Ledger(file)
-        self.waiting = settle(file, self.ledger, folder)
-        self.writer = LedgerWriter(file, retention)
-
-    def accept(self, run_id: str, request_id: str = "") -> EventLog:
-        queued = pb.RunEvent(run_id=run_id, sequence=1, event_time=now(), queued=pb.Queued())
-        log = EventLog(run_id, lambda event: None, Store(self.ledger, self.writer))
-        log.begin_with(queued)
-        self.writer.accept(Acceptance(request_id, SPEC, 3, queued)).result(10)
-        log.committed(1)
-        return log
-
-    def close(self) -> None:
-        self.writer.stop()
-        self.ledger.close()
-
-
-@pytest.fixture
-def open_books(state_dir: Path) -> Iterator[Callable[..., Books]]:
-    opened: list[Books] = []
-
-    def start(**options: Any) -> Books:
-        opened.append(Books(state_dir, **options))
-        return opened[-1]
-
-    yield start
-    for books in opened:
-        if books.writer._thread.is_alive():
-            books.close()
-
-
-def finish(log: EventLog, steps: int = 0) -> None:
-    finished = pb.Finished(state=pb.RUN_STATE_SUCCEEDED, steps_done=steps)
-    log.append(finished=finished)
+from apollo_trainer.runs.ledger_file import FILE_NAME
+from tests.runs.books import finish
 
 
 def test_the_file_is_the_users_alone(open_books: Any, state_dir: Path) -> None:
@@ -152,7 +96,7 @@ def test_a_ledger_damaged_under_a_reader_is_data_loss(open_books: Any, state_dir
 KILLED = """
 import os, sys
 from pathlib import Path
-from tests.runs.test_ledger import Books
+from tests.runs.books import Books
 from apollo_grpc.v1 import training_pb2 as pb
 
 folder = Path(sys.argv[1])
@@ -209,7 +153,7 @@ def test_a_torn_journal_is_read_up_to_the_tear(open_books: Any, state_dir: Path)
 FULL = """
 import resource, sys, time
 from pathlib import Path
-from tests.runs.test_ledger import Books, finish
+from tests.runs.books import Books, finish
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import training_pb2 as pb
 
@@ -260,192 +204,3 @@ def test_without_room_a_run_goes_on_new_ones_are_refused_and_nothing_is_lost(
         [sys.executable, "-c", FULL, str(state_dir)], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr
-
-
-# --- retention ----------------------------------------------------------------------------------
-
-
-def prune(books: Books) -> None:
-    """Retention until it has nothing more to do."""
-    connection = sqlite3.connect(books.writer._file.path, isolation_level=None, timeout=10)
-    while books.writer._retention.apply(connection):
-        pass
-    connection.close()
-
-
-def test_events_and_specs_of_old_runs_go_and_their_requests_are_still_known(
-    open_books: Any,
-) -> None:
-    books = open_books(retention=Retention(seconds=0.2, bytes=2**40))
-    old = books.accept("old", "request")
-    old.append(step=pb.Step(step=1))
-    finish(old)
-    time.sleep(0.5)
-    young = books.accept("young")
-    prune(books)
-    row = books.ledger.run_of_request("request")
-    assert (row.run_id, row.last_sequence, row.pruned_through) == ("old", 3, 3)
-    assert books.ledger.spec("old") is None
-    assert books.ledger.events("old", 0, 10) == []
-    assert books.ledger.spec("young") == SPEC
-    assert young.sequence == 1
-
-
-def test_a_ledger_that_is_too_large_lets_go_of_the_oldest_and_gives_the_room_back(
-    open_books: Any, state_dir: Path
-) -> None:
-    limit = 400_000
-    books = open_books(retention=Retention(seconds=1e9, bytes=limit))
-    for number in range(12):
-        log = books.accept(f"run {number:2}")
-        for step in range(1, 601):
-            log.append(step=pb.Step(step=step, loss=0.1, grad_norm=0.2, learning_rate=0.3))
-        finish(log, 600)
-        while not log.kept_on_disk:
-            time.sleep(0.005)
-    prune(books)
-    books.ledger._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    assert (state_dir / FILE_NAME).stat().st_size < 1.5 * limit
-    kept = [bool(books.ledger.events(f"run {n:2}", 0, 1)) for n in range(12)]
-    assert kept[-1]
-    assert kept == sorted(kept)
-    assert books.ledger.run("run  0").last_sequence == 602
-
-
-def test_a_run_at_work_that_is_too_large_lets_go_of_its_oldest_events(open_books: Any) -> None:
-    books = open_books(retention=Retention(seconds=1e9, bytes=200_000))
-    log = books.accept("a")
-    for step in range(1, 10_001):
-        log.append(step=pb.Step(step=step, loss=0.1))
-    while not log.kept_on_disk:
-        time.sleep(0.005)
-    prune(books)
-    row, kept = books.ledger.run("a"), books.ledger.events("a", 0, 20_000)
-    assert 0 < row.pruned_through < row.last_sequence == 10_001
-    assert [e.sequence for e in kept] == list(range(row.pruned_through + 1, 10_002))
-
-
-def test_retention_does_not_hold_events_up(open_books: Any) -> None:
-    books = open_books(retention=Retention(seconds=1e9, bytes=300_000))
-    for number in range(30):
-        log = books.accept(f"run {number}")
-        for step in range(1, 401):
-            log.append(step=pb.Step(step=step, loss=0.1))
-        finish(log)
-    log, waits = books.accept("last"), []
-    pruner = threading.Thread(target=prune, args=[books])
-    pruner.start()
-    step = 0
-    while pruner.is_alive() or step < 10:
-        step += 1
-        began = time.monotonic()
-        log.append(step=pb.Step(step=step))
-        while not log.kept_on_disk:
-            time.sleep(0.001)
-        waits.append(time.monotonic() - began)
-    pruner.join()
-    assert sorted(waits)[len(waits) // 2] < 0.2, waits
-
-
-# --- against a model ----------------------------------------------------------------------------
-
-
-class LedgerMachine(RuleBasedStateMachine):
-    """Whatever is done in whatever order, reopened or not: the ledger is what a dictionary is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._folder = tempfile.TemporaryDirectory(prefix="apollo-")
-        self._path = Path(self._folder.name)
-        self._books = Books(self._path)
-        self._logs: dict[str, EventLog] = {}
-        self._model: dict[str, list[str]] = {}
-        self._ended: set[str] = set()
-        self._begun: set[str] = set()
-
-    @rule()
-    def accept(self) -> None:
-        run_id = f"run {len(self._model)}"
-        self._logs[run_id] = self._books.accept(run_id, f"request {run_id}")
-        self._model[run_id] = ["queued"]
-
-    def _some(self, data: st.DataObject) -> str:
-        return data.draw(st.sampled_from(sorted(self._logs)))
-
-    @precondition(lambda self: self._logs)
-    @rule(data=st.data(), count=st.integers(1, 40))
-    def take_steps(self, data: st.DataObject, count: int) -> None:
-        run_id = self._some(data)
-        log = self._logs[run_id]
-        if run_id not in self._begun:
-            log.open_journal(self._path / "journal")
-            log.append(started=pb.Started(steps_total=9, engine_epoch="e"))
-            self._model[run_id].append("started")
-            self._begun.add(run_id)
-        for _ in range(count):
-            step = self._model[run_id].count("step") + 1
-            log.begin_step(step)
-            log.append(step=pb.Step(step=step))
-            self._model[run_id].append("step")
-
-    @precondition(lambda self: self._logs)
-    @rule(data=st.data())
-    def end(self, data: st.DataObject) -> None:
-        run_id = self._some(data)
-        finish(self._logs.pop(run_id))
-        self._model[run_id].append("finished")
-        self._ended.add(run_id)
-
-    @rule()
-    def reopen(self) -> None:
-        """As after a stop in mid-run: what was at work has been interrupted."""
-        self._books.close()
-        self._books = Books(self._path)
-        for run_id in self._begun - self._ended:
-            self._model[run_id].append("finished")
-            self._ended.add(run_id)
-            del self._logs[run_id]
-        assert [row.run_id for row in self._books.waiting] == sorted(
-            self._logs, key=lambda name: int(name.split()[1])
-        )
-        for row in self._books.waiting:
-            store = Store(self._books.ledger, self._books.writer)
-            log = EventLog(row.run_id, lambda event: None, store, row.last_sequence)
-            self._logs[row.run_id] = log
-
-    @invariant()
-    def what_is_read_is_what_was_written(self) -> None:
-        for log in self._logs.values():
-            while not log.kept_on_disk:
-                time.sleep(0.001)
-        for run_id in self._model.keys() - self._ended:
-            self._check(run_id)
-
-    def _check(self, run_id: str) -> None:
-        events, row = self._books.ledger.events(run_id, 0, 10_000), self._books.ledger.run(run_id)
-        assert [e.WhichOneof("event") for e in events] == self._model[run_id]
-        assert [e.sequence for e in events] == list(range(1, len(events) + 1))
-        assert row.last_sequence == len(events)
-        assert row.has_ended == (run_id in self._ended)
-        assert self._books.ledger.run_of_request(f"request {run_id}") == row
-
-    def teardown(self) -> None:
-        self._books.close()
-        self._books = Books(self._path)
-        for run_id in self._begun - self._ended:
-            self._model[run_id].append("finished")
-            self._ended.add(run_id)
-        for run_id in self._model:
-            self._check(run_id)
-        self._books.close()
-        self._folder.cleanup()
-
-
-LedgerMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("LEDGER_EXAMPLES", "15")),
-    stateful_step_count=20,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-TestLedger = LedgerMachine.TestCase
