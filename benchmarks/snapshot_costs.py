@@ -203,7 +203,7 @@ def one(model: Measured, number: int) -> dict[str, float]:
         return store.load(info.id, model.memory.take)
 
     def given(state: ModelState) -> None:
-        model.memory.give(*state.parameters.values())
+        model.memory.give(*state.parameters.values(), *state.moments.values())
 
     load, _ = best(lambda: given(loaded()), rounds)
     state = loaded()

@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from apollo_grpc.errors import FailedPrecondition
-from apollo_trainer.checkpoints.apollo_state import load_state, save_state
+from apollo_trainer.checkpoints.apollo_state import load_state, read_state, save_state
+from apollo_trainer.checkpoints.digest import file_digest
+from apollo_trainer.checkpoints.host_memory import HostBuffers, empty_like_host
 from apollo_trainer.optim import Apollo
+from apollo_trainer.weights.checkpoint_reader import same_bytes
 
 DESCRIPTION: dict[str, Any] = {"step_count": 7, "names": ["a", "é"], "limit": None, "lr": 1e-5}
 # Saves once, then again with room for 4 KB only, and says which error that was.
@@ -96,6 +99,32 @@ def test_an_optimizer_goes_on_from_its_file_as_if_it_had_never_stopped(tmp_path:
 
 def test_no_file_is_no_state(tmp_path: Path) -> None:
     assert load_state(tmp_path / "none") is None
+
+
+def test_a_state_that_is_read_into_buffers_is_the_state(tmp_path: Path) -> None:
+    path, buffers = tmp_path / "state", HostBuffers()
+    save_state(path, state(), DESCRIPTION)
+    tensors, description = read_state(path, file_digest(path), buffers.take)
+    assert description == DESCRIPTION
+    assert tensors.keys() == state().keys()
+    assert all(same_bytes(tensors[name], tensor) for name, tensor in state().items())
+    # They may be written to: the file stays as it is.
+    for tensor in tensors.values():
+        tensor.zero_()
+    loaded = load_state(path)
+    assert loaded is not None
+    assert all(same_bytes(loaded[0][name], tensor) for name, tensor in state().items())
+
+
+@pytest.mark.parametrize("at", [3, 40, -1])
+def test_a_state_with_another_byte_is_not_read(tmp_path: Path, at: int) -> None:
+    path = tmp_path / "state"
+    save_state(path, state(), DESCRIPTION)
+    digest, content = file_digest(path), bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"header|not what was written"):
+        read_state(path, digest, empty_like_host)
 
 
 def test_others_cannot_enter_the_folder(tmp_path: Path) -> None:

@@ -100,15 +100,16 @@ class FailingWrites:
     def __init__(self, good: int, *, for_good: bool, after: bool = False):
         self.good, self.for_good, self.after, self.failed = good, for_good, after, False
 
-    def __call__(self, live: torch.Tensor, values: torch.Tensor) -> None:
+    def __call__(self, live: Any, values: Any) -> None:
         self.good -= 1
         broken = self.good < 0 and (self.for_good or not self.failed)
         if not broken or self.after:
-            live.copy_(values)
+            live[...] = values
         if broken:
             self.failed = True
-            if live.numel() > 1 and not self.after:
-                live.view(-1)[: live.numel() // 2].copy_(values.view(-1)[: live.numel() // 2])
+            if not self.after:
+                half = len(live.reshape(-1)) // 2
+                live.reshape(-1)[:half] = values.reshape(-1)[:half]
             raise RuntimeError("the device is gone")
 
 

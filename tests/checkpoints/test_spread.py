@@ -9,6 +9,7 @@ import pytest
 from apollo_trainer.checkpoints import spread as spreading
 from apollo_trainer.checkpoints.spread import (
     background_threads,
+    in_batches,
     spread,
     spread_by_size,
     threads_for,
@@ -34,6 +35,18 @@ def test_what_failed_is_raised_and_no_thread_works_any_more(threads: int) -> Non
         spread(work, range(5000), threads)
     assert threading.active_count() == before
     assert len(begun) < 5000
+
+
+def test_small_items_go_together_and_large_ones_alone_in_order() -> None:
+    sizes = [2**24, 2**23, 2**22, 2**22, 5, 0, 2**24]
+    assert in_batches(sizes, lambda size: size) == [
+        [2**24],
+        [2**23],
+        [2**22, 2**22],
+        [5, 0],
+        [2**24],
+    ]
+    assert in_batches([], lambda size: size) == []
 
 
 def test_a_huge_tensor_gets_all_threads_and_small_ones_one_each() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from apollo_trainer.checkpoints import value_exchange
+from apollo_trainer.checkpoints.digest import digest
+from apollo_trainer.checkpoints.spread import spread
 from apollo_trainer.checkpoints.value_exchange import Exchange
 from apollo_trainer.weights.checkpoint_reader import same_bytes
 
@@ -41,7 +45,7 @@ def test_all_values_change_places() -> None:
     before = copied(mine)
     exchange = Exchange()
     for live, host in mine:
-        exchange.run(live, host)
+        assert exchange.run(live, host) == digest(live)
     assert_same(mine, [(host, live) for live, host in before])
 
 
@@ -52,11 +56,11 @@ def test_what_cannot_be_written_is_taken_back_with_all_before_it(
     mine, left = pairs(), [good]
     before, write = copied(mine), value_exchange._write
 
-    def failing(live: torch.Tensor, values: torch.Tensor) -> None:
+    def failing(live: Any, values: Any) -> None:
         left[0] -= 1
         if left[0] < 0:
-            half = live.numel() // 2
-            live.view(-1)[:half].copy_(values.view(-1)[:half])
+            half = len(live.reshape(-1)) // 2
+            live.reshape(-1)[:half] = values.reshape(-1)[:half]
             raise OSError(5, "Input/output error")
         write(live, values)
 
@@ -69,3 +73,27 @@ def test_what_cannot_be_written_is_taken_back_with_all_before_it(
     exchange.take_back()
     for (live, _), (wanted, _) in zip(mine, before, strict=True):
         assert same_bytes(live, wanted)
+
+
+def test_threads_that_exchange_leave_nothing_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = [pair for _ in range(8) for pair in pairs()]
+    before, write, left = copied(mine), value_exchange._write, [400]
+
+    def failing(live: Any, values: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(5, "Input/output error")
+        write(live, values)
+
+    exchange = Exchange()
+    with monkeypatch.context() as patch:
+        patch.setattr(value_exchange, "_write", failing)
+        with pytest.raises(OSError, match="Input/output"):
+            spread(lambda pair: exchange.run(*pair), mine, 4)
+    exchange.take_back()
+    for (live, _), (wanted, _) in zip(mine, before, strict=True):
+        assert same_bytes(live, wanted)
+    again, whole = copied(before), Exchange()
+    digests = spread(lambda pair: whole.run(*pair), again, 4)
+    assert_same(again, [(host, live) for live, host in before])
+    assert digests == [digest(host) for _, host in before]

@@ -178,9 +178,9 @@ def test_a_restore_that_writes_is_finished_and_not_torn(
     caller.train(optimizer=FAST)
     run = Exchange.run
 
-    def wait_and_write(exchange: Exchange, *arguments: Any) -> None:
+    def wait_and_write(exchange: Exchange, *arguments: Any, **options: Any) -> str:
         gate.wait()
-        run(exchange, *arguments)
+        return run(exchange, *arguments, **options)
 
     monkeypatch.setattr(Exchange, "run", wait_and_write)
     asked = cp.RestoreSnapshotRequest(request_id="x", snapshot_id="start")

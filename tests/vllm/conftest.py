@@ -27,11 +27,21 @@ START_SECONDS = 240
 
 
 class Stack:
-    """One model directory with its vLLM and its training server as child processes."""
+    """One model directory with its vLLM and its training server as child processes.
+
+    Args:
+        core: 0 or 1, which of the first two vLLM has; the training server has the other.
+    """
 
     def __init__(
-        self, folder: Path, name: str, family: Family | None = None, model: Path | None = None
+        self,
+        folder: Path,
+        name: str,
+        family: Family | None = None,
+        model: Path | None = None,
+        core: int = 0,
     ):
+        self._core = core
         folder.mkdir(exist_ok=True)
         self.folder, self.name, self.family = folder, name, family or FAMILIES[name]
         self.model = model or self.family.write(folder / "model")
@@ -47,7 +57,6 @@ class Stack:
         }
 
     def _start(self, name: str, core: int, command: list[str], **env: str) -> Any:
-        cores = sorted(os.sched_getaffinity(0))
         log = (self.folder / f"{name}.log").open("ab")
         return subprocess.Popen(
             [sys.executable, "-m", *command],
@@ -55,13 +64,25 @@ class Stack:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, {cores[core % len(cores)]}),
+            preexec_fn=lambda: os.sched_setaffinity(0, {self._cpu(core)}),
         )
+
+    def _cpu(self, core: int) -> int:
+        cores = sorted(os.sched_getaffinity(0))
+        return cores[core % len(cores)]
+
+    def start(self) -> None:
+        """Starts both at once; `wait_attached` waits for them."""
+        self._start_server()
+        self.start_vllm()
 
     def start_server(self) -> None:
         """Starts the training server and waits until it answers."""
-        self.server = self._start("server", -1, ["apollo_trainer.main"])
+        self._start_server()
         self._wait(lambda: self._answers(), "the training server")
+
+    def _start_server(self) -> None:
+        self.server = self._start("server", 1 - self._core, ["apollo_trainer.main"])
 
     def start_vllm(self, *arguments: str, plugins: str = "apollo", **env: str) -> None:
         """Starts vLLM; `wait_attached` waits for it.
@@ -77,7 +98,7 @@ class Stack:
             served = ["tests.vllm.serve_command", "serve", str(self.model)]
         self.vllm = self._start(
             "vllm",
-            0,
+            self._core,
             [
                 *served,
                 *("--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "256"),
@@ -86,7 +107,7 @@ class Stack:
                 *arguments,
             ],
             VLLM_PLUGINS=plugins,
-            VLLM_CPU_OMP_THREADS_BIND=str(min(os.sched_getaffinity(0))),
+            VLLM_CPU_OMP_THREADS_BIND=str(self._cpu(self._core)),
             VLLM_NO_USAGE_STATS="1",
             **(self.family.environment | env),
         )
@@ -101,6 +122,8 @@ class Stack:
         """Waits for an attachment and for vLLM's HTTP; a refusal is an error at once."""
 
         def attached() -> bool:
+            if not self._answers():
+                return False
             status = self.client.status()
             assert status.attachment != status_pb2.ATTACHMENT_STATE_REFUSED, status
             return status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED
@@ -215,20 +238,30 @@ class Stacks:
     def __init__(self, new_folder: Callable[[str], Path]):
         self._new_folder = new_folder
         self._started: dict[str, Stack] = {}
+        self._attached: set[str] = set()
+        self._core = 0
 
     def __call__(self, name: str, family: Family | None = None) -> Stack:
-        """The stack of a family, or of the one of this name; training server first, then vLLM."""
-        if name not in self._started:
-            stack = self._started[name] = Stack(self._new_folder("s"), name, family)
-            stack.start_server()
-            stack.start_vllm()
-            stack.wait_attached()
+        """The stack of a family, or of the one of this name."""
+        self.begin(name, family)
+        if name not in self._attached:
+            self._started[name].wait_attached()
+            self._attached.add(name)
         return self._started[name]
+
+    def begin(self, name: str, family: Family | None = None) -> None:
+        """Starts a stack, without waiting: one start keeps one core busy, and there are two."""
+        if name not in self._started:
+            core, self._core = self._core, 1 - self._core
+            stack = Stack(self._new_folder("s"), name, family, core=core)
+            self._started[name] = stack
+            stack.start()
 
     def end(self, *families: str) -> None:
         """Ends the families' processes, and all where none is named."""
         for family in families or tuple(self._started):
             stack = self._started.pop(family)
+            self._attached.discard(family)
             stack.end("server")
             stack.end("vllm")
 

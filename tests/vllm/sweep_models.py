@@ -73,8 +73,7 @@ def without_us(stack: Stack) -> float | None:
 def test_the_family_works_or_is_refused(name, tmp_path):
     stack = Stack(tmp_path / "s", name)
     try:
-        stack.start_server()
-        stack.start_vllm()
+        stack.start()
         judge(stack, name)
     except BaseException as error:
         # Kept in the table too: a family that nobody judged would look like one that nobody tried.

@@ -86,8 +86,7 @@ def test_both_services_restart_and_learn_bit_for_bit_what_they_had_learned(
     epoch = client.status().engine_epoch
     assert stack.end("server") == 0
     stack.end("vllm")
-    stack.start_server()
-    stack.start_vllm()
+    stack.start()
     assert stack.wait_attached().engine_epoch != epoch
     assert stack.engine_logprobs(IDS).tolist() == learned["synced later"].served
     assert not client.verify(full=True, live=True).differences, "vLLM came from the directory"

@@ -10,17 +10,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from apollo_grpc.errors import FailedPrecondition
+from apollo_trainer.checkpoints.digest import RunningDigest, raw_bytes
 from apollo_trainer.checkpoints.durable_write import durable_write
-from apollo_trainer.checkpoints.tensor_file import write_tensors
+from apollo_trainer.checkpoints.file_ops import FILES
+from apollo_trainer.checkpoints.host_memory import Memory
+from apollo_trainer.checkpoints.shard_header import DTYPES, parse_metadata
+from apollo_trainer.checkpoints.tensor_file import read_header, write_tensors
 
 FORMAT = "apollo-state-1"
 FILE_NAME = "apollo_state.safetensors"
 # The same in the middle of a run: of use only with the engine that is being trained.
 RUNNING_FILE_NAME = "apollo_state.running.safetensors"
+_PIECE = 2**19
 # Keys of the description.
 OPTIMIZER_KEY, SHAPE_KEY, WEIGHTS_KEY = "optimizer", "shape", "weights"
 
@@ -54,6 +61,39 @@ def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | N
             "to begin with a new state.",
             reason="STATE_UNREADABLE",
         ) from error
+
+
+def read_state(
+    path: Path, expected: str, memory: Memory
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state of a file, which is read once, in memory that may be written to.
+
+    Args:
+        expected: the digest of the file.
+        memory: of the tensors.
+
+    Raises ValueError for another file, and OSError.
+    """
+    header, running, tensors = read_header(FILES, path), RunningDigest(), {}
+    running.update(np.frombuffer(header.raw, np.uint8))
+    with FILES.opened(path) as file:
+        # As they lie in it: the digest is of the file.
+        for name, place in sorted(header.tensors.items(), key=lambda item: item[1].start):
+            like = torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")
+            tensors[name] = memory(like)
+            _read(file, place.start, raw_bytes(tensors[name]), running)
+    metadata = parse_metadata(header.raw) or {}
+    if running.value() != expected or metadata.get("format") != FORMAT:
+        raise ValueError("its Apollo state is not what was written")
+    return tensors, json.loads(metadata["description"])
+
+
+def _read(file: int, offset: int, target: NDArray[np.uint8], running: RunningDigest) -> None:
+    """Piece by piece, so that the digest finds each in the core's cache."""
+    for start in range(0, target.size, _PIECE):
+        piece = target[start : start + _PIECE]
+        FILES.read_all(file, piece.data, offset + start)
+        running.update(piece)
 
 
 def read_description(path: Path) -> dict[str, Any] | None:

@@ -90,6 +90,10 @@ class FileOps:
             size, offset = size - len(part), offset + len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def preadv(self, file: int, target: memoryview, offset: int) -> int:
+        """Reads some bytes into `target`, and returns how many: `read_all` is for callers."""
+        return os.preadv(file, [target], offset)
+
     def is_open_here_alone(self, file: int) -> bool:
         """Whether no other descriptor of the file and no map of it is left, in any process.
 
@@ -206,6 +210,14 @@ class FileOps:
             if written <= 0:
                 raise OSError(errno.EIO, "the file system takes no more bytes")
             data, offset = data[written:], offset + written
+
+    def read_all(self, file: int, target: memoryview, offset: int) -> None:
+        """Fills `target`. Raises OSError where the file ends before."""
+        while target:
+            size = self.preadv(file, target, offset)
+            if size <= 0:
+                raise OSError(errno.EIO, f"the file ends at byte {offset}, before its tensors do")
+            target, offset = target[size:], offset + size
 
     def found(self, path: Path) -> FileStat | None:
         """The same as `stat`; None where there is nothing."""

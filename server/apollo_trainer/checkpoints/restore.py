@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from apollo_grpc.errors import DataLoss, FailedPrecondition, Internal
-from apollo_trainer.checkpoints.digest import matches
-from apollo_trainer.checkpoints.host_memory import empty_like_host
-from apollo_trainer.checkpoints.model_state import ModelState, to_host
+from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.poison import Poison, PoisonedError
-from apollo_trainer.checkpoints.spread import spread, threads_for
+from apollo_trainer.checkpoints.spread import in_batches, spread, threads_for
 from apollo_trainer.checkpoints.value_exchange import Exchange
 from apollo_trainer.optim import Apollo
 
@@ -55,20 +53,17 @@ def restore(
     poison = poison or Poison()
     _require_fitting(state, parameters, optimizer)
     wanted = {name: state.digest(name) for name in parameters}
-    old = ModelState(
-        state.parameters,
-        {n: to_host(t, empty_like_host) for n, t in optimizer.named_state()[0].items()},
-        copy.deepcopy(optimizer.named_state()[1]),
-    )
+    moments, description = optimizer.named_state()
+    old = ModelState(state.parameters, state.moments, copy.deepcopy(description))
     exchange = Exchange()
     try:
-        for name, parameter in parameters.items():
+        for parameter in parameters.values():
             optimizer.before_param_write(parameter)
-            exchange.run(parameter, state.parameters[name])
-        optimizer.load_named_state(state.moments, state.description)
-        _verify(parameters, wanted)
+        _exchange(exchange, parameters, moments, state, wanted)
+        # Its tensors hold the state already; what remains are counters, seed and settings.
+        optimizer.load_named_state(moments, state.description)
     except BaseException as error:
-        _roll_back(exchange, old, optimizer, poison, error)
+        _roll_back(exchange, moments, old.description, optimizer, poison, error)
         if not isinstance(error, Exception):
             raise
         raise DataLoss(
@@ -79,7 +74,7 @@ def restore(
     poison.why = ""
     if ring is not None:
         # The parameters themselves: the next write of each is announced by them.
-        live = ModelState(dict(parameters), state.moments, state.description, digests=wanted)
+        live = ModelState(dict(parameters), moments, state.description, digests=wanted)
         ring.add(old, live)
     return old
 
@@ -104,26 +99,38 @@ def _require_fitting(
         ) from error
 
 
-def _verify(parameters: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
-    def verify(name: str) -> None:
-        if not matches(parameters[name], wanted[name]):
-            raise Internal(f"{name} reads back as something else than was written")
+def _exchange(
+    exchange: Exchange,
+    parameters: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    state: ModelState,
+    wanted: Mapping[str, str],
+) -> None:
+    def run(batch: list[tuple[str, Tensor, Tensor, str]]) -> None:
+        for name, live, host, expected in batch:
+            if exchange.run(live, host, read_back=bool(expected)) != expected:
+                raise Internal(f"{name} reads back as something else than was written")
 
+    items = [(n, live, state.parameters[n], wanted[n]) for n, live in parameters.items()]
+    items += [(n, live, state.moments[n], "") for n, live in moments.items()]
     # The largest first: one that comes last is waited for by threads that have nothing to do.
-    names = sorted(parameters, key=lambda name: -parameters[name].nbytes)
-    spread(verify, names, threads_for(sum(p.nbytes for p in parameters.values())))
+    items.sort(key=lambda item: -item[1].nbytes)
+    batches = in_batches(items, lambda item: item[1].nbytes)
+    threads = threads_for(sum(live.nbytes for _, live, _, _ in items))
+    spread(run, batches, threads)
 
 
 def _roll_back(
     exchange: Exchange,
-    old: ModelState,
+    moments: Mapping[str, Tensor],
+    description: Mapping[str, Any],
     optimizer: Apollo,
     poison: Poison,
     error: BaseException,
 ) -> None:
     try:
         exchange.take_back()
-        optimizer.load_named_state(old.moments, old.description)
+        optimizer.load_named_state(moments, description)
     except BaseException as second:
         poison.why = f"a restore failed ({error}), and so did putting them back ({second})."
         raise PoisonedError(

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from apollo_grpc.errors import AlreadyExists, DataLoss, NotFound, ResourceExhausted
 from apollo_trainer.checkpoints.anchors import Anchors
 from apollo_trainer.checkpoints.apollo_state import FILE_NAME as STATE_FILE
-from apollo_trainer.checkpoints.apollo_state import OPTIMIZER_KEY, load_state, save_state
+from apollo_trainer.checkpoints.apollo_state import OPTIMIZER_KEY, read_state, save_state
 from apollo_trainer.checkpoints.delta_file import (
     EncodedTensor,
     encode_tensor,
@@ -192,7 +193,7 @@ class SnapshotStore:
         """Decodes and verifies a snapshot; the live weights are not touched.
 
         Args:
-            memory: of the weights.
+            memory: of weights and moments.
 
         Raises NotFound, and DataLoss where a byte of it is not as it was written.
         """
@@ -205,14 +206,11 @@ class SnapshotStore:
                 raise _corrupt(snapshot, str(error)) from error
 
     def _load(self, folder: Path, info: SnapshotInfo, memory: Memory) -> ModelState:
-        if file_digest(folder / STATE_FILE) != info.state_digest:
-            raise _corrupt(info.id, "its Apollo state is not what was written")
-        loaded = load_state(folder / STATE_FILE)
-        if loaded is None:
-            raise _corrupt(info.id, "it has no Apollo state")
-        delta = folder / DELTA_FILE
-        parameters = self.anchors.decode(delta, info.anchor, info.digests, memory)
-        moments, description = loaded
+        with ThreadPoolExecutor(1, "moments") as beside:
+            state = beside.submit(read_state, folder / STATE_FILE, info.state_digest, memory)
+            delta = folder / DELTA_FILE
+            parameters = self.anchors.decode(delta, info.anchor, info.digests, memory)
+            moments, description = state.result()
         return ModelState(
             parameters,
             moments,

@@ -2,66 +2,145 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from apollo_grpc.errors import Internal
-from apollo_trainer.weights.checkpoint_reader import same_bytes
+from apollo_trainer.checkpoints.digest import RunningDigest, digest, raw_bytes
 
-# Elements that are exchanged at once: few enough to stay in the cache that cores share, many
-# enough for torch's threads. Threads that each call torch would fight over those.
+# Bytes that are exchanged at once: few enough to stay in a core's cache, where the digest reads
+# them again.
 PIECE = 2**20
 # A device is far away: what is copied there and back must be worth the way.
-_FAR = 16
+FAR_PIECE = 2**23
+
+# Bytes of the CPU: threads that each call torch would fight over its threads.
+Values = Tensor | NDArray[np.uint8]
+
+
+class _Pair:
+    """Two tensors in pieces, live and host.
+
+    Attributes:
+        reached: pieces that were exchanged; the live values of the next while it is written. One
+            assignment says both, so that an interrupt finds a way back.
+    """
+
+    def __init__(self, live: Tensor, host: Tensor):
+        live = live.detach()
+        self.pieces: Sequence[tuple[Any, Any]] = [(live, host)]
+        if live.is_contiguous() and live.is_cuda:
+            size = max(1, FAR_PIECE // live.element_size())
+            self.pieces = list(
+                zip(*(torch.split(t.view(-1), size) for t in (live, host)), strict=True)
+            )
+        elif live.is_contiguous():
+            here, there = raw_bytes(live), raw_bytes(host)
+            places = [slice(at, at + PIECE) for at in range(0, here.size, PIECE)]
+            self.pieces = [(here[place], there[place]) for place in places]
+        self.reached: tuple[int, Values | None] = (0, None)
+
+    def written(self) -> list[tuple[Values, Values]]:
+        """Live pieces that were written, the last perhaps in part, with their old values."""
+        done, old = self.reached
+        whole = list(self.pieces[:done])
+        return whole if old is None else [*whole, (self.pieces[done][0], old)]
 
 
 class Exchange:
-    """Exchanges that were made, and the one that is being made."""
+    """Exchanges that were made, and those that are being made; threads may make them."""
 
     def __init__(self) -> None:
-        self._done: list[tuple[Tensor, Tensor]] = []
-        self._begun: tuple[Tensor, Tensor] | None = None
-        self._scratch: dict[torch.dtype, Tensor] = {}
+        self._pairs: list[_Pair] = []
+        self._own = threading.local()
 
     @torch.no_grad()
-    def run(self, live: Tensor, host: Tensor) -> None:
-        """Exchanges two tensors of one shape and dtype; `host` is contiguous."""
-        live = live.detach()
-        if not live.is_contiguous():
-            self._piece(live, host)
-            return
-        here, there, size = live.view(-1), host.view(-1), PIECE * (_FAR if live.is_cuda else 1)
-        for start in range(0, here.numel(), size):
-            part = slice(start, start + size)
-            self._piece(here[part], there[part])
+    def run(self, live: Tensor, host: Tensor, *, read_back: bool = True) -> str:
+        """Exchanges two tensors of one shape and dtype; `host` is contiguous. Waits for the device.
 
-    def _piece(self, live: Tensor, host: Tensor) -> None:
-        old = self._memory(live).copy_(live)
-        self._begun = (live, old)
+        Returns the digest that `live` has then; empty where it is not to be read back.
+        """
+        pair, running = _Pair(live, host), RunningDigest()
+        self._pairs.append(pair)
+        in_cache = read_back and not live.is_cuda and live.is_contiguous()
+        with self._stream_beside(live):
+            for here, there in pair.pieces:
+                self._piece(pair, here, there)
+                if in_cache:
+                    running.update(here)
+            if live.is_cuda:
+                torch.cuda.current_stream(live.device).synchronize()
+            if in_cache or not read_back:
+                return running.value() if in_cache else ""
+            return digest(live)
+
+    def _piece(self, pair: _Pair, live: Any, host: Any) -> None:
+        place = str(live.device) if isinstance(live, Tensor) else "bytes"
+        # Fresh memory for each piece costs many times what the copy does. A device's is written
+        # again in the order of the thread's stream.
+        kept = self._own.__dict__.pop(place, None)
+        scratch = _scratch(live) if kept is None or kept.nbytes < live.nbytes else kept
+        old = scratch[: live.nbytes]
+        if isinstance(live, Tensor):
+            old = old.view(live.dtype).view(live.shape)
+        _copy(old, live)
+        done, _ = pair.reached
+        pair.reached = (done, old)
         _write(live, host)
-        host.copy_(old)
-        self._done.append((live, host))
-        self._begun = None
+        _copy(host, old)
+        pair.reached = (done + 1, None)
+        # Not after a failure: the thread's next piece would overwrite the only old values.
+        self._own.__dict__[place] = scratch
 
-    def _memory(self, live: Tensor) -> Tensor:
-        # Fresh memory for each piece costs many times what the copy does.
-        kept = self._scratch.get(live.dtype)
-        if kept is None or kept.numel() < live.numel():
-            size = max(PIECE, live.numel())
-            kept = torch.empty(size, dtype=live.dtype, pin_memory=live.is_cuda)
-            self._scratch[live.dtype] = kept
-        return kept[: live.numel()].view(live.shape)
+    def _stream_beside(self, live: Tensor) -> AbstractContextManager[Any]:
+        """A stream of the thread's own: its copies run beside those of the other threads."""
+        if not live.is_cuda:
+            return nullcontext()
+        if not hasattr(self._own, "stream"):
+            self._own.stream = torch.cuda.Stream(live.device)  # type: ignore[no-untyped-call]
+        self._own.stream.wait_stream(torch.cuda.current_stream(live.device))
+        return torch.cuda.stream(self._own.stream)
 
     @torch.no_grad()
     def take_back(self) -> None:
         """Writes the old values again, all of them; raises what forbids it, and on a mismatch."""
-        pieces = [*self._done, self._begun] if self._begun else self._done
-        for live, old in pieces:
+        written = [piece for pair in self._pairs for piece in pair.written()]
+        for device in {live.device for live, _ in written if isinstance(live, Tensor)}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        for live, old in written:
             _write(live, old)
-        for live, old in pieces:
-            if not same_bytes(live.cpu(), old):
+        for live, old in written:
+            if not _same_bytes(live, old):
                 raise Internal("a weight does not read back as it was written")
 
 
-def _write(live: Tensor, values: Tensor) -> None:
-    live.copy_(values)
+def _scratch(live: Values) -> Any:
+    if isinstance(live, Tensor):
+        size = max(FAR_PIECE, live.nbytes)
+        return torch.empty(size, dtype=torch.uint8, device=live.device)
+    return np.empty(PIECE, np.uint8)
+
+
+def _write(live: Any, values: Any) -> None:
+    _copy(live, values)
+
+
+def _copy(target: Any, source: Any) -> None:
+    if isinstance(target, Tensor):
+        target.copy_(source, non_blocking=True)
+    else:
+        np.copyto(target, source)
+
+
+def _same_bytes(live: Any, old: Any) -> bool:
+    if isinstance(live, Tensor):
+        live, old = raw_bytes(live), raw_bytes(old)
+    return np.array_equal(live, old)

@@ -176,7 +176,7 @@ class ModelCheckpoints:
         with self._at_work(paused):
             old = restore(state, self._attachment.parameters(), optimizer, self._ring, self.poison)
         if self._ring is None:
-            self._memory.give(*old.parameters.values())
+            self._memory.give(*old.parameters.values(), *old.moments.values())
 
     def undo(self, count: int, optimizer: Apollo, paused: Pausing) -> None:
         """Takes the last updates back. Raises as `UndoRing.undo`.
