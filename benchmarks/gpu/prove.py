@@ -4,9 +4,8 @@
 
 Writes a model directory of that shape, starts vLLM as it starts by default (torch.compile and
 CUDA graphs on), maps its weights by CUDA IPC, trains them through the training server with real
-Apollo steps, and asks vLLM again, prompt and decode. Then updates are taken back while vLLM
-decodes. At last vLLM is killed in the middle of a run. Needs a GPU, vLLM, and this project
-installed beside it.
+Apollo steps, and asks vLLM again, prompt and decode. At last vLLM is killed in the middle of a
+run. Needs a GPU, vLLM, and this project installed beside it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from apollo_trainer.weights.verify import log_probabilities
 from benchmarks import machine
 from benchmarks.gpu.models import SHAPES, VOCABULARY, write_shape
 from benchmarks.gpu.stack import Stack
-from benchmarks.gpu.taking_back import take_back
 
 SEED = 20412
 EPOCHS = 30
@@ -150,7 +148,6 @@ def prove(shape: str, folder: Path) -> dict[str, Any]:
         result["training"] = train(stack, sample)
         result["greedy_after"] = matching(stack.greedy(context, CONTINUATION), continuation)
         result["after"] = compare(stack, prompts)
-        result["taking_back"] = take_back(stack, sample)
         result["kill"] = kill_engine_in_mid_run(stack, sample)
         result["engine_log"] = stack.engine_says()
     return result

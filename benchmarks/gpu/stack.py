@@ -20,8 +20,6 @@ from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import status_pb2
 
 START_SECONDS = 420
-# Updates can be taken back of models of up to 16 GiB too.
-UNDO_MEBIBYTES = "16384"
 # Room for the training server on the same card.
 VLLM = ("--max-model-len", "1024", "--gpu-memory-utilization", "0.35", "--moe-backend", "triton")
 # What vLLM's log says of how it computes.
@@ -42,7 +40,6 @@ class Stack:
         self._environment = os.environ | {
             "APOLLO_STATE_DIR": str(state),
             "APOLLO_SIDECAR": self.sidecar,
-            "APOLLO_UNDO_MEBIBYTES": UNDO_MEBIBYTES,
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
         }

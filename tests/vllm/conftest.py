@@ -71,10 +71,10 @@ class Stack:
         cores = sorted(os.sched_getaffinity(0))
         return cores[core % len(cores)]
 
-    def start(self) -> None:
-        """Starts both at once; `wait_attached` waits for them."""
+    def start(self, *arguments: str) -> None:
+        """Starts both at once, vLLM with these arguments; `wait_attached` waits for them."""
         self._start_server()
-        self.start_vllm()
+        self.start_vllm(*arguments)
 
     def start_server(self) -> None:
         """Starts the training server and waits until it answers."""

@@ -28,9 +28,8 @@ PID = r"ApiServer_\d+ pid=(\d+)"
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
     stack = Stack(tmp_path_factory.mktemp("a"), "qwen3")
-    stack.start_server()
     stamps = ["--enable-scale-out"] if STAMPS else []
-    stack.start_vllm("--api-server-count", "2", "--enable-log-requests", *stamps)
+    stack.start("--api-server-count", "2", "--enable-log-requests", *stamps)
     stack.wait_attached()
     yield stack
     stack.end("server")
