@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from apollo_grpc.errors import DataLoss, FailedPrecondition
+from apollo_trainer.checkpoints import restore as restoring
+from apollo_trainer.checkpoints import spread as spreading
 from apollo_trainer.checkpoints import value_exchange as exchange
 from apollo_trainer.checkpoints.poison import Poison, PoisonedError
 from apollo_trainer.checkpoints.restore import restore
@@ -114,11 +116,14 @@ class FailingWrites:
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("good", [0, 1, 7, 20])
+@pytest.mark.parametrize("good", [0, 1, 7, 20, 400])
+@pytest.mark.parametrize("threads", [1, 4])
 def test_a_restore_that_fails_halfway_puts_the_old_state_back(
-    monkeypatch: pytest.MonkeyPatch, good: int, after: bool
+    monkeypatch: pytest.MonkeyPatch, threads: int, good: int, after: bool
 ) -> None:
     learner, poison = Learner(), Poison()
+    monkeypatch.setattr(restoring, "threads_for", lambda size: threads)
+    monkeypatch.setattr(spreading, "_BATCH", 1000)
     saved = learner.state()
     learner.train(0, 2)
     before = learner.state()

@@ -184,7 +184,11 @@ def test_a_snapshot_that_was_damaged_changes_nothing(
 
 
 def test_mixed_weights_are_neither_trained_nor_synced_until_a_restore(
-    served: Any, error_of: Any, monkeypatch: pytest.MonkeyPatch, start_server: Any
+    served: Any,
+    error_of: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    start_server: Any,
+    state_dir: Path,
 ) -> None:
     _engine, caller = served
     create(caller, "good")
@@ -200,7 +204,11 @@ def test_mixed_weights_are_neither_trained_nor_synced_until_a_restore(
         assert error_of(caller.checkpoints.RestoreSnapshot(asked, timeout=30)).reason == (
             "WEIGHTS_POISONED"
         )
+    (state,) = state_dir.glob("models/*/apollo_state.safetensors")
+    saved = state.read_bytes()
     for _ in range(2):
+        error = error_of(caller.checkpoints.Undo(cp.UndoRequest(), timeout=30))
+        assert error.reason == "WEIGHTS_POISONED", "it writes no more than the last update did"
         failure = caller.train()[-1].finished.failure
         assert failure.reason == "WEIGHTS_POISONED"
         error = error_of(caller.checkpoints.Sync(cp.SyncRequest(), timeout=30))
@@ -208,6 +216,7 @@ def test_mixed_weights_are_neither_trained_nor_synced_until_a_restore(
         assert error.reason == "WEIGHTS_POISONED"
         # A restart of the server makes them no better.
         caller.stop()
+        assert state.read_bytes() == saved, "moments that may be mixed are not saved"
         caller = start_server()
         caller.wait_attached()
     restore(caller, "good")

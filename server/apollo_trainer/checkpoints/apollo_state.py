@@ -20,7 +20,7 @@ from apollo_trainer.checkpoints.digest import RunningDigest, raw_bytes
 from apollo_trainer.checkpoints.durable_write import durable_write
 from apollo_trainer.checkpoints.file_ops import FILES
 from apollo_trainer.checkpoints.host_memory import Memory
-from apollo_trainer.checkpoints.shard_header import DTYPES, parse_metadata
+from apollo_trainer.checkpoints.shard_header import DTYPES, TensorPlace, parse_metadata
 from apollo_trainer.checkpoints.tensor_file import read_header, write_tensors
 
 FORMAT = "apollo-state-1"
@@ -79,13 +79,20 @@ def read_state(
     with FILES.opened(path) as file:
         # As they lie in it: the digest is of the file.
         for name, place in sorted(header.tensors.items(), key=lambda item: item[1].start):
-            like = torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")
-            tensors[name] = memory(like)
+            tensors[name] = memory(_like(name, place))
             _read(file, place.start, raw_bytes(tensors[name]), running)
     metadata = parse_metadata(header.raw) or {}
     if running.value() != expected or metadata.get("format") != FORMAT:
         raise ValueError("its Apollo state is not what was written")
     return tensors, json.loads(metadata["description"])
+
+
+def _like(name: str, place: TensorPlace) -> torch.Tensor:
+    try:
+        return torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")
+    except RuntimeError as error:
+        # Without a byte, it may have any shape.
+        raise ValueError(f"{name!r} has a shape that no tensor has") from error
 
 
 def _read(file: int, offset: int, target: NDArray[np.uint8], running: RunningDigest) -> None:

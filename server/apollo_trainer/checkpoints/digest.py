@@ -39,11 +39,26 @@ def _parts(tensor: torch.Tensor) -> Iterator[NDArray[np.uint8]]:
     if not tensor.is_cuda:
         yield raw_bytes(tensor)
         return
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
     if not hasattr(_own, "piece"):
         _own.piece = torch.empty(_DEVICE_PIECE, dtype=torch.uint8, pin_memory=True)
-    for part in torch.split(flat, _DEVICE_PIECE):
-        yield _own.piece[: part.numel()].copy_(part).numpy()
+    for (block,) in in_blocks(_DEVICE_PIECE, tensor):
+        flat = block.contiguous().view(-1).view(torch.uint8)
+        for part in torch.split(flat, _DEVICE_PIECE):
+            yield _own.piece[: part.numel()].copy_(part).numpy()
+
+
+def in_blocks(size: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Tensors of one shape in views that go together, in order.
+
+    Flat ones of at most `size` bytes where the first tensor is contiguous; otherwise as many of
+    its rows, but one at least.
+    """
+    first = tensors[0]
+    if first.is_contiguous():
+        tensors, row = tuple(tensor.view(-1) for tensor in tensors), first.element_size()
+    else:
+        row = first[0].nbytes
+    return list(zip(*(torch.split(t, max(1, size // row)) for t in tensors), strict=True))
 
 
 def file_digest(path: Path) -> str:

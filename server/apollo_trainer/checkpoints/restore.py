@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apollo_grpc.errors import DataLoss, FailedPrecondition, Internal
-from apollo_trainer.checkpoints.model_state import ModelState
+from apollo_trainer.checkpoints.model_state import ModelState, moments_of
 from apollo_trainer.checkpoints.poison import Poison, PoisonedError
 from apollo_trainer.checkpoints.spread import in_batches, spread, threads_for
 from apollo_trainer.checkpoints.value_exchange import Exchange
@@ -43,7 +43,7 @@ def restore(
 
     Args:
         state: decoded and verified; its digests are what the live weights are verified by.
-        parameters: the live ones, by the same names.
+        parameters: the live ones, by the same names; moments of other ones stay as they are.
         ring: keeps an undo entry of the restore.
         poison: is set where neither state could be written, and cleared by a success.
 
@@ -53,7 +53,12 @@ def restore(
     poison = poison or Poison()
     _require_fitting(state, parameters, optimizer)
     wanted = {name: state.digest(name) for name in parameters}
-    moments, description = optimizer.named_state()
+    live, description = optimizer.named_state()
+    moments = {
+        name: tensor
+        for of, parameter in parameters.items()
+        for name, tensor in moments_of(optimizer, of, parameter).items()
+    }
     old = ModelState(state.parameters, state.moments, copy.deepcopy(description))
     exchange = Exchange()
     try:
@@ -61,9 +66,9 @@ def restore(
             optimizer.before_param_write(parameter)
         _exchange(exchange, parameters, moments, state, wanted)
         # Its tensors hold the state already; what remains are counters, seed and settings.
-        optimizer.load_named_state(moments, state.description)
+        optimizer.load_named_state(live, state.description)
     except BaseException as error:
-        _roll_back(exchange, moments, old.description, optimizer, poison, error)
+        _roll_back(exchange, live, old.description, optimizer, poison, error)
         if not isinstance(error, Exception):
             raise
         raise DataLoss(
@@ -74,8 +79,8 @@ def restore(
     poison.why = ""
     if ring is not None:
         # The parameters themselves: the next write of each is announced by them.
-        live = ModelState(dict(parameters), moments, state.description, digests=wanted)
-        ring.add(old, live)
+        new = ModelState(dict(parameters), moments, state.description, digests=wanted)
+        ring.add(old, new)
     return old
 
 
@@ -122,7 +127,7 @@ def _exchange(
 
 def _roll_back(
     exchange: Exchange,
-    moments: Mapping[str, Tensor],
+    live: Mapping[str, Tensor],
     description: Mapping[str, Any],
     optimizer: Apollo,
     poison: Poison,
@@ -130,7 +135,7 @@ def _roll_back(
 ) -> None:
     try:
         exchange.take_back()
-        optimizer.load_named_state(moments, description)
+        optimizer.load_named_state(live, description)
     except BaseException as second:
         poison.why = f"a restore failed ({error}), and so did putting them back ({second})."
         raise PoisonedError(

@@ -50,7 +50,7 @@ def in_batches(items: Sequence[_Item], size: Callable[[_Item], int]) -> list[lis
     batches: list[list[_Item]] = []
     room = 0
     for item in items:
-        if size(item) > room:
+        if not batches or size(item) > room:
             batches.append([])
             room = _BATCH
         batches[-1].append(item)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apollo_grpc.errors import Internal
-from apollo_trainer.checkpoints.digest import RunningDigest, digest, raw_bytes
+from apollo_trainer.checkpoints.digest import RunningDigest, digest, in_blocks, raw_bytes
 
 # Bytes that are exchanged at once: few enough to stay in a core's cache, where the digest reads
 # them again.
 PIECE = 2**20
 # A device is far away: what is copied there and back must be worth the way.
 FAR_PIECE = 2**23
+
+_free_streams: dict[torch.device, list[Any]] = {}
 
 # Bytes of the CPU: threads that each call torch would fight over its threads.
 Values = Tensor | NDArray[np.uint8]
@@ -35,16 +37,13 @@ class _Pair:
 
     def __init__(self, live: Tensor, host: Tensor):
         live = live.detach()
-        self.pieces: Sequence[tuple[Any, Any]] = [(live, host)]
-        if live.is_contiguous() and live.is_cuda:
-            size = max(1, FAR_PIECE // live.element_size())
-            self.pieces = list(
-                zip(*(torch.split(t.view(-1), size) for t in (live, host)), strict=True)
-            )
-        elif live.is_contiguous():
+        self.pieces: Sequence[tuple[Any, ...]]
+        if _is_flat_here(live):
             here, there = raw_bytes(live), raw_bytes(host)
             places = [slice(at, at + PIECE) for at in range(0, here.size, PIECE)]
             self.pieces = [(here[place], there[place]) for place in places]
+        else:
+            self.pieces = in_blocks(FAR_PIECE, live, host)
         self.reached: tuple[int, Values | None] = (0, None)
 
     def written(self) -> list[tuple[Values, Values]]:
@@ -69,14 +68,12 @@ class Exchange:
         """
         pair, running = _Pair(live, host), RunningDigest()
         self._pairs.append(pair)
-        in_cache = read_back and not live.is_cuda and live.is_contiguous()
-        with self._stream_beside(live):
+        in_cache = read_back and _is_flat_here(live)
+        with _stream_beside(live):
             for here, there in pair.pieces:
                 self._piece(pair, here, there)
                 if in_cache:
                     running.update(here)
-            if live.is_cuda:
-                torch.cuda.current_stream(live.device).synchronize()
             if in_cache or not read_back:
                 return running.value() if in_cache else ""
             return digest(live)
@@ -99,15 +96,6 @@ class Exchange:
         # Not after a failure: the thread's next piece would overwrite the only old values.
         self._own.__dict__[place] = scratch
 
-    def _stream_beside(self, live: Tensor) -> AbstractContextManager[Any]:
-        """A stream of the thread's own: its copies run beside those of the other threads."""
-        if not live.is_cuda:
-            return nullcontext()
-        if not hasattr(self._own, "stream"):
-            self._own.stream = torch.cuda.Stream(live.device)  # type: ignore[no-untyped-call]
-        self._own.stream.wait_stream(torch.cuda.current_stream(live.device))
-        return torch.cuda.stream(self._own.stream)
-
     @torch.no_grad()
     def take_back(self) -> None:
         """Writes the old values again, all of them; raises what forbids it, and on a mismatch."""
@@ -115,11 +103,43 @@ class Exchange:
         for device in {live.device for live, _ in written if isinstance(live, Tensor)}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+        errors = []
         for live, old in written:
-            _write(live, old)
+            try:
+                _write(live, old)
+            except Exception as error:
+                # The others may still be had.
+                errors.append(error)
+        if errors:
+            raise errors[0]
         for live, old in written:
             if not _same_bytes(live, old):
                 raise Internal("a weight does not read back as it was written")
+
+
+@contextmanager
+def _stream_beside(live: Tensor) -> Iterator[None]:
+    """A stream of the device's beside those of other threads; waits for it at the end.
+
+    One of few: memory that was freed on a stream is kept for that one alone.
+    """
+    if not live.is_cuda:
+        yield
+        return
+    free = _free_streams.setdefault(live.device, [])
+    try:
+        stream = free.pop()
+    except IndexError:
+        stream = torch.cuda.Stream(live.device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(live.device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+    free.append(stream)
+
+
+def _is_flat_here(live: Tensor) -> bool:
+    return live.device.type == "cpu" and live.is_contiguous()
 
 
 def _scratch(live: Values) -> Any:

@@ -364,7 +364,8 @@ class Apollo(Optimizer):
         groups = self.check_named_state(tensors, meta)
         with torch.no_grad():
             for name, tensor in self._named_tensors().items():
-                tensor.copy_(tensors[name])
+                if tensors[name] is not tensor:
+                    tensor.copy_(tensors[name])
         for group, settings in zip(self.param_groups, groups, strict=True):
             group.update(settings)
         self.seed, self.step_count = meta["seed"], meta["step_count"]

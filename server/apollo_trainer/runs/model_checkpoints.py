@@ -179,11 +179,13 @@ class ModelCheckpoints:
             self._memory.give(*old.parameters.values(), *old.moments.values())
 
     def undo(self, count: int, optimizer: Apollo, paused: Pausing) -> None:
-        """Takes the last updates back. Raises as `UndoRing.undo`.
+        """Takes the last updates back. Raises as `UndoRing.undo`, and where weights are mixed.
 
         Args:
             paused: vLLM, while the weights are written.
         """
+        # It would write what the last updates wrote, which may not be all that is mixed.
+        self.poison.require_sound()
         ring = UndoRing(0) if self._ring is None else self._ring
         parameters, writing = self._attachment.parameters(), self._at_work(paused)
         ring.undo(count, parameters, optimizer, self.poison, writing)

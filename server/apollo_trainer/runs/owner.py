@@ -241,8 +241,10 @@ class ModelOwner:
         session = self._session
         if session:
             session.checkpoints.close()
-        # The state of other weights must not be saved as that of these.
-        if session is None or session.other_weights or not session.attachment.alive:
+        # The state of other weights must not be saved as that of these, nor that of mixed ones.
+        if session is None or session.other_weights or session.checkpoints.poison.why:
+            return
+        if not session.attachment.alive:
             return
         if session.optimizer.step_count not in (0, session.captured_step):
             self.save(session)
