@@ -17,14 +17,14 @@ from tests.vllm.records import note_proof
 WITHOUT_PREFIX_CACHE = {"qwen3_next"}
 
 
-def tests_of_this_file(request):
-    """Those that were selected, in order."""
+def selected_beside(request):
+    """The tests of this file that were selected, in order."""
     return [item for item in request.session.items if item.path == request.path]
 
 
 @pytest.fixture(params=TESTED)
 def stack(request, stacks):
-    families = [item.callspec.params["stack"] for item in tests_of_this_file(request)]
+    families = [item.callspec.params["stack"] for item in selected_beside(request)]
     stacks.begin(request.param)
     for following in families[families.index(request.param) + 1 :][:1]:
         stacks.begin(following)
