@@ -40,20 +40,21 @@ def assert_same(mine: Pairs, wanted: Pairs) -> None:
         assert same_bytes(a[1], b[1])
 
 
-def test_all_values_change_places() -> None:
-    mine = pairs()
-    before = copied(mine)
-    exchange = Exchange()
-    for live, host in mine:
-        assert exchange.run(live, host) == digest(live)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_all_values_change_places(threads: int) -> None:
+    mine = [pair for _ in range(8) for pair in pairs()]
+    before, exchange = copied(mine), Exchange()
+    digests = spread(lambda pair: exchange.run(*pair), mine, threads)
     assert_same(mine, [(host, live) for live, host in before])
+    assert digests == [digest(host) for _, host in before]
 
 
-@pytest.mark.parametrize("good", [0, 1, 5, 17, 40])
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("good", [0, 1, 5, 17, 40, 400])
 def test_what_cannot_be_written_is_taken_back_with_all_before_it(
-    monkeypatch: pytest.MonkeyPatch, good: int
+    monkeypatch: pytest.MonkeyPatch, good: int, threads: int
 ) -> None:
-    mine, left = pairs(), [good]
+    mine, left = [pair for _ in range(8) for pair in pairs()], [good]
     before, write = copied(mine), value_exchange._write
 
     def failing(live: Any, values: Any) -> None:
@@ -68,32 +69,7 @@ def test_what_cannot_be_written_is_taken_back_with_all_before_it(
     with monkeypatch.context() as patch:
         patch.setattr(value_exchange, "_write", failing)
         with pytest.raises(OSError, match="Input/output"):
-            for live, host in mine:
-                exchange.run(live, host)
+            spread(lambda pair: exchange.run(*pair), mine, threads)
     exchange.take_back()
     for (live, _), (wanted, _) in zip(mine, before, strict=True):
         assert same_bytes(live, wanted)
-
-
-def test_threads_that_exchange_leave_nothing_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = [pair for _ in range(8) for pair in pairs()]
-    before, write, left = copied(mine), value_exchange._write, [400]
-
-    def failing(live: Any, values: Any) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(5, "Input/output error")
-        write(live, values)
-
-    exchange = Exchange()
-    with monkeypatch.context() as patch:
-        patch.setattr(value_exchange, "_write", failing)
-        with pytest.raises(OSError, match="Input/output"):
-            spread(lambda pair: exchange.run(*pair), mine, 4)
-    exchange.take_back()
-    for (live, _), (wanted, _) in zip(mine, before, strict=True):
-        assert same_bytes(live, wanted)
-    again, whole = copied(before), Exchange()
-    digests = spread(lambda pair: whole.run(*pair), again, 4)
-    assert_same(again, [(host, live) for live, host in before])
-    assert digests == [digest(host) for _, host in before]

@@ -66,12 +66,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def reopen(self) -> None:
         """As after a stop in mid-run: what was at work has been interrupted."""
-        self._books.close()
-        self._books = Books(self._path)
-        for run_id in self._begun - self._ended:
-            self._model[run_id].append("finished")
-            self._ended.add(run_id)
-            del self._logs[run_id]
+        self._restart()
         assert [row.run_id for row in self._books.waiting] == sorted(
             self._logs, key=lambda name: int(name.split()[1])
         )
@@ -79,6 +74,14 @@ class LedgerMachine(RuleBasedStateMachine):
             store = Store(self._books.ledger, self._books.writer)
             log = EventLog(row.run_id, lambda event: None, store, row.last_sequence)
             self._logs[row.run_id] = log
+
+    def _restart(self) -> None:
+        self._books.close()
+        self._books = Books(self._path)
+        for run_id in self._begun - self._ended:
+            self._model[run_id].append("finished")
+            self._ended.add(run_id)
+            del self._logs[run_id]
 
     @invariant()
     def what_is_read_is_what_was_written(self) -> None:
@@ -97,11 +100,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self._books.ledger.run_of_request(f"request {run_id}") == row
 
     def teardown(self) -> None:
-        self._books.close()
-        self._books = Books(self._path)
-        for run_id in self._begun - self._ended:
-            self._model[run_id].append("finished")
-            self._ended.add(run_id)
+        self._restart()
         for run_id in self._model:
             self._check(run_id)
         self._books.close()

@@ -238,16 +238,14 @@ class Stacks:
     def __init__(self, new_folder: Callable[[str], Path]):
         self._new_folder = new_folder
         self._started: dict[str, Stack] = {}
-        self._attached: set[str] = set()
         self._core = 0
 
     def __call__(self, name: str, family: Family | None = None) -> Stack:
         """The stack of a family, or of the one of this name."""
         self.begin(name, family)
-        if name not in self._attached:
-            self._started[name].wait_attached()
-            self._attached.add(name)
-        return self._started[name]
+        stack = self._started[name]
+        stack.wait_attached()
+        return stack
 
     def begin(self, name: str, family: Family | None = None) -> None:
         """Starts a stack, without waiting: one start keeps one core busy, and there are two."""
@@ -261,7 +259,6 @@ class Stacks:
         """Ends the families' processes, and all where none is named."""
         for family in families or tuple(self._started):
             stack = self._started.pop(family)
-            self._attached.discard(family)
             stack.end("server")
             stack.end("vllm")
 

@@ -17,17 +17,13 @@ from tests.vllm.records import note_proof
 WITHOUT_PREFIX_CACHE = {"qwen3_next"}
 
 
-def selected_beside(request):
-    """The tests of this file that were selected, in order."""
-    return [item for item in request.session.items if item.path == request.path]
-
-
 @pytest.fixture(params=TESTED)
 def stack(request, stacks):
-    families = [item.callspec.params["stack"] for item in selected_beside(request)]
+    selected = [item for item in request.session.items if item.path == request.path]
+    following = selected[selected.index(request.node) + 1 :]
     stacks.begin(request.param)
-    for following in families[families.index(request.param) + 1 :][:1]:
-        stacks.begin(following)
+    if following:
+        stacks.begin(following[0].callspec.params["stack"])
     yield stacks(request.param)
     # Thirteen engines at a time need more memory than many machines have.
     if request.param != "qwen3":

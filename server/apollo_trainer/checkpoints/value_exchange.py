@@ -14,6 +14,7 @@ from torch import Tensor
 
 from apollo_grpc.errors import Internal
 from apollo_trainer.checkpoints.digest import RunningDigest, digest, in_blocks, raw_bytes
+from apollo_trainer.weights.checkpoint_reader import same_bytes
 
 # Bytes that are exchanged at once: few enough to stay in a core's cache, where the digest reads
 # them again.
@@ -68,15 +69,15 @@ class Exchange:
         """
         pair, running = _Pair(live, host), RunningDigest()
         self._pairs.append(pair)
-        in_cache = read_back and _is_flat_here(live)
+        in_cache = _is_flat_here(live)
         with _stream_beside(live):
             for here, there in pair.pieces:
                 self._piece(pair, here, there)
-                if in_cache:
+                if read_back and in_cache:
                     running.update(here)
-            if in_cache or not read_back:
-                return running.value() if in_cache else ""
-            return digest(live)
+            if not read_back:
+                return ""
+            return running.value() if in_cache else digest(live)
 
     def _piece(self, pair: _Pair, live: Any, host: Any) -> None:
         place = str(live.device) if isinstance(live, Tensor) else "bytes"
@@ -162,5 +163,5 @@ def _copy(target: Any, source: Any) -> None:
 
 def _same_bytes(live: Any, old: Any) -> bool:
     if isinstance(live, Tensor):
-        live, old = raw_bytes(live), raw_bytes(old)
+        return same_bytes(live.cpu(), old.cpu())
     return np.array_equal(live, old)
