@@ -267,6 +267,40 @@ def test_float16_is_left_to_the_reference_and_refused_by_fused():
         Apollo([("w", weight)], rank=4, impl="fused").step()
 
 
+def signatures() -> dict[str, int]:
+    """For how many types each loop is compiled in this process."""
+    from apollo_trainer.optim.cpu import loops
+
+    return {n: len(f.signatures) for n, f in vars(loops).items() if hasattr(f, "signatures")}
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "split16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_compiled_ahead_is_all_that_a_step_needs(dtype, rounding):
+    shapes = {**SHAPES, "large": (1100, 1000)}
+    weights, optimizer = run("auto", shapes, [], dtype, rounding=rounding)
+    optimizer.compile_loops()
+    before = {name: weight.clone() for name, weight in weights.items()}
+    compiled = signatures()
+    for name, weight in weights.items():
+        assert torch.equal(weight, before[name]), "throwaway parameters were stepped, none of these"
+        weight.grad = torch.ones_like(weight)
+    optimizer.measure = True
+    optimizer.step()
+    assert signatures() == compiled
+
+
+def test_few_weights_are_stepped_by_plain_torch():
+    grads = gradients(SHAPES, torch.bfloat16, 2)
+    small, _ = run("auto", SHAPES, grads)
+    plain, _ = run("reference", SHAPES, grads)
+    assert all(torch.equal(small[name], plain[name]) for name in SHAPES)
+    grads = gradients({"large": (1024, 1024)}, torch.bfloat16, 1)
+    large, _ = run("auto", {"large": (1024, 1024)}, grads)
+    compiled, _ = run("fused", {"large": (1024, 1024)}, grads)
+    assert torch.equal(large["large"], compiled["large"])
+
+
 def test_an_error_in_one_parameter_reaches_the_caller(monkeypatch):
     from apollo_trainer.optim.cpu import matrices
 

@@ -17,7 +17,9 @@ KINDS = {
     "nearest": {"rank": 4, "rounding": "nearest"},
     "split16": {"rank": 4, "rounding": "split16"},
     "warm-up and decay": {"rank": 4, "warmup_steps": 5, "weight_decay": 0.5},
-    "reference": {"rank": 4, "impl": "reference"},
+    "compiled": {"rank": 4, "impl": "fused"},
+    "compiled mini": {"rank": 1, "variant": "mini", "impl": "fused"},
+    "compiled split16": {"rank": 4, "rounding": "split16", "impl": "fused"},
 }
 
 
@@ -63,6 +65,20 @@ def test_a_preview_is_the_step_that_follows_to_the_last_bit(kind: str, dtype: to
             assert float(previews[name].changed) == (p != before[name]).sum()
             weights = float(before[name].double().norm())
             assert float(previews[name].weight_norm) == pytest.approx(weights, rel=1e-12)
+
+
+def test_a_small_parameter_of_a_large_model_is_previewed_as_the_model_is_stepped() -> None:
+    params = parameters(torch.float32) | {"large": torch.nn.Parameter(torch.zeros(1024, 1024))}
+    optimizer = Apollo(params.items(), lr=1e-3, rank=4)
+    torch.manual_seed(10)
+    for param in params.values():
+        param.grad = torch.randn_like(param)
+    previews = {name: Previewer(optimizer).of(p, p.grad) for name, p in params.items()}
+    before = {name: p.detach().clone() for name, p in params.items()}
+    optimizer.step()
+    for name, p in params.items():
+        moved = (p.detach().double() - before[name].double()).norm()
+        assert float(previews[name].update_norm) == pytest.approx(float(moved), rel=1e-12), name
 
 
 def test_a_gradient_that_is_not_finite_is_counted_by_nobody() -> None:

@@ -271,7 +271,7 @@ def test_closure_and_schedulers_work_as_with_any_optimizer():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 32)
 
 
-@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize("impl", ["reference", "fused"])
 def test_every_written_parameter_is_announced_before_it_is_written(impl):
     torch.manual_seed(0)
     params = {n: nn.Parameter(torch.randn(s)) for n, s in (("w", (16, 8)), ("b", (8,)), ("c", 4))}

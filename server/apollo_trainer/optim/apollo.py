@@ -7,6 +7,7 @@ Algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import Any, Literal, overload
 
 import torch
@@ -65,7 +66,7 @@ class Apollo(Optimizer):
         seed: of the projections and of stochastic rounding.
         impl: 'reference' is plain torch on any device; 'fused' is Triton on CUDA and compiled
             loops on a CPU, and refuses parameters that it cannot take; 'auto' takes 'fused' for
-            those that it can.
+            those that it can, but on a CPU only where there are 2^20 weights or more.
         compat: 'apollo-torch' reproduces apollo-torch 1.0.3 with its faults. Pass eps=1e-6, its
             default; every parameter must then have a gradient at every step.
 
@@ -79,6 +80,7 @@ class Apollo(Optimizer):
 
     Attributes:
         step_count: completed steps.
+        weights: how many it steps; 'auto' goes by it on a CPU.
         before_write: called before parameters are written; what it raises ends the step, with
             those unwritten that it was called for.
         before_param_write: called likewise with each parameter that will be written, weights and
@@ -128,6 +130,7 @@ class Apollo(Optimizer):
         self.last_update_norm: Tensor | None = None
         self.last_changed_fraction: Tensor | None = None
         self._slots: list[Slot] = []
+        self.weights = 0
         self._slot_of: dict[Tensor, Slot] = {}
         self._open: OpenStep | None = None
         self._skipped_before = 0
@@ -158,6 +161,7 @@ class Apollo(Optimizer):
         )
         for slot in new:
             slot.set_seed(self.seed)
+            self.weights += slot.param.numel()
             self._slot_of[slot.param] = slot
             self.state[slot.param] = new_state(slot, self.rounding)
         self._slots += new
@@ -273,7 +277,7 @@ class Apollo(Optimizer):
             return "reference"
         if cuda.fits(slot, grad):
             return "cuda"
-        if cpu.fits(slot, grad):
+        if self._compiles and cpu.fits(slot, grad):
             return "cpu"
         if self.impl == "fused":
             raise ValueError(
@@ -282,6 +286,21 @@ class Apollo(Optimizer):
                 "Use impl='auto'."
             )
         return "reference"
+
+    @property
+    def _compiles(self) -> bool:
+        """Whether loops are compiled for those of its parameters that are on a CPU."""
+        return self.impl == "fused" or self.weights >= cpu.FEW_WEIGHTS
+
+    def compile_loops(self) -> None:
+        """Compiles what steps on a CPU need, some seconds at the first call in a process.
+
+        On any thread, also while another steps: throwaway parameters are stepped, none of its own.
+        """
+        on_cpu = {s.param.dtype for s in self._slots if s.param.device.type == "cpu"}
+        dtypes = frozenset(on_cpu & {torch.bfloat16, torch.float32})
+        if dtypes and self._compiles and self.impl != "reference" and self.compat is None:
+            _compile_loops(dtypes, self.variant, self.rounding)
 
     def _job(self, slot: Slot, grad: Tensor, opened: OpenStep) -> Job:
         settings = opened.settings[slot.group]
@@ -398,3 +417,16 @@ class Apollo(Optimizer):
             for slot in self._slots
             for part, tensor in self.state[slot.param].items()
         }
+
+
+@lru_cache
+def _compile_loops(
+    dtypes: frozenset[torch.dtype], variant: Variant, rounding: RoundingMode
+) -> None:
+    """What any order of calls compiles is the same; a second thread waits for numba's own lock."""
+    for rank in (2, None):
+        optimizer = Apollo(
+            cpu.throwaway(dtypes), rank=rank, variant=variant, rounding=rounding, impl="fused"
+        )
+        for optimizer.measure in (False, True):
+            optimizer.step()

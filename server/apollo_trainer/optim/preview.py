@@ -76,4 +76,6 @@ class Previewer:
         for key, tensor in twin.state[copied].items():
             tensor.copy_(real.state[param][key])
         twin.step_count, twin.measure = real.step_count, True
+        # The path that the whole model's step takes.
+        twin.weights = real.weights
         return twin

@@ -139,6 +139,8 @@ class Execution:
         """From `started` to the last step's, and what vLLM says to that."""
         self._tell_started()
         self._evaluate(after_training=False)
+        # Begun at the attachment; what is left of it must not be waited for with vLLM paused.
+        self.session.optimizer.compile_loops()
         steps = self._steps = RunSteps(
             self.session, self.sidecar, self.log, self.run, self._require_going, self._warn
         )

@@ -49,6 +49,7 @@ class ModelOwner:
         self._session: Session | None = None
         self._kept: KeptState | None = None
         self._found_epoch, self._attach_queued = "", False
+        self._compiling: threading.Thread | None = None
         self._thread = threading.Thread(target=self._work, name="training", daemon=True)
         self._thread.start()
 
@@ -141,6 +142,8 @@ class ModelOwner:
                 self._session, self._kept = session, None
         if still_there:
             self._show(session)
+            self._compiling = threading.Thread(target=session.optimizer.compile_loops)
+            self._compiling.start()
         else:
             self._refuse(
                 Unavailable("vLLM went while its weights were mapped.", reason="ENGINE_LOST")
@@ -235,6 +238,8 @@ class ModelOwner:
             self._jobs.put(self._save_at_end)
             self._jobs.put(None)
         self._thread.join()
+        if self._compiling:
+            self._compiling.join()
         self.saver.stop()
 
     def _save_at_end(self) -> None:

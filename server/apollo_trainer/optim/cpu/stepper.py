@@ -7,7 +7,7 @@ stepped changes a bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from types import ModuleType
 
@@ -21,12 +21,30 @@ from apollo_trainer.optim.cpu.threads import run
 from apollo_trainer.optim.parameters import Slot
 from apollo_trainer.optim.reference import Job
 
+# Weights of an optimizer below which plain torch is as good: the loops take seconds to compile.
+FEW_WEIGHTS = 2**20
+
 
 def fits(slot: Slot, grad: Tensor) -> bool:
     """Whether the loops take this parameter; the reference path takes all others."""
     p = slot.param
     on_cpu = p.device.type == "cpu" and grad.device.type == "cpu"
     return on_cpu and p.dtype in BITS and grad.dtype in BITS and _loops() is not None
+
+
+def throwaway(dtypes: Iterable[torch.dtype]) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters with gradients whose step compiles every loop that one of these dtypes needs.
+
+    A vector, a matrix, its transpose, a stack of matrices and a matrix without neighbours.
+    """
+    shaped: list[tuple[str, torch.nn.Parameter]] = []
+    for dtype in dtypes:
+        vector, matrix, transposed, stack, apart = torch.zeros(5, 2, 8, 8, dtype=dtype)
+        for view in (vector[0, 0], matrix[0], transposed[0].T, stack, apart[0, ::2, ::2]):
+            parameter = torch.nn.Parameter(view)
+            parameter.grad = torch.zeros_like(view)
+            shaped.append((f"{dtype} {len(shaped)}", parameter))
+    return shaped
 
 
 @lru_cache(maxsize=1)
