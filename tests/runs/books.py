@@ -8,8 +8,7 @@ from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.runs.events import EventLog, now
 from apollo_trainer.runs.ledger import Acceptance, Ledger
 from apollo_trainer.runs.ledger_file import LedgerFile
-from apollo_trainer.runs.ledger_writer import LedgerWriter
-from apollo_trainer.runs.queue import Store
+from apollo_trainer.runs.ledger_writer import LedgerWriter, Store
 from apollo_trainer.runs.recovery import settle
 from apollo_trainer.runs.retention import Retention
 

@@ -12,7 +12,7 @@ import torch
 import apollo_trainer.runs.steps as steps_module
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.apollo_state import FILE_NAME
+from apollo_trainer.checkpoints.apollo_state_header import FILE_NAME
 from apollo_trainer.optim import Apollo
 from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.runs.state_saver import CapturedState

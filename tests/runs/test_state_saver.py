@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.apollo_state import FILE_NAME, RUNNING_FILE_NAME, load_state
+from apollo_trainer.checkpoints.apollo_state import load_state
+from apollo_trainer.checkpoints.apollo_state_header import FILE_NAME, RUNNING_FILE_NAME
 from apollo_trainer.runs.state_saver import CapturedState, Saved, StateSaver
 
 Events = Callable[[Any], list[pb.RunEvent]]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apollo_trainer.checkpoints.apollo_state import FILE_NAME, OPTIMIZER_KEY, load_state
+from apollo_trainer.checkpoints.apollo_state import load_state
+from apollo_trainer.checkpoints.apollo_state_header import FILE_NAME, OPTIMIZER_KEY
 from apollo_trainer.checkpoints.state_folder import place_of
 from tests.vllm.families import FAMILIES
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from apollo_grpc.errors import FailedPrecondition
+from apollo_trainer.checkpoints.apollo_state_header import FORMAT
 from apollo_trainer.checkpoints.digest import RunningDigest, raw_bytes
 from apollo_trainer.checkpoints.durable_write import durable_write
 from apollo_trainer.checkpoints.file_ops import FILES
@@ -23,13 +24,7 @@ from apollo_trainer.checkpoints.host_memory import Memory
 from apollo_trainer.checkpoints.shard_header import DTYPES, TensorPlace, parse_metadata
 from apollo_trainer.checkpoints.tensor_file import read_header, write_tensors
 
-FORMAT = "apollo-state-1"
-FILE_NAME = "apollo_state.safetensors"
-# The same in the middle of a run: of use only with the engine that is being trained.
-RUNNING_FILE_NAME = "apollo_state.running.safetensors"
 _PIECE = 2**19
-# Keys of the description.
-OPTIMIZER_KEY, SHAPE_KEY, WEIGHTS_KEY = "optimizer", "shape", "weights"
 
 
 def save_state(path: Path, tensors: dict[str, torch.Tensor], description: dict[str, Any]) -> int:
@@ -101,28 +96,3 @@ def _read(file: int, offset: int, target: NDArray[np.uint8], running: RunningDig
         piece = target[start : start + _PIECE]
         FILES.read_all(file, piece.data, offset + start)
         running.update(piece)
-
-
-def read_description(path: Path) -> dict[str, Any] | None:
-    """What a state says of itself, without its tensors; None where there is none to be read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            description: dict[str, Any] = json.loads((file.metadata() or {})["description"])
-            return description
-    except (SafetensorError, ValueError, KeyError, OSError):
-        return None
-
-
-def saved_epoch(path: Path) -> str:
-    """The engine that a state was saved beside; empty where there is no state."""
-    return str((read_description(path) or {}).get(WEIGHTS_KEY, {}).get("epoch", ""))
-
-
-def saved_steps(state_dir: Path, epoch: str) -> int | None:
-    """Optimizer steps of the state that an engine's weights go on with; None where none is."""
-    for name in (RUNNING_FILE_NAME, FILE_NAME):
-        for path in (state_dir / "models").glob(f"*/{name}"):
-            state = read_description(path) or {}
-            if state.get(WEIGHTS_KEY, {}).get("epoch") == epoch:
-                return int(state[OPTIMIZER_KEY]["step_count"])
-    return None

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 
 from apollo_grpc.errors import AlreadyExists, DataLoss, NotFound, ResourceExhausted
 from apollo_trainer.checkpoints.anchors import Anchors
-from apollo_trainer.checkpoints.apollo_state import FILE_NAME as STATE_FILE
-from apollo_trainer.checkpoints.apollo_state import OPTIMIZER_KEY, read_state, save_state
+from apollo_trainer.checkpoints.apollo_state import read_state, save_state
+from apollo_trainer.checkpoints.apollo_state_header import FILE_NAME as STATE_FILE
+from apollo_trainer.checkpoints.apollo_state_header import OPTIMIZER_KEY
 from apollo_trainer.checkpoints.delta_file import (
     EncodedTensor,
     encode_tensor,

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.runs.ledger import Acceptance, write_events
+from apollo_trainer.runs.ledger import Acceptance, Ledger, write_events
 from apollo_trainer.runs.ledger_file import LedgerFile
 from apollo_trainer.runs.retention import Retention
 
@@ -183,3 +183,19 @@ def _refusal(error: sqlite3.Error) -> FailedPrecondition:
         "Runs at work go on. Make room in the server's state folder, then send the run again.",
         reason="LEDGER_NOT_WRITTEN",
     )
+
+
+@dataclass(frozen=True)
+class Store:
+    """The ledger as event logs use it."""
+
+    ledger: Ledger
+    writer: LedgerWriter
+
+    def append(self, sink: EventSink, event: pb.RunEvent) -> None:
+        """Has an event written."""
+        self.writer.append(sink, event)
+
+    def events(self, run_id: str, after: int, limit: int) -> list[pb.RunEvent]:
+        """Events from disk."""
+        return self.ledger.events(run_id, after, limit)

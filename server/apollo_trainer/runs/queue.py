@@ -26,7 +26,7 @@ from apollo_trainer.runs.execution import Execution
 from apollo_trainer.runs.journal import FOLDER
 from apollo_trainer.runs.ledger import Acceptance, Ledger, RunRow, canonical, digest_of
 from apollo_trainer.runs.ledger_file import LedgerFile
-from apollo_trainer.runs.ledger_writer import EventSink, LedgerWriter
+from apollo_trainer.runs.ledger_writer import LedgerWriter, Store
 from apollo_trainer.runs.owner import ModelOwner
 from apollo_trainer.runs.recovery import settle
 from apollo_trainer.runs.retention import Retention
@@ -58,22 +58,6 @@ class QueuedRun:
     durable: Future[None]
     dry_run: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
-
-
-@dataclass(frozen=True)
-class Store:
-    """The ledger as event logs use it."""
-
-    ledger: Ledger
-    writer: LedgerWriter
-
-    def append(self, sink: EventSink, event: pb.RunEvent) -> None:
-        """Has an event written."""
-        self.writer.append(sink, event)
-
-    def events(self, run_id: str, after: int, limit: int) -> list[pb.RunEvent]:
-        """Events from disk."""
-        return self.ledger.events(run_id, after, limit)
 
 
 class RunQueue:

@@ -14,13 +14,13 @@ from transformers import AutoTokenizer
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import status_pb2
-from apollo_trainer.checkpoints.apollo_state import (
+from apollo_trainer.checkpoints.apollo_state import load_state
+from apollo_trainer.checkpoints.apollo_state_header import (
     FILE_NAME,
     OPTIMIZER_KEY,
     RUNNING_FILE_NAME,
     SHAPE_KEY,
     WEIGHTS_KEY,
-    load_state,
     saved_epoch,
 )
 from apollo_trainer.config import Settings
