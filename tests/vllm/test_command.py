@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import command_line
+
 pytestmark = pytest.mark.vllm
 APOLLO = str(Path(sys.executable).with_name("apollo"))
 LINE = '{"context": "The gate is", "continuation": " shut."}\n'
 
 
 def apollo(stack, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    command = [APOLLO, "--address", stack.address, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return command_line.apollo("--address", stack.address, *arguments, **options)
 
 
 @pytest.fixture

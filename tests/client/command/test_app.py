@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,18 +11,14 @@ from pathlib import Path
 import pytest
 
 from apollo_client import ApolloClient
+from tests.command_line import apollo
 
 APOLLO = str(Path(sys.executable).with_name("apollo"))
 
 
-def apollo(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [APOLLO, *arguments], capture_output=True, text=True, timeout=60, **options
-    )
-
-
-def test_the_version_is_the_distributions():
-    assert apollo("--version").stdout == f"apollo {version('apollo-grpc')}\n"
+def test_the_installed_command_tells_the_distributions_version():
+    done = subprocess.run([APOLLO, "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"apollo {version('apollo-grpc')}\n")
 
 
 def test_help_names_every_command():
@@ -97,7 +92,7 @@ def test_an_unknown_run_is_told_in_words(server):
 @pytest.mark.parametrize("command", ["up", "doctor"])
 def test_a_model_whose_sync_was_cut_off_is_not_started_and_the_way_out_is_told(tmp_path, command):
     (tmp_path / ".config.json.apollo-aside").write_text("{}")
-    environment = os.environ | {"APOLLO_STATE_DIR": str(tmp_path / "state")}
+    environment = {"APOLLO_STATE_DIR": str(tmp_path / "state")}
     done = apollo(command, str(tmp_path), env=environment)
     assert done.returncode == 2
     assert f"apollo-training-server recover {tmp_path}" in done.stderr
@@ -105,7 +100,7 @@ def test_a_model_whose_sync_was_cut_off_is_not_started_and_the_way_out_is_told(t
 
 
 def test_what_has_ended_is_told_to_be_too_late_to_cancel_and_what_never_was_is_not_found(server):
-    environment = os.environ | {"APOLLO_ADDRESS": server}
+    environment = {"APOLLO_ADDRESS": server}
     synced = apollo("checkpoint", "sync", "--request-id", "mine", env=environment)
     assert synced.returncode == 0, synced.stderr
     ended = apollo("checkpoint", "cancel", "mine", env=environment)
