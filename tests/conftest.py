@@ -9,9 +9,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.waiting import wait_until
+
+# Of the tests of a real vLLM, those that share one; what takes longest is begun first.
+ALONE = ("test_sidecar_failures", "test_api_servers", "test_doctor", "test_refusals")
+hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("seeded")
+
+
+class ByFile(LoadScopeScheduling):
+    """A file's tests stay together, and so do those that share a vLLM."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "one vLLM" if shares_vllm(Path(file)) else file
+
+
+def shares_vllm(file: Path) -> bool:
+    return file.parent.name == "vllm" and file.stem not in ALONE
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that start a vLLM come first: the others fill what time they leave."""
+    items.sort(key=lambda item: (item.path.parent.name != "vllm", not shares_vllm(item.path)))
 
 
 def pytest_collection_finish() -> None:
