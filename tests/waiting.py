@@ -1,12 +1,14 @@
-"""How tests wait for what another thread or process does."""
+"""How tests wait for what another thread or process does, and how long that may take."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 WAIT_SECONDS = 30.0
+_WORK_SECONDS = 0.05
 
 
 def wait_until(done: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> None:
@@ -15,3 +17,21 @@ def wait_until(done: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS
     while not done():
         assert time.monotonic() < deadline, f"{what} did not come"
         time.sleep(0.005)
+
+
+def slowness() -> float:
+    """How many seconds a second of this thread's work takes now; 1 on an idle machine."""
+    began, work = time.monotonic(), time.thread_time()
+    while time.thread_time() - work < _WORK_SECONDS:
+        pass
+    return max(1.0, (time.monotonic() - began) / _WORK_SECONDS)
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Fails where what is within takes longer, on a busy machine by as much longer as work does."""
+    before, began = slowness(), time.monotonic()
+    yield
+    took = time.monotonic() - began
+    factor = max(before, slowness())
+    assert took < seconds * factor, f"{took:.2f} s, of {seconds:g} s times {factor:.2f}"

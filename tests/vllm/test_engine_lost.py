@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 import pytest
 
 from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
+from tests.waiting import at_most
 
 pytestmark = pytest.mark.vllm
 SAMPLE = {"context_ids": list(range(70, 100)), "continuation_ids": list(range(100, 130))}
@@ -68,13 +68,14 @@ def test_a_wedged_vllm_is_noticed_within_two_seconds_and_found_again(qwen3, wedg
     stream = qwen3.client.train([SAMPLE], epochs=5000) if running else iter(())
     events = read_steps(stream, 3) if running else []
     pid = qwen3.vllm_processes()[wedged]
-    os.kill(pid, signal.SIGSTOP)
     try:
-        began = time.monotonic()
-        qwen3.wait_for(lambda: qwen3.client.status().attachment == DETACHED, "the detachment")
-        assert time.monotonic() - began < 2.0
-        events += stream
-        assert time.monotonic() - began < 2.5
+        with at_most(2.5):
+            with at_most(2.0):
+                os.kill(pid, signal.SIGSTOP)
+                qwen3.wait_for(
+                    lambda: qwen3.client.status().attachment == DETACHED, "the detachment"
+                )
+            events += stream
     finally:
         os.kill(pid, signal.SIGCONT)
     status = qwen3.wait_attached()
@@ -115,10 +116,9 @@ def test_a_killed_server_cannot_freeze_the_engine(qwen3):
     stream = qwen3.client.train([SAMPLE], epochs=5000)
     read_steps(stream, 1)
     qwen3.end("server", signal.SIGKILL)
-    began = time.monotonic()
-    assert qwen3.complete([70, 71, 72])["choices"]
     # The lease of 10 seconds, and the answer itself.
-    assert time.monotonic() - began < 20
+    with at_most(20):
+        assert qwen3.complete([70, 71, 72])["choices"]
     qwen3.start_server()
     *_, interrupted = stream
     assert interrupted.finished.failure.reason == "INTERRUPTED"
