@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from pathlib import Path
 from apollo_client import ApolloClient
 from apollo_grpc.errors import DeadlineExceeded, Unavailable
 from apollo_grpc.v1 import status_pb2
+from tests import programs
 from tests.engine_double import EngineDouble
 from tests.waiting import wait_until
 
@@ -33,16 +32,14 @@ class ServerProcess:
         self._environment = (
             os.environ | {"APOLLO_STATE_DIR": str(folder), "OMP_NUM_THREADS": "1"} | settings
         )
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: programs.Program | None = None
 
     def start(self) -> None:
         """Starts it; `wait_attached` waits for it."""
-        with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "apollo_trainer.main", "--rank", "8"],
-                env=self._environment,
-                stderr=log,
-            )
+        log = self.folder / "server.log"
+        self._process = programs.start(
+            programs.SERVER, "--rank", "8", env=self._environment, log=log
+        )
 
     def status(self) -> status_pb2.ServerStatus | None:
         """Its status; None while nobody answers."""
@@ -72,7 +69,6 @@ class ServerProcess:
             status = self.status()
             return status is not None and status.optimizer_step >= before + count
 
-        # A process compiles the optimizer's loops at its first step, for seconds.
         wait_until(taken, "the steps", seconds=120.0)
 
     def memory_kib(self) -> int:

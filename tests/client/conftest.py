@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 from apollo_client import ApolloClient, AsyncApolloClient
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import status_pb2
+from tests import programs
 from tests.waiting import wait_until
 
 
@@ -28,11 +27,8 @@ def server(tiny_model: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="apollo-") as folder:
         engine = EngineDouble(tiny_model, f"unix:{folder}/sidecar.sock")
         environment = os.environ | {"APOLLO_STATE_DIR": folder, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "apollo_trainer.main", "--rank", "8"],
-            env=environment,
-            stderr=subprocess.DEVNULL,
-        )
+        log = Path(folder, "server.log")
+        process = programs.start(programs.SERVER, "--rank", "8", env=environment, log=log)
         address = f"unix:{folder}/training.sock"
         wait_until(lambda: attached(address), "the attachment")
         yield address

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
 from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
 from apollo_trainer.config import Settings
+from tests import programs
 from tests.waiting import wait_until
 
 CALL_SECONDS = 30
@@ -159,29 +158,20 @@ def error_of() -> Callable[[Any], ApolloError]:
 
 
 @pytest.fixture
-def start_process(state_dir: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts `python -m apollo_trainer.main`; whatever still runs is killed at the end."""
-    started: list[subprocess.Popen[str]] = []
+def start_process(state_dir: Path, tmp_path: Path) -> Iterator[Callable[..., programs.Program]]:
+    """Starts the training server, its log in `tmp_path`; what runs at the end is killed."""
+    started: list[programs.Program] = []
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
+    def start(*arguments: str) -> programs.Program:
         environment = os.environ | {"APOLLO_STATE_DIR": str(state_dir), "OMP_NUM_THREADS": "1"}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "apollo_trainer.main", *arguments],
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        log = tmp_path / "server.log"
+        started.append(programs.start(programs.SERVER, *arguments, env=environment, log=log))
         return started[-1]
 
     yield start
     for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        if process.stderr:
-            process.stderr.close()
+        process.kill()
+        process.wait(30)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from apollo_client import ApolloClient
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import status_pb2
+from tests import programs
 from tests.vllm.families import FAMILIES, Family
 
 START_SECONDS = 240
@@ -47,8 +47,8 @@ class Stack:
         self.model = model or self.family.write(folder / "model")
         self.state = folder / "state"
         self.address = f"unix:{self.state}/training.sock"
-        self.vllm: subprocess.Popen[bytes] | None = None
-        self.server: subprocess.Popen[bytes] | None = None
+        self.vllm: programs.Program | None = None
+        self.server: programs.Program | None = None
         self.client = ApolloClient(self.address)
         self.environment = os.environ | {
             "APOLLO_STATE_DIR": str(self.state),
@@ -56,16 +56,10 @@ class Stack:
             "VLLM_CPU_KVCACHE_SPACE": "1",
         }
 
-    def _start(self, name: str, core: int, command: list[str], **env: str) -> Any:
-        log = (self.folder / f"{name}.log").open("ab")
-        return subprocess.Popen(
-            [sys.executable, "-m", *command],
-            env=self.environment | {"HF_HUB_OFFLINE": "1"} | env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, {self._cpu(core)}),
-        )
+    def _start(self, name: str, core: int, module: str, *arguments: str, **env: str) -> Any:
+        environment = self.environment | {"HF_HUB_OFFLINE": "1"} | env
+        log, cpu = self.folder / f"{name}.log", self._cpu(core)
+        return programs.start(module, *arguments, env=environment, log=log, core=cpu)
 
     def _cpu(self, core: int) -> int:
         cores = sorted(os.sched_getaffinity(0))
@@ -82,7 +76,7 @@ class Stack:
         self._wait(lambda: self._answers(), "the training server")
 
     def _start_server(self) -> None:
-        self.server = self._start("server", 1 - self._core, ["apollo_trainer.main"])
+        self.server = self._start("server", 1 - self._core, programs.SERVER)
 
     def start_vllm(self, *arguments: str, plugins: str = "apollo", **env: str) -> None:
         """Starts vLLM; `wait_attached` waits for it.
@@ -93,19 +87,17 @@ class Stack:
             env: more environment variables.
         """
         self.port = self.free_port()
-        served = ["vllm.entrypoints.openai.api_server", "--model", str(self.model)]
+        served = [programs.VLLM, "--model", str(self.model)]
         if "--api-server-count" in arguments:
-            served = ["tests.vllm.serve_command", "serve", str(self.model)]
+            served = [programs.VLLM_SERVE, "serve", str(self.model)]
         self.vllm = self._start(
             "vllm",
             self._core,
-            [
-                *served,
-                *("--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "256"),
-                *("--dtype", self.family.dtype, "--enforce-eager"),
-                "--enable-prompt-tokens-details",
-                *arguments,
-            ],
+            *served,
+            *("--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "256"),
+            *("--dtype", self.family.dtype, "--enforce-eager"),
+            "--enable-prompt-tokens-details",
+            *arguments,
             VLLM_PLUGINS=plugins,
             VLLM_CPU_OMP_THREADS_BIND=str(self._cpu(self._core)),
             VLLM_NO_USAGE_STATS="1",
@@ -197,8 +189,8 @@ class Stack:
         assert self.vllm
         pid = self.vllm.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        names = {int(child): Path(f"/proc/{child}/comm").read_text() for child in children}
-        (core,) = [child for child, name in names.items() if "EngineCor" in name]
+        commands = {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in children}
+        (core,) = [child for child, name in commands.items() if "resource_tracker" not in name]
         return {"api server": pid, "engine core": core}
 
     def complete(self, prompt: list[int] | str, **fields: Any) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""vLLM and the training server as processes of their own, forked with their imports done."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+VLLM = "vllm.entrypoints.openai.api_server"
+VLLM_SERVE = "tests.vllm.serve_command"
+SERVER = "apollo_trainer.main"
+# Set before torch and transformers are imported, which read them then.
+BEFORE_IMPORTS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+class ForkServer:
+    """A process that has imported a module, and forks programs that need it."""
+
+    def __init__(self, module: str):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.fork_server", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | BEFORE_IMPORTS,
+            start_new_session=True,
+        )
+        self._told, self._started = threading.Condition(), list[int]()
+        self.ended: dict[int, int] = {}
+        self._asking = threading.Lock()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            answer = json.loads(line)
+            with self._told:
+                if "started" in answer:
+                    self._started.append(answer["started"])
+                else:
+                    self.ended[answer["ended"]] = answer["status"]
+                self._told.notify_all()
+
+    def start(
+        self, module: str, *arguments: str, env: Mapping[str, str], log: Path, core: int | None
+    ) -> Program:
+        """Starts a module as `python -m` does."""
+        asked = {
+            "module": module,
+            "arguments": arguments,
+            "environment": dict(env),
+            "log": str(log),
+            "core": core,
+        }
+        assert self._process.stdin
+        with self._asking:
+            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+            self._process.stdin.flush()
+            with self._told:
+                assert self._told.wait_for(lambda: self._started, 120), "the fork server is stuck"
+                return Program(self, self._started.pop())
+
+    def wait(self, pid: int, seconds: float | None) -> int | None:
+        """A program's exit status; None where it has not ended by then."""
+        with self._told:
+            self._told.wait_for(lambda: pid in self.ended, seconds)
+            return self.ended.get(pid)
+
+
+class Program:
+    """A running program, as `subprocess.Popen` has one: the leader of a session of its own."""
+
+    def __init__(self, server: ForkServer, pid: int):
+        self._server, self.pid = server, pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status, a negative signal where one ended it; None while it runs."""
+        return self._server.ended.get(self.pid)
+
+    def poll(self) -> int | None:
+        """The same."""
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status. Raises subprocess.TimeoutExpired."""
+        status = self._server.wait(self.pid, timeout)
+        if status is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Signals it; nothing where it has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+@cache
+def fork_server(module: str) -> ForkServer:
+    """The one of this test process that has imported a module; it ends with it."""
+    return ForkServer(module)
+
+
+def start(
+    module: str, *arguments: str, env: Mapping[str, str], log: Path, core: int | None = None
+) -> Program:
+    """Starts vLLM or the training server with that environment; `log` is appended to.
+
+    Args:
+        core: the only one that it may use; None for all.
+    """
+    imported = SERVER if module == SERVER else VLLM
+    return fork_server(imported).start(module, *arguments, env=env, log=log, core=core)
