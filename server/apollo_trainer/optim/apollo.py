@@ -85,6 +85,7 @@ class Apollo(Optimizer):
             those unwritten that it was called for.
         before_param_write: called likewise with each parameter that will be written, weights and
             state.
+        wrote: whether the step that was begun last has begun to write, weights or state.
         measure: set it to True to fill the next two at every step.
         last_update_norm: Euclidean norm of the stored change of the last step; float64, 0-dim.
         last_changed_fraction: part of all the stored elements whose bits changed in it; likewise.
@@ -124,7 +125,7 @@ class Apollo(Optimizer):
         self.impl: Impl = impl
         self.compat: Compat | None = compat
         self.step_count = 0
-        self.measure = False
+        self.measure = self.wrote = False
         self.before_write: Callable[[], None] = lambda: None
         self.before_param_write: Callable[[Tensor], None] = lambda _: None
         self.last_update_norm: Tensor | None = None
@@ -201,6 +202,7 @@ class Apollo(Optimizer):
         opens one.
         """
         self._refuse_while_open("begin a step")
+        self.wrote = False
         number = self.step_count + 1
         settings = [
             settings_for(group, number, self.variant, self.compat) for group in self.param_groups
@@ -250,14 +252,15 @@ class Apollo(Optimizer):
     def _step_slots(self, slots: Collection[Slot]) -> bool:
         """Steps those that have a gradient; returns whether any had."""
         opened = self._opened("a step")
-        if slots:
-            self.before_write()
         on_cpu, on_cuda = list[Job](), dict[torch.device, list[Work]]()
         with_grad = [(slot, grad) for slot in slots if (grad := slot.gradient()) is not None]
+        paths = [self._path(slot, grad) for slot, grad in with_grad]
+        if slots:
+            self.before_write()
         for slot, _ in with_grad:
             self.before_param_write(slot.param)
-        for slot, grad in with_grad:
-            path = self._path(slot, grad)
+        self.wrote = self.wrote or bool(with_grad)
+        for (slot, grad), path in zip(with_grad, paths, strict=True):
             if path == "cuda":
                 work = Work(slot, grad, self.state[slot.param])
                 on_cuda.setdefault(slot.param.device, []).append(work)
@@ -282,8 +285,8 @@ class Apollo(Optimizer):
         if self.impl == "fused":
             raise ValueError(
                 f"{slot.name}: impl='fused' takes bfloat16 and float32 parameters on CUDA, with "
-                "Triton installed, and on a CPU, with numba installed; nothing was changed in it. "
-                "Use impl='auto'."
+                "Triton installed, and on a CPU, with numba installed; nothing was changed. Use "
+                "impl='auto'."
             )
         return "reference"
 

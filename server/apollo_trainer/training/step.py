@@ -20,7 +20,7 @@ from apollo_trainer.training.inspection import Inspection
 from apollo_trainer.training.loss import batch_loss, total_weight
 from apollo_trainer.training.mixing import mixing_of
 from apollo_trainer.training.out_of_memory import refusing_out_of_memory
-from apollo_trainer.training.release import step_incomplete, trial_backward, write_backward
+from apollo_trainer.training.release import telling_incomplete, trial_backward, write_backward
 from apollo_trainer.training.samples import TokenizedSample
 
 TOKEN_BUDGET = 1024
@@ -207,10 +207,8 @@ class _Step:
             self.times.backward += time.perf_counter() - began - inside
             self.times.optimizer = inside
             return
-        try:
+        with telling_incomplete(self.optimizer):
             self.optimizer.step()
-        except BaseException as error:
-            raise step_incomplete(error) from error
         self.times.optimizer = time.perf_counter() - began
 
     @property
