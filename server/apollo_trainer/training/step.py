@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from apollo_trainer.optim import Apollo
 from apollo_trainer.optim.gradients import has_ties
 from apollo_trainer.optim.options import settings_for
+from apollo_trainer.training.accumulation import summed_gradients
 from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
 from apollo_trainer.training.frozen_context import FrozenContexts
 from apollo_trainer.training.guard import NO_LIMITS, Guard
@@ -36,7 +38,8 @@ class StepPolicy:
             it may hold 16 times as many. A single sample may be larger.
         dry_run: find everything, write nothing.
         release: let go of each gradient as soon as it has been used, where a step allows it.
-            False keeps all of them, as large as the model, and saves a backward pass.
+            False keeps all of them, as large as the model, and saves a backward pass. A step of
+            several micro-batches always keeps them, as their sum: in float32, 4 bytes a weight.
     """
 
     token_budget: int = TOKEN_BUDGET
@@ -165,12 +168,14 @@ class _Step:
     def _keep_gradients(self) -> float:
         """The gradients of all micro-batches summed; returns the sum of the losses."""
         sums = []
-        for batch in self.batches:
-            weighted, loss_sum = self._forward(batch)
-            sums.append(loss_sum)
-            began = time.perf_counter()
-            torch.autograd.backward([weighted])
-            self.times.backward += time.perf_counter() - began
+        several = len(self.batches) > 1
+        with summed_gradients(self.model.parameters()) if several else nullcontext():
+            for batch in self.batches:
+                weighted, loss_sum = self._forward(batch)
+                sums.append(loss_sum)
+                began = time.perf_counter()
+                torch.autograd.backward([weighted])
+                self.times.backward += time.perf_counter() - began
         total = float(torch.stack(sums).sum())
         self.policy.guard.check_loss(total / self.tokens)
         for param in self.params:
