@@ -192,7 +192,10 @@ def _config(model: Path) -> dict[str, Any]:
 
 def served_length(config: dict[str, Any], arguments: list[str]) -> list[str]:
     """`--max-model-len`, unless the user gave one or the model's own is not known."""
-    lengths = [length for name in _LENGTHS if isinstance(length := config.get(name), int)]
+    # Of a model of several parts, the text's has its own.
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    found = [part.get(name) for part in parts for name in _LENGTHS]
+    lengths = [length for length in found if isinstance(length, int)]
     if not lengths or any(argument.startswith("--max-model-len") for argument in arguments):
         return []
     return ["--max-model-len", str(min(*lengths, MAX_MODEL_LEN))]

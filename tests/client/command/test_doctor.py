@@ -82,6 +82,7 @@ def test_a_long_context_is_shortened_unless_the_user_says_how_long_it_is():
     config = {"max_position_embeddings": 131072}
     assert served_length(config, []) == ["--max-model-len", "1024"]
     assert served_length({"n_positions": 256}, []) == ["--max-model-len", "256"]
+    assert served_length({"text_config": config}, []) == ["--max-model-len", "1024"]
     assert served_length(config, ["--max-model-len=99"]) == []
     assert served_length({}, []) == []
 
