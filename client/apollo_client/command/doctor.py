@@ -84,6 +84,8 @@ class Diagnosis:
         if self.max_logprob_difference is not None:
             difference = f"log-probabilities within {self.max_logprob_difference:.1e} nats"
             rows.append(("agreement", difference))
+        if self.supported and self.detail:
+            rows.append(("detail", self.detail))
         rows.append(("supported", "yes" if self.supported else "no"))
         return [f"{name:<12} {value}" for name, value in rows]
 

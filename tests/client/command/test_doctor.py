@@ -31,6 +31,7 @@ def test_an_attached_model_is_supported_with_its_figures():
     assert (diagnosis.views, diagnosis.parameters) == (13, 13)
     assert diagnosis.max_logprob_difference == pytest.approx(2e-6)
     assert diagnosis.lines()[-1].split() == ["supported", "yes"]
+    assert diagnosis.lines()[-2].split() == ["detail", "mapped"]
 
 
 def test_each_refused_parameter_is_named_with_its_reason():

@@ -5,11 +5,19 @@ from __future__ import annotations
 from types import ModuleType
 
 import numpy as np
+import torch
 
 from apollo_trainer.optim.cpu.memory import Array, Memory, Rows, Tile, scratch
 from apollo_trainer.optim.reference import Job
+from apollo_trainer.optim.rounding import round_nearest, round_stochastic
 
 Change = tuple[float, int]  # the sum of squares, and how many elements
+# Bit patterns, as float32, of the largest finite number of each kind of weights; float32's any.
+_LARGEST = {
+    np.uint32: np.uint32(0x7FFFFFFF),
+    np.uint16: np.uint32(0x7F7F0000),
+    np.float16: np.uint32(0x477FE000),
+}
 
 
 class Writer:
@@ -40,8 +48,8 @@ class Writer:
         (e, rows), (_, a, b), loops = tile, W.view.shape, self._loops
         size, first = rows.stop - rows.start, first + (e * a + rows.start) * b
         target, exact = W.rows(tile), scratch("exact", size * b, np.uint32)
-        before = np.array(W.view[e, rows]).reshape(-1) if self._job.change is not None else None
-        source, largest = target, np.uint32(0x7FFFFFFF if W.flat.itemsize == 4 else 0x7F7F0000)
+        before = self._before(W, tile, target) if self._job.change is not None else None
+        source, largest = target, _LARGEST[W.view.dtype.type]
         if self._low is not None:
             low = self._low[first : first + size * b]
             joined = scratch("joined", size * b, np.uint32)
@@ -50,6 +58,8 @@ class Writer:
         loops.subtract(*source, *G, size, b, by_row, by_column, self._decay, largest, exact)
         if W.flat.itemsize == 4:
             W.view[e, rows] = exact.reshape(size, b)
+        elif W.is_half:
+            W.view[e, rows] = self._float16(exact, first).reshape(size, b)
         else:
             added, tie = self._added(first, size * b)
             loops.store_bfloat16(exact, added, tie, *target, size, b)
@@ -58,6 +68,19 @@ class Writer:
             # The lower half comes first in memory.
             low[:] = exact.view(np.int16)[::2]
         return None if before is None else loops.changes(before, *W.rows(tile), size, b)
+
+    def _before(self, W: Memory, tile: Tile, target: Rows) -> Array:
+        """The weights as `changes` compares them."""
+        return target[0] if W.is_half else np.array(W.view[tile]).reshape(-1)
+
+    def _float16(self, exact: Array, first: int) -> Array:
+        """Rounds as the reference does, in its own function."""
+        value = torch.from_numpy(exact.view(np.float32))
+        if self._job.rounding.mode == "nearest":
+            return round_nearest(value, torch.float16).numpy()
+        added, _ = self._added(first, exact.size)
+        bits = torch.from_numpy(added[: exact.size].astype(np.int32))
+        return round_stochastic(value, torch.float16, bits).numpy()
 
     def _added(self, first: int, count: int) -> tuple[Array, np.uint32]:
         """What rounding adds to `count` bit patterns before it cuts their lower halves off."""
