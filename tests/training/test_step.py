@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+import apollo_trainer.training.step as step_module
 from apollo_grpc.errors import Cancelled, FailedPrecondition, Unavailable
 from apollo_trainer.optim import Apollo, apollo
 from apollo_trainer.training.guard import Guard
@@ -298,3 +300,20 @@ def test_a_copy_that_fails_for_a_later_tensor_is_a_half_step_only_where_one_was_
         take_step(model, optimizer, [ONE, OTHER], policy)
     assert isinstance(caught.value, StepIncomplete) != same(values(model), before)
     assert isinstance(caught.value, StepIncomplete) == (policy is POLICIES["released"])
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_a_device_that_fails_after_the_write_leaves_an_incomplete_step(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch, policy: StepPolicy
+) -> None:
+    """It tells so only when what it computed is read."""
+    model = make_model("qwen3")
+    optimizer = optimizer_of(model)
+
+    def fail(_: Any) -> float:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(step_module, "_measured", fail)
+    assert take_step(model, optimizer, [ONE, OTHER], replace(policy, dry_run=True)).tokens == 6
+    with pytest.raises(StepIncomplete):
+        take_step(model, optimizer, [ONE, OTHER], policy)

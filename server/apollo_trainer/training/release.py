@@ -52,10 +52,7 @@ def trial_backward(
 
 
 def write_backward(loss: Tensor, params: Sequence[Tensor], optimizer: Apollo) -> float:
-    """Steps each parameter when its gradient is there, and frees it; returns the step's seconds.
-
-    Raises StepIncomplete once anything may have been written; before, what forbade it.
-    """
+    """Steps each parameter when its gradient is there, and frees it; returns the step's seconds."""
     seconds = 0.0
 
     def use(param: Tensor) -> None:
@@ -65,17 +62,16 @@ def write_backward(loss: Tensor, params: Sequence[Tensor], optimizer: Apollo) ->
             param.grad = None
         seconds += time.perf_counter() - began
 
-    with telling_incomplete(optimizer):
-        optimizer.begin_step()
-        try:
-            with each_gradient(params, use):
-                torch.autograd.backward([loss])
-            began = time.perf_counter()
-            optimizer.end_step()
-            return seconds + time.perf_counter() - began
-        except BaseException:
-            optimizer.abandon_step()
-            raise
+    optimizer.begin_step()
+    try:
+        with each_gradient(params, use):
+            torch.autograd.backward([loss])
+        began = time.perf_counter()
+        optimizer.end_step()
+        return seconds + time.perf_counter() - began
+    except BaseException:
+        optimizer.abandon_step()
+        raise
 
 
 @contextmanager
@@ -83,6 +79,7 @@ def telling_incomplete(optimizer: Apollo) -> Iterator[None]:
     """Around a step: raises StepIncomplete for what fails once it is partly in the weights.
 
     What forbids the write passes as it is: it must not be told as a write that failed halfway.
+    What a device failed at is known when its results are read: read them inside.
     """
     try:
         yield

@@ -161,9 +161,11 @@ class _Step:
             graph, loss_sum = self._try_gradients()
         self._check_gradients()
         skipped, learning_rate = self.optimizer.skipped_nonfinite, self._learning_rate()
-        if not self.policy.dry_run:
+        if self.policy.dry_run:
+            return self._result(loss_sum, learning_rate, skipped)
+        with telling_incomplete(self.optimizer):
             self._write(graph)
-        return self._result(loss_sum, learning_rate, self.optimizer.skipped_nonfinite - skipped)
+            return self._result(loss_sum, learning_rate, skipped)
 
     def _keep_gradients(self) -> float:
         """The gradients of all micro-batches summed; returns the sum of the losses."""
@@ -212,8 +214,7 @@ class _Step:
             self.times.backward += time.perf_counter() - began - inside
             self.times.optimizer = inside
             return
-        with telling_incomplete(self.optimizer):
-            self.optimizer.step()
+        self.optimizer.step()
         self.times.optimizer = time.perf_counter() - began
 
     @property
@@ -235,7 +236,7 @@ class _Step:
             return self.inspection.update_norm(), self.inspection.changed() / max(1, elements)
         return _measured(optimizer.last_update_norm), _measured(optimizer.last_changed_fraction)
 
-    def _result(self, loss_sum: float, learning_rate: float, skipped: int) -> StepResult:
+    def _result(self, loss_sum: float, learning_rate: float, skipped_before: int) -> StepResult:
         update_norm, changed_fraction = self._update()
         return StepResult(
             loss=loss_sum / self.tokens,
@@ -251,7 +252,7 @@ class _Step:
             optimizer_step=self.optimizer.step_count,
             micro_batches=len(self.batches),
             full_gradients=self.full,
-            skipped_tensors=skipped,
+            skipped_tensors=self.optimizer.skipped_nonfinite - skipped_before,
         )
 
 
