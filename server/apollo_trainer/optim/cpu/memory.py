@@ -80,7 +80,8 @@ class Memory:
         """
         e, rows = tile
         if self.is_half:
-            wide = np.array(self.view[e, rows], np.float32, order="C")
+            wide = np.empty(self.view[e, rows].shape, np.float32)
+            convert(self.view[e, rows], wide)
             return wide.reshape(-1).view(np.uint32), 0, self.view.shape[2]
         by_matrix, by_row, by_column = self.steps()
         if by_column == 1:
@@ -103,7 +104,7 @@ class Memory:
         distance = width + PADDING
         out = scratch("tile", count * distance, np.uint32)
         if self.is_half:
-            out.view(np.float32).reshape(count, -1)[:, :width] = self.view[e, rows]
+            convert(self.view[e, rows], out.view(np.float32).reshape(count, -1)[:, :width])
         elif by_column == 1:
             loops.widen(self.flat, at, by_row, count, width, out, distance)
         elif by_row == 1:
@@ -112,6 +113,11 @@ class Memory:
             shift = np.uint32(8 * (4 - self.flat.itemsize))
             np.left_shift(self.view[e, rows], shift, out=out.reshape(count, -1)[:, :width])
         return out.view(np.float32), 0, distance
+
+
+def convert(source: Array, target: Array) -> None:
+    """Copies float16 as float32 or back, to the nearest; torch does it many at a time."""
+    torch.from_numpy(target).copy_(torch.from_numpy(source))
 
 
 def tiles(matrices: Iterable[int], length: int, size: int) -> list[Tile]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 
 import numpy as np
-import torch
 
-from apollo_trainer.optim.cpu.memory import Array, Memory, Rows, Tile, scratch
+from apollo_trainer.optim.cpu.memory import Array, Memory, Rows, Tile, convert, scratch
 from apollo_trainer.optim.reference import Job
-from apollo_trainer.optim.rounding import round_nearest, round_stochastic
 
 Change = tuple[float, int]  # the sum of squares, and how many elements
 # Bit patterns, as float32, of the largest finite number of each kind of weights; float32's any.
@@ -59,7 +57,8 @@ class Writer:
         if W.flat.itemsize == 4:
             W.view[e, rows] = exact.reshape(size, b)
         elif W.is_half:
-            W.view[e, rows] = self._float16(exact, first).reshape(size, b)
+            self._round_float16(exact, first)
+            convert(exact.view(np.float32).reshape(size, b), W.view[e, rows])
         else:
             added, tie = self._added(first, size * b)
             loops.store_bfloat16(exact, added, tie, *target, size, b)
@@ -73,14 +72,10 @@ class Writer:
         """The weights as `changes` compares them."""
         return target[0] if W.is_half else np.array(W.view[tile]).reshape(-1)
 
-    def _float16(self, exact: Array, first: int) -> Array:
-        """Rounds as the reference does, in its own function."""
-        value = torch.from_numpy(exact.view(np.float32))
-        if self._job.rounding.mode == "nearest":
-            return round_nearest(value, torch.float16).numpy()
-        added, _ = self._added(first, exact.size)
-        bits = torch.from_numpy(added[: exact.size].astype(np.int32))
-        return round_stochastic(value, torch.float16, bits).numpy()
+    def _round_float16(self, exact: Array, first: int) -> None:
+        """In place, to numbers of float16; to the nearest ones conversion itself rounds."""
+        if self._job.rounding.mode == "stochastic":
+            self._loops.round_float16(exact, self._added(first, exact.size)[0])
 
     def _added(self, first: int, count: int) -> tuple[Array, np.uint32]:
         """What rounding adds to `count` bit patterns before it cuts their lower halves off."""
