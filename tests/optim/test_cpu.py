@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from apollo_trainer.optim import Apollo
+from apollo_trainer.optim import Apollo, cpu
 
 SHAPES = {
     "tall": (96, 40),
@@ -70,7 +70,7 @@ def worst(ours, theirs):
     if not ours.numel():
         return 0.0
     a, b = ours.double(), theirs.double()
-    bits = 7 if ours.dtype == torch.bfloat16 else 23
+    bits = {torch.bfloat16: 7, torch.float16: 10}.get(ours.dtype, 23)
     largest = torch.maximum(a.abs(), b.abs()).clamp(min=1e-2)
     return float(((a - b).abs() / torch.exp2(largest.log2().floor() - bits)).max())
 
@@ -114,20 +114,41 @@ def test_split16_follows_float32():
         assert torch.equal(split[name], exact[name].bfloat16()), name
 
 
-def test_stochastic_rounding_draws_the_same_bits():
+@pytest.mark.parametrize("grad_dtype", [torch.float16, torch.float32])
+def test_a_float16_step_agrees_to_one_number(grad_dtype):
+    grads = gradients(SHAPES, grad_dtype, 3)
+    options = {"dtype": torch.float16, "rounding": "nearest"}
+    ours, _ = run("fused", SHAPES, grads, **options)
+    theirs, _ = run("reference", SHAPES, grads, **options)
+    for name in SHAPES:
+        assert worst(ours[name], theirs[name]) <= 1, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_rounding_draws_the_same_bits(dtype, rounding):
     # With a gradient of zero both paths round the same exact number, W (1 - lr lambda).
     shapes = {n: s for n, s in SHAPES.items() if n != "stack"}
-    zero = [{n: torch.zeros(s, dtype=torch.bfloat16) for n, s in shapes.items()}] * 3
-    ours, _ = run("fused", shapes, zero)
-    theirs, _ = run("reference", shapes, zero)
-    before = weights_of(shapes, torch.bfloat16)
+    zero = [{n: torch.zeros(s, dtype=dtype) for n, s in shapes.items()}] * 3
+
+    def start():
+        found = weights_of(shapes, dtype)
+        # Down to the smallest numbers, and up to the largest.
+        found["wide"] *= torch.logspace(-6, 0, 136).to(dtype)
+        found["tall"][0, :3] = torch.tensor([torch.finfo(dtype).max, math.inf, math.nan])
+        return found
+
+    before, options = start(), {"dtype": dtype, "rounding": rounding, "weight_decay": 1.0}
+    ours, _ = run("fused", shapes, zero, weights=start(), **options)
+    theirs, _ = run("reference", shapes, zero, weights=start(), **options)
     for name in shapes:
-        assert torch.equal(ours[name], theirs[name]), name
+        a, b = (x[name].masked_fill(x[name].isnan(), 7).view(torch.int16) for x in (ours, theirs))
+        assert torch.equal(a, b), name
         if ours[name].numel() > 10:
             assert not torch.equal(ours[name], before[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(96, 40), (40, 96), (3, 48, 24)])
 @pytest.mark.parametrize(
     "lay",
@@ -238,7 +259,7 @@ def test_one_by_one_is_bit_equal_to_all_at_once():
         assert torch.equal(weights[name], whole[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_measured_agrees(dtype):
     grads = gradients(SHAPES, dtype, 2)
     ours = run("fused", SHAPES, grads, dtype, rounding="nearest")[1]
@@ -258,13 +279,30 @@ def test_a_state_resumes_on_the_other_path():
         assert torch.allclose(resumed[name], whole[name], rtol=1e-4, atol=3e-6), name
 
 
-def test_float16_is_left_to_the_reference_and_refused_by_fused():
-    weight = torch.zeros(8, 8, dtype=torch.float16)
-    weight.grad = torch.ones_like(weight)
-    Apollo([("w", weight)], rank=4, impl="auto").step()
-    assert (weight != 0).all()
-    with pytest.raises(ValueError, match=r"^w: impl='fused' takes bfloat16 and float32"):
-        Apollo([("w", weight)], rank=4, impl="fused").step()
+def test_a_dtype_that_no_loop_takes_is_left_to_the_reference_and_refused_by_fused():
+    weights = weights_of({"w": (8, 8), "x": (8, 8)}, torch.float16)
+    weights["x"].grad_dtype = torch.float64
+    for name, dtype in (("w", torch.float16), ("x", torch.float64)):
+        weights[name].grad = torch.ones(8, 8, dtype=dtype)
+    before = {name: weight.clone() for name, weight in weights.items()}
+    with pytest.raises(ValueError, match=r"^x: impl='fused' takes .* nothing was changed"):
+        Apollo(weights.items(), rank=4, impl="fused").step()
+    assert all(torch.equal(before[name], weight) for name, weight in weights.items())
+    Apollo(weights.items(), rank=4, impl="auto").step()
+    assert all((before[name] != weight).any() for name, weight in weights.items())
+
+
+def test_many_weights_that_no_compiled_path_takes_are_told(monkeypatch):
+    weights = weights_of({"large": (1024, 1024), "small": (8, 8)}, torch.float16)
+    slow = {impl: Apollo(weights.items(), impl=impl) for impl in ("auto", "fused", "reference")}
+    assert [optimizer.slowness() for optimizer in slow.values()] == [""] * 3
+    monkeypatch.setattr(cpu, "fits", lambda slot, grad: slot.name == "large")
+    assert slow["auto"].slowness() == "", "a few small ones are not worth a word"
+    monkeypatch.setattr(cpu, "fits", lambda slot, grad: False)
+    told = slow["auto"].slowness()
+    assert "1048640 of 1048640 weights" in told and "takes torch.float16 on cpu." in told
+    assert slow["reference"].slowness() == "", "plain torch was asked for"
+    assert Apollo([("small", weights["small"])]).slowness() == "", "plain torch is as good there"
 
 
 def signatures() -> dict[str, int]:
@@ -274,8 +312,16 @@ def signatures() -> dict[str, int]:
     return {n: len(f.signatures) for n, f in vars(loops).items() if hasattr(f, "signatures")}
 
 
-@pytest.mark.parametrize("rounding", ["stochastic", "split16"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [
+        (torch.float32, "stochastic"),
+        (torch.bfloat16, "stochastic"),
+        (torch.bfloat16, "split16"),
+        (torch.float16, "stochastic"),
+        (torch.float16, "nearest"),
+    ],
+)
 def test_what_was_compiled_ahead_is_all_that_a_step_needs(dtype, rounding):
     shapes = {**SHAPES, "large": (1100, 1000)}
     weights, optimizer = run("auto", shapes, [], dtype, rounding=rounding)

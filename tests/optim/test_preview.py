@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from apollo_trainer.optim import Apollo
+from apollo_trainer.optim.gradients import summed_gradient
 from apollo_trainer.optim.preview import Previewer
 
 KINDS = {
@@ -79,6 +80,22 @@ def test_a_small_parameter_of_a_large_model_is_previewed_as_the_model_is_stepped
     for name, p in params.items():
         moved = (p.detach().double() - before[name].double()).norm()
         assert float(previews[name].update_norm) == pytest.approx(float(moved), rel=1e-12), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+def test_a_tied_pair_is_previewed_as_it_is_stepped(impl: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    one = torch.nn.Parameter(torch.randn(20, 6).mul(0.02).to(dtype))
+    other = torch.nn.Parameter(one.detach())
+    optimizer = Apollo([("one", one), ("other", other)], lr=1e-3, rank=4, impl=impl)
+    one.grad, other.grad = torch.randn_like(one), torch.randn_like(one)
+    gradient, before = summed_gradient(optimizer, one), one.detach().clone()
+    assert gradient is not None
+    preview = Previewer(optimizer).of(one, gradient)
+    optimizer.step()
+    moved = (one.detach().double() - before.double()).norm()
+    assert float(preview.update_norm) == pytest.approx(float(moved), rel=1e-12)
 
 
 def test_a_gradient_that_is_not_finite_is_counted_by_nobody() -> None:

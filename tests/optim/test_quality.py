@@ -1,6 +1,7 @@
 """What a byte model learns, on real text and three seeds: benchmarks/quality.py, in small.
 
-The figures of the long run on a GPU are in docs/quality.md.
+The figures of the long run on a GPU are in docs/quality.md: from random weights Apollo loses to
+AdamW there. In 60 steps it need not; what is asserted here holds in both.
 """
 
 import json
@@ -11,6 +12,7 @@ from statistics import fmean
 
 import pytest
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 STOCHASTIC, EXACT = "Apollo bf16 stochastic", "Apollo fp32"
 SMALL = (
@@ -34,11 +36,19 @@ def of(result, variant, figure):
     return [figure(run) for run in result["fine_tune"]["runs"] if run["variant"] == variant]
 
 
-def test_apollo_learns_no_less_than_adamw_each_at_its_best_rate(result):
-    best = result["best"]
-    assert all(best[name]["seeds"] == 3 for name in ("AdamW fp32", EXACT))
-    assert best["AdamW fp32"]["lr"] == 1e-2, "the best of the baseline is inside the grid"
-    assert best[EXACT]["mean"] <= best["AdamW fp32"]["mean"]
+def fall_at_best_rate(result, variant):
+    """From random weights, by seeds; docs/quality.md has 3.89 for AdamW and 3.40 for Apollo."""
+    lr = result["best"][variant]["lr"]
+    runs = [r for r in result["runs"] if (r["variant"], r["lr"]) == (variant, lr)]
+    assert len(runs) == 3
+    return fmean(run["curve"][0][1] - run["final"] for run in runs)
+
+
+@pytest.mark.parametrize("ours", [EXACT, STOCHASTIC])
+def test_from_random_weights_apollo_learns_most_of_what_adamw_learns(result, ours):
+    assert result["best"]["AdamW fp32"]["lr"] == 1e-2, "the best of the baseline is in the grid"
+    exact = fall_at_best_rate(result, "AdamW fp32")
+    assert fall_at_best_rate(result, ours) > 0.8 * exact > 0
 
 
 def test_bfloat16_with_stochastic_rounding_is_within_the_seeds_noise_of_float32(result):

@@ -13,7 +13,7 @@ import apollo_trainer.runs.steps as steps_module
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.apollo_state_header import FILE_NAME
-from apollo_trainer.optim import Apollo
+from apollo_trainer.optim import apollo
 from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.runs.state_saver import CapturedState
 
@@ -75,12 +75,11 @@ def test_a_step_that_breaks_halfway_resumes_vllm_with_its_caches_dropped(
 ) -> None:
     engine, trainer = attached
 
-    def write_half(optimizer: Apollo, param: torch.Tensor) -> bool:
-        with torch.no_grad():
-            param.add_(1.0)
+    def write_half(job: Any) -> torch.Tensor:
+        job.slot.param.add_(1.0)
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(Apollo, "step_param", write_half)
+    monkeypatch.setattr(apollo, "step_parameter", write_half)
     failure = finished_of(all_events(trainer.submit())).failure
     assert failure.reason == "STEP_INCOMPLETE"
     assert "secret" not in failure.message

@@ -13,6 +13,7 @@ import apollo_trainer.runs.owner as owner_module
 from apollo_grpc.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.optim import Apollo
 from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.runs.owner import open_session
 
@@ -36,6 +37,19 @@ def test_an_attached_trainer_says_what_it_holds(attached: Any, model_folder: Any
     assert status.optimizer_loaded
     assert status.state_size_bytes > 0
     assert engine.calls == []
+
+
+def test_slow_steps_are_told_once_in_the_log_and_in_the_status(
+    start_engine: Start,
+    start_trainer: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(Apollo, "slowness", lambda _: "Steps are slow: by plain torch.")
+    start_engine()
+    detail = start_trainer().wait_for(ATTACHED).attachment_detail
+    assert detail == "vLLM's live weights are mapped and verified. Steps are slow: by plain torch."
+    assert caplog.text.count("Steps are slow") == 1
 
 
 def test_a_trainer_waits_for_its_engine(start_engine: Start, start_trainer: Start) -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import apollo_trainer.runs.steps as steps_module
+from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.runs.coherence import Coherence
 
 Events = Callable[[Any], list[pb.RunEvent]]
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
@@ -214,3 +216,44 @@ def test_a_run_is_cancelled_between_two_micro_batches_and_its_step_not_written(
     after = hashes(engine, trainer)
     del before["description"], after["description"]
     assert after == before
+
+
+FORBIDDEN = [
+    FailedPrecondition("vLLM went on early", reason="PAUSE_LOST"),
+    Unavailable("vLLM does not answer", reason="ENGINE_SLOW"),
+    OSError(28, "No space left on device"),
+]
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["released", "kept"])
+def test_what_forbids_a_write_is_told_as_what_it_is_and_touches_no_byte(
+    start_engine: Any,
+    start_trainer: Any,
+    all_events: Events,
+    monkeypatch: pytest.MonkeyPatch,
+    keep: bool,
+) -> None:
+    engine, trainer = start_engine(), start_trainer(keep_gradients=keep)
+    trainer.wait_for(ATTACHED)
+    all_events(trainer.submit())
+    checkpoints, before = trainer.owner.session().checkpoints, hashes(engine, trainer)
+
+    def forbid(*_: Any) -> None:
+        raise error
+
+    for error in FORBIDDEN:
+        with monkeypatch.context() as patched:
+            if isinstance(error, OSError):
+                # After the copies for an undo of the first tensor.
+                patched.setattr(checkpoints.watch, "_watchers", [*checkpoints.watch._watchers])
+                checkpoints.watch.add(forbid)
+            else:
+                patched.setattr(Coherence, "before_write", forbid)
+            finished = all_events(trainer.submit())[-1].finished
+        assert finished.failure.reason == getattr(error, "reason", "STEP_NOT_WRITTEN")
+        assert "restart vLLM" not in finished.failure.message
+        assert finished.steps_done == 0
+        after = hashes(engine, trainer)
+        assert after | {"description": ""} == before | {"description": ""}
+        assert len(checkpoints._ring) == 1, "no update that did nothing can be taken back"
+    assert all_events(trainer.submit())[-1].finished.state == pb.RUN_STATE_SUCCEEDED

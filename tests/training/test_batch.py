@@ -194,3 +194,22 @@ def test_a_plan_runs_each_context_once(
         held = batch.contexts if batch.keeps_contexts else ()
     with_context = [context for context in ran if context]
     assert sorted(with_context) == sorted({frozen_context(s) for s in samples} - {()})
+
+
+class Counted(TokenizedSample):
+    """Counts how often a plan looks at its samples."""
+
+    looks = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        Counted.looks += name.endswith("_ids")
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("mixing", Mixing)
+@pytest.mark.parametrize("contexts", [1, 512])
+def test_a_plan_looks_at_each_sample_a_fixed_number_of_times(mixing: Mixing, contexts: int) -> None:
+    samples = [Counted((n % contexts, n % contexts // 8, 1), (2, 3)) for n in range(512)]
+    Counted.looks = 0
+    plan_batches(samples, 10**6, mixing)
+    assert Counted.looks <= 8 * len(samples)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from apollo_trainer.optim import Apollo
+from apollo_trainer.training.context_check import require_frozen_context
 from apollo_trainer.training.evaluate import evaluate
 from apollo_trainer.training.out_of_memory import OutOfMemory
 from apollo_trainer.training.samples import TokenizedSample
@@ -65,6 +66,24 @@ def test_nothing_is_written_and_the_next_step_works(
     assert take_step(model, optimizer, [ONE, OTHER], policy).optimizer_step == 1
 
 
+@pytest.mark.parametrize("fail", FAILURES)
+def test_the_first_try_of_several_samples_tells_it_too(
+    make_model: Make, fail: Callable[..., None]
+) -> None:
+    model = make_model("qwen3")
+    optimizer = Apollo(model.named_parameters(), rank=8)
+    hook = in_the_forward(model, fail)
+    for use in (
+        lambda: take_step(model, optimizer, [ONE, OTHER]),
+        lambda: evaluate(model, [ONE, OTHER]),
+        lambda: require_frozen_context(model, list(range(20, 50))),
+    ):
+        with pytest.raises(OutOfMemory, match=r"a few tokens; nothing was written\. Lower"):
+            use()
+    hook.remove()
+    assert take_step(model, optimizer, [ONE, OTHER]).micro_batches == 1
+
+
 def test_the_error_names_what_to_lower_with_the_numbers(make_model: Make) -> None:
     model = make_model("qwen3")
     optimizer = Apollo(model.named_parameters(), rank=8)
@@ -82,6 +101,8 @@ def test_the_error_names_what_to_lower_with_the_numbers(make_model: Make) -> Non
         "context_tokens": "3",
         "token_budget": "100",
     }
+    with pytest.raises(OutOfMemory, match=r"2 micro-batches, whose .* 4 bytes a weight"):
+        take_step(model, optimizer, [ONE, OTHER], StepPolicy(token_budget=4))
     with pytest.raises(OutOfMemory, match="Shorten the sample of 4 continuation and 4 context"):
         take_step(model, optimizer, [ONE])
 

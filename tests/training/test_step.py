@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from apollo_grpc.errors import Cancelled
-from apollo_trainer.optim import Apollo
+import apollo_trainer.training.step as step_module
+from apollo_grpc.errors import Cancelled, FailedPrecondition, Unavailable
+from apollo_trainer.optim import Apollo, apollo
 from apollo_trainer.training.guard import Guard
 from apollo_trainer.training.loss import continuation_loss
+from apollo_trainer.training.out_of_memory import OutOfMemory
 from apollo_trainer.training.release import StepIncomplete
 from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import StepPolicy, take_step
@@ -223,10 +226,11 @@ def test_a_write_that_breaks_is_told_as_incomplete_and_the_next_step_works(
     model = make_model("qwen3")
     optimizer = optimizer_of(model)
 
-    def break_off(*_: Any) -> bool:
+    def break_off(job: Any) -> torch.Tensor:
+        job.slot.param.add_(1.0)
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(optimizer, "step_param" if release else "step", break_off)
+    monkeypatch.setattr(apollo, "step_parameter", break_off)
     with pytest.raises(StepIncomplete) as caught:
         take_step(model, optimizer, [ONE], StepPolicy(release=release))
     assert caught.value.reason == "STEP_INCOMPLETE"
@@ -234,3 +238,82 @@ def test_a_write_that_breaks_is_told_as_incomplete_and_the_next_step_works(
     monkeypatch.undo()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert take_step(model, optimizer, [ONE]).optimizer_step == 1
+
+
+FORBIDDEN = {
+    "a lost lease": FailedPrecondition("vLLM went on", reason="PAUSE_LOST"),
+    "a slow engine": Unavailable("no answer", reason="ENGINE_SLOW"),
+    "no room for a copy": OSError(28, "No space left on device"),
+    "no memory for a copy": MemoryError(),
+}
+POLICIES = {
+    "released": StepPolicy(),
+    "kept": StepPolicy(release=False),
+    "accumulated": StepPolicy(token_budget=4),
+}
+
+
+def state_of(optimizer: Apollo) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in optimizer.named_state()[0].items()}
+
+
+@pytest.mark.parametrize("hook", ["before_write", "before_param_write"])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("error", FORBIDDEN.values(), ids=FORBIDDEN)
+def test_what_forbids_a_write_is_told_as_it_is_and_no_byte_is_touched(
+    make_model: Make, error: Exception, policy: StepPolicy, hook: str
+) -> None:
+    model = make_model("qwen3")
+    optimizer = optimizer_of(model)
+    take_step(model, optimizer, [ONE, OTHER])
+    before, state = values(model), state_of(optimizer)
+
+    def forbid(*_: Any) -> None:
+        raise error
+
+    setattr(optimizer, hook, forbid)
+    expected = OutOfMemory if isinstance(error, MemoryError) else type(error)
+    with pytest.raises(expected) as caught:
+        take_step(model, optimizer, [ONE, OTHER], policy)
+    assert caught.value is error or expected is OutOfMemory
+    assert same(values(model), before)
+    assert same(state_of(optimizer), state)
+    assert optimizer.step_count == 1 and not optimizer.wrote
+    setattr(optimizer, hook, lambda *_: None)
+    assert take_step(model, optimizer, [ONE, OTHER], policy).optimizer_step == 2
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_a_copy_that_fails_for_a_later_tensor_is_a_half_step_only_where_one_was_written(
+    make_model: Make, policy: StepPolicy
+) -> None:
+    model, asked = make_model("qwen3"), []
+    optimizer, before = optimizer_of(model), values(model)
+
+    def forbid_the_second(param: torch.Tensor) -> None:
+        asked.append(param)
+        if len(asked) == 2:
+            raise OSError(28, "No space left on device")
+
+    optimizer.before_param_write = forbid_the_second
+    with pytest.raises((OSError, StepIncomplete)) as caught:
+        take_step(model, optimizer, [ONE, OTHER], policy)
+    assert isinstance(caught.value, StepIncomplete) != same(values(model), before)
+    assert isinstance(caught.value, StepIncomplete) == (policy is POLICIES["released"])
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_a_device_that_fails_after_the_write_leaves_an_incomplete_step(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch, policy: StepPolicy
+) -> None:
+    """It tells so only when what it computed is read."""
+    model = make_model("qwen3")
+    optimizer = optimizer_of(model)
+
+    def fail(_: Any) -> float:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(step_module, "_measured", fail)
+    assert take_step(model, optimizer, [ONE, OTHER], replace(policy, dry_run=True)).tokens == 6
+    with pytest.raises(StepIncomplete):
+        take_step(model, optimizer, [ONE, OTHER], policy)

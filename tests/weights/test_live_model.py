@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import Gemma2Config
+from transformers import Gemma2Config, Gemma3Config
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.weights.checkpoint_plan import plan_checkpoint
@@ -14,6 +14,15 @@ from apollo_trainer.weights.live_model import fill_with_views, meta_model
 from examples.byte_model import write_model
 
 IDS = torch.arange(40).view(2, 20) * 6 % 259
+GEMMA = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
 ROPE = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
 
 
@@ -116,15 +125,25 @@ def test_a_directory_that_is_not_there_is_refused_without_its_path(tmp_path):
 
 
 def test_a_soft_cap_on_attention_is_computed(tmp_path):
-    config = Gemma2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        attn_logit_softcapping=2.0,
-    )
-    config.save_pretrained(tmp_path)
+    Gemma2Config(**GEMMA, attn_logit_softcapping=2.0).save_pretrained(tmp_path)
     assert meta_model(str(tmp_path)).config._attn_implementation == "eager"
+
+
+def composite(directory, **text):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = Gemma3Config(
+        text_config=GEMMA | text, vision_config=vision | {"num_attention_heads": 2}
+    )
+    config.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize(("cap", "attention"), [(2.0, "eager"), (None, "sdpa")])
+def test_a_soft_cap_in_the_text_part_of_a_composite_model_is_computed(tmp_path, cap, attention):
+    model = meta_model(composite(tmp_path, attn_logit_softcapping=cap))
+    assert model.config.get_text_config()._attn_implementation == attention
+
+
+def test_a_composite_model_whose_text_part_is_quantised_is_refused(tmp_path):
+    quantised = composite(tmp_path, quantization_config={"quant_method": "fp8"})
+    assert refused(meta_model, quantised).reason == "QUANTIZED"

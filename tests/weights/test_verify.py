@@ -24,9 +24,10 @@ DTYPES = pytest.mark.parametrize("dtype", sorted(TOLERANCE_NATS, key=str))
 class Sized:
     """What a probe asks of a model: the size of its vocabulary and its window of attention."""
 
-    def __init__(self, vocabulary, window=None):
+    def __init__(self, vocabulary, window=None, composite=False):
         self.weight = torch.empty(vocabulary, 1)
-        self.config = PreTrainedConfig(sliding_window=window)
+        text = PreTrainedConfig(sliding_window=window)
+        self.config = PreTrainedConfig(text_config=text) if composite else text
 
     def get_input_embeddings(self):
         return self
@@ -86,8 +87,9 @@ def test_probe_tokens_fit_the_model_and_are_the_same_each_time(length):
 @pytest.mark.parametrize(
     ("window", "length", "count"), [(64, 256, 80), (64, 70, 69), (4096, 8192, 48), (None, 256, 48)]
 )
-def test_a_probe_reaches_past_a_short_sliding_window(window, length, count):
-    assert len(probe_tokens(Sized(259, window), length)) == count
+@pytest.mark.parametrize("composite", [False, True])
+def test_a_probe_reaches_past_a_short_sliding_window(window, length, count, composite):
+    assert len(probe_tokens(Sized(259, window, composite), length)) == count
 
 
 @pytest.mark.parametrize("length", [20, 120])

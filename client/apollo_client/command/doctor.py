@@ -84,6 +84,8 @@ class Diagnosis:
         if self.max_logprob_difference is not None:
             difference = f"log-probabilities within {self.max_logprob_difference:.1e} nats"
             rows.append(("agreement", difference))
+        if self.supported and self.detail:
+            rows.append(("detail", self.detail))
         rows.append(("supported", "yes" if self.supported else "no"))
         return [f"{name:<12} {value}" for name, value in rows]
 
@@ -192,7 +194,10 @@ def _config(model: Path) -> dict[str, Any]:
 
 def served_length(config: dict[str, Any], arguments: list[str]) -> list[str]:
     """`--max-model-len`, unless the user gave one or the model's own is not known."""
-    lengths = [length for name in _LENGTHS if isinstance(length := config.get(name), int)]
+    # Of a model of several parts, the text's has its own.
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    found = [part.get(name) for part in parts for name in _LENGTHS]
+    lengths = [length for length in found if isinstance(length, int)]
     if not lengths or any(argument.startswith("--max-model-len") for argument in arguments):
         return []
     return ["--max-model-len", str(min(*lengths, MAX_MODEL_LEN))]

@@ -93,12 +93,13 @@ class UndoRing:
 
     def end(self, parameters: Mapping[str, Tensor]) -> None:
         """After the update, or after it failed halfway: what was written can be taken back."""
-        update, recorded = self._open, self._recorded
+        update, recorded, optimizer = self._open, self._recorded, self._optimizer
         self._open, self._recorded = None, {}
         if update is None or not recorded:
             # A step that was refused has nothing to take back.
             return
-        self._submit(update, recorded, parameters)
+        # Of one that was refused among the copies, these alone are encoded, and not kept.
+        self._submit(update, recorded, parameters, keep=optimizer is not None and optimizer.wrote)
 
     def add(self, old: ModelState, new: ModelState) -> None:
         """Keeps the way back from a change that was none of the optimizer's, such as a restore.
@@ -117,7 +118,12 @@ class UndoRing:
         self._submit(update, recorded, new.parameters)
 
     def _submit(
-        self, update: Update, recorded: dict[int, Recorded], parameters: Mapping[str, Tensor]
+        self,
+        update: Update,
+        recorded: dict[int, Recorded],
+        parameters: Mapping[str, Tensor],
+        *,
+        keep: bool = True,
     ) -> None:
         self._newest |= recorded
         if self._pool is None:
@@ -128,7 +134,7 @@ class UndoRing:
         for each in recorded.values():
             self._pool.submit(each.encode, update, written)
         encoded = [each.encoded for each in recorded.values()]
-        self._keeping = self._pool.submit(self._keep_encoded, update, encoded, self._keeping)
+        self._keeping = self._pool.submit(self._keep_encoded, update, encoded, self._keeping, keep)
 
     def undo(
         self,
@@ -180,7 +186,11 @@ class UndoRing:
             wait([self._keeping])
 
     def _keep_encoded(
-        self, update: Update, encoded: Sequence[Future[None]], before: Future[None] | None
+        self,
+        update: Update,
+        encoded: Sequence[Future[None]],
+        before: Future[None] | None,
+        keep: bool,
     ) -> None:
         wait([*encoded, *([before] if before else [])])
         if errors := [error for each in encoded if (error := each.exception())]:
@@ -188,7 +198,8 @@ class UndoRing:
             self._updates.clear()
             log.warning("An update cannot be undone, nor those before it: %r", errors[0])
             return
-        self._keep(update)
+        if keep:
+            self._keep(update)
 
     def _keep(self, update: Update) -> None:
         self._updates.append(update)

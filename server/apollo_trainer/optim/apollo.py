@@ -31,6 +31,8 @@ from apollo_trainer.optim.parameters import Slot, named, new_state, sort_out
 from apollo_trainer.optim.reference import Job, step_parameter
 from apollo_trainer.optim.rounding import Rounding, RoundingMode
 
+_MANY = 0.01  # part of all weights that is worth a word where it is stepped slowly
+
 
 class Apollo(Optimizer):
     """APOLLO (arXiv 2412.05270, Algorithm 1), with states in float32 and weights written in place.
@@ -65,8 +67,8 @@ class Apollo(Optimizer):
             (bfloat16 only); 'nearest' loses most updates near lr 1e-5.
         seed: of the projections and of stochastic rounding.
         impl: 'reference' is plain torch on any device; 'fused' is Triton on CUDA and compiled
-            loops on a CPU, and refuses parameters that it cannot take; 'auto' takes 'fused' for
-            those that it can, but on a CPU only where there are 2^20 weights or more.
+            loops on a CPU, and refuses parameters that it cannot take (float16 on CUDA); 'auto'
+            takes 'fused' for those that it can, but on a CPU only from 2^20 weights on.
         compat: 'apollo-torch' reproduces apollo-torch 1.0.3 with its faults. Pass eps=1e-6, its
             default; every parameter must then have a gradient at every step.
 
@@ -85,6 +87,7 @@ class Apollo(Optimizer):
             those unwritten that it was called for.
         before_param_write: called likewise with each parameter that will be written, weights and
             state.
+        wrote: whether the step that was begun last has begun to write, weights or state.
         measure: set it to True to fill the next two at every step.
         last_update_norm: Euclidean norm of the stored change of the last step; float64, 0-dim.
         last_changed_fraction: part of all the stored elements whose bits changed in it; likewise.
@@ -124,7 +127,7 @@ class Apollo(Optimizer):
         self.impl: Impl = impl
         self.compat: Compat | None = compat
         self.step_count = 0
-        self.measure = False
+        self.measure = self.wrote = False
         self.before_write: Callable[[], None] = lambda: None
         self.before_param_write: Callable[[Tensor], None] = lambda _: None
         self.last_update_norm: Tensor | None = None
@@ -201,6 +204,7 @@ class Apollo(Optimizer):
         opens one.
         """
         self._refuse_while_open("begin a step")
+        self.wrote = False
         number = self.step_count + 1
         settings = [
             settings_for(group, number, self.variant, self.compat) for group in self.param_groups
@@ -250,14 +254,15 @@ class Apollo(Optimizer):
     def _step_slots(self, slots: Collection[Slot]) -> bool:
         """Steps those that have a gradient; returns whether any had."""
         opened = self._opened("a step")
-        if slots:
-            self.before_write()
         on_cpu, on_cuda = list[Job](), dict[torch.device, list[Work]]()
         with_grad = [(slot, grad) for slot in slots if (grad := slot.gradient()) is not None]
+        paths = [self._path(slot, grad) for slot, grad in with_grad]
+        if slots:
+            self.before_write()
         for slot, _ in with_grad:
             self.before_param_write(slot.param)
-        for slot, grad in with_grad:
-            path = self._path(slot, grad)
+        self.wrote = self.wrote or bool(with_grad)
+        for (slot, grad), path in zip(with_grad, paths, strict=True):
             if path == "cuda":
                 work = Work(slot, grad, self.state[slot.param])
                 on_cuda.setdefault(slot.param.device, []).append(work)
@@ -282,8 +287,8 @@ class Apollo(Optimizer):
         if self.impl == "fused":
             raise ValueError(
                 f"{slot.name}: impl='fused' takes bfloat16 and float32 parameters on CUDA, with "
-                "Triton installed, and on a CPU, with numba installed; nothing was changed in it. "
-                "Use impl='auto'."
+                "Triton installed, and these and float16 on a CPU, with numba installed, with "
+                "gradients of these dtypes; nothing was changed. Use impl='auto'."
             )
         return "reference"
 
@@ -292,13 +297,34 @@ class Apollo(Optimizer):
         """Whether loops are compiled for those of its parameters that are on a CPU."""
         return self.impl == "fused" or self.weights >= cpu.FEW_WEIGHTS
 
+    def slowness(self) -> str:
+        """Why steps are slow, in a sentence: many weights that no compiled path takes; else empty.
+
+        Where plain torch was asked for, or is as good, it is not slow.
+        """
+        slow = [slot for slot in self._slots if self._lacks_a_path(slot)]
+        weights = sum(slot.param.numel() for slot in slow)
+        if weights < self.weights * _MANY:
+            return ""
+        kinds = sorted({f"{s.param.dtype} on {s.param.device.type}" for s in slow})
+        return (
+            f"Steps are slow: {weights} of {self.weights} weights are stepped by plain torch, "
+            f"because no kernel or compiled loop here takes {', '.join(kinds)}."
+        )
+
+    def _lacks_a_path(self, slot: Slot) -> bool:
+        if self.impl != "auto" or self.compat is not None:
+            return False
+        wanted = slot.param.is_cuda or self._compiles
+        return wanted and self._path(slot, slot.param) == "reference"
+
     def compile_loops(self) -> None:
         """Compiles what steps on a CPU need, some seconds at the first call in a process.
 
         On any thread, also while another steps: throwaway parameters are stepped, none of its own.
         """
         on_cpu = {s.param.dtype for s in self._slots if s.param.device.type == "cpu"}
-        dtypes = frozenset(on_cpu & {torch.bfloat16, torch.float32})
+        dtypes = frozenset(on_cpu)
         if dtypes and self._compiles and self.impl != "reference" and self.compat is None:
             _compile_loops(dtypes, self.variant, self.rounding)
 

@@ -41,7 +41,10 @@ class Slot:
         self.rounding_key = derive_key(seed, self.name, "rounding")
 
     def gradient(self) -> Tensor | None:
-        """The sum of the gradients over this memory, or None where there is none."""
+        """The gradient over this memory, or None where there is none.
+
+        Those of several tensors are summed in float32, and the sum is of their dtype.
+        """
         grads = [t.grad for t in (self.param, *self.aliases) if t.grad is not None]
         for grad in grads:
             if grad.is_sparse:
@@ -51,7 +54,8 @@ class Slot:
                 )
         if len(grads) < 2:
             return grads[0] if grads else None
-        return sum((g.to(torch.float32) for g in grads[1:]), grads[0].to(torch.float32))
+        total = sum((g.to(torch.float32) for g in grads[1:]), grads[0].to(torch.float32))
+        return total.to(grads[0].dtype)
 
 
 def new_state(slot: Slot, mode: RoundingMode) -> dict[str, Tensor]:

@@ -185,11 +185,15 @@ class ModelOwner:
         self._board.update(change)
 
     def _show(self, session: Session) -> None:
-        memory = session.attachment.memory()
+        memory, slowness = session.attachment.memory(), session.optimizer.slowness()
+        if slowness:
+            log.warning("%s", slowness)
 
         def change(status: status_pb2.ServerStatus) -> None:
             status.attachment = status_pb2.ATTACHMENT_STATE_ATTACHED
             status.attachment_detail = "vLLM's live weights are mapped and verified."
+            if slowness:
+                status.attachment_detail += f" {slowness}"
             if session.other_weights:
                 status.attachment_detail += f" Runs are refused: {session.other_weights}"
             status.model = session.attachment.directory

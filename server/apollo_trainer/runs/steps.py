@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
+from apollo_grpc.errors import ApolloError, FailedPrecondition, ResourceExhausted, Unavailable
 from apollo_trainer.runs.coherence import coherence_of, engine_is_gone
 from apollo_trainer.runs.events import EventLog
 from apollo_trainer.runs.run import PreparedRun
@@ -100,6 +100,13 @@ class RunSteps:
             if not attachment.alive:
                 raise engine_lost(self.written) from error
             raise
+        except OSError as error:
+            raise ResourceExhausted(
+                f"What has to be kept before a write could not be kept ({error}); nothing of the "
+                f"step was written, {self.written} steps are in the weights. Make room, then send "
+                "the run again.",
+                reason="STEP_NOT_WRITTEN",
+            ) from error
 
     def _before_write(self) -> None:
         """Asked before each part of a step is written."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import reduce
 
 from apollo_trainer.training.samples import TokenizedSample
 
@@ -88,31 +89,54 @@ def plan_batches(
     ]
 
 
+@dataclass(frozen=True)
+class _Size:
+    """What a plan must know of samples that may share a forward; their number and tokens."""
+
+    samples: int = 0
+    learned: int = 0  # of the longest continuation
+    longest: int = 0  # of their frozen contexts
+    shortest: int | None = None
+
+    def __add__(self, other: _Size) -> _Size:
+        contexts = [size for size in (self.shortest, other.shortest) if size is not None]
+        return _Size(
+            self.samples + other.samples,
+            max(self.learned, other.learned),
+            max(self.longest, other.longest),
+            min(contexts, default=None),
+        )
+
+
 class _Planner:
+    """Fills one micro-batch after the other, each sample looked at a fixed number of times."""
+
     def __init__(self, samples: Sequence[TokenizedSample], token_budget: int, mixing: Mixing):
         self._samples, self._budget, self._mixing = samples, token_budget, mixing
         self._done: list[list[int]] = []
         self._open: list[int] = []
+        self._size = _Size()
 
     def add(self, group: list[int]) -> None:
         """Takes the samples of one frozen context."""
         group = sorted(group, key=lambda index: len(self._samples[index].continuation_ids))
-        if self._open and not self._fits([*self._open, *group]):
+        sizes = [self._size_of(index) for index in group]
+        whole = reduce(_Size.__add__, sizes)
+        if not self._fits(self._size + whole):
             self._close()
-        if self._fits([*self._open, *group]):
-            self._open += group
+        if self._fits(whole):
+            self._put(group, whole)
             return
-        for index in group:
-            if self._open and not self._fits([*self._open, index]):
+        for index, size in zip(group, sizes, strict=True):
+            if not self._fits(self._size + size):
                 self._close()
-            self._open.append(index)
+            self._put([index], size)
         # Another context beside a part of a group would make that group's context run twice.
         self._close()
 
     def cut(self) -> list[list[int]]:
         """The micro-batches, as indices of their samples."""
-        if self._open:
-            self._close()
+        self._close()
         return self._done
 
     def batch(self, indices: list[int]) -> MicroBatch:
@@ -122,22 +146,30 @@ class _Planner:
         of_sample = tuple(rows.setdefault(frozen_context(s), len(rows)) for s in samples)
         return MicroBatch(samples, tuple(indices), tuple(rows), of_sample)
 
-    def _close(self) -> None:
-        self._done.append(self._open)
-        self._open = []
+    def _put(self, indices: list[int], size: _Size) -> None:
+        self._open += indices
+        self._size += size
 
-    def _fits(self, indices: list[int]) -> bool:
-        if len(indices) > 1 and self._mixing is Mixing.ONE:
+    def _close(self) -> None:
+        if self._open:
+            self._done.append(self._open)
+        self._open, self._size = [], _Size()
+
+    def _size_of(self, index: int) -> _Size:
+        sample = self._samples[index]
+        context = max(0, len(sample.context_ids) - 1)
+        return _Size(1, len(sample.continuation_ids), context, context)
+
+    def _fits(self, size: _Size) -> bool:
+        if size.samples == 1:
+            return True
+        if self._mixing is Mixing.ONE:
             return False
-        contexts = [len(frozen_context(self._samples[index])) for index in indices]
-        if len(set(contexts)) > 1 and not (self._mixing is Mixing.PADDED and min(contexts) > 0):
+        if size.shortest != size.longest and not (self._mixing is Mixing.PADDED and size.shortest):
             # A row of nothing but padding attends to nothing.
             return False
-        learned = max(len(self._samples[index].continuation_ids) for index in indices)
-        return len(indices) == 1 or (
-            len(indices) * learned <= self._budget
-            and len(indices) * max(contexts) <= self._budget * CONTEXT_TOKENS_PER_LEARNED
-        )
+        most = self._budget * CONTEXT_TOKENS_PER_LEARNED
+        return size.samples * size.learned <= self._budget and size.samples * size.longest <= most
 
 
 def rows_of(batch: MicroBatch) -> Iterator[tuple[TokenIds, TokenIds]]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from apollo_trainer.training.loss import continuation_logits
+from apollo_trainer.training.out_of_memory import refusing_out_of_memory
 from apollo_trainer.weights.manifest import refusal
 from apollo_trainer.weights.verify import TOLERANCE_NATS, log_probabilities
 
@@ -19,13 +20,14 @@ def require_frozen_context(model: Any, token_ids: list[int]) -> float:
     5.19): a run would then learn the continuation of nothing.
 
     Returns the largest difference of a token's log-probability, in nats. Raises FailedPrecondition
-    when it is more than the dtype explains.
+    when it is more than the dtype explains, OutOfMemory where a forward does not fit.
     """
     half = len(token_ids) // 2
     context, continuation = tuple(token_ids[:half]), tuple(token_ids[half:])
-    whole = log_probabilities(model, token_ids)[half - 1 :]
     try:
-        logits = continuation_logits(model, context, continuation).float().cpu()
+        with refusing_out_of_memory():
+            whole = log_probabilities(model, token_ids)[half - 1 :]
+            logits = continuation_logits(model, context, continuation).float().cpu()
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise refusal(
             "CONTEXT_UNSUPPORTED",

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from apollo_trainer.training.batch import Mixing, TokenIds, plan_batches
 from apollo_trainer.training.frozen_context import FrozenContexts, batch_logits
 from apollo_trainer.training.loss import continuation_logits
-from apollo_trainer.training.out_of_memory import is_out_of_memory
+from apollo_trainer.training.out_of_memory import is_out_of_memory, refusing_out_of_memory
 from apollo_trainer.training.samples import TokenizedSample
 
 log = logging.getLogger(__name__)
@@ -31,13 +31,14 @@ def mixing_of(model: Any) -> Mixing:
     """The most that a forward of this model may hold, tried once with a few tokens.
 
     A model whose cache is more than keys and values, or whose samples see each other in one
-    forward, runs one by one.
+    forward, runs one by one. Raises OutOfMemory; it is then tried again the next time.
     """
     if model not in _found:
-        if not _computes(model):
-            return Mixing.ONE
-        tries = (m for m in (Mixing.PADDED, Mixing.SAME_LENGTH) if _works(model, m))
-        _found[model] = next(tries, Mixing.ONE)
+        with refusing_out_of_memory():
+            if not _computes(model):
+                return Mixing.ONE
+            tries = (m for m in (Mixing.PADDED, Mixing.SAME_LENGTH) if _works(model, m))
+            _found[model] = next(tries, Mixing.ONE)
         log.info("samples in one forward: %s", _found[model].name)
     return _found[model]
 

@@ -14,6 +14,11 @@ from apollo_trainer.training.batch import MicroBatch
 # torch's allocator on a CPU raises a plain RuntimeError, with one of these words in it.
 _WORDS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "Cannot allocate memory")
 
+_A_FEW_TOKENS = (
+    "There is not even memory for a forward of a few tokens; nothing was written. Lower vLLM's "
+    "gpu_memory_utilization, or give the server more memory."
+)
+
 
 class OutOfMemory(ResourceExhausted):
     """A step needs more memory than there is; the weights and the optimizer are as before it."""
@@ -22,8 +27,14 @@ class OutOfMemory(ResourceExhausted):
 
 
 @contextmanager
-def refusing_out_of_memory(batches: Sequence[MicroBatch], token_budget: int) -> Iterator[None]:
-    """Turns a failed allocation inside into OutOfMemory; wrap nothing that has written."""
+def refusing_out_of_memory(
+    batches: Sequence[MicroBatch] = (), token_budget: int = 0
+) -> Iterator[None]:
+    """Turns a failed allocation inside into OutOfMemory; wrap nothing that has written.
+
+    Args:
+        batches: what is run inside; none where a few tokens are tried before any step.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -35,7 +46,7 @@ def refusing_out_of_memory(batches: Sequence[MicroBatch], token_budget: int) -> 
         return
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    raise _refusal(batches, token_budget)
+    raise _refusal(batches, token_budget) if batches else OutOfMemory(_A_FEW_TOKENS)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -53,6 +64,11 @@ def _refusal(batches: Sequence[MicroBatch], token_budget: int) -> OutOfMemory:
         if rows > 1
         else f"Shorten the sample of {learned} continuation and {context + 1} context tokens."
     )
+    if len(batches) > 1:
+        todo += (
+            f" The step has {len(batches)} micro-batches, whose gradients are summed at 4 bytes a "
+            "weight: a step of one micro-batch holds one gradient at a time."
+        )
     return OutOfMemory(
         f"The step ran out of memory; nothing of it was written. Its largest micro-batch has "
         f"{largest.learned_tokens} continuation tokens ({rows} samples of up to {learned}, padding "

@@ -47,53 +47,55 @@ def trial_backward(
             # The writing pass allocates this too: it must fail now, when nothing is written.
             torch.empty(STEP_SCRATCH_BYTES, dtype=torch.uint8, device=param.device)
 
-    with _each_gradient(params, use):
+    with each_gradient(params, use):
         torch.autograd.backward([loss], retain_graph=keep_graph)
 
 
 def write_backward(loss: Tensor, params: Sequence[Tensor], optimizer: Apollo) -> float:
-    """Steps each parameter when its gradient is there, and frees it; returns the step's seconds.
-
-    Raises StepIncomplete once anything may have been written; before, what happened.
-    """
-    seconds, begun = 0.0, False
+    """Steps each parameter when its gradient is there, and frees it; returns the step's seconds."""
+    seconds = 0.0
 
     def use(param: Tensor) -> None:
-        nonlocal seconds, begun
-        if not begun:
-            # What forbids the write must not be told as a write that failed halfway.
-            optimizer.before_write()
-        began, begun = time.perf_counter(), True
+        nonlocal seconds
+        began = time.perf_counter()
         if optimizer.step_param(param):
             param.grad = None
         seconds += time.perf_counter() - began
 
     optimizer.begin_step()
     try:
-        with _each_gradient(params, use):
+        with each_gradient(params, use):
             torch.autograd.backward([loss])
         began = time.perf_counter()
         optimizer.end_step()
         return seconds + time.perf_counter() - began
-    except BaseException as error:
+    except BaseException:
         optimizer.abandon_step()
-        if begun:
-            raise step_incomplete(error) from error
         raise
 
 
-def step_incomplete(error: BaseException) -> StepIncomplete:
-    """The error for a write that failed halfway; the log has the cause."""
-    log.error("a step failed while it was written", exc_info=error)
-    return StepIncomplete(
-        "A step failed while it was written: part of it is in the weights and in the optimizer's "
-        "state. The server's log has the cause. Restore a snapshot, or restart vLLM to load the "
-        "model directory again."
-    )
+@contextmanager
+def telling_incomplete(optimizer: Apollo) -> Iterator[None]:
+    """Around a step: raises StepIncomplete for what fails once it is partly in the weights.
+
+    What forbids the write passes as it is: it must not be told as a write that failed halfway.
+    What a device failed at is known when its results are read: read them inside.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not optimizer.wrote:
+            raise
+        log.error("a step failed while it was written", exc_info=error)
+        raise StepIncomplete(
+            "A step failed while it was written: part of it is in the weights and in the "
+            "optimizer's state. The server's log has the cause. Restore a snapshot, or restart "
+            "vLLM to load the model directory again."
+        ) from error
 
 
 @contextmanager
-def _each_gradient(params: Sequence[Tensor], use: Callable[[Tensor], None]) -> Iterator[None]:
+def each_gradient(params: Sequence[Tensor], use: Callable[[Tensor], None]) -> Iterator[None]:
     """Calls `use` with each parameter when its gradient has been accumulated."""
     hooks: list[Any] = [
         p.register_post_accumulate_grad_hook(use)  # type: ignore[no-untyped-call]

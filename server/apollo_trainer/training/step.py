@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from apollo_trainer.optim import Apollo
 from apollo_trainer.optim.gradients import has_ties
 from apollo_trainer.optim.options import settings_for
+from apollo_trainer.training.accumulation import summed_gradients
 from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
 from apollo_trainer.training.frozen_context import FrozenContexts
 from apollo_trainer.training.guard import NO_LIMITS, Guard
@@ -20,7 +22,7 @@ from apollo_trainer.training.inspection import Inspection
 from apollo_trainer.training.loss import batch_loss, total_weight
 from apollo_trainer.training.mixing import mixing_of
 from apollo_trainer.training.out_of_memory import refusing_out_of_memory
-from apollo_trainer.training.release import step_incomplete, trial_backward, write_backward
+from apollo_trainer.training.release import telling_incomplete, trial_backward, write_backward
 from apollo_trainer.training.samples import TokenizedSample
 
 TOKEN_BUDGET = 1024
@@ -36,7 +38,8 @@ class StepPolicy:
             it may hold 16 times as many. A single sample may be larger.
         dry_run: find everything, write nothing.
         release: let go of each gradient as soon as it has been used, where a step allows it.
-            False keeps all of them, as large as the model, and saves a backward pass.
+            False keeps all of them, as large as the model, and saves a backward pass. A step of
+            several micro-batches always keeps them, as their sum: in float32, 4 bytes a weight.
     """
 
     token_budget: int = TOKEN_BUDGET
@@ -158,19 +161,23 @@ class _Step:
             graph, loss_sum = self._try_gradients()
         self._check_gradients()
         skipped, learning_rate = self.optimizer.skipped_nonfinite, self._learning_rate()
-        if not self.policy.dry_run:
+        if self.policy.dry_run:
+            return self._result(loss_sum, learning_rate, skipped)
+        with telling_incomplete(self.optimizer):
             self._write(graph)
-        return self._result(loss_sum, learning_rate, self.optimizer.skipped_nonfinite - skipped)
+            return self._result(loss_sum, learning_rate, skipped)
 
     def _keep_gradients(self) -> float:
         """The gradients of all micro-batches summed; returns the sum of the losses."""
         sums = []
-        for batch in self.batches:
-            weighted, loss_sum = self._forward(batch)
-            sums.append(loss_sum)
-            began = time.perf_counter()
-            torch.autograd.backward([weighted])
-            self.times.backward += time.perf_counter() - began
+        several = len(self.batches) > 1
+        with summed_gradients(self.model.parameters()) if several else nullcontext():
+            for batch in self.batches:
+                weighted, loss_sum = self._forward(batch)
+                sums.append(loss_sum)
+                began = time.perf_counter()
+                torch.autograd.backward([weighted])
+                self.times.backward += time.perf_counter() - began
         total = float(torch.stack(sums).sum())
         self.policy.guard.check_loss(total / self.tokens)
         for param in self.params:
@@ -207,10 +214,7 @@ class _Step:
             self.times.backward += time.perf_counter() - began - inside
             self.times.optimizer = inside
             return
-        try:
-            self.optimizer.step()
-        except BaseException as error:
-            raise step_incomplete(error) from error
+        self.optimizer.step()
         self.times.optimizer = time.perf_counter() - began
 
     @property
@@ -232,7 +236,7 @@ class _Step:
             return self.inspection.update_norm(), self.inspection.changed() / max(1, elements)
         return _measured(optimizer.last_update_norm), _measured(optimizer.last_changed_fraction)
 
-    def _result(self, loss_sum: float, learning_rate: float, skipped: int) -> StepResult:
+    def _result(self, loss_sum: float, learning_rate: float, skipped_before: int) -> StepResult:
         update_norm, changed_fraction = self._update()
         return StepResult(
             loss=loss_sum / self.tokens,
@@ -248,7 +252,7 @@ class _Step:
             optimizer_step=self.optimizer.step_count,
             micro_batches=len(self.batches),
             full_gradients=self.full,
-            skipped_tensors=skipped,
+            skipped_tensors=self.optimizer.skipped_nonfinite - skipped_before,
         )
 
 

@@ -18,10 +18,11 @@ def meta_model(directory: str) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        if getattr(config, "quantization_config", None):
+        text = config.get_text_config()
+        if any(getattr(each, "quantization_config", None) for each in (config, text)):
             raise refusal("QUANTIZED", "The model is quantised; train an unquantised one.")
         # torch's own attention has no soft cap, and would leave it out in silence.
-        capped = getattr(config, "attn_logit_softcapping", None)
+        capped = getattr(text, "attn_logit_softcapping", None)
         chosen = {"attn_implementation": "eager"} if capped else {}
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **chosen)  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ TOLERANCE_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05
 def probe_tokens(model: Any, max_model_len: int) -> list[int]:
     """Tokens to score: seeded, spread over the vocabulary, longer than a short sliding window."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    window = getattr(model.config, "sliding_window", None) or 0
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
     wanted = max(PROBE_TOKENS, window + PAST_WINDOW if window <= MAX_PROBED_WINDOW else 0)
     generator = torch.Generator().manual_seed(PROBE_SEED)
     count = max(2, min(wanted, max_model_len - 1))

@@ -31,6 +31,7 @@ def test_an_attached_model_is_supported_with_its_figures():
     assert (diagnosis.views, diagnosis.parameters) == (13, 13)
     assert diagnosis.max_logprob_difference == pytest.approx(2e-6)
     assert diagnosis.lines()[-1].split() == ["supported", "yes"]
+    assert diagnosis.lines()[-2].split() == ["detail", "mapped"]
 
 
 def test_each_refused_parameter_is_named_with_its_reason():
@@ -82,6 +83,7 @@ def test_a_long_context_is_shortened_unless_the_user_says_how_long_it_is():
     config = {"max_position_embeddings": 131072}
     assert served_length(config, []) == ["--max-model-len", "1024"]
     assert served_length({"n_positions": 256}, []) == ["--max-model-len", "256"]
+    assert served_length({"text_config": config}, []) == ["--max-model-len", "1024"]
     assert served_length(config, ["--max-model-len=99"]) == []
     assert served_length({}, []) == []
 

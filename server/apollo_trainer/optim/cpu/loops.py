@@ -32,6 +32,10 @@ _WEYL_0, _WEYL_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _SIGN, _MAGNITUDE = np.uint32(0x80000000), np.uint32(0x7FFFFFFF)
 _INFINITY, _NAN = np.uint32(0x7F800000), np.uint32(0x7FC00000)
 _SIXTEEN = np.uint32(16)
+_MANTISSA, _TWICE_THE_BIAS = np.uint32(23), np.uint32(254)
+# Below 2**-14, float32's exponent 113, numbers of float16 are 2**-24 apart.
+_SMALLEST_HALF, _TEN = np.uint32(113), np.uint32(10)
+_THREE, _OF_13_BITS = np.uint16(3), np.float32(2.0**-13)
 
 
 def _compiled(function: Loop) -> Loop:
@@ -170,6 +174,25 @@ def store_bfloat16(
         for j in range(width):
             odd = np.uint32(np.uint32(bits[j] >> _SIXTEEN) & tie)
             target[j] = np.uint32(np.uint32(bits[j] + np.uint32(more[j])) + odd) >> _SIXTEEN
+
+
+@_compiled
+def round_float16(exact: Array, added: Array) -> None:
+    """Rounds `exact` up to a number of float16 with 13 of the 16 bits `added`, in place; flat.
+
+    As `rounding.round_stochastic`, operation by operation.
+    """
+    for j in range(exact.size):
+        bits = exact[j]
+        magnitude = np.uint32(bits & _MAGNITUDE)
+        # Exponents of the distance between two numbers, and of its inverse.
+        unit = np.uint32(max(np.uint32(magnitude >> _MANTISSA), _SMALLEST_HALF) - _TEN)
+        quantum = np.uint32(unit << _MANTISSA).view(np.float32)
+        inverse = np.uint32(np.uint32(_TWICE_THE_BIAS - unit) << _MANTISSA).view(np.float32)
+        fraction = np.float32(np.float32(added[j] >> _THREE) * _OF_13_BITS)
+        whole = np.floor(np.float32(np.float32(magnitude.view(np.float32) * inverse) + fraction))
+        rounded = np.float32(np.float32(whole) * quantum).view(np.uint32)
+        exact[j] = bits if magnitude >= _INFINITY else np.uint32(rounded | (bits & _SIGN))
 
 
 @_compiled

@@ -20,6 +20,8 @@ Rows = tuple[Array, int, int]  # memory, the place of the first element, the dis
 BITS: dict[torch.dtype, tuple[torch.dtype, Any]] = {
     torch.bfloat16: (torch.int16, np.uint16),
     torch.float32: (torch.int32, np.uint32),
+    # A number and no pattern: what the loops see of it is float32, which holds each of them.
+    torch.float16: (torch.float16, np.float16),
 }
 TILE = 2**18  # elements that are projected at once: 1 MiB as float32
 CHUNK = 2**18  # elements that are written at once
@@ -38,7 +40,10 @@ def scratch(name: str, size: int, dtype: Any) -> Array:
 
 @dataclass(frozen=True)
 class Memory:
-    """The bit patterns of a stack [E, a, b], and the memory from its first to its last element."""
+    """The bit patterns of a stack [E, a, b], and the memory from its first to its last element.
+
+    float16 is in it as itself.
+    """
 
     view: Array
     flat: Array
@@ -53,6 +58,11 @@ class Memory:
         flat = stack.as_strided((span,), (1,))
         return Memory(stack.numpy().view(unsigned), flat.numpy().view(unsigned))
 
+    @property
+    def is_half(self) -> bool:
+        """Whether it is float16."""
+        return bool(self.view.dtype == np.float16)
+
     def larger_first(self) -> Memory:
         """Itself [E, n, m] with n >= m, or its transpose."""
         _, a, b = self.view.shape
@@ -64,8 +74,15 @@ class Memory:
         return e, a, 1 if self.view.shape[2] == 1 else b
 
     def rows(self, tile: Tile) -> Rows:
-        """Where rows lie; in a copy, unless the elements of a row are neighbours."""
+        """Where rows lie; in a copy, unless the elements of a row are neighbours.
+
+        Of float16 it is a copy as float32.
+        """
         e, rows = tile
+        if self.is_half:
+            wide = np.empty(self.view[e, rows].shape, np.float32)
+            convert(self.view[e, rows], wide)
+            return wide.reshape(-1).view(np.uint32), 0, self.view.shape[2]
         by_matrix, by_row, by_column = self.steps()
         if by_column == 1:
             return self.flat, e * by_matrix + rows.start * by_row, by_row
@@ -86,7 +103,9 @@ class Memory:
             return self.flat.view(np.float32), at, by_row
         distance = width + PADDING
         out = scratch("tile", count * distance, np.uint32)
-        if by_column == 1:
+        if self.is_half:
+            convert(self.view[e, rows], out.view(np.float32).reshape(count, -1)[:, :width])
+        elif by_column == 1:
             loops.widen(self.flat, at, by_row, count, width, out, distance)
         elif by_row == 1:
             loops.widen_transposed(self.flat, at, by_column, width, count, out, distance)
@@ -94,6 +113,11 @@ class Memory:
             shift = np.uint32(8 * (4 - self.flat.itemsize))
             np.left_shift(self.view[e, rows], shift, out=out.reshape(count, -1)[:, :width])
         return out.view(np.float32), 0, distance
+
+
+def convert(source: Array, target: Array) -> None:
+    """Copies float16 as float32 or back, to the nearest; torch does it many at a time."""
+    torch.from_numpy(target).copy_(torch.from_numpy(source))
 
 
 def tiles(matrices: Iterable[int], length: int, size: int) -> list[Tile]:

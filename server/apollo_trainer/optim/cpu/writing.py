@@ -6,10 +6,16 @@ from types import ModuleType
 
 import numpy as np
 
-from apollo_trainer.optim.cpu.memory import Array, Memory, Rows, Tile, scratch
+from apollo_trainer.optim.cpu.memory import Array, Memory, Rows, Tile, convert, scratch
 from apollo_trainer.optim.reference import Job
 
 Change = tuple[float, int]  # the sum of squares, and how many elements
+# Bit patterns, as float32, of the largest finite number of each kind of weights; float32's any.
+_LARGEST = {
+    np.uint32: np.uint32(0x7FFFFFFF),
+    np.uint16: np.uint32(0x7F7F0000),
+    np.float16: np.uint32(0x477FE000),
+}
 
 
 class Writer:
@@ -40,8 +46,8 @@ class Writer:
         (e, rows), (_, a, b), loops = tile, W.view.shape, self._loops
         size, first = rows.stop - rows.start, first + (e * a + rows.start) * b
         target, exact = W.rows(tile), scratch("exact", size * b, np.uint32)
-        before = np.array(W.view[e, rows]).reshape(-1) if self._job.change is not None else None
-        source, largest = target, np.uint32(0x7FFFFFFF if W.flat.itemsize == 4 else 0x7F7F0000)
+        before = self._before(W, tile, target) if self._job.change is not None else None
+        source, largest = target, _LARGEST[W.view.dtype.type]
         if self._low is not None:
             low = self._low[first : first + size * b]
             joined = scratch("joined", size * b, np.uint32)
@@ -50,6 +56,9 @@ class Writer:
         loops.subtract(*source, *G, size, b, by_row, by_column, self._decay, largest, exact)
         if W.flat.itemsize == 4:
             W.view[e, rows] = exact.reshape(size, b)
+        elif W.is_half:
+            self._round_float16(exact, first)
+            convert(exact.view(np.float32).reshape(size, b), W.view[e, rows])
         else:
             added, tie = self._added(first, size * b)
             loops.store_bfloat16(exact, added, tie, *target, size, b)
@@ -58,6 +67,15 @@ class Writer:
             # The lower half comes first in memory.
             low[:] = exact.view(np.int16)[::2]
         return None if before is None else loops.changes(before, *W.rows(tile), size, b)
+
+    def _before(self, W: Memory, tile: Tile, target: Rows) -> Array:
+        """The weights as `changes` compares them."""
+        return target[0] if W.is_half else np.array(W.view[tile]).reshape(-1)
+
+    def _round_float16(self, exact: Array, first: int) -> None:
+        """In place, to numbers of float16; to the nearest ones conversion itself rounds."""
+        if self._job.rounding.mode == "stochastic":
+            self._loops.round_float16(exact, self._added(first, exact.size)[0])
 
     def _added(self, first: int, count: int) -> tuple[Array, np.uint32]:
         """What rounding adds to `count` bit patterns before it cuts their lower halves off."""
