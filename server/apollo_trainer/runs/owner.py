@@ -186,12 +186,16 @@ class ModelOwner:
 
     def _show(self, session: Session) -> None:
         memory = session.attachment.memory()
+        if not_synced := session.checkpoints.why_not_synced():
+            log.warning("a sync of this directory would be refused: %s", not_synced)
 
         def change(status: status_pb2.ServerStatus) -> None:
             status.attachment = status_pb2.ATTACHMENT_STATE_ATTACHED
             status.attachment_detail = "vLLM's live weights are mapped and verified."
             if session.other_weights:
                 status.attachment_detail += f" Runs are refused: {session.other_weights}"
+            if not_synced:
+                status.attachment_detail += f" A sync would be refused: {not_synced}"
             status.model = session.attachment.directory
             status.engine_epoch = session.attachment.epoch
             status.weight_version = session.attachment.weight_version
