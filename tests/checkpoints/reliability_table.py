@@ -66,8 +66,9 @@ after syncs, or mount the directory's parent. A directory that is bound to a sec
 server itself sees is not exchanged but rolled forward, so that both paths show every sync.
 
 A loader that opens several shards by their paths, one after the other, may open the first before
-an exchange and the second after it. One that must not opens the directory, and loads
-`/proc/self/fd/N` of that handle; or it loads an export, which never changes.
+a sync and the second after it. One that must not opens the directory, and loads
+`/proc/self/fd/N` of that handle; or, where the directory is rolled forward too, it loads an export,
+which never changes.
 (`tests/checkpoints/test_holders.py`; its long form looks 10,000 times.)
 
 """

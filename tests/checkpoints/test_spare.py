@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import subprocess
@@ -17,7 +18,7 @@ from apollo_trainer.checkpoints.file_ops import FileOps
 from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.state_folder import place_of
 from apollo_trainer.checkpoints.survey import SyncOutcome
-from apollo_trainer.checkpoints.sync import SyncOptions, sync_directory
+from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, sync_directory
 from apollo_trainer.checkpoints.verify import verify_directory
 from tests.checkpoints.crash_protocols import CHANGES, ELEMENTS, files, live_model, reader
 from tests.checkpoints.test_faulty_disk import made
@@ -199,6 +200,23 @@ def test_nothing_is_spared_where_room_is_short(tmp_path: Path) -> None:
         learner.sync()
         learner.require_whole()
         assert learner.left == []
+
+
+class FullUntilFreed(FileOps):
+    """A disk without room for a new shard beside the directories before."""
+
+    def create(self, path: Path, mode: int = 0o600) -> int:
+        if path.parent.name == "tmp-next" and list(path.parent.parent.glob("before-*")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return super().create(path, mode)
+
+
+def test_what_is_kept_gives_way_before_a_sync_is_made_in_place(learner: Learner) -> None:
+    # Of another process, which has no spare shards.
+    learner.spare, learner.ops = Spare(), FullUntilFreed()
+    assert learner.sync().method == SyncMethod.EXCHANGE
+    learner.require_whole()
+    assert len(learner.left) == 1
 
 
 def test_in_the_end_the_directory_before_is_left_alone(learner: Learner) -> None:

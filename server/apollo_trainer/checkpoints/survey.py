@@ -26,7 +26,7 @@ class SyncOutcome:
     """What a sync did; bytes of live tensors compared and of files written.
 
     Attributes:
-        rounded: tensors whose dtype on disk cannot hold all that training made of them.
+        rounded: tensors that were written in a dtype that may round the live values.
     """
 
     method: SyncMethod = SyncMethod.UNCHANGED
@@ -107,7 +107,7 @@ class Survey:
         return self._staging(tensor)
 
     def note_rounded(self, names: Iterable[str]) -> None:
-        """Of tensors that are written: those that the disk's dtype cannot hold all of."""
+        """Of tensors that are written: those whose dtype on disk may round the live values."""
         for name in names:
             live = self.reader.outline(name)
             if live is not None and loses_digits(live.dtype, self.baseline.tensors[name].place):

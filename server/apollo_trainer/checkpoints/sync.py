@@ -150,8 +150,8 @@ def _write(
     survey.outcome.files_written = list(shards)
     if rounded := survey.outcome.rounded:
         log.warning(
-            "%s and %d more tensors have a dtype on disk that cannot hold all that training made "
-            "of them: they are the nearest that it can",
+            "%s and %d more tensors have a dtype on disk that does not hold every value of the "
+            "served one: what was trained is written as the nearest that it holds",
             rounded[0],
             len(rounded) - 1,
         )
