@@ -21,6 +21,7 @@ from apollo_grpc.errors import AlreadyExists, DataLoss, FailedPrecondition
 from apollo_trainer.checkpoints import export
 from apollo_trainer.checkpoints.adopt import adopt_directory
 from apollo_trainer.checkpoints.export import export_directory
+from apollo_trainer.checkpoints.preconditions import why_not_synced
 from apollo_trainer.checkpoints.recover import settle_directory
 from apollo_trainer.checkpoints.state_folder import place_of
 from apollo_trainer.checkpoints.system_calls import rename_without_replacing
@@ -263,6 +264,22 @@ def test_a_live_tensor_of_another_shape_is_refused(tmp_path: Path, live_director
         export_directory(live.folder, tmp_path / "out", Padded())  # type: ignore[arg-type]
     assert caught.value.reason == "CHECKPOINT_INCOMPATIBLE"
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize("kind", ["tied", "gpt2"])
+def test_a_directory_of_another_format_is_exported_as_safetensors(
+    tmp_path: Path, live_directory: Make, kind: str
+) -> None:
+    live = live_directory(kind)
+    (live.folder / "model.safetensors").rename(live.folder / "pytorch_model.bin")
+    place = place_of(live.folder)
+    assert "apollo checkpoint export" in why_not_synced(place, live.reader)
+    live.train()
+    export_directory(live.folder, tmp_path / "out", live.reader)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    for name, parameter in live.parameters.items():
+        torch.testing.assert_close(loaded[name], parameter, rtol=0, atol=0, msg=name)
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
 
 
 def test_a_source_without_all_tensors_is_refused(tmp_path: Path, live_directory: Make) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ from apollo_trainer.checkpoints.preconditions import incomplete, missing_from, r
 from apollo_trainer.checkpoints.shard_header import DTYPES, ShardHeader, TensorPlace
 from apollo_trainer.checkpoints.state_folder import Place, place_of
 from apollo_trainer.checkpoints.survey import Progress
-from apollo_trainer.checkpoints.tensor_file import digest_at, read_header, write_tensors
+from apollo_trainer.checkpoints.tensor_file import (
+    bytes_of,
+    digest_at,
+    pieces_of,
+    read_header,
+    write_tensors,
+)
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from apollo_trainer.weights.loaded_files import INDEX
 
@@ -86,7 +93,10 @@ def _exists(target: Path) -> AlreadyExists:
 
 
 class _Values:
-    """The source's tensors by name: where each lies there, and the bytes that it is to have."""
+    """The tensors by name: where each lies in the source, and the bytes that it is to have.
+
+    A source without safetensors has none to go by: then they are those of the live model.
+    """
 
     def __init__(self, place: Place, reader: CheckpointReader):
         self.place, self._reader, self._staging = place, reader, Staging()
@@ -97,21 +107,32 @@ class _Values:
 
     def outlines(self) -> dict[str, torch.Tensor]:
         """Dtypes and shapes, as tensors without values."""
+        if not self.at:
+            found = {name: self._reader.outline(name) for name in self._reader.names()}
+            return {name: outline for name, outline in found.items() if outline is not None}
         return {
             name: torch.empty(at.shape, dtype=DTYPES[at.dtype], device="meta")
             for name, (_, at) in self.at.items()
         }
 
-    def pieces(self, name: str) -> Any:
+    def pieces(self, name: str) -> Iterator[memoryview]:
         """As `bytes_to_write`."""
-        (path, at), live = self.at[name], self._reader.read(name)
+        live = self._reader.read(name)
         staged = None if live is None else self._staging(live)
-        return bytes_to_write(self.place.ops, path, at, staged)
+        if name in self.at:
+            return bytes_to_write(self.place.ops, *self.at[name], staged)
+        assert staged is not None
+        return pieces_of(bytes_of(staged))
 
 
 def _headers(place: Place, reader: CheckpointReader) -> dict[str, ShardHeader]:
-    """Of the files that vLLM loads, or of those of transformers where they alone hold all."""
+    """Of the files that vLLM loads, or of those of transformers where they alone hold all.
+
+    None where there are no safetensors.
+    """
     files = loaded_files(place.ops, place.directory)
+    if not files.by_either:
+        return {}
     for names in (files.by_vllm, files.by_transformers):
         headers = read_headers(place, names, reader)
         missing = missing_from(headers, reader)

@@ -115,8 +115,9 @@ def incomplete(files: list[str], missing: list[str]) -> FailedPrecondition:
     """The refusal of a directory whose files do not hold all that is live."""
     more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
     read = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    keeps = "" if files else " `apollo checkpoint export FOLDER` writes what was learned as such."
     return FailedPrecondition(
         f"The safetensors that vLLM loads from the directory ({read or 'there are none'}) do not "
-        f"hold {missing[0]}{more}; nothing was written.",
+        f"hold {missing[0]}{more}; nothing was written.{keeps}",
         reason="CHECKPOINT_INCOMPLETE",
     )
