@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from apollo_grpc.errors import AlreadyExists, DataLoss, FailedPrecondition
-from apollo_trainer.checkpoints import export
+from apollo_trainer.checkpoints import export, system_calls
 from apollo_trainer.checkpoints.adopt import adopt_directory
 from apollo_trainer.checkpoints.export import export_directory
 from apollo_trainer.checkpoints.preconditions import why_not_synced
@@ -129,7 +129,7 @@ def test_a_rename_never_replaces(
     tmp_path: Path, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernel:
-        monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+        monkeypatch.setattr(system_calls, "_LIBC", object())
     source, target = tmp_path / "a", tmp_path / "b"
     source.mkdir()
     target.mkdir()
