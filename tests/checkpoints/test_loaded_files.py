@@ -159,6 +159,20 @@ def test_transformers_loads_what_is_said_that_it_does(live_directory: Make, twin
     assert (float(loaded.abs().max()) == 0) == (chosen == [twin])
 
 
+def test_a_shard_that_is_loaded_no_more_is_told_by_its_name(live_directory: Make) -> None:
+    live = live_directory("untied", shard_size="20KB")
+    extra = live.folder / "model-extra.safetensors"
+    save_file({"extra": whole(live.folder)["lm_head.weight"]}, extra)
+    index = live.folder / INDEX
+    listed = index.read_bytes()
+    index.unlink()
+    sync_directory(live.folder, live.reader)
+    index.write_bytes(listed)
+    assert "model-extra.safetensors was changed" in refused(live, "DIRECTORY_EDITED")
+    found = verify_directory(live.folder).differences
+    assert [(d.file, d.description) for d in found] == [(extra.name, "is loaded by vLLM no more")]
+
+
 def test_a_copy_of_a_shard_is_no_edit_but_a_second_file(live_directory: Make) -> None:
     live = live_directory("tied")
     sync_directory(live.folder, live.reader)

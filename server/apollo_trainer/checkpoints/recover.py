@@ -99,11 +99,12 @@ def _remove_leftovers(place: Place) -> None:
 
 def edited(place: Place, baseline: Manifest) -> FailedPrecondition:
     """The refusal of a directory that somebody else has written to."""
-    names = sorted({*baseline.shards, *place.shard_names()})
+    loaded = set(place.shard_names())
     changed = [
         name
-        for name in names
+        for name in sorted({*baseline.shards, *loaded})
         if name not in baseline.shards
+        or name not in loaded
         or not baseline.shards[name].is_at(place.ops.found(place.directory / name))
     ]
     return FailedPrecondition(
