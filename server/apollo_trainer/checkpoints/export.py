@@ -73,6 +73,9 @@ def export_directory(
     values = _Values(place_of(source, ops), reader)
     with new_folder_beside(target, ops) as building:
         _copy_others(ops, values.place.directory, building)
+        if ops.found(values.place.aside):
+            # Of a sync that was cut off.
+            copy_file(ops, values.place.aside, building / "config.json")
         exported = _write_shards(values, building, shard_bytes, progress)
         flush_folders(ops, building)
         progress(exported.bytes_written, exported.bytes_written, target.name)

@@ -102,7 +102,6 @@ def _write(
 def _lost(place: Place, what: str) -> DataLoss:
     return DataLoss(
         f"A sync of {place.directory.name} in place was cut off, and cannot be finished: {what}. "
-        f"Nothing more was written. Bring the directory back from a copy, then remove "
-        f"{place.state}.",
+        f"Nothing more was written. {place.to_begin_anew}",
         reason="SYNC_CANNOT_FINISH",
     )

@@ -110,7 +110,8 @@ def edited(place: Place, baseline: Manifest) -> FailedPrecondition:
     return FailedPrecondition(
         f"{', '.join(changed) or place.directory.name} was changed by somebody else since the last "
         "sync; nothing was written, and the live weights were not touched. If these files are "
-        "wanted, restart vLLM to serve them; if the live weights are to replace them, remove "
+        "wanted, `apollo checkpoint export FOLDER` keeps what was learned, then restart vLLM to "
+        "serve them; if the live weights are to replace them, remove "
         f"{place.manifest_path} and sync again.",
         reason="DIRECTORY_EDITED",
     )

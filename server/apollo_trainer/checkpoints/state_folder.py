@@ -83,6 +83,15 @@ class Place:
         """The values that are being written in place."""
         return self.state / f"redo-{generation}.safetensors"
 
+    @property
+    def to_begin_anew(self) -> str:
+        """What to do where a sync cannot be finished; snapshots stay."""
+        return (
+            "If vLLM still serves what was learned, `apollo checkpoint export FOLDER` keeps it. "
+            "Bring the directory back from a copy, then remove "
+            f"{self.manifest_path} and {self.intent_path}."
+        )
+
     def shard_names(self) -> list[str]:
         """Names of the safetensors that vLLM loads, sorted. Raises as `loaded_files`."""
         return loaded_files(self.ops, self.directory).by_vllm
