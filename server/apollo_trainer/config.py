@@ -96,8 +96,10 @@ class Settings(BaseSettings):
     )
     sync_keeps_previous: bool = Field(
         default=True,
-        description="the shards of the sync before stay on disk, and the next sync writes over "
-        "them, which is many times faster where little changed; they go where room is short",
+        description="the directory that a sync replaces stays on disk, whole for whoever holds it, "
+        "until the sync after the next, which writes over its shards: that is many times faster "
+        "where little changed. Two of them are kept, with what changed; they go where room is "
+        "short",
     )
     snapshots_keep_memory: bool = Field(
         default=True,

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition
+from apollo_trainer.checkpoints.new_folder import remove_unfinished
 from apollo_trainer.checkpoints.recover import recover
 from apollo_trainer.checkpoints.state_folder import Place, held, place_under
 
@@ -37,6 +38,7 @@ def _settled(place: Place) -> str:
     """What was found. Raises as `recover` does, and FailedPrecondition where nothing says how."""
     if not place.directory.is_dir():
         raise FailedPrecondition(f"{place.directory} is no folder; nothing was written.")
+    remove_unfinished(place.directory.parent, place.ops)
     if place.ops.found(place.state) is None:
         if place.ops.found(place.aside):
             raise FailedPrecondition(

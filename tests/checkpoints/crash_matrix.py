@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from apollo_trainer.checkpoints.state_folder import place_of, read_manifest
 from tests.checkpoints.crash_protocols import MODEL, Protocol, files, fresh
@@ -52,16 +53,14 @@ def enumerate_crashes(
         images: of each crash.
         without: number of the fsync that does nothing.
         clones: the file system shares blocks between files.
-        first: the directory was never synced before; otherwise it was once.
+        first: the directory was never synced before; otherwise it was.
         stop_when_bad: one bad image is enough.
     """
     counts, rng = Counts(), random.Random(seed)
     fs, begin = fresh(), 1
     fs.clones = clones
     if not first:
-        protocol.sync(fs, 1)
-        fs.settle()
-        begin = 2
+        begin = _synced_before(protocol, fs) + 1
     fs.without = set() if without is None else {without}
     allowed = {begin - 1}
 
@@ -90,11 +89,17 @@ def enumerate_crashes(
 def flushes(protocol: Protocol, first: bool = False) -> list[str]:
     """What each fsync of one sync is of."""
     fs = fresh()
-    if not first:
-        protocol.sync(fs, 1)
-        fs.settle()
-    protocol.sync(fs, 1 if first else 2)
+    protocol.sync(fs, 1 if first else _synced_before(protocol, fs) + 1)
     return fs.flushes
+
+
+def _synced_before(protocol: Protocol, fs: MemoryFiles) -> int:
+    """Syncs once, or as often as it takes for the next one to find spare shards."""
+    last = 2 if protocol.keeps else 1
+    for generation in range(1, last + 1):
+        protocol.sync(fs, generation)
+    fs.settle()
+    return last
 
 
 def _look(
@@ -111,16 +116,30 @@ def _look(
         counts.wrong += 1
         counts.reasons.append(f"{type(error).__name__}: {error}")
         return
-    found = loaded(image)
-    if found not in allowed:
-        counts.wrong += 1
-        counts.reasons.append(f"the directory is of {found}, not of {allowed}")
-    elif protocol.ours and (reason := _disagreement(image, found)):
+    if reason := _why_wrong(protocol, image, allowed, counts.images):
         counts.wrong += 1
         counts.reasons.append(reason)
-    elif protocol.ours and counts.images % 16 == 0:
+
+
+def _why_wrong(protocol: Protocol, image: MemoryFiles, allowed: set[int], number: int) -> str:
+    """What is wrong after the recovery; empty where nothing is."""
+    found = loaded(image)
+    if found not in allowed:
+        return f"the directory is of {found}, not of {allowed}"
+    if not protocol.ours:
+        return ""
+    reason = _disagreement(image, found, protocol.keeps)
+    return reason or (_next_sync_fails(protocol, image) if number % 16 == 0 else "")
+
+
+def _next_sync_fails(protocol: Protocol, image: MemoryFiles) -> str:
+    """Why the next sync does not bring the directory up to date; empty where it does."""
+    try:
         protocol.sync(image, 9)
-        assert loaded(image) == 9
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    found = loaded(image)
+    return "" if found == 9 else f"the directory is of {found} after the next sync"
 
 
 def _recovered(protocol: Protocol, image: MemoryFiles, rng: random.Random) -> MemoryFiles:
@@ -147,23 +166,28 @@ def _off_after(operations: int) -> Callable[[], None]:
     return before
 
 
-def loaded(fs: MemoryFiles) -> int | str | None:
-    """The generation that a loader of the directory gets: "mix", or None where it fails."""
-    names = fs.names(MODEL) if fs.found(MODEL) else []
+def loaded(fs: MemoryFiles, folder: Path = MODEL) -> int | str | None:
+    """The generation that a loader of a directory gets: "mix", or None where it fails."""
+    names = fs.names(folder) if fs.found(folder) else []
     if "config.json" not in names or "notes.txt" not in names:
         return None
     content = {}
     for shard in files(0):
         if shard not in names:
             return None
-        with fs.opened(MODEL / shard) as file:
+        with fs.opened(folder / shard) as file:
             content[shard] = fs.pread(file, 1 << 20, 0)
-    return next((g for g in (0, 1, 2, 3, 9) if files(g) == content), "mix")
+    return next((g for g in (0, 1, 2, 3, 4, 9) if files(g) == content), "mix")
 
 
-def _disagreement(fs: MemoryFiles, found: int | str | None) -> str:
-    """Why the manifest is not of the directory's generation; empty where it is."""
-    manifest = read_manifest(place_of(MODEL, fs))
+def _disagreement(fs: MemoryFiles, found: int | str | None, keeps: bool) -> str:
+    """Why the manifest is not of the directory's generation, or the one before it is not whole."""
+    place = place_of(MODEL, fs)
+    for number in place.left_before()[-1:]:
+        # What is not kept may have been crashed as it was removed; that does not load.
+        if loaded(fs, place.before(number)) not in ({number} if keeps else {number, None}):
+            return f"the directory of generation {number} is not whole"
+    manifest = read_manifest(place)
     if manifest is None:
         return "" if found == 0 else "a synced directory has no manifest"
     same = manifest.generation == found

@@ -84,12 +84,17 @@ def fresh() -> MemoryFiles:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way to sync: `sync(fs, generation)`, `recover(fs)`, and what must hold after it."""
+    """A way to sync: `sync(fs, generation)`, `recover(fs)`, and what must hold after it.
+
+    Attributes:
+        keeps: the directory before, whole.
+    """
 
     name: str
     sync: Callable[[MemoryFiles, int], None]
     recover: Callable[[MemoryFiles], None]
     ours: bool = True
+    keeps: bool = False
 
 
 def ours(name: str, method: SyncMethod | None, *, spares: bool = False) -> Protocol:
@@ -112,13 +117,14 @@ def ours(name: str, method: SyncMethod | None, *, spares: bool = False) -> Proto
         place = place_of(MODEL, fs)
         with held(place):
             manifest = recover(place)
-            left = {n for n in fs.names(place.state) if n not in ("LOCK", "manifest.json")}
+            before = {f"before-{number}" for number in place.left_before()}
+            left = set(fs.names(place.state)) - {"LOCK", "manifest.json"} - before
             if manifest and not is_untouched(place, manifest):
                 raise AssertionError("the directory is not of the manifest's generation")
             if left:
                 raise AssertionError(f"{left} were left behind")
 
-    return Protocol(name, sync, settle)
+    return Protocol(name, sync, settle, keeps=spares)
 
 
 def _in_place(fs: MemoryFiles, generation: int) -> None:

@@ -18,7 +18,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from safetensors.torch import load
+
 from apollo_trainer.checkpoints.file_ops import FileOps
+from apollo_trainer.checkpoints.shard_header import LENGTH, parse_metadata
 
 SECTOR = 512
 Name = tuple[int, str]
@@ -160,6 +163,11 @@ class MemoryFiles(FileOps):
         numbers = self._node(one)[0], self._node(other)[0]
         self._change({self._at(one): numbers[1], self._at(other): numbers[0]})
 
+    def rename_new(self, source: Path, target: Path) -> None:
+        if self.found(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        self.rename(source, target)
+
     def link(self, source: Path, target: Path) -> None:
         self._change({self._at(target): self._node(source)[0]})
 
@@ -202,7 +210,7 @@ class MemoryFiles(FileOps):
     def read_link(self, path: Path) -> str:
         return self._node(path)[1].target
 
-    def copy_owner_and_mode(self, source: Path, target: Path) -> None:
+    def copy_attributes(self, source: Path, target: Path) -> None:
         self._node(target)[1].mode = self._node(source)[1].mode
 
     @contextlib.contextmanager
@@ -230,6 +238,15 @@ class MemoryFiles(FileOps):
     def pread(self, file: int, size: int, offset: int) -> bytes:
         return bytes(self.nodes[self.files[file]].data[offset : offset + size])
 
+    def preadv(self, file: int, target: memoryview, offset: int) -> int:
+        data = self.pread(file, len(target), offset)
+        target[: len(data)] = data
+        return len(data)
+
+    def tensors(self, path: Path) -> Any:
+        with self.opened(path) as file:
+            return _Tensors(self.pread(file, self.stat(path).st_size, 0))
+
     def pwrite(self, file: int, data: memoryview, offset: int) -> int:
         self.before()
         node = self.nodes[self.files[file]]
@@ -242,6 +259,9 @@ class MemoryFiles(FileOps):
             data, offset = data[size:], offset + size
         self._touch(node)
         return written
+
+    def is_bound_elsewhere(self, folder: Path) -> bool:
+        return False
 
     def is_open_here_alone(self, file: int) -> bool:
         return True
@@ -282,6 +302,32 @@ class MemoryFiles(FileOps):
                  if n == number)  # fmt: skip
         self.flushes.append(next(names, "?"))
         return len(self.flushes) - 1 not in self.without
+
+
+class _Tensors:
+    """What the product uses of safetensors' `safe_open`, of bytes."""
+
+    def __init__(self, data: bytes):
+        self._tensors = load(data)
+        self._metadata = parse_metadata(data[: LENGTH.size + LENGTH.unpack(data[: LENGTH.size])[0]])
+
+    def __enter__(self) -> _Tensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def metadata(self) -> dict[str, str] | None:
+        return self._metadata
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_tensor(self, name: str) -> Any:
+        return self._tensors[name]
+
+    def get_slice(self, name: str) -> Any:
+        return SimpleNamespace(get_shape=lambda: list(self._tensors[name].shape))
 
 
 def _apply(change: Change, names: dict[Name, int], settled: dict[Name, int]) -> None:

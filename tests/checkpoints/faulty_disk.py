@@ -11,7 +11,7 @@ from apollo_trainer.checkpoints.file_ops import FileOps
 
 CALLS = (
     "create", "pwrite", "fsync", "fdatasync", "sync_folder", "rename", "exchange", "link", "unlink",
-    "mkdir", "rmdir", "open", "pread", "stat", "names", "copy_owner_and_mode",
+    "mkdir", "rmdir", "open", "pread", "stat", "names", "copy_attributes", "rename_new",
 )  # fmt: skip
 SHORT_WRITE = "short write"
 

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from apollo_grpc.errors import ApolloError, DataLoss, FailedPrecondition
+from apollo_trainer.checkpoints.export import export_directory
 from apollo_trainer.checkpoints.state_folder import Place, place_of
 from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions
 from apollo_trainer.main import main
+from tests.checkpoints.crash_protocols import reader, weights
 from tests.checkpoints.faulty_disk import FaultyFiles, tree
 from tests.checkpoints.test_faulty_disk import generation_of, made, synced
 
@@ -151,6 +155,18 @@ def test_an_announcement_that_was_damaged_or_lost_leaves_the_config_aside(
     assert generation_of(place.directory) == 3
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_learned_is_exported_from_a_directory_that_is_mixed(
+    tmp_path: Path, method: SyncMethod
+) -> None:
+    place, out = cut_off(tmp_path, method), tmp_path / "out"
+    export_directory(place.directory, out, reader(2))
+    assert (out / "config.json").read_text() == "{}"
+    exported = load_file(out / "model.safetensors")
+    assert exported.keys() == weights(2).keys()
+    assert all(torch.equal(exported[name], values) for name, values in weights(2).items())
+
+
 def test_a_log_that_was_damaged_is_not_written(tmp_path: Path) -> None:
     place = cut_off(tmp_path, SyncMethod.IN_PLACE)
     (log,) = place.state.glob("redo-*")
@@ -184,8 +200,10 @@ def test_a_new_shard_that_was_taken_away_leaves_the_config_aside(tmp_path: Path)
     made(tmp_path / "copy")
     for path in (tmp_path / "copy").iterdir():
         path.rename(place.directory / path.name)
-    for path in place.state.iterdir():
+    snapshot = place.state / "snapshots" / "00000001-0123456789ab"
+    snapshot.mkdir(parents=True)
+    for path in (place.manifest_path, place.intent_path):
         path.unlink()
-    place.state.rmdir()
     synced(place.directory, 3, SyncOptions())
     assert generation_of(place.directory) == 3
+    assert snapshot.exists()

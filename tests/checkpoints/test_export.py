@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
-import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,17 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from apollo_grpc.errors import AlreadyExists, DataLoss, FailedPrecondition
-from apollo_trainer.checkpoints import export, store_folder
+from apollo_trainer.checkpoints import export, system_calls
+from apollo_trainer.checkpoints.adopt import adopt_directory
 from apollo_trainer.checkpoints.export import export_directory
-from apollo_trainer.checkpoints.no_replace import rename_without_replacing
+from apollo_trainer.checkpoints.preconditions import why_not_synced
+from apollo_trainer.checkpoints.recover import settle_directory
+from apollo_trainer.checkpoints.state_folder import place_of
+from apollo_trainer.checkpoints.system_calls import rename_without_replacing
+from apollo_trainer.main import main
+from tests.checkpoints.crash_protocols import reader
+from tests.checkpoints.faulty_disk import FaultyFiles
+from tests.checkpoints.test_faulty_disk import made
 
 Make = Callable[..., Any]
 INDEX = "model.safetensors.index.json"
@@ -118,7 +129,7 @@ def test_a_rename_never_replaces(
     tmp_path: Path, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernel:
-        monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+        monkeypatch.setattr(system_calls, "_LIBC", object())
     source, target = tmp_path / "a", tmp_path / "b"
     source.mkdir()
     target.mkdir()
@@ -136,11 +147,12 @@ def test_what_does_not_read_back_is_removed(
     live = live_directory("tied")
     original = export.write_tensors
 
-    def corrupt(tensors: Any, path: Path, metadata: Any) -> None:
-        original(tensors, path, metadata)
+    def corrupt(tensors: Any, path: Path, *more: Any) -> Any:
+        digests = original(tensors, path, *more)
         data = bytearray(path.read_bytes())
         data[-3] ^= 1
         path.write_bytes(data)
+        return digests
 
     monkeypatch.setattr(export, "write_tensors", corrupt)
     with pytest.raises(DataLoss) as caught:
@@ -149,24 +161,85 @@ def test_what_does_not_read_back_is_removed(
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
 
 
-@pytest.mark.parametrize("calls", [0, 1, 3, 6])
-def test_a_full_disk_leaves_nothing(
-    tmp_path: Path, live_directory: Make, monkeypatch: pytest.MonkeyPatch, calls: int
-) -> None:
-    live, left = live_directory("untied"), [calls]
-    original = export.flush_file
+def test_a_full_disk_leaves_nothing(tmp_path: Path, live_directory: Make) -> None:
+    live = live_directory("untied")
+    for number in range(400):
+        target, disk = tmp_path / "out", FaultyFiles(number, "ENOSPC")
+        try:
+            export_directory(live.folder, target, live.reader, shard_bytes=20_000, ops=disk)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        if not disk.failed:
+            break
+        # Once it has its name it is whole, be the folder's own fsync refused or not.
+        if target.exists():
+            assert names_in(target) == names_in(live.folder)
+            shutil.rmtree(target)
+        # What cannot be removed, the next one removes.
+        if disk.failed not in ("unlink", "rmdir", "names", "stat"):
+            assert {p.name for p in tmp_path.iterdir()} == {"model"}
+    assert number > 60
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "out"}
 
-    def full(path: Path) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(path)
 
-    for room in (export, store_folder):
-        monkeypatch.setattr(room, "flush_file", full)
-    with pytest.raises(OSError, match="No space"):
-        export_directory(live.folder, tmp_path / "out", live.reader, shard_bytes=20_000)
-    assert {p.name for p in tmp_path.iterdir()} == {"model"}
+KILLED_EXPORT = """
+import os, signal, sys
+from pathlib import Path
+from apollo_trainer.checkpoints.adopt import adopt_directory
+from apollo_trainer.checkpoints.export import export_directory
+from apollo_trainer.checkpoints.file_ops import FileOps
+from tests.checkpoints.crash_protocols import reader
+
+class Dies(FileOps):
+    def rename_new(self, source, target):
+        print("waiting", flush=True)
+        sys.stdin.readline()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+export_directory(Path(sys.argv[1]), Path(sys.argv[2]), reader(2), ops=Dies())
+"""
+
+
+def unfinished(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if "apollo-new" in path.name]
+
+
+def test_what_a_killed_export_left_is_removed_and_what_is_written_is_not(tmp_path: Path) -> None:
+    source = made(tmp_path / "model")
+    command = [sys.executable, "-c", KILLED_EXPORT, str(source), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"waiting\n"
+        export_directory(source, tmp_path / "other", reader(2))
+        assert len(unfinished(tmp_path)) == 1
+        process.communicate(b"\n", timeout=30)
+    assert (process.returncode, len(unfinished(tmp_path))) == (-signal.SIGKILL, 1)
+    export_directory(source, tmp_path / "out", reader(2))
+    assert unfinished(tmp_path) == []
+
+
+def recovered(folder: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["recover", str(folder)])
+
+
+@pytest.mark.parametrize(
+    "by",
+    [
+        lambda source: adopt_directory(source, source.with_name("copy")),
+        lambda source: settle_directory(place_of(source)),
+        recovered,
+    ],
+    ids=["a copy", "the start of a server", "recover"],
+)
+def test_it_is_removed_too_by(tmp_path: Path, by: Callable[[Path], object]) -> None:
+    source = made(tmp_path / "model")
+    left = tmp_path / ".out.apollo-new-0123456789ab"
+    left.mkdir()
+    (left / "config.json").write_text("{}")
+    mine = tmp_path / ".out.apollo-new-mine"
+    mine.mkdir()
+    by(source)
+    assert unfinished(tmp_path) == [mine]
 
 
 def test_a_live_tensor_of_another_shape_is_refused(tmp_path: Path, live_directory: Make) -> None:
@@ -193,9 +266,26 @@ def test_a_live_tensor_of_another_shape_is_refused(tmp_path: Path, live_director
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
 
 
+@pytest.mark.parametrize("kind", ["tied", "gpt2"])
+def test_a_directory_of_another_format_is_exported_as_safetensors(
+    tmp_path: Path, live_directory: Make, kind: str
+) -> None:
+    live = live_directory(kind)
+    (live.folder / "model.safetensors").rename(live.folder / "pytorch_model.bin")
+    place = place_of(live.folder)
+    assert "apollo checkpoint export" in why_not_synced(place, live.reader)
+    live.train()
+    export_directory(live.folder, tmp_path / "out", live.reader)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    for name, parameter in live.parameters.items():
+        torch.testing.assert_close(loaded[name], parameter, rtol=0, atol=0, msg=name)
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
 def test_a_source_without_all_tensors_is_refused(tmp_path: Path, live_directory: Make) -> None:
     live = live_directory("tied", shard_size="20KB")
     sorted(live.folder.glob("*.safetensors"))[0].unlink()
+    (live.folder / INDEX).unlink()
     with pytest.raises(FailedPrecondition) as caught:
         export_directory(live.folder, tmp_path / "out", live.reader)
     assert caught.value.reason == "CHECKPOINT_INCOMPLETE"

@@ -81,19 +81,23 @@ def test_a_call_that_fails_leaves_one_generation_and_the_next_sync_works(
 
 
 def test_a_process_whose_sync_over_spare_shards_failed_goes_on(tmp_path: Path) -> None:
+    folder, spare = made(tmp_path / "model"), Spare()
+    for generation in (2, 3, 1):
+        synced(folder, generation, SyncOptions(spare=spare))
+    now = 1
     for number in range(ENOUGH):
-        folder, spare = made(tmp_path / f"model{number}"), Spare()
-        synced(folder, 2, SyncOptions(spare=spare))
-        assert place_of(folder).next_folder.exists()
+        failing, then = now % 3 + 1, (now + 1) % 3 + 1
+        assert len(place_of(folder).left_before()) == 2
         disk = FaultyFiles(number, "EIO")
         with contextlib.suppress(OSError):
-            synced(folder, 3, SyncOptions(spare=spare, ops=disk))
+            synced(folder, failing, SyncOptions(spare=spare, ops=disk))
         if not disk.failed:
             break
-        assert generation_of(folder) in (2, 3)
-        synced(folder, 1, SyncOptions(spare=spare))
-        assert generation_of(folder) == 1
-        assert verify_directory(folder, reader(1), full=True).differences == []
+        assert generation_of(folder) in (now, failing)
+        synced(folder, then, SyncOptions(spare=spare))
+        assert generation_of(folder) == then
+        assert verify_directory(folder, reader(then), full=True).differences == []
+        now = then
     assert 30 < number < ENOUGH - 1
 
 

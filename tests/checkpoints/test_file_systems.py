@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, sync_directory
 from apollo_trainer.checkpoints.tensor_file import write_tensors
 from apollo_trainer.checkpoints.verify import verify_directory
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, CheckpointTensor
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from tests.checkpoints.conftest import LiveDirectory
-from tests.checkpoints.crash_protocols import files
+from tests.checkpoints.crash_protocols import files, reader
 from tests.checkpoints.faulty_disk import tree
+from tests.checkpoints.learner import Learner, assert_same
 from tests.checkpoints.private_mounts import (
     DISK,
     NOBODY,
@@ -252,3 +254,16 @@ def synced_big(folder: Path, live: Big) -> Any:
     return sync_directory(
         folder, live.reader, versions=lambda name: live.parameters[name]._version + 1
     )
+
+
+@with_private_mounts
+def test_on_a_read_only_file_system_a_directory_is_verified_and_snapshots_are_listed() -> None:
+    folder = made(tmpfs() / "model")
+    learner, state = Learner(), DISK / ".model.apollo"
+    info = SnapshotStore(state).create(learner.state(), "one")
+    read_only(DISK)
+    assert verify_directory(folder, reader(1), full=True).differences == []
+    store = SnapshotStore(state)
+    assert [each.id for each in store.list()] == [info.id]
+    assert_same(store.load(info.id), learner.state())
+    assert refused(lambda: store.create(learner.state(), "two")) == errno.EROFS

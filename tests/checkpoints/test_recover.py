@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_trainer.checkpoints.adopt import adopt_directory
@@ -120,7 +121,7 @@ def test_a_shard_that_came_or_went_is_told(folder: Path, what: str) -> None:
         (folder / "c.safetensors").rename(folder.parent / "elsewhere")
         assert refused(folder).reason == "CHECKPOINT_INCOMPLETE"
         return
-    shutil.copy(folder / "c.safetensors", folder / "d.safetensors")
+    save_file({"d0": torch.ones(3)}, folder / "d.safetensors")
     assert refused(folder).reason == "DIRECTORY_EDITED"
 
 
@@ -175,7 +176,9 @@ def test_a_hub_cache_is_refused_and_its_adopted_copy_is_synced(tmp_path: Path) -
         (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
     error = refused(snapshot)
     assert error.reason == "HUB_CACHE"
-    assert "apollo checkpoint adopt" in error.message
+    # The copy holds the weights of before: what keeps the learned ones is named first.
+    assert error.message.index("checkpoint export") < error.message.index("checkpoint adopt")
+    assert "without what was learned" in error.message
     told: list[tuple[int, int, str]] = []
     mine = tmp_path / "mine"
     made_of = adopt_directory(snapshot, mine, lambda *progress: told.append(progress))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -24,10 +23,12 @@ from apollo_grpc.errors import (
     NotFound,
     ResourceExhausted,
 )
-from apollo_trainer.checkpoints import snapshot_store, store_folder
+from apollo_trainer.checkpoints import snapshot_store
 from apollo_trainer.checkpoints.model_state import capture
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
 from apollo_trainer.optim import Apollo
+from tests.checkpoints.crash_store import state
+from tests.checkpoints.faulty_disk import FaultyFiles
 from tests.checkpoints.learner import Learner, assert_same
 
 Make = Callable[..., Any]
@@ -55,6 +56,13 @@ while True:
 @pytest.fixture
 def learner() -> Learner:
     return Learner()
+
+
+class ReadOnly(FaultyFiles):
+    """A disk that takes no write."""
+
+    def fails(self, name: str) -> bool:
+        return name not in ("open", "pread", "stat", "names")
 
 
 def files(root: Path) -> set[str]:
@@ -113,7 +121,9 @@ def test_names_are_unique_and_one_line(tmp_path: Path, learner: Learner) -> None
     store.create(learner.state(), "../../mine")
     with pytest.raises(AlreadyExists):
         store.create(learner.state(), " ../../mine ")
-    for name in ("a\nb", " ", "n" * 201, "\x00"):
+    # Another one may have that id, now or later.
+    looks_like_an_id = " 00000009-0123456789ab"
+    for name in ("a\nb", " ", "n" * 201, "\x00", looks_like_an_id):
         with pytest.raises(InvalidArgument):
             store.create(learner.state(), name)
     assert [info.name for info in store.list()] == ["../../mine"]
@@ -233,38 +243,26 @@ def test_a_snapshot_put_under_another_id_is_refused(tmp_path: Path, learner: Lea
         store.get("00000009-0123456789ab")
 
 
-def full_after(calls: int, original: Callable[..., Any]) -> Callable[..., Any]:
-    left = [calls]
-
-    def call(*args: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(*args)
-
-    return call
-
-
-@pytest.mark.parametrize("calls", range(12))
-def test_a_full_disk_leaves_nothing_half_made(
-    tmp_path: Path, learner: Learner, monkeypatch: pytest.MonkeyPatch, calls: int
-) -> None:
-    store = SnapshotStore(tmp_path)
-    first, wanted = store.create(learner.state(), "first"), learner.state()
-    for parameter in learner.parameters.values():
-        torch.nn.init.normal_(parameter)
-    before = files(tmp_path)
-    with monkeypatch.context() as patch:
-        for name in ("flush_file", "flush_folder"):
-            patch.setattr(store_folder, name, full_after(calls, getattr(store_folder, name)))
+def test_a_full_disk_leaves_nothing_half_made(tmp_path: Path) -> None:
+    for number in range(400):
+        root, disk = tmp_path / f"{number}", FaultyFiles(number, "ENOSPC")
+        one = SnapshotStore(root).create(state(0), "first")
         try:
-            store.create(learner.state(), "second")
+            # Far from the first one: with an anchor of its own.
+            SnapshotStore(root, ops=disk).create(state(2), "second")
         except OSError as error:
             assert error.errno == errno.ENOSPC
-            assert {f for f in files(tmp_path) if "trash" not in f} == before
-    assert_same(SnapshotStore(tmp_path).load(first.id), wanted)
-    for info in store.list():
-        store.load(info.id)
+            assert [info.id for info in SnapshotStore(root).list()] == [one.id]
+        if not disk.failed:
+            break
+        store = SnapshotStore(root)
+        # What could not be removed goes at the next write.
+        store.create(state(3), "third")
+        assert not any("tmp-" in file or "trash" in file for file in files(root))
+        assert_same(store.load(one.id), state(0))
+        for info in store.list():
+            store.load(info.id)
+    assert number > 40
 
 
 def test_no_room_for_the_weights_leaves_nothing(
@@ -296,8 +294,27 @@ def test_what_a_crash_left_is_removed_at_the_next_start(tmp_path: Path, learner:
     for left in ("snapshots/tmp-00000002-0123456789ab", "anchors/tmp-x", "trash/00000001-a"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "file").write_text("half")
-    assert [each.id for each in SnapshotStore(tmp_path).list()] == [info.id]
+    store = SnapshotStore(tmp_path)
+    assert [each.id for each in store.list()] == [info.id]
+    store.create(learner.state(), "two")
     assert not any("tmp-" in f or "trash" in f for f in files(tmp_path))
+
+
+def test_a_store_that_is_read_writes_nothing(tmp_path: Path, learner: Learner) -> None:
+    info, owned = SnapshotStore(tmp_path / "state").create(learner.state(), "one"), list[int]()
+    half = tmp_path / "state" / "snapshots" / "tmp-00000002-0123456789ab"
+    half.mkdir()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for root in (tmp_path / "state", tmp_path / "nothing there"):
+        store = SnapshotStore(root, own=lambda: owned.append(1), ops=ReadOnly(-1, "EROFS"))
+        assert [each.id for each in store.list()] == ([info.id] if root.exists() else [])
+        assert store.size_bytes() >= 0
+    store = SnapshotStore(tmp_path / "state", own=lambda: owned.append(1))
+    assert_same(store.load(store.id_of("one")), learner.state())
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert owned == []
+    store.delete(info.id)
+    assert (owned, half.exists()) == ([1], False)
 
 
 def test_a_killed_process_leaves_a_whole_store(tmp_path: Path) -> None:
@@ -323,6 +340,7 @@ def test_an_anchor_out_of_its_folder_is_refused(tmp_path: Path, anchor: str) -> 
     store = SnapshotStore(tmp_path)
     info = store.create(Learner().state(), "mine")
     folder = tmp_path / "snapshots" / info.id
+    (folder / "snapshot.json").unlink()
     snapshot_store.write_info(folder, replace(info, anchor=anchor))
     assert json.loads((folder / "snapshot.json").read_text())
     with pytest.raises(DataLoss) as caught:
@@ -337,9 +355,9 @@ def test_an_id_is_found_without_reading_the_other_snapshots(
     first, second = store.create(learner.state(), "a"), store.create(learner.state(), "b")
     read_info = snapshot_store.read_info
 
-    def reading(folder: Path) -> Any:
+    def reading(folder: Path, *more: Any) -> Any:
         read.append(folder.name)
-        return read_info(folder)
+        return read_info(folder, *more)
 
     monkeypatch.setattr(snapshot_store, "read_info", reading)
     assert store.get(store.id_of(second.id)).name == "b"

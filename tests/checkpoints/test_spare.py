@@ -1,7 +1,8 @@
-"""A sync writes over what the one before left, where nobody reads it; else it writes new files."""
+"""A sync writes over shards of two generations ago that nobody reads; else it writes new files."""
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import subprocess
@@ -17,7 +18,7 @@ from apollo_trainer.checkpoints.file_ops import FileOps
 from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.state_folder import place_of
 from apollo_trainer.checkpoints.survey import SyncOutcome
-from apollo_trainer.checkpoints.sync import SyncOptions, sync_directory
+from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, sync_directory
 from apollo_trainer.checkpoints.verify import verify_directory
 from tests.checkpoints.crash_protocols import CHANGES, ELEMENTS, files, live_model, reader
 from tests.checkpoints.test_faulty_disk import made
@@ -50,8 +51,10 @@ class Learner:
         self.ops, self.generation = ops or FileOps(), 1
 
     @property
-    def spared(self) -> Path:
-        return place_of(self.folder).next_folder
+    def left(self) -> list[Path]:
+        """The directories before this one, the oldest first."""
+        place = place_of(self.folder)
+        return [place.before(number) for number in place.left_before()]
 
     def sync(self) -> SyncOutcome:
         """All that changes with a generation."""
@@ -77,39 +80,41 @@ class Learner:
 @pytest.fixture
 def learner(tmp_path: Path) -> Iterator[Learner]:
     one = Learner(tmp_path / "model")
+    # With two directories before it, the next sync takes the older one apart.
+    one.sync()
     one.sync()
     yield one
     one.spare.remove()
 
 
-def test_the_shards_of_the_last_but_one_are_written_over(learner: Learner) -> None:
-    before = {shard.name: shard.stat().st_ino for shard in learner.spared.iterdir()}
-    assert sorted(before) == ["a.safetensors", "b.safetensors"], "the third one never changed"
+def test_the_shards_of_the_last_but_two_are_written_over(learner: Learner) -> None:
+    shards = ["a.safetensors", "b.safetensors"]
+    before = {shard: (learner.left[0] / shard).stat().st_ino for shard in shards}
+    assert (learner.left[0] / "c.safetensors").stat().st_nlink == 3, "it never changed"
     outcome = learner.sync()
     learner.require_whole()
     assert {shard: learner.inode(shard) for shard in before} == before
     assert outcome.bytes_written == 3 * TENSOR_BYTES, "b1 is in the old shard already"
 
 
-def test_only_what_changed_in_two_generations_is_written(tmp_path: Path) -> None:
+def test_only_what_changed_in_three_generations_is_written(tmp_path: Path) -> None:
     learner = Learner(tmp_path / "model")
-    live, inodes = live_model(1), set()
-    for number, names in enumerate([["a0"], ["a0"], ["a1"], ["a1"]], start=3):
-        for name in names:
-            live.parameter(name).data.add_(number)
-        versions = dict.fromkeys(names, number)
+    live, inodes, versions = live_model(1), set(), dict[str, int]()
+    for number, name in enumerate(["a0", "a0", "a1", "a1", "a1", "a1"], start=3):
+        live.parameter(name).data.add_(number)
+        versions[name] = number
         outcome = sync_directory(
             learner.folder,
             live,
-            versions=lambda name, at=versions: at.get(name, 2),
+            versions=lambda name: versions.get(name, 2),
             options=SyncOptions(spare=learner.spare),
         )
         inodes.add(learner.inode("a.safetensors"))
         written = outcome.bytes_written / TENSOR_BYTES
-        # The first one writes a file, the third one what the second and itself changed.
-        assert round(written) == {3: 2, 4: 1, 5: 2, 6: 1}[number]
+        # Two write a file; then each writes what it and the two before it changed.
+        assert round(written) == {3: 2, 4: 2, 5: 2, 6: 2, 7: 1, 8: 1}[number]
         assert verify_directory(learner.folder, live, full=True).differences == []
-    assert len(inodes) == 2
+    assert len(inodes) == 3
 
 
 def test_other_shards_than_last_time_are_written_anew(learner: Learner) -> None:
@@ -143,7 +148,7 @@ def a_reader_of(path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_reader_of_two_generations_ago_keeps_what_it_mapped(learner: Learner) -> None:
     with a_reader_of(learner.folder / "a.safetensors") as process:
         inode = learner.inode("a.safetensors")
-        for _ in range(3):
+        for _ in range(4):
             learner.sync()
             learner.require_whole()
             assert learner.inode("a.safetensors") != inode
@@ -157,7 +162,7 @@ def test_an_open_file_of_this_process_is_not_written_over(learner: Learner, mapp
     if mapped:
         held = mmap.mmap(file, 0, prot=mmap.PROT_READ)
         os.close(file)
-    for _ in range(2):
+    for _ in range(4):
         learner.sync()
         learner.require_whole()
     assert (held[:] if held else os.pread(file, 1 << 20, 0)) == content
@@ -167,7 +172,7 @@ def test_an_open_file_of_this_process_is_not_written_over(learner: Learner, mapp
 
 def test_a_file_with_a_second_name_is_not_written_over(learner: Learner, tmp_path: Path) -> None:
     kept = tmp_path / "kept.safetensors"
-    kept.hardlink_to(learner.spared / "a.safetensors")
+    kept.hardlink_to(learner.left[0] / "a.safetensors")
     content = kept.read_bytes()
     learner.sync()
     learner.require_whole()
@@ -175,7 +180,7 @@ def test_a_file_with_a_second_name_is_not_written_over(learner: Learner, tmp_pat
 
 
 def test_a_spare_file_that_somebody_wrote_to_is_not_trusted(learner: Learner) -> None:
-    shard = learner.spared / "b.safetensors"
+    shard = learner.left[0] / "b.safetensors"
     tensors = load_file(shard)
     tensors["b1"] += 1
     save_file(tensors, shard, {"format": "pt"})
@@ -194,12 +199,29 @@ def test_nothing_is_spared_where_room_is_short(tmp_path: Path) -> None:
     for _ in range(3):
         learner.sync()
         learner.require_whole()
-        assert not learner.spared.exists()
+        assert learner.left == []
 
 
-def test_nothing_is_left_of_it_in_the_end(learner: Learner) -> None:
-    assert learner.spared.exists()
+class FullUntilFreed(FileOps):
+    """A disk without room for a new shard beside the directories before."""
+
+    def create(self, path: Path, mode: int = 0o600) -> int:
+        if path.parent.name == "tmp-next" and list(path.parent.parent.glob("before-*")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return super().create(path, mode)
+
+
+def test_what_is_kept_gives_way_before_a_sync_is_made_in_place(learner: Learner) -> None:
+    # Of another process, which has no spare shards.
+    learner.spare, learner.ops = Spare(), FullUntilFreed()
+    assert learner.sync().method == SyncMethod.EXCHANGE
+    learner.require_whole()
+    assert len(learner.left) == 1
+
+
+def test_in_the_end_the_directory_before_is_left_alone(learner: Learner) -> None:
+    _, before = learner.left
     learner.spare.remove()
-    assert not learner.spared.exists()
+    assert learner.left == [before]
     learner.sync()
     learner.require_whole()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from apollo_grpc.errors import FailedPrecondition, Unavailable
@@ -127,3 +128,44 @@ def test_a_directory_of_links_is_adopted_and_the_copy_is_whole(
     assert again.reason == "FOLDER_EXISTS"
     relative = cp.AdoptRequest(directory="mine")
     assert error_of(caller.checkpoints.Adopt(relative, timeout=30)).violations
+
+
+def test_what_a_sync_would_refuse_is_told_when_attached(
+    start_engine: Any, start_server: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    shard, blob = model_folder / "model.safetensors", tmp_path / "blob"
+    shard.rename(blob)
+    shard.symlink_to(blob)
+    start_engine()
+    server = start_server()
+    server.wait_attached()
+    detail = server.status().attachment_detail
+    assert "A sync would be refused: model.safetensors is a link" in detail
+    assert "apollo checkpoint export" in detail
+    server.train()
+    *_, last = list(server.checkpoints.Export(cp.ExportRequest(directory=f"{tmp_path}/out")))
+    assert last.result.weight_version == 1
+
+
+def test_a_float32_directory_that_is_served_in_bfloat16_stays_one(
+    start_engine: Any, start_server: Any, model_folder: Path
+) -> None:
+    start_engine(dtype=torch.bfloat16)
+    server, shard = start_server(), model_folder / "model.safetensors"
+    server.wait_attached()
+    before, found = shard.read_bytes(), shard.stat()
+    *_, last = list(server.checkpoints.Sync(cp.SyncRequest(), timeout=30))
+    assert last.result.method == cp.SYNC_METHOD_UNCHANGED
+    assert (shard.read_bytes(), shard.stat().st_ino) == (before, found.st_ino)
+    old = load_file(shard)
+    server.train(optimizer=pb.OptimizerConfig(lr=1e-3))
+    *_, last = list(server.checkpoints.Sync(cp.SyncRequest(), timeout=30))
+    assert last.result.tensors_changed > 0
+    new = load_file(shard)
+    assert {t.dtype for t in new.values()} == {torch.float32}
+    for name, values in new.items():
+        same = values.to(torch.bfloat16) == old[name].to(torch.bfloat16)
+        assert torch.equal(values[same], old[name][same])
+        assert torch.equal(values[~same], values[~same].to(torch.bfloat16).float())
+    *_, sound = list(server.checkpoints.Verify(cp.VerifyRequest(full=True, live=True), timeout=30))
+    assert not sound.result.differences

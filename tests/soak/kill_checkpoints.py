@@ -181,7 +181,7 @@ def _amid(before: Files, after: Files) -> bool:
     """Whether something was begun that is not finished: it is there, under a name for a while."""
     begun = {path for path, time in after.items() if before.get(path) != time}
     if any(path.name == "manifest.json" for path in begun):
-        # Then the folder for what is next is what the sync has left of the old directory.
+        # Then a sync was done; a folder for what is next is the old directory.
         return False
     names = {part for path in begun for part in path.parts}
     return any(name.startswith("tmp-") or name in ("manifest.next.json", CUT_OFF) for name in names)

@@ -42,7 +42,7 @@ def adopt(
     request_id: RequestId = "",
     as_json: Json = False,
 ) -> None:
-    """Copy a model directory of links, or of a hub cache, to one that can be synced."""
+    """Copy the files of a directory of links or of a hub cache, without what was learned since."""
     with reported_errors(), context.obj.client() as client:
         result = client.adopt(directory.absolute(), request_id=request_id)
     print(display.to_json(result) if as_json else display.adopt_line(result))

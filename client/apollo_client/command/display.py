@@ -213,7 +213,8 @@ def adopt_line(result: checkpoint_pb2.AdoptResult) -> str:
     """The copy that was made, and what to do with it."""
     return (
         f"copied {result.files} files, {result.bytes_written:,} bytes, to {result.directory}; "
-        "serve it with vLLM to sync"
+        "they hold what vLLM loaded, not what was learned since: 'apollo checkpoint export' "
+        "writes that"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from apollo_grpc.errors import DataLoss
 from apollo_trainer.checkpoints.delta_file import (
@@ -17,6 +17,7 @@ from apollo_trainer.checkpoints.delta_file import (
     encode_tensor,
     open_delta,
 )
+from apollo_trainer.checkpoints.file_ops import FILES, FileOps
 from apollo_trainer.checkpoints.host_memory import Memory
 from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.spread import spread_by_size, threads_for
@@ -31,8 +32,8 @@ MOST_OF_THE_BYTES = 0.45
 class Anchors:
     """The anchors of one state folder."""
 
-    def __init__(self, root: Path):
-        self.folder = StoreFolder(root, "anchors")
+    def __init__(self, root: Path, ops: FileOps = FILES):
+        self.folder, self._ops = StoreFolder(root, "anchors", ops), ops
 
     def path(self, anchor: str) -> Path:
         """The file of an anchor."""
@@ -43,7 +44,7 @@ class Anchors:
         digests = {name: state.digest(name) for name in state.parameters}
         metadata = {"format": FORMAT, "digests": json.dumps(digests)}
         with self.folder.building() as (new, folder):
-            write_tensors(state.parameters, folder / FILE_NAME, metadata)
+            write_tensors(state.parameters, folder / FILE_NAME, metadata, self._ops)
             self.folder.publish(new)
         return new
 
@@ -56,7 +57,7 @@ class Anchors:
 
     def _fits(self, anchor: str, parameters: Mapping[str, torch.Tensor]) -> bool:
         try:
-            with safe_open(self.path(anchor), framework="pt") as file:
+            with self._ops.tensors(self.path(anchor)) as file:
                 known = (file.metadata() or {}).get("format") == FORMAT
                 if not known or set(file.keys()) != parameters.keys():
                     return False
@@ -74,7 +75,7 @@ class Anchors:
         """The differential to an anchor; None where it is above MOST_OF_THE_BYTES."""
         sizes = {name: p.nbytes for name, p in state.parameters.items()}
         room = _Room(MOST_OF_THE_BYTES * sum(sizes.values()))
-        with safe_open(self.path(anchor), framework="pt") as file:
+        with self._ops.tensors(self.path(anchor)) as file:
             digests = _digests(file)
 
             def encode(name: str, threads: int) -> EncodedTensor:
@@ -106,14 +107,14 @@ class Anchors:
         Raises DataLoss where anything is not as it was, ValueError where its digests are others.
         """
         try:
-            file: Any = safe_open(self.path(anchor), framework="pt")
+            file = self._ops.tensors(self.path(anchor))
         except (OSError, SafetensorError) as error:
             raise DataLoss(
                 f"The anchor {anchor} cannot be read ({error}), so no snapshot that is a "
                 "difference to it can be restored; nothing was changed. Choose another snapshot.",
                 reason="SNAPSHOT_CORRUPT",
             ) from error
-        with file, open_delta(path) as delta:
+        with file, open_delta(path, self._ops) as delta:
             names = set(file.keys())
             if delta.anchor != anchor or names != delta.entries.keys():
                 raise DataLoss(

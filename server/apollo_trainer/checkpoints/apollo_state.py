@@ -19,7 +19,7 @@ from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.checkpoints.apollo_state_header import FORMAT
 from apollo_trainer.checkpoints.digest import RunningDigest, raw_bytes
 from apollo_trainer.checkpoints.durable_write import durable_write
-from apollo_trainer.checkpoints.file_ops import FILES
+from apollo_trainer.checkpoints.file_ops import FILES, FileOps
 from apollo_trainer.checkpoints.host_memory import Memory
 from apollo_trainer.checkpoints.shard_header import DTYPES, TensorPlace, parse_metadata
 from apollo_trainer.checkpoints.tensor_file import read_header, write_tensors
@@ -30,9 +30,19 @@ _PIECE = 2**19
 def save_state(path: Path, tensors: dict[str, torch.Tensor], description: dict[str, Any]) -> int:
     """Writes the state durably; returns its bytes. Raises OSError with the old file kept."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return durable_write(path, lambda new: write_state(new, tensors, description))
+
+
+def write_state(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    description: dict[str, Any],
+    ops: FileOps = FILES,
+) -> None:
+    """Writes a new file; it is not flushed. Raises OSError when the disk refuses."""
     metadata = {"format": FORMAT, "description": json.dumps(description, allow_nan=False)}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return durable_write(path, lambda new: write_tensors(contiguous, new, metadata))
+    write_tensors(contiguous, path, metadata, ops)
 
 
 def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -59,7 +69,7 @@ def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | N
 
 
 def read_state(
-    path: Path, expected: str, memory: Memory
+    path: Path, expected: str, memory: Memory, ops: FileOps = FILES
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state of a file, which is read once, in memory that may be written to.
 
@@ -69,13 +79,13 @@ def read_state(
 
     Raises ValueError for another file, and OSError.
     """
-    header, running, tensors = read_header(FILES, path), RunningDigest(), {}
+    header, running, tensors = read_header(ops, path), RunningDigest(), {}
     running.update(np.frombuffer(header.raw, np.uint8))
-    with FILES.opened(path) as file:
+    with ops.opened(path) as file:
         # As they lie in it: the digest is of the file.
         for name, place in sorted(header.tensors.items(), key=lambda item: item[1].start):
             tensors[name] = memory(_like(name, place))
-            _read(file, place.start, raw_bytes(tensors[name]), running)
+            _read(ops, file, place.start, raw_bytes(tensors[name]), running)
     metadata = parse_metadata(header.raw) or {}
     if running.value() != expected or metadata.get("format") != FORMAT:
         raise ValueError("its Apollo state is not what was written")
@@ -90,9 +100,11 @@ def _like(name: str, place: TensorPlace) -> torch.Tensor:
         raise ValueError(f"{name!r} has a shape that no tensor has") from error
 
 
-def _read(file: int, offset: int, target: NDArray[np.uint8], running: RunningDigest) -> None:
+def _read(
+    ops: FileOps, file: int, offset: int, target: NDArray[np.uint8], running: RunningDigest
+) -> None:
     """Piece by piece, so that the digest finds each in the core's cache."""
     for start in range(0, target.size, _PIECE):
         piece = target[start : start + _PIECE]
-        FILES.read_all(file, piece.data, offset + start)
+        ops.read_all(file, piece.data, offset + start)
         running.update(piece)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from apollo_grpc.errors import DataLoss
 from apollo_trainer.checkpoints import frames
@@ -29,6 +29,7 @@ from apollo_trainer.checkpoints.digest import (
     matches,
     raw_bytes,
 )
+from apollo_trainer.checkpoints.file_ops import FILES, FileOps
 from apollo_trainer.checkpoints.host_memory import Memory, empty_host, empty_like_host
 from apollo_trainer.checkpoints.spread import spread
 from apollo_trainer.checkpoints.tensor_file import write_tensors
@@ -139,11 +140,14 @@ def _decode(
     return digest(new)
 
 
-def write_delta(path: Path, anchor: str, tensors: Mapping[str, EncodedTensor]) -> None:
+def write_delta(
+    path: Path, anchor: str, tensors: Mapping[str, EncodedTensor], ops: FileOps = FILES
+) -> None:
     """Writes a new file; it is not flushed. Raises OSError when the disk refuses."""
     entries = {name: asdict(encoded.entry) for name, encoded in tensors.items()}
     metadata = {"format": FORMAT, "anchor": anchor, "tensors": json.dumps(entries)}
-    write_tensors({name: encoded.frames for name, encoded in tensors.items()}, path, metadata)
+    encoded = {name: each.frames for name, each in tensors.items()}
+    write_tensors(encoded, path, metadata, ops)
 
 
 class DeltaFile:
@@ -186,21 +190,26 @@ class DeltaFile:
 
 
 @contextmanager
-def open_delta(path: Path) -> Iterator[DeltaFile]:
+def open_delta(path: Path, ops: FileOps = FILES) -> Iterator[DeltaFile]:
     """Raises DataLoss for a file that is not a whole differential; it is left as it is."""
     with _refusing(path):
-        file = safe_open(path, framework="pt")
+        file = ops.tensors(path)
     with file:
         with _refusing(path):
             delta = DeltaFile(path, file)
         yield delta
 
 
+def is_id(value: Any) -> bool:
+    """Whether this is what ids of anchors and snapshots look like."""
+    return isinstance(value, str) and _ID.fullmatch(value) is not None
+
+
 def require_id(value: Any) -> str:
     """An id of an anchor or a snapshot. Raises ValueError for what may not be a folder's name."""
-    if not isinstance(value, str) or not _ID.fullmatch(value):
+    if not is_id(value):
         raise ValueError(f"{str(value)[:40]!r} is no id")
-    return value
+    return str(value)
 
 
 def _parse_entry(name: str, entry: Any) -> DeltaEntry:

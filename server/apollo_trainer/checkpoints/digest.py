@@ -12,6 +12,8 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from apollo_trainer.checkpoints.file_ops import FILES, FileOps
+
 _XXH3, _DIGITS = "xxh3-128", 32
 # Bytes of a file that are read at once: they stay in the core's cache.
 _PIECE = 2**19
@@ -61,12 +63,13 @@ def in_blocks(size: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...
     return list(zip(*(torch.split(t, max(1, size // row)) for t in tensors), strict=True))
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Path, ops: FileOps = FILES) -> str:
     """Of a file's bytes, likewise; it is read piece by piece. Raises OSError."""
-    running, piece = RunningDigest(), np.empty(_PIECE, np.uint8)
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(piece.data):
+    running, piece, at = RunningDigest(), np.empty(_PIECE, np.uint8), 0
+    with ops.opened(path) as file:
+        while size := ops.preadv(file, piece.data, at):
             running.update(piece[:size])
+            at += size
     return running.value()
 
 

@@ -44,7 +44,7 @@ def durable_write(target: Path, write: Callable[[Path], object], ops: FileOps = 
     with new_file_beside(target, ops) as path:
         write(path)
         if ops.found(target):
-            ops.copy_owner_and_mode(target, path)
+            ops.copy_attributes(target, path)
         flush_file(path, ops)
         size = ops.stat(path).st_size
         ops.rename(path, target)
@@ -66,9 +66,9 @@ def durable_bytes(target: Path, data: bytes, ops: FileOps = FILES) -> None:
     flush_folder(target.parent, ops)
 
 
-def write_new(path: Path, data: bytes, ops: FileOps) -> None:
+def write_new(path: Path, data: bytes, ops: FileOps, mode: int = 0o600) -> None:
     """A new file with its content on disk; its name is not, before the folder's fsync."""
-    file = ops.create(path)
+    file = ops.create(path, mode)
     try:
         ops.write_all(file, memoryview(data), 0)
         ops.fsync(file)

@@ -1,7 +1,10 @@
 """Sync, rung 1: a folder with the new shards changes places with the model directory.
 
-No reader ever sees a mix: whoever opens the directory by its name finds the old one or the new
-one, and whoever has a file open or mapped keeps it.
+Whoever opens the directory by its name finds the old one or the new one. Whoever holds it, as a
+handle, a bind mount or a working directory, keeps the old one, whole until the sync after the next;
+whoever has a file open or mapped keeps that. A loader that opens several shards by their paths, one
+after the other, may open the first before an exchange and the second after it: one that must not
+holds the directory (`/proc/self/fd/N/` is a path of it), or loads an export.
 """
 
 from __future__ import annotations
@@ -23,8 +26,13 @@ class ExchangeRefused(Exception):
 
 
 def can_exchange(place: Place) -> bool:
-    """Tries it with two empty folders, after a look whether the directory is a mount of its own."""
+    """Tries it with two empty folders, after a look whether the directory is a mount of its own.
+
+    One that is bound to a second path is not exchanged: that path would stay with the old one.
+    """
     ops = place.ops
+    if ops.is_bound_elsewhere(place.directory):
+        return False
     if ops.stat(place.directory).st_dev != ops.stat(place.state).st_dev:
         return False
     one, other = place.state / "tmp-one", place.state / "tmp-other"
@@ -48,7 +56,7 @@ def exchange_sync(
 ) -> Manifest:
     """Raises ExchangeRefused, or OSError; without an intent on disk nothing was changed."""
     place = survey.place
-    spare.open(place, shards)
+    spare.open(place, survey.baseline.generation, shards)
     written = list[WrittenShard]()
     for shard in shards:
         began(shard)
@@ -71,8 +79,13 @@ def exchange_sync(
 
 def finish_exchange(place: Place, manifest: Manifest) -> None:
     """After the exchange, by the sync or by a recovery."""
-    place.ops.sync_folder(place.directory.parent)
-    place.ops.sync_folder(place.state)
+    ops, old = place.ops, place.before(manifest.generation - 1)
+    ops.sync_folder(place.directory.parent)
+    ops.sync_folder(place.state)
+    if ops.found(place.next_folder):
+        # Of a numbering that began anew.
+        ops.remove(old)
+        ops.rename(place.next_folder, old)
     commit(place, manifest)
 
 
@@ -90,7 +103,7 @@ def copy_names(ops: FileOps, source: Path, target: Path, skip: set[str] | None =
             ops.symlink(ops.read_link(old), new)
         else:
             _link(ops, old, new)
-    ops.copy_owner_and_mode(source, target)
+    ops.copy_attributes(source, target)
     ops.sync_folder(target)
 
 

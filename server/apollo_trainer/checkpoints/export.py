@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
 
-from apollo_grpc.errors import AlreadyExists, DataLoss, FailedPrecondition
-from apollo_trainer.checkpoints.durable_write import flush_file, flush_folder
-from apollo_trainer.checkpoints.no_replace import rename_without_replacing
-from apollo_trainer.checkpoints.store_folder import flush_tree
+from apollo_grpc.errors import AlreadyExists, DataLoss
+from apollo_trainer.checkpoints.disk_values import bytes_to_write
+from apollo_trainer.checkpoints.durable_write import flush_file, write_new
+from apollo_trainer.checkpoints.file_ops import FILES, FileOps
+from apollo_trainer.checkpoints.host_memory import Staging
+from apollo_trainer.checkpoints.loaded_files import loaded_files
+from apollo_trainer.checkpoints.new_folder import copy_file, flush_folders, new_folder_beside
+from apollo_trainer.checkpoints.preconditions import incomplete, missing_from, read_headers
+from apollo_trainer.checkpoints.shard_header import DTYPES, ShardHeader, TensorPlace
+from apollo_trainer.checkpoints.state_folder import Place, place_of
 from apollo_trainer.checkpoints.survey import Progress
-from apollo_trainer.checkpoints.tensor_file import write_tensors
-from apollo_trainer.weights.checkpoint_reader import CheckpointReader, same_bytes
+from apollo_trainer.checkpoints.tensor_file import (
+    bytes_of,
+    digest_at,
+    pieces_of,
+    read_header,
+    write_tensors,
+)
+from apollo_trainer.weights.checkpoint_reader import CheckpointReader
+from apollo_trainer.weights.loaded_files import INDEX
 
 SHARD_BYTES = 5 * 10**9
-_INDEX = "model.safetensors.index.json"
 _PATTERN = "model{suffix}.safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _INDEXES = tuple(f"{ending}.index.json" for ending in _WEIGHTS)
@@ -44,33 +55,35 @@ def export_directory(
     *,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda *_: None,
+    ops: FileOps = FILES,
 ) -> Exported:
     """Writes a new model directory; the weights must not change meanwhile.
 
-    It holds the tensors that the source's files hold, of their shapes: tied weights as they are
-    there, and no rows that an engine adds to the vocabulary. Everything is read back and compared
-    before the directory gets its name.
+    It holds the tensors of the source's files that are loaded, each once, of their dtypes and
+    shapes: tied weights as they are there, no rows that an engine adds to the vocabulary, and
+    values that training did not touch bit for bit. Everything is read back and compared before the
+    directory gets its name.
 
     Raises AlreadyExists, FailedPrecondition where the source cannot be exported, DataLoss where the
-    disk gives back something else, OSError when it refuses; nothing is left of it then.
+    disk gives back something else, OSError when it refuses; nothing is left of it then. What a
+    process that was killed left beside `target`, the next export removes.
     """
-    if target.is_symlink() or target.exists():
+    if ops.found(target):
         raise _exists(target)
-    shapes = _planned(source, reader)
-    building = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:12]}")
-    building.mkdir()
-    try:
-        _copy_others(source, building)
-        exported = _write_shards(source, building, reader, shapes, shard_bytes, progress)
-        flush_tree(building)
+    values = _Values(place_of(source, ops), reader)
+    with new_folder_beside(target, ops) as building:
+        _copy_others(ops, values.place.directory, building)
+        if ops.found(values.place.aside):
+            # Of a sync that was cut off.
+            copy_file(ops, values.place.aside, building / "config.json")
+        exported = _write_shards(values, building, shard_bytes, progress)
+        flush_folders(ops, building)
         progress(exported.bytes_written, exported.bytes_written, target.name)
         try:
-            rename_without_replacing(building, target)
+            ops.rename_new(building, target)
         except FileExistsError as error:
             raise _exists(target) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    flush_folder(target.parent)
+    ops.sync_folder(target.parent)
     progress(exported.bytes_written, exported.bytes_written, "")
     return exported
 
@@ -82,93 +95,98 @@ def _exists(target: Path) -> AlreadyExists:
     )
 
 
-def _planned(source: Path, reader: CheckpointReader) -> dict[str, torch.Tensor]:
-    """The source's tensors, on the meta device, with the live dtypes."""
-    planned: dict[str, torch.Tensor] = {}
-    for shard in _shards(source):
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                live = reader.outline(name)
-                planned[name] = file.get_tensor(name).to("meta") if live is None else live
-                if list(planned[name].shape) != file.get_slice(name).get_shape():
-                    raise FailedPrecondition(
-                        f"The live {name} is {list(planned[name].shape)}, which is not its shape "
-                        f"in {shard.name}; nothing was written.",
-                        reason="CHECKPOINT_INCOMPATIBLE",
-                    )
-    if missing := reader.missing_from(set(planned)):
-        raise FailedPrecondition(
-            f"The directory's safetensors do not hold {missing[0]}; nothing was written.",
-            reason="CHECKPOINT_INCOMPLETE",
-        )
-    return planned
+class _Values:
+    """The tensors by name: where each lies in the source, and the bytes that it is to have.
+
+    A source without safetensors has none to go by: then they are those of the live model.
+    """
+
+    def __init__(self, place: Place, reader: CheckpointReader):
+        self.place, self._reader, self._staging = place, reader, Staging()
+        self.at = dict[str, tuple[Path, TensorPlace]]()
+        for shard, header in _headers(place, reader).items():
+            for name, at in header.tensors.items():
+                self.at.setdefault(name, ((place.directory / shard).resolve(), at))
+
+    def outlines(self) -> dict[str, torch.Tensor]:
+        """Dtypes and shapes, as tensors without values."""
+        if not self.at:
+            found = {name: self._reader.outline(name) for name in self._reader.names()}
+            return {name: outline for name, outline in found.items() if outline is not None}
+        return {
+            name: torch.empty(at.shape, dtype=DTYPES[at.dtype], device="meta")
+            for name, (_, at) in self.at.items()
+        }
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """As `bytes_to_write`."""
+        live = self._reader.read(name)
+        staged = None if live is None else self._staging(live)
+        if name in self.at:
+            return bytes_to_write(self.place.ops, *self.at[name], staged)
+        assert staged is not None
+        return pieces_of(bytes_of(staged))
 
 
-def _shards(source: Path) -> list[Path]:
-    return sorted(source.glob("*.safetensors"))
+def _headers(place: Place, reader: CheckpointReader) -> dict[str, ShardHeader]:
+    """Of the files that vLLM loads, or of those of transformers where they alone hold all.
+
+    None where there are no safetensors.
+    """
+    files = loaded_files(place.ops, place.directory)
+    if not files.by_either:
+        return {}
+    for names in (files.by_vllm, files.by_transformers):
+        headers = read_headers(place, names, reader)
+        missing = missing_from(headers, reader)
+        if not missing:
+            return headers
+    raise incomplete(files.by_vllm, missing)
 
 
-def _read(source: Path, shard: Path, name: str, reader: CheckpointReader) -> torch.Tensor:
-    """The live values, or those of the file where no parameter has the name."""
-    live = reader.read(name)
-    if live is not None:
-        return live.cpu()
-    with safe_open(shard, framework="pt") as file:
-        values: torch.Tensor = file.get_tensor(name)
-        return values
-
-
-def _copy_others(source: Path, building: Path) -> None:
+def _copy_others(ops: FileOps, source: Path, building: Path) -> None:
     """Copies config, tokenizer and the like: the files themselves, never links to them."""
-    for path in sorted(source.iterdir()):
-        if path.is_dir():
-            if path.name in _FOLDERS:
-                shutil.copytree(path, building / path.name)
-        elif not path.name.startswith(".") and not path.name.endswith((*_WEIGHTS, *_INDEXES)):
-            shutil.copyfile(path, building / path.name)
+    for name in ops.names(source):
+        if stat.S_ISDIR(ops.stat((source / name).resolve()).st_mode):
+            if name in _FOLDERS:
+                ops.mkdir(building / name, 0o755)
+                _copy_others(ops, (source / name).resolve(), building / name)
+        elif not name.startswith(".") and not name.endswith((*_WEIGHTS, *_INDEXES)):
+            copy_file(ops, source / name, building / name)
 
 
 def _write_shards(
-    source: Path,
-    building: Path,
-    reader: CheckpointReader,
-    planned: dict[str, torch.Tensor],
-    shard_bytes: int,
-    progress: Progress,
+    values: _Values, building: Path, shard_bytes: int, progress: Progress
 ) -> Exported:
+    ops, outlines = values.place.ops, values.outlines()
     split = split_torch_state_dict_into_shards(
-        planned, filename_pattern=_PATTERN, max_shard_size=shard_bytes
+        outlines, filename_pattern=_PATTERN, max_shard_size=shard_bytes
     )
-    holder = {name: shard for shard in _shards(source) for name in _names(shard)}
-    done, total = 0, sum(t.nbytes for t in planned.values())
+    done, total = 0, sum(t.nbytes for t in outlines.values())
     for filename, names in split.filename_to_tensors.items():
         progress(done, total, filename)
-        read = {name: _read(source, holder[name], name, reader) for name in names}
-        write_tensors(read, building / filename, _META)
-        flush_file(building / filename)
-        _compare(building / filename, read)
-        done += sum(t.nbytes for t in read.values())
+        part = {name: outlines[name] for name in names}
+        digests = write_tensors(part, building / filename, _META, ops, values.pieces)
+        flush_file(building / filename, ops)
+        _compare(ops, building / filename, digests)
+        done += sum(t.nbytes for t in part.values())
     if split.is_sharded:
         index: dict[str, Any] = {
             "metadata": {"total_size": total},
             "weight_map": dict(sorted(split.tensor_to_filename.items())),
         }
-        (building / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_new(building / INDEX, json.dumps(index, indent=2).encode() + b"\n", ops, 0o666)
     return Exported(total, tuple(split.filename_to_tensors))
 
 
 _META = {"format": "pt"}
 
 
-def _names(shard: Path) -> list[str]:
-    with safe_open(shard, framework="pt") as file:
-        return list(file.keys())
-
-
-def _compare(path: Path, written: dict[str, torch.Tensor]) -> None:
-    with safe_open(path, framework="pt") as file:
-        for name, values in written.items():
-            if not same_bytes(file.get_tensor(name), values):
+def _compare(ops: FileOps, path: Path, digests: dict[str, str]) -> None:
+    header = read_header(ops, path)
+    with ops.opened(path) as file:
+        for name, at in header.tensors.items():
+            if digest_at(ops, file, at) != digests[name]:
                 raise DataLoss(
                     f"{path.name} gives back another {name} than was written; the export was "
                     "removed. Check the disk.",

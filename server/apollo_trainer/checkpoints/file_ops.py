@@ -16,10 +16,20 @@ import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-# Linux: <linux/fs.h> RENAME_EXCHANGE and FICLONE, <fcntl.h> SYNC_FILE_RANGE_WRITE, F_SETSIG.
-_EXCHANGE = 2
+from safetensors import safe_open
+
+from apollo_trainer.checkpoints.system_calls import (
+    EXCHANGE,
+    copy_extended_attributes,
+    copy_owner_and_mode,
+    is_bound_elsewhere,
+    rename_without_replacing,
+    renameat2,
+)
+
+# Linux: <linux/fs.h> FICLONE, <fcntl.h> SYNC_FILE_RANGE_WRITE, F_SETSIG.
 _CLONE = 0x40049409
 _START_WRITING = 2
 _SET_SIGNAL = 10
@@ -48,16 +58,6 @@ class FileStat(Protocol):
     def st_size(self) -> int: ...  # noqa: D102
     @property
     def st_mtime_ns(self) -> int: ...  # noqa: D102
-
-
-def renameat2(source: Path, target: Path, flags: int) -> None:
-    """Linux's call of that name. Raises OSError, with ENOSYS where there is none."""
-    if not hasattr(_LIBC, "renameat2"):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(target))
-    at = -100  # AT_FDCWD: relative paths are those of the process.
-    if _LIBC.renameat2(at, os.fsencode(source), at, os.fsencode(target), flags):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(target))
 
 
 class FileOps:
@@ -93,6 +93,17 @@ class FileOps:
     def preadv(self, file: int, target: memoryview, offset: int) -> int:
         """Reads some bytes into `target`, and returns how many: `read_all` is for callers."""
         return os.preadv(file, [target], offset)
+
+    def tensors(self, path: Path) -> Any:
+        """An open safetensors file, as the library's `safe_open`: a tensor is read when it is used.
+
+        Raises OSError, and SafetensorError for what is none.
+        """
+        return safe_open(path, framework="pt")
+
+    def is_bound_elsewhere(self, folder: Path) -> bool:
+        """Whether the folder is mounted under another path too, as far as this process sees."""
+        return is_bound_elsewhere(folder)
 
     def is_open_here_alone(self, file: int) -> bool:
         """Whether no other descriptor of the file and no map of it is left, in any process.
@@ -160,7 +171,11 @@ class FileOps:
 
     def exchange(self, one: Path, other: Path) -> None:
         """Two names change places in one step (Linux, renameat2 with RENAME_EXCHANGE)."""
-        renameat2(one, other, _EXCHANGE)
+        renameat2(one, other, EXCHANGE)
+
+    def rename_new(self, source: Path, target: Path) -> None:
+        """Raises FileExistsError where there is a target already, be it an empty folder."""
+        rename_without_replacing(source, target)
 
     def link(self, source: Path, target: Path) -> None:
         """A second name for a file."""
@@ -182,19 +197,19 @@ class FileOps:
         """Takes an empty folder away."""
         folder.rmdir()
 
-    def copy_owner_and_mode(self, source: Path, target: Path) -> None:
-        """Readers of the old one must be able to read the new one."""
-        old, new = source.stat(), target.stat()
-        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-            # Only root may give files away; whoever may write a folder need not own it.
-            with contextlib.suppress(PermissionError):
-                os.chown(target, old.st_uid, old.st_gid)
-        target.chmod(stat.S_IMODE(old.st_mode))
+    def copy_attributes(self, source: Path, target: Path) -> None:
+        """Owner, mode, and extended attributes, as far as the system lets this user."""
+        copy_owner_and_mode(source, target)
+        copy_extended_attributes(source, target)
 
     @contextlib.contextmanager
     def locked(self, path: Path) -> Iterator[None]:
-        """Holds an exclusive flock. Raises BlockingIOError while another process does."""
-        file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        """Holds an exclusive flock of a folder, or of a file, which is made where there is none.
+
+        Raises BlockingIOError while another process does.
+        """
+        flags = os.O_DIRECTORY if path.is_dir() else os.O_CREAT | os.O_RDWR
+        file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield

@@ -24,11 +24,6 @@ from apollo_trainer.checkpoints.tensor_file import (
 )
 
 
-def can_write_in_place(survey: Survey, shards: list[str]) -> bool:
-    """Whether the changed shards keep their layout: a dtype of its own needs a new file."""
-    return all(old is new for old, new in map(survey.header_for, shards))
-
-
 def in_place_sync(survey: Survey, shards: list[str]) -> Manifest:
     """Raises OSError; without an intent on disk nothing was changed."""
     place, changed = survey.place, {name for shard in shards for name in survey.changed(shard)}
@@ -36,7 +31,7 @@ def in_place_sync(survey: Survey, shards: list[str]) -> Manifest:
     log, beside = place.redo(generation), place.state / "tmp-redo"
     place.ops.remove(beside)
     outlines = {name: survey.outline(name) for name in changed}
-    digests = write_tensors(outlines, beside, None, place.ops, survey.live)
+    digests = write_tensors(outlines, beside, None, place.ops, survey.pieces)
     flush_file(beside, place.ops)
     place.ops.rename(beside, log)
     manifest = survey.next_manifest(SyncMethod.IN_PLACE, [])
@@ -46,6 +41,7 @@ def in_place_sync(survey: Survey, shards: list[str]) -> Manifest:
     manifest = replace(manifest, tensors=tensors, written=tuple(shards))
     announce(place, manifest)
     survey.outcome.tensors_changed += len(changed)
+    survey.note_rounded(changed)
     survey.outcome.bytes_written += sum(
         t.place.end - t.place.start for name, t in tensors.items() if name in changed
     )
@@ -106,7 +102,6 @@ def _write(
 def _lost(place: Place, what: str) -> DataLoss:
     return DataLoss(
         f"A sync of {place.directory.name} in place was cut off, and cannot be finished: {what}. "
-        f"Nothing more was written. Bring the directory back from a copy, then remove "
-        f"{place.state}.",
+        f"Nothing more was written. {place.to_begin_anew}",
         reason="SYNC_CANNOT_FINISH",
     )

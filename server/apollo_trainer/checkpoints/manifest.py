@@ -16,9 +16,9 @@ from typing import Any
 
 from apollo_trainer.checkpoints.file_ops import FileStat
 from apollo_trainer.checkpoints.shard_header import DTYPES, TensorPlace, whole_numbers
+from apollo_trainer.weights.loaded_files import SUFFIX
 
 FORMAT = "apollo-manifest-2"
-SUFFIX = ".safetensors"
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _LIMIT = 1 << 63
 

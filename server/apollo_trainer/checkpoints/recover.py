@@ -12,12 +12,12 @@ from apollo_trainer.checkpoints.durable_write import TEMPORARY
 from apollo_trainer.checkpoints.exchange import finish_exchange
 from apollo_trainer.checkpoints.in_place import redo
 from apollo_trainer.checkpoints.manifest import Manifest
+from apollo_trainer.checkpoints.new_folder import remove_unfinished
 from apollo_trainer.checkpoints.rollforward import (
     finish_rollforward,
     perhaps_mixed,
     put_config_back,
 )
-from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.state_folder import (
     Place,
     SyncMethod,
@@ -32,8 +32,12 @@ log = logging.getLogger(__name__)
 def settle_directory(place: Place) -> None:
     """At the start: `recover`, where there is a state folder; what it cannot do, a sync will tell.
 
+    Removes exports and copies that were begun beside the directory by a process that is no more.
+
     Without it a directory whose config.json is aside would stay so until the next sync.
     """
+    if place.ops.found(place.directory.parent):
+        remove_unfinished(place.directory.parent, place.ops)
     if place.ops.found(place.state) is None:
         return
     try:
@@ -43,12 +47,12 @@ def settle_directory(place: Place) -> None:
         log.error("%s was not settled: %s", place.directory, error)
 
 
-def recover(place: Place, spare: Spare | None = None) -> Manifest | None:
+def recover(place: Place) -> Manifest | None:
     """Finishes or drops what was begun; returns the manifest that holds now, if there is one.
 
-    The caller holds the lock. What `spare` knows of is left. Raises FailedPrecondition where the
-    directory was edited, DataLoss where a sync cannot be finished; both leave all as it is. Raises
-    OSError.
+    The caller holds the lock. Directories of generations before stay. Raises FailedPrecondition
+    where the directory was edited, DataLoss where a sync cannot be finished; both leave all as it
+    is. Raises OSError.
     """
     baseline, intent = read_manifest(place), read_manifest(place, place.intent_path)
     if intent and intent.generation > (baseline.generation if baseline else 0):
@@ -60,7 +64,7 @@ def recover(place: Place, spare: Spare | None = None) -> Manifest | None:
             "what it had announced is gone: nobody knows of which generation its shards are. "
             "Nothing was written",
         )
-    _remove_leftovers(place, spare or Spare())
+    _remove_leftovers(place)
     return baseline
 
 
@@ -76,13 +80,12 @@ def _settle(place: Place, baseline: Manifest | None, intent: Manifest) -> None:
         raise edited(place, baseline)
 
 
-def _remove_leftovers(place: Place, spare: Spare) -> None:
+def _remove_leftovers(place: Place) -> None:
     """What no intent speaks of: it was never announced, or is done with."""
     ops = place.ops
     for name in ops.names(place.state):
-        path = place.state / name
-        if name.startswith((TEMPORARY, "redo-")) and not spare.is_in(path):
-            ops.remove(path)
+        if name.startswith((TEMPORARY, "redo-")):
+            ops.remove(place.state / name)
     for name in ops.names(place.directory):
         if name.startswith(".") and name.endswith(".apollo-next"):
             ops.remove(place.directory / name)
@@ -96,17 +99,19 @@ def _remove_leftovers(place: Place, spare: Spare) -> None:
 
 def edited(place: Place, baseline: Manifest) -> FailedPrecondition:
     """The refusal of a directory that somebody else has written to."""
-    names = sorted({*baseline.shards, *place.shard_names()})
+    loaded = set(place.shard_names())
     changed = [
         name
-        for name in names
+        for name in sorted({*baseline.shards, *loaded})
         if name not in baseline.shards
+        or name not in loaded
         or not baseline.shards[name].is_at(place.ops.found(place.directory / name))
     ]
     return FailedPrecondition(
         f"{', '.join(changed) or place.directory.name} was changed by somebody else since the last "
         "sync; nothing was written, and the live weights were not touched. If these files are "
-        "wanted, restart vLLM to serve them; if the live weights are to replace them, remove "
+        "wanted, `apollo checkpoint export FOLDER` keeps what was learned, then restart vLLM to "
+        "serve them; if the live weights are to replace them, remove "
         f"{place.manifest_path} and sync again.",
         reason="DIRECTORY_EDITED",
     )

@@ -61,8 +61,7 @@ def perhaps_mixed(place: Place, what: str) -> DataLoss:
     """The refusal to put config.json back over shards that may be of two generations."""
     return DataLoss(
         f"A sync of {place.directory.name} was cut off, and {what}, and config.json is aside "
-        f"({place.aside.name}) so that nobody loads a mix. Bring the directory back from a copy, "
-        f"then remove {place.state}.",
+        f"({place.aside.name}) so that nobody loads a mix. {place.to_begin_anew}",
         reason="SYNC_CANNOT_FINISH",
     )
 

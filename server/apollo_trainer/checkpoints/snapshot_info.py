@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from apollo_grpc.errors import DataLoss, InvalidArgument
-from apollo_trainer.checkpoints.delta_file import require_id
+from apollo_trainer.checkpoints.delta_file import is_id, require_id
+from apollo_trainer.checkpoints.file_ops import FILES, FileOps
 
 FILE_NAME, FORMAT = "snapshot.json", "apollo-snapshot-1"
 _MOST_BYTES = 64 * 2**20
@@ -52,20 +53,24 @@ _KINDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_info(folder: Path, info: SnapshotInfo) -> None:
+def write_info(folder: Path, info: SnapshotInfo, ops: FileOps = FILES) -> None:
     """Writes the file; it is not flushed."""
     text = json.dumps(asdict(info), allow_nan=False, sort_keys=True)
     whole = {"format": FORMAT, "checksum": _checksum(text), "snapshot": text}
-    (folder / FILE_NAME).write_text(json.dumps(whole))
+    file = ops.create(folder / FILE_NAME)
+    try:
+        ops.write_all(file, memoryview(json.dumps(whole).encode()), 0)
+    finally:
+        ops.close(file)
 
 
-def read_info(folder: Path) -> SnapshotInfo:
+def read_info(folder: Path, ops: FileOps = FILES) -> SnapshotInfo:
     """Raises DataLoss for a snapshot whose file is missing or is not as it was written."""
     path = folder / FILE_NAME
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        if ops.stat(path).st_size > _MOST_BYTES:
             raise ValueError("it is too large")
-        whole = json.loads(path.read_text())
+        whole = json.loads(ops.read(path))
         if whole["format"] != FORMAT:
             raise ValueError("it is of another format")
         if whole["checksum"] != _checksum(whole["snapshot"]):
@@ -96,7 +101,12 @@ def _checksum(text: str) -> str:
 
 
 def require_name(name: str) -> str:
-    """A name that a user gave. Raises InvalidArgument for one that cannot be shown in a line."""
+    """A name that a user gave.
+
+    Raises InvalidArgument for one that cannot be shown in a line, or could be another one's id.
+    """
     if not name.isprintable() or not 0 < len(name.strip()) <= _LONGEST_NAME:
         raise InvalidArgument.at("name", f"must be one line of 1 to {_LONGEST_NAME} characters")
+    if is_id(name.strip()):
+        raise InvalidArgument.at("name", "must not look like the id of a snapshot")
     return name.strip()

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from apollo_grpc.errors import AlreadyExists, DataLoss, NotFound, ResourceExhausted
 from apollo_trainer.checkpoints.anchors import Anchors
-from apollo_trainer.checkpoints.apollo_state import read_state, save_state
+from apollo_trainer.checkpoints.apollo_state import read_state, write_state
 from apollo_trainer.checkpoints.apollo_state_header import FILE_NAME as STATE_FILE
 from apollo_trainer.checkpoints.apollo_state_header import OPTIMIZER_KEY
 from apollo_trainer.checkpoints.delta_file import (
@@ -29,6 +29,7 @@ from apollo_trainer.checkpoints.delta_file import (
     write_delta,
 )
 from apollo_trainer.checkpoints.digest import file_digest
+from apollo_trainer.checkpoints.file_ops import FILES, FileOps
 from apollo_trainer.checkpoints.host_memory import Memory, empty_like_host
 from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.snapshot_info import (
@@ -61,6 +62,7 @@ class SnapshotStore:
         keep_automatic: automatic snapshots that are kept; older ones are deleted.
         budget_bytes: of all anchors and snapshots; automatic ones give way. 0 is no limit.
         clock: seconds since 1970.
+        own: called before anything is written; raises where another process may.
 
     Attributes:
         anchors: what the snapshots are differences to.
@@ -73,12 +75,13 @@ class SnapshotStore:
         keep_automatic: int = 8,
         budget_bytes: int = 0,
         clock: Callable[[], float] = time.time,
+        own: Callable[[], object] = lambda: None,
+        ops: FileOps = FILES,
     ):
-        self.anchors, self._folder = Anchors(root), StoreFolder(root, "snapshots")
+        self._root, self._ops, self._own, self._begun = root, ops, own, False
+        self.anchors, self._folder = Anchors(root, ops), StoreFolder(root, "snapshots", ops)
         self._keep, self._budget, self._clock = keep_automatic, budget_bytes, clock
         self._lock = threading.RLock()
-        self._folder.clean()
-        self.anchors.folder.clean()
 
     def create(
         self,
@@ -97,6 +100,7 @@ class SnapshotStore:
         """
         with self._lock:
             name = require_name(name) if name else ""
+            self._begin_to_write()
             if name and any(info.name == name for info in self.list()):
                 raise AlreadyExists(
                     f"There is a snapshot {name!r}; nothing was written. Delete it, or choose "
@@ -109,10 +113,25 @@ class SnapshotStore:
                 info = self._build(state, name, progress)
             except BaseException:
                 for anchor in set(self.anchors.folder.ids()) - before:
-                    self.anchors.folder.remove(anchor)
+                    self.anchors.folder.drop(anchor)
                 raise
-            self._retire()
+            try:
+                self._retire()
+            except OSError as error:
+                # The snapshot is durable; the next one retires what is too many.
+                log.warning("older snapshots were not deleted: %s", error)
             return info
+
+    def _begin_to_write(self) -> None:
+        """Before the first write: folders, and what a crash left. A store that is read has none."""
+        if not self._begun:
+            self._own()
+            self.anchors.folder.prepare()
+            self._folder.prepare()
+            # They may have been made by a process that ended before it could do this.
+            for folder in (self._root.parent, self._root):
+                self._ops.sync_folder(folder)
+            self._begun = True
 
     def _build(self, state: ModelState, name: str, progress: Progress) -> SnapshotInfo:
         total = sum(p.nbytes for p in state.parameters.values())
@@ -120,9 +139,9 @@ class SnapshotStore:
         with self._folder.building() as (new, folder):
             anchor, encoded = self._encoded(state)
             progress(0, total, "writing")
-            write_delta(folder / DELTA_FILE, anchor, encoded)
+            write_delta(folder / DELTA_FILE, anchor, encoded, self._ops)
             description = {OPTIMIZER_KEY: state.description, EXTRA_KEY: state.extra}
-            save_state(folder / STATE_FILE, state.moments, description)
+            write_state(folder / STATE_FILE, state.moments, description, self._ops)
             info = SnapshotInfo(
                 id=new,
                 name=name,
@@ -130,13 +149,13 @@ class SnapshotStore:
                 created=self._clock(),
                 optimizer_step=int(state.description["step_count"]),
                 weight_version=int(state.extra.get("weight_version", 0)),
-                size_bytes=own_bytes(folder),
+                size_bytes=own_bytes(folder, self._ops),
                 weights_bytes=total,
                 anchor=anchor,
                 digests={n: state.digest(n) for n in state.parameters},
-                state_digest=file_digest(folder / STATE_FILE),
+                state_digest=file_digest(folder / STATE_FILE, self._ops),
             )
-            write_info(folder, info)
+            write_info(folder, info, self._ops)
             self._require_room(info)
             progress(total, total, "making it durable")
             self._folder.publish(new)
@@ -159,14 +178,14 @@ class SnapshotStore:
         found = []
         for snapshot in self._folder.ids():
             try:
-                found.append(read_info(self._folder.path / snapshot))
+                found.append(read_info(self._folder.path / snapshot, self._ops))
             except DataLoss as error:
                 log.warning("%s", error.message)
         return found
 
     def get(self, snapshot: str) -> SnapshotInfo:
         """Raises NotFound, or DataLoss where it cannot be read."""
-        return read_info(self._entry(snapshot))
+        return read_info(self._entry(snapshot), self._ops)
 
     def id_of(self, snapshot: str) -> str:
         """The id of a snapshot by its id, for which no file is read, or its name. Raises NotFound.
@@ -187,6 +206,7 @@ class SnapshotStore:
         """Deletes a snapshot, and an anchor that no other one needs. Raises NotFound."""
         with self._lock:
             self._entry(snapshot)
+            self._begin_to_write()
             self._folder.remove(snapshot)
             self._drop_anchors()
 
@@ -200,7 +220,7 @@ class SnapshotStore:
         """
         with self._lock:
             folder = self._entry(snapshot)
-            info = read_info(folder)
+            info = read_info(folder, self._ops)
             try:
                 return self._load(folder, info, memory)
             except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -208,7 +228,8 @@ class SnapshotStore:
 
     def _load(self, folder: Path, info: SnapshotInfo, memory: Memory) -> ModelState:
         with ThreadPoolExecutor(1, "moments") as beside:
-            state = beside.submit(read_state, folder / STATE_FILE, info.state_digest, memory)
+            path = folder / STATE_FILE
+            state = beside.submit(read_state, path, info.state_digest, memory, self._ops)
             delta = folder / DELTA_FILE
             parameters = self.anchors.decode(delta, info.anchor, info.digests, memory)
             moments, description = state.result()
@@ -222,7 +243,8 @@ class SnapshotStore:
 
     def size_bytes(self) -> int:
         """Bytes of all anchors and snapshots."""
-        return own_bytes(self._folder.path) + own_bytes(self.anchors.folder.path)
+        folders = (self._folder.path, self.anchors.folder.path)
+        return sum(own_bytes(folder, self._ops) for folder in folders)
 
     def _entry(self, snapshot: str) -> Path:
         if snapshot not in self._folder.ids():
@@ -234,7 +256,8 @@ class SnapshotStore:
         staying = [each for each in self.list() if not each.automatic]
         anchors = {each.anchor for each in (*staying, info)} - {""}
         needed = info.size_bytes + sum(each.size_bytes for each in staying)
-        needed += sum(own_bytes(self.anchors.path(anchor).parent) for anchor in anchors)
+        folders = [self.anchors.path(anchor).parent for anchor in anchors]
+        needed += sum(own_bytes(folder, self._ops) for folder in folders)
         if self._budget and needed > self._budget:
             raise ResourceExhausted(
                 f"The snapshot and the named ones need {needed} bytes, and the budget is "
@@ -264,7 +287,7 @@ class SnapshotStore:
         needed = {info.anchor for info in infos} | set(anchors[-1:])
         for anchor in anchors:
             if anchor not in needed:
-                self.anchors.folder.remove(anchor)
+                self.anchors.folder.drop(anchor)
 
 
 def _corrupt(snapshot: str, why: str) -> DataLoss:

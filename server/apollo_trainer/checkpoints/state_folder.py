@@ -10,9 +10,12 @@ from pathlib import Path
 
 from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_trainer.checkpoints.durable_write import durable_bytes
-from apollo_trainer.checkpoints.file_ops import FILES, FileOps
-from apollo_trainer.checkpoints.manifest import SUFFIX, Manifest, ShardRecord, is_shard_name
+from apollo_trainer.checkpoints.file_ops import FILES, FileOps, FileStat
+from apollo_trainer.checkpoints.loaded_files import loaded_files
+from apollo_trainer.checkpoints.manifest import Manifest, ShardRecord
 from apollo_trainer.checkpoints.tensor_file import digest_at, digest_of, read_header
+
+_BEFORE = "before-"
 
 
 class SyncMethod(StrEnum):
@@ -44,8 +47,20 @@ class Place:
 
     @property
     def next_folder(self) -> Path:
-        """The folder to be exchanged with the directory; afterwards, what is spared of that."""
+        """The folder to be exchanged with the directory."""
         return self.state / "tmp-next"
+
+    def before(self, generation: int) -> Path:
+        """The directory of that generation, once another one has taken its place."""
+        return self.state / f"{_BEFORE}{generation}"
+
+    def left_before(self) -> list[int]:
+        """Generations whose directories are there still, the oldest first."""
+        if not self.ops.found(self.state):
+            return []
+        found = [n for n in self.ops.names(self.state) if n.startswith(_BEFORE)]
+        names = [name.removeprefix(_BEFORE) for name in found]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     @property
     def aside(self) -> Path:
@@ -56,14 +71,30 @@ class Place:
         """Where a new shard waits for its rename."""
         return self.directory / f".{shard}.apollo-next"
 
+    def is_linked_elsewhere(self, shard: str, found: FileStat) -> bool:
+        """Whether a shard has a name beside those in the directory and in the ones before it."""
+        ours = 1
+        if found.st_nlink > 1:
+            earlier = [self.ops.found(self.before(n) / shard) for n in self.left_before()]
+            ours += sum(old is not None and old.st_ino == found.st_ino for old in earlier)
+        return found.st_nlink > ours
+
     def redo(self, generation: int) -> Path:
         """The values that are being written in place."""
         return self.state / f"redo-{generation}.safetensors"
 
+    @property
+    def to_begin_anew(self) -> str:
+        """What to do where a sync cannot be finished; snapshots stay."""
+        return (
+            "If vLLM still serves what was learned, `apollo checkpoint export FOLDER` keeps it. "
+            "Bring the directory back from a copy, then remove "
+            f"{self.manifest_path} and {self.intent_path}."
+        )
+
     def shard_names(self) -> list[str]:
-        """Names of the directory's safetensors, sorted."""
-        names = self.ops.names(self.directory)
-        return [name for name in names if name.endswith(SUFFIX) and is_shard_name(name)]
+        """Names of the safetensors that vLLM loads, sorted. Raises as `loaded_files`."""
+        return loaded_files(self.ops, self.directory).by_vllm
 
 
 def place_of(directory: Path, ops: FileOps = FILES, state: Path | None = None) -> Place:

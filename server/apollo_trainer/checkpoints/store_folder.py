@@ -2,86 +2,109 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from apollo_trainer.checkpoints.durable_write import flush_file, flush_folder
+from apollo_trainer.checkpoints.durable_write import TEMPORARY, flush_file
+from apollo_trainer.checkpoints.file_ops import FILES, FileOps
 
 _ENTRY = re.compile(r"([0-9]{8})-[0-9a-f]{12}")
-_PRIVATE = 0o700
 
 
 class StoreFolder:
-    """`<root>/<kind>/<id>/`, where ids are numbered and never used again.
+    """`<root>/<kind>/<id>/`, where ids are numbered and never used again. Nothing is made yet.
 
     Args:
-        root: the state folder of a model; made where it is missing.
+        root: the state folder of a model.
         kind: `anchors` or `snapshots`.
     """
 
-    def __init__(self, root: Path, kind: str):
-        self.path, self._trash = root / kind, root / "trash"
+    def __init__(self, root: Path, kind: str, ops: FileOps = FILES):
+        self.path, self._trash, self._ops = root / kind, root / "trash", ops
+
+    def prepare(self) -> None:
+        """Before the first write: makes the folders, and removes what a crash left.
+
+        Half-made entries, and what was thrown away. The folders are not flushed. Raises OSError.
+        """
         for folder in (self.path, self._trash):
-            folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
-        for folder in (root.parent, root):
-            flush_folder(folder)
+            _make(self._ops, folder)
+        half_made = [n for n in self._ops.names(self.path) if n.startswith(TEMPORARY)]
+        thrown = self._ops.names(self._trash)
+        for left in (*(self.path / n for n in half_made), *(self._trash / n for n in thrown)):
+            self._discard(left)
 
     def ids(self) -> list[str]:
         """Complete entries, the oldest first."""
-        return sorted(p.name for p in self.path.iterdir() if _ENTRY.fullmatch(p.name))
-
-    def clean(self) -> None:
-        """Removes what a crash left: half-made entries, and what was thrown away."""
-        for left in (*self.path.glob("tmp-*"), *self._trash.iterdir()):
-            shutil.rmtree(left, ignore_errors=True)
+        if not self._ops.found(self.path):
+            return []
+        return [name for name in self._ops.names(self.path) if _ENTRY.fullmatch(name)]
 
     @contextmanager
     def building(self) -> Iterator[tuple[str, Path]]:
         """A new id, and a folder that `publish` renames; removed again where it was not."""
         numbers = [int(i.split("-")[0]) for i in self.ids()]
         new = f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex[:12]}"
-        folder = self.path / f"tmp-{new}"
-        folder.mkdir(mode=_PRIVATE)
+        folder = self.path / f"{TEMPORARY}{new}"
+        self._ops.mkdir(folder)
         try:
             yield new, folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            self._discard(folder)
 
     def publish(self, new: str) -> None:
         """Makes a built entry durable under its id. Raises OSError with no entry left."""
-        folder, target = self.path / f"tmp-{new}", self.path / new
-        flush_tree(folder)
-        folder.rename(target)
+        ops, folder, target = self._ops, self.path / f"{TEMPORARY}{new}", self.path / new
+        for name in ops.names(folder):
+            flush_file(folder / name, ops)
+        ops.sync_folder(folder)
+        ops.rename(folder, target)
         try:
-            flush_folder(self.path)
+            ops.sync_folder(self.path)
         except OSError:
             # It would be there now and perhaps gone after a power failure.
-            target.rename(folder)
+            ops.rename(target, folder)
             raise
 
     def remove(self, old: str) -> None:
         """Throws an entry away: whole before, gone after, whatever happens between."""
+        thrown = self._throw(old)
+        self._ops.sync_folder(self.path)
+        self._ops.sync_folder(self._trash)
+        self._discard(thrown)
+
+    def drop(self, old: str) -> None:
+        """The same of one that nothing needs: a power failure may bring it back, or its folder."""
+        self._discard(self._throw(old))
+
+    def _throw(self, old: str) -> Path:
         thrown = self._trash / f"{old}-{uuid.uuid4().hex[:8]}"
-        (self.path / old).rename(thrown)
-        flush_folder(self.path)
-        flush_folder(self._trash)
-        shutil.rmtree(thrown, ignore_errors=True)
+        self._ops.rename(self.path / old, thrown)
+        return thrown
+
+    def _discard(self, folder: Path) -> None:
+        with contextlib.suppress(OSError):
+            self._ops.remove(folder)
 
 
-def flush_tree(folder: Path) -> None:
-    """fsync of every file and folder below."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            flush_folder(path)
-        else:
-            flush_file(path)
-    flush_folder(folder)
+def _make(ops: FileOps, folder: Path) -> None:
+    if not ops.found(folder):
+        _make(ops, folder.parent)
+        # Another thread may have come first.
+        with contextlib.suppress(FileExistsError):
+            ops.mkdir(folder)
 
 
-def own_bytes(folder: Path) -> int:
-    """Bytes of all files below."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+def own_bytes(folder: Path, ops: FileOps = FILES) -> int:
+    """Bytes of all files below; 0 where there is no folder."""
+    found = ops.found(folder)
+    if found is None:
+        return 0
+    if not stat.S_ISDIR(found.st_mode):
+        return found.st_size
+    return sum(own_bytes(folder / name, ops) for name in ops.names(folder))

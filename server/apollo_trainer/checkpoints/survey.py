@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
+from apollo_trainer.checkpoints.disk_values import bytes_to_write, loses_digits
 from apollo_trainer.checkpoints.host_memory import Staging
 from apollo_trainer.checkpoints.manifest import Manifest, ShardRecord, TensorRecord
-from apollo_trainer.checkpoints.shard_header import (
-    DTYPES,
-    NAME_OF,
-    ShardHeader,
-    TensorPlace,
-    build_header,
-    parse_metadata,
-)
+from apollo_trainer.checkpoints.shard_header import DTYPES, ShardHeader
 from apollo_trainer.checkpoints.state_folder import Place, SyncMethod
-from apollo_trainer.checkpoints.tensor_file import (
-    bytes_of,
-    digest_at,
-    digest_of,
-    read_header,
-)
+from apollo_trainer.checkpoints.tensor_file import digest_at, digest_of, digest_of_pieces
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 
 Progress = Callable[[int, int, str], None]
@@ -34,13 +23,23 @@ NEVER_SEEN = 0
 
 @dataclass
 class SyncOutcome:
-    """What a sync did; bytes of tensors compared and of files written."""
+    """What a sync did; bytes of live tensors compared and of files written.
+
+    Attributes:
+        rounded: tensors that were written in a dtype that may round the live values.
+    """
 
     method: SyncMethod = SyncMethod.UNCHANGED
     bytes_compared: int = 0
     bytes_written: int = 0
     tensors_changed: int = 0
     files_written: list[str] = field(default_factory=list)
+    rounded: list[str] = field(default_factory=list)
+
+    def begin_again(self) -> None:
+        """What was written was taken back."""
+        self.bytes_written = self.tensors_changed = 0
+        self.rounded.clear()
 
 
 @dataclass
@@ -82,44 +81,37 @@ class Survey:
     def changed(self, shard: str) -> Iterator[str]:
         """Names of the tensors of a shard whose bytes are not those on disk."""
         for name in self._of_shard[shard]:
-            if self.may_have_moved(name) and self._digest(name) != self._digest_on_disk(name):
+            if not self.may_have_moved(name):
+                continue
+            if digest_of_pieces(self.pieces(name)) != self.baseline.tensors[name].digest:
                 yield name
 
-    def _digest(self, name: str) -> str:
-        return digest_of(bytes_of(self.live(name)))
-
-    def _digest_on_disk(self, name: str) -> str:
-        """Of the bytes that are there; of another dtype or shape they are never the same."""
-        record, outline = self.baseline.tensors[name], self.outline(name)
-        same = (record.place.dtype, record.place.shape) == _kind(outline)
-        return record.digest if same else ""
-
     def outline(self, name: str) -> torch.Tensor:
-        """Shape and dtype of a live tensor, which is there."""
-        outline = self.reader.outline(name)
-        assert outline is not None
-        return outline
+        """Shape and dtype of a tensor on disk, without values."""
+        place = self.baseline.tensors[name].place
+        return torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")
 
-    def live(self, name: str) -> torch.Tensor:
-        """A live tensor, contiguous and on the CPU, until the next one is asked for."""
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes that a tensor is to have on disk; they hold until the next ones."""
+        record, live = self.baseline.tensors[name], self._live(name)
+        path = self.place.directory / record.shard
+        return bytes_to_write(self.place.ops, path, record.place, live)
+
+    def _live(self, name: str) -> torch.Tensor | None:
         tensor = self.reader.read(name)
-        assert tensor is not None
+        if tensor is None:
+            return None
         if name not in self._compared:
             self._compared.add(name)
             self.outcome.bytes_compared += tensor.nbytes
         return self._staging(tensor)
 
-    def header_for(self, shard: str) -> tuple[ShardHeader, ShardHeader]:
-        """The header of the file on disk, and the one of live dtypes: mostly the same."""
-        old = read_header(self.place.ops, self.place.directory / shard)
-        outlines = {name: self.reader.outline(name) for name in old.tensors}
-        if all(o is None or _kind(o) == _of(old.tensors[n]) for n, o in outlines.items()):
-            return old, old
-        meta = {
-            name: _outline(old.tensors[name]) if outline is None else outline
-            for name, outline in outlines.items()
-        }
-        return old, build_header(meta, parse_metadata(old.raw))
+    def note_rounded(self, names: Iterable[str]) -> None:
+        """Of tensors that are written: those whose dtype on disk may round the live values."""
+        for name in names:
+            live = self.reader.outline(name)
+            if live is not None and loses_digits(live.dtype, self.baseline.tensors[name].place):
+                self.outcome.rounded.append(name)
 
     def next_manifest(self, method: SyncMethod, written: list[WrittenShard]) -> Manifest:
         """The directory's next generation, once these shards are in it."""
@@ -160,15 +152,3 @@ def read_baseline(
                 tensors[name] = TensorRecord(shard, at, NEVER_SEEN, digest)
     model = place.directory.name
     return Manifest(0, model, SyncMethod.UNCHANGED, (), shards, tensors)
-
-
-def _kind(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
-    return NAME_OF[tensor.dtype], tuple(tensor.shape)
-
-
-def _of(place: TensorPlace) -> tuple[str, tuple[int, ...]]:
-    return place.dtype, place.shape
-
-
-def _outline(place: TensorPlace) -> torch.Tensor:
-    return torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")

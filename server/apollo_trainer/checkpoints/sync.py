@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import stat
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from apollo_grpc.errors import Cancelled, FailedPrecondition
+from apollo_grpc.errors import ApolloError, Cancelled, FailedPrecondition
 from apollo_trainer.checkpoints.exchange import ExchangeRefused, can_exchange, exchange_sync
 from apollo_trainer.checkpoints.file_ops import FILES, FileOps
-from apollo_trainer.checkpoints.in_place import can_write_in_place, in_place_sync
+from apollo_trainer.checkpoints.in_place import in_place_sync
 from apollo_trainer.checkpoints.manifest import Manifest
+from apollo_trainer.checkpoints.preconditions import (
+    refuse_links,
+    require_directory,
+    weight_headers,
+)
 from apollo_trainer.checkpoints.recover import edited, recover
 from apollo_trainer.checkpoints.rollforward import rollforward_sync
-from apollo_trainer.checkpoints.shard_header import ShardHeader
 from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.state_folder import (
     Place,
@@ -39,9 +43,9 @@ from apollo_trainer.checkpoints.survey import (
     Versions,
     read_baseline,
 )
-from apollo_trainer.checkpoints.tensor_file import read_header
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 
+log = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 __all__ = ["Progress", "SyncMethod", "SyncOutcome", "sync_directory"]
 
@@ -53,7 +57,7 @@ class SyncOptions:
     Attributes:
         method: None for the ladder; ROLLFORWARD or IN_PLACE for that one.
         state: the state folder; None for the one beside the directory.
-        spare: what the syncs before left of this directory; None to keep nothing.
+        spare: what the syncs before left of this directory; None to keep nothing of it.
     """
 
     method: SyncMethod | None = None
@@ -71,8 +75,9 @@ def sync_directory(
 ) -> SyncOutcome:
     """Brings the directory's safetensors up to date with the live weights.
 
-    The weights must not change meanwhile. Files without a changed tensor are not written. Tensors
-    that belong to no parameter are kept as they are.
+    The weights must not change meanwhile. Files without a changed tensor are not written. Each
+    tensor keeps its dtype on disk, and every value that training did not touch its bits. Tensors
+    that belong to no parameter are kept as they are, and so are files that vLLM does not load.
 
     Args:
         versions: a number for each checkpoint tensor that is another one after every write to it;
@@ -84,11 +89,11 @@ def sync_directory(
     always wholly of one generation for whoever comes after the next sync or start of the server.
     """
     place = place_of(directory, options.ops, options.state)
-    _require_directory(place, directory)
+    require_directory(place, directory)
     with held(place):
         try:
             return _sync(place, reader, progress, versions, options)
-        except (OSError, Cancelled):
+        except (OSError, Cancelled, FailedPrecondition):
             _clean_up(place)
             raise
 
@@ -100,7 +105,7 @@ def _sync(
     versions: Versions | None,
     options: SyncOptions,
 ) -> SyncOutcome:
-    known = recover(place, options.spare)
+    known = recover(place)
     refuse_links(place)
     if known and versions and is_untouched(place, known):
         survey = Survey(place, reader, known, versions)
@@ -108,7 +113,7 @@ def _sync(
             total = sum(shard.size for shard in known.shards.values())
             progress(total, total, "")
             return survey.outcome
-    headers = read_headers(place, reader)
+    headers = weight_headers(place, reader)
     meter = _Meter(progress, sum(header.size for header in headers.values()))
     baseline = refreshed(place, known) if known else read_baseline(place, headers, meter.read)
     if baseline is None:
@@ -135,40 +140,53 @@ def _write(
     try:
         manifest = _climb(survey, shards, options, began)
     except OSError as error:
-        if error.errno not in _NO_ROOM or not _may_still_fit(survey, shards, options.method):
+        if error.errno not in _NO_ROOM or not _may_still_fit(survey, options.method):
             raise
+        if (options.spare or Spare()).give_way(survey.place):
+            _write(survey, shards, options, began)
+            return
         manifest = in_place_sync(survey, shards)
     survey.outcome.method = SyncMethod(manifest.method)
     survey.outcome.files_written = list(shards)
+    if rounded := survey.outcome.rounded:
+        log.warning(
+            "%s and %d more tensors have a dtype on disk that does not hold every value of the "
+            "served one: what was trained is written as the nearest that it holds",
+            rounded[0],
+            len(rounded) - 1,
+        )
 
 
 def _climb(
     survey: Survey, shards: list[str], options: SyncOptions, began: Callable[[str], None]
 ) -> Manifest:
     method, spare = options.method, options.spare or Spare(keeps=False)
-    if method == SyncMethod.IN_PLACE and can_write_in_place(survey, shards):
+    if method == SyncMethod.IN_PLACE:
+        # A shard may have a second name in a directory before: it would be written to there too.
+        if spare.give_way(survey.place):
+            survey.place.ops.sync_folder(survey.place.state)
         return in_place_sync(survey, shards)
     if method != SyncMethod.ROLLFORWARD and can_exchange(survey.place):
         with contextlib.suppress(ExchangeRefused):
             return exchange_sync(survey, shards, began, spare)
         recover(survey.place)
-        survey.outcome.bytes_written = survey.outcome.tensors_changed = 0
+        survey.outcome.begin_again()
     return rollforward_sync(survey, shards, began)
 
 
-def _may_still_fit(survey: Survey, shards: list[str], method: SyncMethod | None) -> bool:
+def _may_still_fit(survey: Survey, method: SyncMethod | None) -> bool:
     """After a full disk: whether a log of the changed tensors is smaller than the shards were."""
     place = survey.place
     if method == SyncMethod.ROLLFORWARD or place.ops.found(place.intent_path):
         return False
     _clean_up(place)
-    survey.outcome.bytes_written = survey.outcome.tensors_changed = 0
-    return can_write_in_place(survey, shards)
+    survey.outcome.begin_again()
+    return True
 
 
 def _clean_up(place: Place) -> None:
     """Frees what a failed sync wrote. What was announced waits for the next sync, or the start."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ApolloError):
         if not place.ops.found(place.intent_path):
             recover(place)
 
@@ -185,58 +203,6 @@ class _Meter:
 
     def read(self, size: int) -> None:
         """Of the first reading of a directory nothing is told: it is soon read again."""
-
-
-def _require_directory(place: Place, asked: Path) -> None:
-    found = place.ops.found(place.directory)
-    if found is None or not stat.S_ISDIR(found.st_mode):
-        raise FailedPrecondition(
-            f"vLLM serves {asked}, which is no local directory; nothing was written. Serve a "
-            "local copy of the model to sync it.",
-            reason="NOT_A_DIRECTORY",
-        )
-    if any(parent.name.startswith("models--") for parent in place.directory.parents):
-        raise FailedPrecondition(
-            f"{place.directory.name} lies in a hub cache, whose files other revisions share; "
-            "nothing was written. `apollo checkpoint adopt FOLDER` makes a private copy; serve it.",
-            reason="HUB_CACHE",
-        )
-
-
-def refuse_links(place: Place) -> None:
-    """Raises FailedPrecondition where a shard is no regular file with one name."""
-    for name in place.shard_names():
-        found = place.ops.stat(place.directory / name)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            raise FailedPrecondition(
-                f"{name} is a link: other directories share its bytes, and a sync would "
-                "change or split them. Nothing was written. `apollo checkpoint adopt FOLDER` makes "
-                "a private copy; serve it.",
-                reason="SHARD_IS_LINKED",
-            )
-
-
-def read_headers(place: Place, reader: CheckpointReader) -> dict[str, ShardHeader]:
-    """Headers of all shards. Raises FailedPrecondition where they do not hold all parameters."""
-    headers = dict[str, ShardHeader]()
-    for name in place.shard_names():
-        try:
-            headers[name] = read_header(place.ops, place.directory / name)
-        except ValueError as error:
-            raise FailedPrecondition(
-                f"{name} is no safetensors file ({error}); nothing was written. Bring it back from "
-                "a copy.",
-                reason="SHARD_UNREADABLE",
-            ) from error
-    names = {name for header in headers.values() for name in header.tensors}
-    if missing := reader.missing_from(names):
-        raise FailedPrecondition(
-            f"The directory's safetensors do not hold {missing[0]}"
-            + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
-            + "; nothing was written.",
-            reason="CHECKPOINT_INCOMPLETE",
-        )
-    return headers
 
 
 def read_generation(place: Place) -> int:

@@ -6,7 +6,7 @@ safetensors.save_file can neither flush what it wrote nor be told to fail.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,52 +40,55 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def write_tensors(
-    tensors: dict[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
     path: Path,
     metadata: dict[str, str] | None,
     ops: FileOps = FILES,
-    values: Callable[[str], torch.Tensor] | None = None,
+    pieces: Callable[[str], Iterable[memoryview]] | None = None,
 ) -> dict[str, str]:
     """Writes a new safetensors file, not flushed; returns the digest of each tensor.
 
     Args:
-        tensors: on the CPU, or without values where `values` returns them, one after the other.
+        tensors: on the CPU, or without values where `pieces` returns their bytes.
 
     Raises OSError when the disk refuses.
     """
-    header, read = build_header(tensors, metadata), values or tensors.__getitem__
+    header = build_header(tensors, metadata)
+    read = pieces or (lambda name: pieces_of(bytes_of(tensors[name])))
     file = ops.create(path, 0o666)
     try:
         ops.write_all(file, memoryview(header.raw), 0)
         return {
-            name: write_piecewise(ops, file, bytes_of(read(name)), place.start)
+            name: write_pieces(ops, file, read(name), place.start)
             for name, place in header.tensors.items()
         }
     finally:
         ops.close(file)
 
 
-def write_piecewise(ops: FileOps, file: int, data: memoryview, offset: int) -> str:
-    """Writes bytes at an offset, and returns their digest."""
-    digest = xxhash.xxh3_128()
+def pieces_of(data: memoryview) -> Iterator[memoryview]:
+    """Bytes, a bounded piece at a time."""
     for start in range(0, len(data), PIECE):
-        piece = data[start : start + PIECE]
+        yield data[start : start + PIECE]
+
+
+def write_pieces(ops: FileOps, file: int, pieces: Iterable[memoryview], offset: int) -> str:
+    """Writes bytes one after the other from an offset on, and returns their digest."""
+    digest, begin = xxhash.xxh3_128(), offset
+    for piece in pieces:
         digest.update(piece)
-        ops.write_all(file, piece, offset + start)
-        if len(data) >= PIECE:
-            ops.start_writing(file, len(piece), offset + start)
+        ops.write_all(file, piece, offset)
+        if offset + len(piece) - begin >= PIECE:
+            ops.start_writing(file, len(piece), offset)
+        offset += len(piece)
     return digest.hexdigest()
 
 
-def copy_piecewise(
-    ops: FileOps, source: int, target: int, place: TensorPlace, further: int = 0
-) -> str:
-    """Copies bytes to another file, `further` behind their place; returns their digest."""
-    digest, offset = xxhash.xxh3_128(), place.start + further
-    for piece in _pieces(ops, source, place):
+def digest_of_pieces(pieces: Iterable[memoryview]) -> str:
+    """The digest of bytes that come one after the other."""
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
         digest.update(piece)
-        ops.write_all(target, memoryview(piece), offset)
-        offset += len(piece)
     return digest.hexdigest()
 
 
@@ -94,19 +97,20 @@ def digest_at(
 ) -> str:
     """The digest of bytes on disk; `read` is told of every piece."""
     digest = xxhash.xxh3_128()
-    for piece in _pieces(ops, file, place):
+    for piece in pieces_at(ops, file, place):
         digest.update(piece)
         read(len(piece))
     return digest.hexdigest()
 
 
-def _pieces(ops: FileOps, file: int, place: TensorPlace) -> Iterator[bytes]:
+def pieces_at(ops: FileOps, file: int, place: TensorPlace) -> Iterator[memoryview]:
+    """The bytes of a tensor on disk. Raises OSError where the file ends before they do."""
     offset = place.start
     while offset < place.end:
         piece = ops.pread(file, min(PIECE, place.end - offset), offset)
         if not piece:
             raise OSError(errno.EIO, f"a file ends at byte {offset}, before its tensors do")
-        yield piece
+        yield memoryview(piece)
         offset += len(piece)
 
 

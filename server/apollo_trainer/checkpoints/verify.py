@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from apollo_grpc.errors import FailedPrecondition
+from apollo_trainer.checkpoints.disk_values import bytes_to_write
 from apollo_trainer.checkpoints.file_ops import FILES, FileOps
 from apollo_trainer.checkpoints.host_memory import Staging
+from apollo_trainer.checkpoints.loaded_files import loaded_files, twins
 from apollo_trainer.checkpoints.manifest import Manifest, TensorRecord
-from apollo_trainer.checkpoints.shard_header import NAME_OF
 from apollo_trainer.checkpoints.state_folder import Place, held, place_of, read_manifest
 from apollo_trainer.checkpoints.survey import Progress
-from apollo_trainer.checkpoints.tensor_file import bytes_of, digest_at, digest_of, read_header
+from apollo_trainer.checkpoints.tensor_file import (
+    digest_at,
+    digest_of,
+    digest_of_pieces,
+    read_header,
+)
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
+from apollo_trainer.weights.loaded_files import INDEX
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ def verify_directory(
             "nothing was compared. Sync first: that reads all of it.",
             reason="NEVER_SYNCED",
         )
-    with held(place):
+    with _unless_read_only(held(place)):
         manifest = read_manifest(place)
         assert manifest
         result = Verification(manifest.generation, len(manifest.tensors))
@@ -70,9 +79,21 @@ def verify_directory(
         if full:
             _read_all(place, manifest, result, progress, total)
         if reader:
-            result.differences += _of_live(manifest, reader)
+            result.differences += _of_live(place, manifest, reader)
         progress(total, total, "")
     return result
+
+
+@contextmanager
+def _unless_read_only(lock: AbstractContextManager[None]) -> Iterator[None]:
+    """Holds the lock; on a read-only disk there is none to take, and nobody who writes."""
+    with ExitStack() as held_now:
+        try:
+            held_now.enter_context(lock)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+        yield
 
 
 def _of_files(place: Place, manifest: Manifest) -> Iterator[Difference]:
@@ -81,15 +102,25 @@ def _of_files(place: Place, manifest: Manifest) -> Iterator[Difference]:
         yield Difference(
             place.intent_path.name, "", "a sync was cut off; the next one settles that"
         )
-    for name in sorted({*manifest.shards, *place.shard_names()}):
+    try:
+        loaded = loaded_files(place.ops, place.directory)
+    except FailedPrecondition as error:
+        yield Difference(INDEX, "", error.message)
+        return
+    for twin in twins(place.ops, place.directory, loaded):
+        where = f"stands in {twin.other} too: {twin.why}"
+        yield Difference(twin.file, twin.tensor, where)
+    for name in sorted({*manifest.shards, *loaded.by_vllm}):
         found = place.ops.found(place.directory / name)
         if name not in manifest.shards:
             yield Difference(name, "", "the last sync did not know it")
         elif found is None:
             yield Difference(name, "", "is missing")
+        elif name not in loaded.by_vllm:
+            yield Difference(name, "", "is loaded by vLLM no more")
         elif not manifest.shards[name].is_at(found):
             yield Difference(name, "", "is another file, or was written to, since the last sync")
-        elif found.st_nlink > 1:
+        elif place.is_linked_elsewhere(name, found):
             yield Difference(name, "", "has a second name elsewhere")
 
 
@@ -127,12 +158,20 @@ def _tensors(manifest: Manifest, shard: str) -> list[tuple[str, TensorRecord]]:
     return [(name, t) for name, t in manifest.tensors.items() if t.shard == shard]
 
 
-def _of_live(manifest: Manifest, reader: CheckpointReader) -> Iterator[Difference]:
+def _of_live(place: Place, manifest: Manifest, reader: CheckpointReader) -> Iterator[Difference]:
     staging = Staging()
     for name, record in manifest.tensors.items():
-        live = reader.read(name)
+        live, path = reader.read(name), place.directory / record.shard
         if live is None:
             continue
-        same = NAME_OF[live.dtype] == record.place.dtype and tuple(live.shape) == record.place.shape
-        if not same or digest_of(bytes_of(staging(live))) != record.digest:
+        if tuple(live.shape) != record.place.shape:
+            yield Difference(record.shard, name, "the live weights have another shape")
+            continue
+        try:
+            pieces = bytes_to_write(place.ops, path, record.place, staging(live))
+            same = digest_of_pieces(pieces) == record.digest
+        except (OSError, FailedPrecondition) as error:
+            yield Difference(record.shard, name, f"cannot be compared with the live one: {error}")
+            continue
+        if not same:
             yield Difference(record.shard, name, "the live weights differ; sync to write them")

@@ -17,6 +17,7 @@ from apollo_trainer.checkpoints.durable_write import durable_bytes, flush_folder
 from apollo_trainer.checkpoints.host_memory import HostBuffers
 from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.poison import Poison
+from apollo_trainer.checkpoints.preconditions import why_not_synced
 from apollo_trainer.checkpoints.restore import restore
 from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
@@ -51,6 +52,7 @@ class ModelCheckpoints:
     Attributes:
         watch: the optimizer's `before_param_write`.
         poison: why the live weights are mixed; no run and no sync may begin then.
+        store: the snapshots on disk; what writes there raises as `place` does.
     """
 
     def __init__(self, attachment: Attachment, folder: Path, settings: Settings):
@@ -64,6 +66,13 @@ class ModelCheckpoints:
         self._place = place_under(Path(attachment.directory), settings.checkpoint_dir)
         self._owned, self._owning = ExitStack(), threading.Lock()
         self._is_owner = self._closed = False
+        # Whoever only looks at it writes nothing, and needs not be the owner.
+        self.store = SnapshotStore(
+            self._place.state,
+            keep_automatic=settings.automatic_snapshots,
+            budget_bytes=settings.snapshot_mebibytes * MIB,
+            own=lambda: self.place,
+        )
         budget = settings.undo_mebibytes * MIB
         weights = sum(p.nbytes for p in parameters)
         # A copy of the weights at every step is what a larger model would pay for it.
@@ -89,17 +98,9 @@ class ModelCheckpoints:
             return self._place
 
     @cached_property
-    def store(self) -> SnapshotStore:
-        """The snapshots on disk. Raises as `place` does."""
-        settings = self._settings
-        return SnapshotStore(
-            self.place.state,
-            keep_automatic=settings.automatic_snapshots,
-            budget_bytes=settings.snapshot_mebibytes * MIB,
-        )
-
-    @cached_property
     def _writer(self) -> SnapshotWriter:
+        """Raises as `place` does."""
+        _ = self.place
         return SnapshotWriter(self.store)
 
     # --- what training does -----------------------------------------------------------------
@@ -155,6 +156,10 @@ class ModelCheckpoints:
 
         options = SyncOptions(method=method, state=self.place.state, spare=self._spare)
         return sync_directory(Path(self._attachment.directory), reader, progress, version, options)
+
+    def why_not_synced(self) -> str:
+        """What a sync would refuse the directory for as it is; empty where nothing is seen."""
+        return why_not_synced(self._place, self._attachment.checkpoint())
 
     # --- ways back --------------------------------------------------------------------------
 

@@ -188,6 +188,8 @@ class ModelOwner:
         memory, slowness = session.attachment.memory(), session.optimizer.slowness()
         if slowness:
             log.warning("%s", slowness)
+        if not_synced := session.checkpoints.why_not_synced():
+            log.warning("a sync of this directory would be refused: %s", not_synced)
 
         def change(status: status_pb2.ServerStatus) -> None:
             status.attachment = status_pb2.ATTACHMENT_STATE_ATTACHED
@@ -196,6 +198,8 @@ class ModelOwner:
                 status.attachment_detail += f" {slowness}"
             if session.other_weights:
                 status.attachment_detail += f" Runs are refused: {session.other_weights}"
+            if not_synced:
+                status.attachment_detail += f" A sync would be refused: {not_synced}"
             status.model = session.attachment.directory
             status.engine_epoch = session.attachment.epoch
             status.weight_version = session.attachment.weight_version

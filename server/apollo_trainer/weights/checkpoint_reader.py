@@ -14,6 +14,10 @@ class CheckpointReader:
         self._plan, self._parameters = plan, parameters
         self._planned = {tensor.name: tensor for tensor in plan.tensors}
 
+    def names(self) -> list[str]:
+        """All checkpoint tensors that transformers would save, tied ones once."""
+        return list(self._planned)
+
     def read(self, name: str) -> torch.Tensor | None:
         """The live values, contiguous; None for a name that belongs to no parameter."""
         if planned := self._planned.get(name):

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan
+from apollo_trainer.weights.loaded_files import loaded_shards
 from apollo_trainer.weights.manifest import refusal
 
 
@@ -26,7 +27,10 @@ def fill_fixed_values(model: Any, plan: CheckpointPlan, directory: Path) -> None
     """
     if not plan.fixed:
         return
-    shards = sorted(directory.glob("*.safetensors"))
+    try:
+        shards = loaded_shards(directory)
+    except (ValueError, OSError) as error:
+        raise _unreadable(next(iter(plan.fixed)), str(error)) from error
     if not shards:
         raise _unreadable(next(iter(plan.fixed)), "the model directory has no safetensors")
     buffers = dict(model.named_buffers())

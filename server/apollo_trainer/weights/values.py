@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader, same_bytes
+from apollo_trainer.weights.loaded_files import loaded_shards
 from apollo_trainer.weights.manifest import refusal
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def require_checkpoint_values(directory: Path, reader: CheckpointReader, everyth
 
     Raises FailedPrecondition that names the tensor which differs.
     """
-    shards = sorted(directory.glob("*.safetensors"))
+    shards = _loaded(directory)
     if not shards:
         log.warning("%s has no safetensors: mapped values were not compared with it", directory)
     compared = 0
@@ -48,6 +49,14 @@ def require_checkpoint_values(directory: Path, reader: CheckpointReader, everyth
                 "CHECKPOINT_UNREADABLE", f"{shard.name} of the model directory: {error}."
             ) from error
     return compared
+
+
+def _loaded(directory: Path) -> list[Path]:
+    """Other files lie there as they were, whatever was trained and synced since."""
+    try:
+        return loaded_shards(directory)
+    except (ValueError, OSError) as error:
+        raise refusal("CHECKPOINT_UNREADABLE", f"The model directory: {error}.") from error
 
 
 def _require_equal(

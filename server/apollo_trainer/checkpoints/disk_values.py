@@ -1,0 +1,90 @@
+"""The bytes that a tensor is to have on disk: the live values, in the dtype of the directory.
+
+An engine rounds what it loads to the dtype that it serves. A value that still is what the one on
+disk rounds to was not trained, and keeps its bits; one that was is written in the disk's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from apollo_grpc.errors import FailedPrecondition
+from apollo_trainer.checkpoints.file_ops import FileOps
+from apollo_trainer.checkpoints.shard_header import DTYPES, NAME_OF, TensorPlace
+from apollo_trainer.checkpoints.tensor_file import PIECE, bytes_of, pieces_at, pieces_of
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bytes_to_write(
+    ops: FileOps, path: Path, place: TensorPlace, live: torch.Tensor | None
+) -> Iterator[memoryview]:
+    """The bytes, a bounded piece at a time. The file is read only where its values are needed.
+
+    Args:
+        path: the file that holds the tensor at `place` now.
+        live: the live values, contiguous, on the CPU, of the same shape; None for what belongs to
+            no parameter, and stays as it is.
+
+    Raises FailedPrecondition for a live value that the dtype on disk cannot hold, and OSError.
+    """
+    if live is not None and NAME_OF[live.dtype] == place.dtype:
+        yield from pieces_of(bytes_of(live))
+        return
+    with ops.opened(path) as file:
+        if live is None:
+            yield from pieces_at(ops, file, place)
+        else:
+            yield from _trained_ones_replaced(ops, file, place, live)
+
+
+def loses_digits(live: torch.dtype, place: TensorPlace) -> bool:
+    """Whether some values of the live dtype have no equal in the one on disk."""
+    on_disk = DTYPES[place.dtype]
+    if live == on_disk:
+        return False
+    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return not {live, on_disk} <= set(known) or torch.promote_types(live, on_disk) != on_disk
+
+
+def _trained_ones_replaced(
+    ops: FileOps, file: int, place: TensorPlace, live: torch.Tensor
+) -> Iterator[memoryview]:
+    dtype, flat = DTYPES[place.dtype], live.view(-1)
+    count = PIECE // max(dtype.itemsize, live.itemsize)
+    for at in range(0, flat.numel(), count):
+        part = flat[at : at + count]
+        data = bytearray(part.numel() * dtype.itemsize)
+        ops.read_all(file, memoryview(data), place.start + at * dtype.itemsize)
+        there = torch.frombuffer(data, dtype=dtype)
+        trained = _bits(there.to(live.dtype)) != _bits(part)
+        if not trained.any():
+            yield memoryview(data)
+            continue
+        yield bytes_of(torch.where(trained, _in_dtype(part, trained, place), there))
+
+
+def _in_dtype(part: torch.Tensor, trained: torch.Tensor, place: TensorPlace) -> torch.Tensor:
+    dtype = DTYPES[place.dtype]
+    written = part.to(dtype)
+    if loses_digits(part.dtype, place):
+        fits = dtype.is_floating_point and bool(
+            (written.double().isfinite() | ~part.double().isfinite() | ~trained).all()
+        )
+        if not fits:
+            raise FailedPrecondition(
+                f"A tensor of the directory is {place.dtype}, and a live value of it is one that "
+                "this cannot hold. Nothing was written. A snapshot keeps what was "
+                "learned (`apollo checkpoint create`); to go on, undo or restore, and train with a "
+                "smaller learning rate.",
+                reason="VALUE_DOES_NOT_FIT",
+            )
+    return written
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """Bits, not values: NaN differs from itself and zeros of both signs do not."""
+    return values.view(_BITS[values.itemsize])

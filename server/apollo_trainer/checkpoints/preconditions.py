@@ -1,0 +1,123 @@
+"""What must hold before a directory is synced or exported; nothing is written by any of it."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+from apollo_grpc.errors import ApolloError, FailedPrecondition
+from apollo_trainer.checkpoints.loaded_files import loaded_files, refuse_twins
+from apollo_trainer.checkpoints.shard_header import ShardHeader
+from apollo_trainer.checkpoints.state_folder import Place
+from apollo_trainer.checkpoints.tensor_file import read_header
+from apollo_trainer.weights.checkpoint_reader import CheckpointReader
+
+_WAYS_OUT = (
+    "Nothing was written. `apollo checkpoint export FOLDER` writes what was learned into a "
+    "directory of its own, which vLLM can serve and sync; do that first. (`apollo checkpoint adopt "
+    "FOLDER` copies the files as they lie here, without what was learned.)"
+)
+
+
+def why_not_synced(place: Place, reader: CheckpointReader) -> str:
+    """What a sync would refuse the directory for as it is now; empty where nothing is seen."""
+    try:
+        require_directory(place, place.directory)
+        refuse_links(place)
+        weight_headers(place, reader)
+    except ApolloError as error:
+        return error.message
+    except OSError as error:
+        return f"The directory cannot be read ({error.strerror})."
+    return ""
+
+
+def require_directory(place: Place, asked: Path) -> None:
+    """Raises FailedPrecondition for what is no local directory, and for one of a hub cache."""
+    found = place.ops.found(place.directory)
+    if found is None or not stat.S_ISDIR(found.st_mode):
+        raise FailedPrecondition(
+            f"vLLM serves {asked}, which is no local directory; nothing was written. Serve a "
+            "local copy of the model to sync it.",
+            reason="NOT_A_DIRECTORY",
+        )
+    if any(parent.name.startswith("models--") for parent in place.directory.parents):
+        raise FailedPrecondition(
+            f"{place.directory.name} lies in a hub cache, whose files other revisions share. "
+            + _WAYS_OUT,
+            reason="HUB_CACHE",
+        )
+
+
+def refuse_links(place: Place) -> None:
+    """Raises FailedPrecondition where a shard is no regular file with one name."""
+    for name in place.shard_names():
+        found = place.ops.stat(place.directory / name)
+        if not stat.S_ISREG(found.st_mode) or place.is_linked_elsewhere(name, found):
+            raise FailedPrecondition(
+                f"{name} is a link: other directories share its bytes, and a sync would change or "
+                "split them. " + _WAYS_OUT,
+                reason="SHARD_IS_LINKED",
+            )
+
+
+def weight_headers(place: Place, reader: CheckpointReader) -> dict[str, ShardHeader]:
+    """Headers of the shards that are to be written.
+
+    Raises FailedPrecondition where they do not hold all parameters, or hold one twice.
+    """
+    files = loaded_files(place.ops, place.directory)
+    headers = read_headers(place, files.by_vllm, reader)
+    refuse_twins(place.ops, place.directory, files)
+    if missing := missing_from(headers, reader):
+        raise incomplete(files.by_vllm, missing)
+    return headers
+
+
+def read_headers(
+    place: Place, files: list[str], reader: CheckpointReader
+) -> dict[str, ShardHeader]:
+    """Headers of these shards, links resolved.
+
+    Raises FailedPrecondition for a file that is none, and for a live tensor of another shape.
+    """
+    headers = dict[str, ShardHeader]()
+    for name in files:
+        try:
+            headers[name] = read_header(place.ops, (place.directory / name).resolve())
+        except ValueError as error:
+            raise FailedPrecondition(
+                f"{name} is no safetensors file ({error}); nothing was written. Bring it back from "
+                "a copy.",
+                reason="SHARD_UNREADABLE",
+            ) from error
+        _require_shapes(name, headers[name], reader)
+    return headers
+
+
+def _require_shapes(shard: str, header: ShardHeader, reader: CheckpointReader) -> None:
+    for name, place in header.tensors.items():
+        live = reader.outline(name)
+        if live is not None and tuple(live.shape) != place.shape:
+            raise FailedPrecondition(
+                f"The live {name} is {list(live.shape)}, which is not its shape in {shard}; "
+                "nothing was written.",
+                reason="CHECKPOINT_INCOMPATIBLE",
+            )
+
+
+def missing_from(headers: dict[str, ShardHeader], reader: CheckpointReader) -> list[str]:
+    """Names of live tensors that no file holds."""
+    return reader.missing_from({name for header in headers.values() for name in header.tensors})
+
+
+def incomplete(files: list[str], missing: list[str]) -> FailedPrecondition:
+    """The refusal of a directory whose files do not hold all that is live."""
+    more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+    read = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    keeps = "" if files else " `apollo checkpoint export FOLDER` writes what was learned as such."
+    return FailedPrecondition(
+        f"The safetensors that vLLM loads from the directory ({read or 'there are none'}) do not "
+        f"hold {missing[0]}{more}; nothing was written.{keeps}",
+        reason="CHECKPOINT_INCOMPLETE",
+    )
