@@ -7,21 +7,24 @@ in for vLLM is its client (`ClientDouble`) and the scoring of a prompt.
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import grpc
 import torch
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from apollo_grpc.interceptors import SyncErrors
 from apollo_grpc.transport import SERVER_OPTIONS, open_port
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1.weight_export_pb2_grpc import add_WeightExportServiceServicer_to_server
+from apollo_sidecar.changed_bytes import ChangedBytes
 from apollo_sidecar.engine import Engine
 from apollo_sidecar.memfd_weights import MemfdWeights
 from apollo_sidecar.service import WeightExportService
@@ -38,6 +41,15 @@ class ServedModel(torch.nn.Module):
         self.folder = folder
         self.module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self.live = MemfdWeights(self.module)
+        self._copies: dict[str, torch.Tensor] = {}
+
+    def keep_copies(self, patterns: Iterable[str]) -> None:
+        """Copies the weights of these names, `*` for any part; computes with that from then on."""
+        names = dict(self.module.named_parameters(remove_duplicate=False))
+        for pattern in patterns:
+            found = fnmatch.filter(names, pattern)
+            assert found, f"no weight is named {pattern}"
+            self._copies |= {name: names[name].detach().clone() for name in found}
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """vLLM's own entry point, which the shadow load traces."""
@@ -57,12 +69,19 @@ class ServedModel(torch.nn.Module):
     def score(self, token_ids: list[int]) -> list[float]:
         """Log-probability of each token after the first."""
         ids = torch.tensor([token_ids])
-        logprobs = self.module(ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        answer: Any = functional_call(self.module, self._copies, (ids,), {"use_cache": False})
+        logprobs = answer.logits[0, :-1].float().log_softmax(-1)
         return logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
 
 
 class ClientDouble:
-    """The calls of vLLM's AsyncLLM that the sidecar uses; `calls` remembers their order."""
+    """The calls of vLLM's AsyncLLM that the sidecar uses.
+
+    Attributes:
+        calls: in their order, but for those of a probe.
+        changed: what a probe has changed.
+        on_probe: told the number of a probe's call, after its change and before its scores.
+    """
 
     errored = False
 
@@ -70,6 +89,9 @@ class ClientDouble:
         self._model = model
         self.calls: list[str] = []
         self.answers_pings = True
+        self.changed = ChangedBytes()
+        self.on_probe: Callable[[int], None] = lambda number: None
+        self._probes = self._paused_at = 0
 
     async def is_paused(self) -> bool:
         while not self.answers_pings:
@@ -82,16 +104,32 @@ class ClientDouble:
             answer.model, answer.max_model_len = str(self._model.folder), MAX_MODEL_LEN
         elif method == "apollo_synchronize":
             return [("", "", b"")]
+        elif method == "apollo_put_back":
+            self.changed.put_back()
+            return [("", "", b"")]
+        elif method == "apollo_probe":
+            answer = self._probe(pb.ProbeWeightsRequest.FromString(args[0]))
         else:
             request = pb.TraceCheckpointMapRequest.FromString(args[0])
             answer = trace_checkpoint_map(self._model, self._model.live, request)
         return [("", "", answer.SerializeToString())]
 
+    def _probe(self, request: pb.ProbeWeightsRequest) -> pb.ProbeWeightsResponse:
+        self._probes += 1
+        self.changed.change(self._model.live, request.changes)
+        self.on_probe(self._probes)
+        return pb.ProbeWeightsResponse(logprobs=self._model.score(list(request.token_ids)))
+
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        self._paused_at = len(self.calls)
         self.calls.append(f"pause {mode}")
 
     async def resume_generation(self) -> None:
         self.calls.append("resume")
+        if self._probes:
+            # Every attachment begins with one; a test is about what follows.
+            del self.calls[self._paused_at :]
+            self._probes = 0
 
     async def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool:
         self.calls.append("reset caches")
@@ -114,6 +152,7 @@ class EngineDouble:
         folder: model directory to serve.
         address: of the sidecar.
         scores_wrong_by: added to every log-probability, as if other weights were computed with.
+        keeps_copies: names of weights that are copied at load, as of `ServedModel.keep_copies`.
     """
 
     def __init__(
@@ -123,8 +162,10 @@ class EngineDouble:
         *,
         dtype: torch.dtype = torch.float32,
         scores_wrong_by: float = 0.0,
+        keeps_copies: Iterable[str] = (),
     ):
         self.model = ServedModel(folder, dtype)
+        self.model.keep_copies(keeps_copies)
         self.client = ClientDouble(self.model)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)

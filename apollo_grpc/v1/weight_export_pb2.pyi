@@ -95,7 +95,7 @@ class WeightManifest(google.protobuf.message.Message):
     generation: builtins.int
     """Raised when the exported memory itself changes."""
     model: builtins.str
-    """What vLLM was asked to serve: a directory."""
+    """The folder that vLLM loaded; what it was given where no folder is known."""
     tensor_parallel_rank: builtins.int
     tensor_parallel_size: builtins.int
     worker_pid: builtins.int
@@ -561,6 +561,96 @@ class ResumeResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["weight_version", b"weight_version"]) -> None: ...
 
 global___ResumeResponse = ResumeResponse
+
+@typing.final
+class WeightChange(google.protobuf.message.Message):
+    """Runs of elements within one of vLLM's tensors."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENSOR_FIELD_NUMBER: builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: builtins.int
+    ELEMENTS_FIELD_NUMBER: builtins.int
+    DEVIATION_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    tensor: builtins.str
+    """By vLLM's name."""
+    elements: builtins.int
+    """Of each run; above 0."""
+    deviation: builtins.float
+    """Standard deviation of the noise."""
+    seed: builtins.int
+    """Of the noise."""
+    @property
+    def offset_bytes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Where each run begins within the tensor's buffer."""
+
+    def __init__(
+        self,
+        *,
+        tensor: builtins.str = ...,
+        offset_bytes: collections.abc.Iterable[builtins.int] | None = ...,
+        elements: builtins.int = ...,
+        deviation: builtins.float = ...,
+        seed: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deviation", b"deviation", "elements", b"elements", "offset_bytes", b"offset_bytes", "seed", b"seed", "tensor", b"tensor"]) -> None: ...
+
+global___WeightChange = WeightChange
+
+@typing.final
+class ProbeWeightsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    LEASE_FIELD_NUMBER: builtins.int
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    CHANGES_FIELD_NUMBER: builtins.int
+    lease_id: builtins.str
+    """Names the lease; required."""
+    epoch: builtins.str
+    @property
+    def lease(self) -> google.protobuf.duration_pb2.Duration:
+        """From now, at most 60 seconds."""
+
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___WeightChange]:
+        """Empty to score the weights as they are."""
+
+    def __init__(
+        self,
+        *,
+        lease_id: builtins.str = ...,
+        epoch: builtins.str = ...,
+        lease: google.protobuf.duration_pb2.Duration | None = ...,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        changes: collections.abc.Iterable[global___WeightChange] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["lease", b"lease"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["changes", b"changes", "epoch", b"epoch", "lease", b"lease", "lease_id", b"lease_id", "token_ids", b"token_ids"]) -> None: ...
+
+global___ProbeWeightsRequest = ProbeWeightsRequest
+
+@typing.final
+class ProbeWeightsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOGPROBS_FIELD_NUMBER: builtins.int
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """As in ScoreTokensResponse, with the changed weights, which stay changed."""
+
+    def __init__(
+        self,
+        *,
+        logprobs: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logprobs", b"logprobs"]) -> None: ...
+
+global___ProbeWeightsResponse = ProbeWeightsResponse
 
 @typing.final
 class RaiseVersionRequest(google.protobuf.message.Message):

@@ -64,6 +64,11 @@ class WeightExportServiceStub(object):
                 request_serializer=apollo_dot_v1_dot_weight__export__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=apollo_dot_v1_dot_weight__export__pb2.ResumeResponse.FromString,
                 _registered_method=True)
+        self.ProbeWeights = channel.unary_unary(
+                '/apollo.v1.WeightExportService/ProbeWeights',
+                request_serializer=apollo_dot_v1_dot_weight__export__pb2.ProbeWeightsRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.ProbeWeightsResponse.FromString,
+                _registered_method=True)
         self.RaiseVersion = channel.unary_unary(
                 '/apollo.v1.WeightExportService/RaiseVersion',
                 request_serializer=apollo_dot_v1_dot_weight__export__pb2.RaiseVersionRequest.SerializeToString,
@@ -129,6 +134,19 @@ class WeightExportServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProbeWeights(self, request, context):
+        """Adds noise to a few bytes of the live weights and scores a prompt with them,
+        to show that vLLM computes with what is written there. The first call begins
+        a lease as Pause does, later ones renew it. Each puts back the bytes that the
+        call before changed; the end of the lease puts back what is left before the
+        engine goes on, whether Resume ends it or its holder is gone.
+        FAILED_PRECONDITION with SCORE_FIRST unless ScoreTokens was the last to be
+        asked, about the same tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RaiseVersion(self, request, context):
         """Counts updates that were written without a pause, and stamps answers with
         the new version where vLLM can.
@@ -180,6 +198,11 @@ def add_WeightExportServiceServicer_to_server(servicer, server):
                     servicer.Resume,
                     request_deserializer=apollo_dot_v1_dot_weight__export__pb2.ResumeRequest.FromString,
                     response_serializer=apollo_dot_v1_dot_weight__export__pb2.ResumeResponse.SerializeToString,
+            ),
+            'ProbeWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbeWeights,
+                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.ProbeWeightsRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.ProbeWeightsResponse.SerializeToString,
             ),
             'RaiseVersion': grpc.unary_unary_rpc_method_handler(
                     servicer.RaiseVersion,
@@ -337,6 +360,33 @@ class WeightExportService(object):
             '/apollo.v1.WeightExportService/Resume',
             apollo_dot_v1_dot_weight__export__pb2.ResumeRequest.SerializeToString,
             apollo_dot_v1_dot_weight__export__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbeWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.WeightExportService/ProbeWeights',
+            apollo_dot_v1_dot_weight__export__pb2.ProbeWeightsRequest.SerializeToString,
+            apollo_dot_v1_dot_weight__export__pb2.ProbeWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -65,6 +65,19 @@ class WeightExportServiceStub:
     prefix cache is dropped before the engine goes on.
     """
 
+    ProbeWeights: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.weight_export_pb2.ProbeWeightsRequest,
+        apollo_grpc.v1.weight_export_pb2.ProbeWeightsResponse,
+    ]
+    """Adds noise to a few bytes of the live weights and scores a prompt with them,
+    to show that vLLM computes with what is written there. The first call begins
+    a lease as Pause does, later ones renew it. Each puts back the bytes that the
+    call before changed; the end of the lease puts back what is left before the
+    engine goes on, whether Resume ends it or its holder is gone.
+    FAILED_PRECONDITION with SCORE_FIRST unless ScoreTokens was the last to be
+    asked, about the same tokens.
+    """
+
     RaiseVersion: grpc.UnaryUnaryMultiCallable[
         apollo_grpc.v1.weight_export_pb2.RaiseVersionRequest,
         apollo_grpc.v1.weight_export_pb2.RaiseVersionResponse,
@@ -133,6 +146,19 @@ class WeightExportServiceAsyncStub:
     ]
     """Ends a lease. When the weights changed, their version is raised and the
     prefix cache is dropped before the engine goes on.
+    """
+
+    ProbeWeights: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.weight_export_pb2.ProbeWeightsRequest,
+        apollo_grpc.v1.weight_export_pb2.ProbeWeightsResponse,
+    ]
+    """Adds noise to a few bytes of the live weights and scores a prompt with them,
+    to show that vLLM computes with what is written there. The first call begins
+    a lease as Pause does, later ones renew it. Each puts back the bytes that the
+    call before changed; the end of the lease puts back what is left before the
+    engine goes on, whether Resume ends it or its holder is gone.
+    FAILED_PRECONDITION with SCORE_FIRST unless ScoreTokens was the last to be
+    asked, about the same tokens.
     """
 
     RaiseVersion: grpc.aio.UnaryUnaryMultiCallable[
@@ -213,6 +239,21 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.ResumeResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.ResumeResponse]]:
         """Ends a lease. When the weights changed, their version is raised and the
         prefix cache is dropped before the engine goes on.
+        """
+
+    @abc.abstractmethod
+    def ProbeWeights(
+        self,
+        request: apollo_grpc.v1.weight_export_pb2.ProbeWeightsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.ProbeWeightsResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.ProbeWeightsResponse]]:
+        """Adds noise to a few bytes of the live weights and scores a prompt with them,
+        to show that vLLM computes with what is written there. The first call begins
+        a lease as Pause does, later ones renew it. Each puts back the bytes that the
+        call before changed; the end of the lease puts back what is left before the
+        engine goes on, whether Resume ends it or its holder is gone.
+        FAILED_PRECONDITION with SCORE_FIRST unless ScoreTokens was the last to be
+        asked, about the same tokens.
         """
 
     @abc.abstractmethod

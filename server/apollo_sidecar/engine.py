@@ -14,10 +14,11 @@ from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from apollo_grpc.errors import FailedPrecondition, Unavailable
+from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_sidecar import process_state
 from apollo_sidecar.leases import PauseLeases
+from apollo_sidecar.own_batch import SCORE_PREFIX
 
 log = logging.getLogger("vllm.apollo")
 CALL_SECONDS = 120.0
@@ -27,6 +28,9 @@ RESET_WAIT_SECONDS = 0.05
 BEAT_SECONDS = 0.25
 # A paused engine has nothing else to do than to answer.
 PING_SECONDS = 1.0
+# The mode of a probe's pause: nobody else writes under it.
+PROBE = "probe"
+PUT_BACK_ATTEMPTS = 3
 T = TypeVar("T")
 
 
@@ -66,6 +70,8 @@ class Engine:
         self._weight_version = weight_version
         self._worker_pid = 0
         self._as_loaded = as_loaded
+        # What an API server that ended left in the worker is not known.
+        self._probed = not as_loaded
         self._changed = threading.Condition()
         self.leases = PauseLeases(self._pause, self._resume)
 
@@ -141,22 +147,55 @@ class Engine:
         sampling = SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True
         )
-        request_id = f"apollo-score-{uuid.uuid4().hex}"
+        request_id = f"{SCORE_PREFIX}{uuid.uuid4().hex}"
         prompt = {"prompt_token_ids": token_ids}
         outputs = [o async for o in self._client.generate(prompt, sampling, request_id)]
         scored = zip(token_ids[1:], list(outputs[-1].prompt_logprobs)[1:], strict=True)
         return [float(entry[token].logprob) for token, entry in scored]
 
+    def probe(self, request: pb.ProbeWeightsRequest, seconds: float) -> pb.ProbeWeightsResponse:
+        """Changes bytes for a moment and scores with them, under a lease that it begins or renews.
+
+        Raises as `PauseLeases.acquire`, and FailedPrecondition where the worker refuses.
+        """
+        self.leases.acquire(request.lease_id, seconds, PROBE)
+
+        def ask() -> bytes:
+            self._probed = True
+            return self._ask_worker("apollo_probe", request.SerializeToString())
+
+        # Bytes that are changed after the lease has ended would be put back by nobody.
+        return pb.ProbeWeightsResponse.FromString(self.leases.during(request.lease_id, ask))
+
+    def _put_back(self) -> None:
+        """Undoes a probe. Raises where that fails: the engine must not go on with its bytes."""
+        for attempt in range(1, PUT_BACK_ATTEMPTS + 1):
+            if not self._probed:
+                return
+            try:
+                self._ask_worker("apollo_put_back")
+                self._probed = False
+            except ApolloError as error:
+                log.error("apollo: vLLM stays paused. %s", error.message)
+                if attempt == PUT_BACK_ATTEMPTS:
+                    raise
+
     def _pause(self, mode: str) -> None:
-        # Its holder may write from now on, and die without a word of what it wrote.
-        self._as_loaded = False
+        if mode != PROBE:
+            # Its holder may write from now on, and die without a word of what it wrote.
+            self._as_loaded = False
         # `keep` leaves the cache alone whatever clear_cache says in some versions; the reset at
         # the resume is what clears it, and its answer is checked.
-        self._call(self._client.pause_generation(mode=mode, clear_cache=False))
+        kept = "keep" if mode == PROBE else mode
+        self._call(self._client.pause_generation(mode=kept, clear_cache=False))
         # Otherwise the step in flight would read weights that are being written (vLLM 0.26).
         self._ask_worker("apollo_synchronize")
+        if mode == PROBE:
+            # A probe computes in blocks that must be nobody's.
+            self.reset_caches()
 
     def _resume(self, updates: int, reset_caches: bool) -> None:
+        self._put_back()
         try:
             if updates:
                 self.raise_version(updates)

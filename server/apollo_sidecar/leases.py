@@ -6,12 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition
 
 log = logging.getLogger("vllm.apollo")
 
 MAX_LEASE_SECONDS = 60.0
+T = TypeVar("T")
 
 
 class PauseLeases:
@@ -59,6 +61,19 @@ class PauseLeases:
                 self._lease_id = lease_id
             self._arm(min(seconds, MAX_LEASE_SECONDS))
             return self._deadline - time.monotonic()
+
+    def during(self, lease_id: str, work: Callable[[], T]) -> T:
+        """Does what must not outlast the lease, which does not end meanwhile.
+
+        Raises FailedPrecondition where it has ended.
+        """
+        with self._lock:
+            if not lease_id or lease_id != self._lease_id:
+                raise FailedPrecondition(
+                    "The pause has ended; the engine went on. Begin a new one.",
+                    reason="LEASE_ENDED",
+                )
+            return work()
 
     def release(self, lease_id: str, updates: int, reset_caches: bool = True) -> None:
         """Ends a lease. Ending the last one again does nothing.

@@ -48,14 +48,7 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
     def Pause(self, request: Any, context: Any) -> pb.PauseResponse:  # noqa: N802
         """Begins or renews a lease."""
         self._engine.require_epoch(request.epoch)
-        if not request.request_id:
-            raise InvalidArgument.at("request_id", "is required: it names the lease")
-        # Not ToTimedelta, which raises for durations of more than a billion days.
-        seconds = request.lease.seconds + request.lease.nanos / 1e9
-        if not 0 < seconds <= MAX_LEASE_SECONDS:
-            raise InvalidArgument.at(
-                "lease", f"must be above 0 and at most {MAX_LEASE_SECONDS:g} s"
-            )
+        seconds = _lease_seconds(request, "request_id")
         if request.mode not in _MODES:
             raise InvalidArgument.at("mode", "is no mode that this version knows")
         left = self._engine.leases.acquire(request.request_id, seconds, _MODES[request.mode])
@@ -71,6 +64,11 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
         updates = max(1, request.updates) if request.weights_changed else 0
         self._engine.leases.release(request.lease_id, updates, not request.keep_caches)
         return pb.ResumeResponse(weight_version=self._engine.weight_version)
+
+    def ProbeWeights(self, request: Any, context: Any) -> pb.ProbeWeightsResponse:  # noqa: N802
+        """Scores with weights that are changed for a moment."""
+        self._engine.require_epoch(request.epoch)
+        return self._engine.probe(request, _lease_seconds(request, "lease_id"))
 
     def RaiseVersion(self, request: Any, context: Any) -> pb.RaiseVersionResponse:  # noqa: N802
         """Counts updates that were written while vLLM decoded."""
@@ -97,3 +95,14 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
                     generation=generation.generation,
                     weight_version=generation.weight_version,
                 )
+
+
+def _lease_seconds(request: Any, name: str) -> float:
+    """The length that a request asks for; `name` is the field that names the lease."""
+    if not getattr(request, name):
+        raise InvalidArgument.at(name, "is required: it names the lease")
+    # Not ToTimedelta, which raises for durations of more than a billion days.
+    seconds = float(request.lease.seconds + request.lease.nanos / 1e9)
+    if not 0 < seconds <= MAX_LEASE_SECONDS:
+        raise InvalidArgument.at("lease", f"must be above 0 and at most {MAX_LEASE_SECONDS:g} s")
+    return seconds

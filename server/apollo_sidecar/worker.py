@@ -14,16 +14,22 @@ import torch
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition
 from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_sidecar.changed_bytes import ChangedBytes
 from apollo_sidecar.cpu_live import keep_cpu_weights_live
 from apollo_sidecar.cuda_weights import CudaWeights
 from apollo_sidecar.live_weights import LiveWeights
 from apollo_sidecar.memfd_weights import MemfdWeights
+from apollo_sidecar.model_directory import model_directory
+from apollo_sidecar.own_batch import OwnBatch, own_batch
 from apollo_sidecar.refusals import device_of, require_live_experts, require_shareable
 from apollo_sidecar.shadow_load import trace_checkpoint_map
 
 log = logging.getLogger("vllm.apollo")
 _EXPORT = "_apollo_live_weights"
 _REFUSAL = "_apollo_refusal"
+_CHANGED = "_apollo_changed_bytes"
+_BATCH = "_apollo_own_batch"
+_DIRECTORY = "_apollo_directory"
 _ENGINE_ID = uuid.uuid4().hex
 
 
@@ -40,6 +46,27 @@ def install(worker_base: Any) -> None:
     worker_base.WorkerBase.apollo_manifest = _manifest
     worker_base.WorkerBase.apollo_trace = _trace
     worker_base.WorkerBase.apollo_synchronize = _synchronize
+    worker_base.WorkerBase.apollo_probe = _probe
+    worker_base.WorkerBase.apollo_put_back = _put_back
+    execute = worker_base.WorkerWrapperBase.execute_model
+    if not hasattr(execute, _BATCH):
+        worker_base.WorkerWrapperBase.execute_model = _remembering(execute)
+
+
+def _remembering(execute: Any) -> Any:
+    """vLLM's own `execute_model`, which keeps what it is given for a prompt of ours."""
+
+    def execute_model(wrapper: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            if batch := own_batch(scheduler_output):
+                setattr(wrapper.worker, _BATCH, batch)
+        except Exception:
+            # Without it a probe is refused, and vLLM goes on.
+            log.exception("apollo: a prompt was not kept")
+        return execute(wrapper, scheduler_output, *args, **kwargs)
+
+    setattr(execute_model, _BATCH, True)
+    return execute_model
 
 
 def _load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
@@ -55,6 +82,7 @@ def _load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     except Exception as error:
         _refuse(worker, error)
     result = worker.load_model(*args, **kwargs)
+    setattr(worker, _DIRECTORY, model_directory(worker.vllm_config))
     if getattr(worker, _REFUSAL, None) is None:
         try:
             _prepare(worker)
@@ -115,7 +143,7 @@ def _manifest(worker: Any) -> tuple[str, str, bytes]:
         manifest = _live_weights(worker).manifest()
     except ApolloError as error:
         return _answer(error)
-    manifest.model = worker.vllm_config.model_config.model
+    manifest.model = getattr(worker, _DIRECTORY)
     manifest.max_model_len = worker.vllm_config.model_config.max_model_len
     manifest.tensor_parallel_rank = worker.rank
     manifest.tensor_parallel_size = worker.vllm_config.parallel_config.tensor_parallel_size
@@ -137,3 +165,40 @@ def _synchronize(worker: Any) -> tuple[str, str, bytes]:
     if worker.device is not None and worker.device.type == "cuda":
         torch.cuda.synchronize(worker.device)
     return _answer(None)
+
+
+def _changed_bytes(worker: Any) -> ChangedBytes:
+    changed: ChangedBytes | None = getattr(worker, _CHANGED, None)
+    if changed is None:
+        changed = ChangedBytes()
+        setattr(worker, _CHANGED, changed)
+    return changed
+
+
+def _probe(worker: Any, request: bytes) -> tuple[str, str, bytes]:
+    """Changes bytes and scores the prompt that was scored last; what was changed stays so."""
+    asked = pb.ProbeWeightsRequest.FromString(request)
+    batch: OwnBatch | None = getattr(worker, _BATCH, None)
+    if batch is None or batch.token_ids != list(asked.token_ids):
+        why = "Another prompt than the probe's was scored last. Score it, then probe again."
+        return ("SCORE_FIRST", why, b"")
+    try:
+        _changed_bytes(worker).change(_live_weights(worker), asked.changes)
+        _synchronize(worker)
+        scores = batch.run(worker)
+    except ApolloError as error:
+        return _answer(error)
+    except Exception as error:
+        log.exception("apollo: a probe failed")
+        why = f"vLLM failed to score the probe ({type(error).__name__}); its log says more."
+        return ("PROBE_FAILED", why, b"")
+    return _answer(None, pb.ProbeWeightsResponse(logprobs=scores).SerializeToString())
+
+
+def _put_back(worker: Any) -> tuple[str, str, bytes]:
+    """Undoes what a probe changed; nothing where there was none."""
+    try:
+        _changed_bytes(worker).put_back()
+    except ApolloError as error:
+        return _answer(error)
+    return _synchronize(worker)

@@ -60,10 +60,20 @@ class Settings(BaseSettings):
     )
     seed: int = Field(default=0, ge=0, description="of projections and rounding")
 
+    check_values: bool = Field(
+        default=True,
+        description="compare the weights with the model directory at the first attach, and refuse "
+        "those that cannot be compared",
+    )
     check_all_values: bool = Field(
         default=False,
         description="compare every weight with the model directory at the first attach, "
         "not blocks of each",
+    )
+    probe_weights: bool = Field(
+        default=True,
+        description="change a few bytes of each kind of weight for a moment at the first attach, "
+        "with vLLM paused, to see that it computes with them",
     )
     max_queued_runs: int = Field(default=64, ge=1, description="runs that may wait")
     ledger_days: float = Field(

@@ -84,6 +84,12 @@ class Served:
         fields = {"epoch": self.epoch, "lease": duration_pb2.Duration(seconds=seconds)} | named
         return self.stub.Pause(pb.PauseRequest(request_id=request_id, **fields), timeout=20)
 
+    def probe(self, lease_id="a", seconds=30, **named):
+        fields = {"epoch": self.epoch, "lease": duration_pb2.Duration(seconds=seconds)} | named
+        return self.stub.ProbeWeights(
+            pb.ProbeWeightsRequest(lease_id=lease_id, **fields), timeout=20
+        )
+
     def resume(self, lease_id="a", changed=False):
         request = pb.ResumeRequest(lease_id=lease_id, epoch=self.epoch, weights_changed=changed)
         return self.stub.Resume(request, timeout=20)
@@ -156,6 +162,7 @@ def test_the_plan_reaches_the_worker_unchanged(sidecar):
         ("ScoreTokens", pb.ScoreTokensRequest),
         ("Pause", pb.PauseRequest),
         ("Resume", pb.ResumeRequest),
+        ("ProbeWeights", pb.ProbeWeightsRequest),
         ("ResetCaches", pb.ResetCachesRequest),
     ],
 )
@@ -277,3 +284,80 @@ def test_an_engine_that_ends_while_it_is_asked_is_gone_and_no_mistake_of_ours(si
     sidecar.client.collective_rpc = dies
     error = failure(sidecar.stub.GetWeightManifest, pb.GetWeightManifestRequest(), timeout=20)
     assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPING")
+
+
+# What a probe asks of vLLM: nobody's request runs, and the blocks it computes in are nobody's.
+BEGUN = [("pause", "keep", False), ("apollo_synchronize",), ("reset", True)]
+
+
+def methods(sidecar):
+    return [asked[0] for asked in sidecar.client.asked]
+
+
+def test_a_probe_pauses_once_and_puts_its_bytes_back_before_vllm_goes_on(sidecar):
+    sidecar.probe()
+    sidecar.probe()
+    assert sidecar.client.asked[:3] == BEGUN
+    assert methods(sidecar)[3:] == ["apollo_probe", "apollo_probe"]
+    sidecar.resume()
+    assert methods(sidecar)[5:] == ["apollo_put_back", "resume"]
+    sidecar.pause("b")
+    sidecar.resume("b")
+    assert "apollo_put_back" not in methods(sidecar)[7:], "there is nothing to put back"
+
+
+def test_a_probe_writes_nothing_that_stays(sidecar):
+    sidecar.probe()
+    assert sidecar.resume(changed=False).weight_version == 0
+    answer = sidecar.stub.GetWeightManifest(pb.GetWeightManifestRequest(), timeout=20)
+    assert answer.manifest.as_loaded
+
+
+def test_a_probe_whose_holder_is_gone_is_undone_when_its_lease_runs_out(sidecar, wait):
+    sidecar.probe(lease=duration_pb2.Duration(nanos=100_000_000))
+    wait(lambda: not sidecar.engine.leases.active, "the end of the lease")
+    assert methods(sidecar)[4:] == ["apollo_put_back", "reset", "resume"]
+    assert failure(sidecar.probe).reason == "LEASE_ENDED"
+    assert "apollo_probe" not in methods(sidecar)[5:]
+
+
+def test_vllm_stays_paused_with_weights_that_could_not_be_put_back(sidecar):
+    sidecar.probe()
+    sidecar.client.workers = [("PROBE_NOT_UNDONE", "Restart vLLM.", b"")]
+    assert failure(sidecar.resume).reason == "PROBE_NOT_UNDONE"
+    assert "resume" not in methods(sidecar)
+
+
+def test_a_put_back_that_fails_once_is_tried_again(sidecar):
+    sidecar.probe()
+    answers = [[("WORKER_BUSY", "no", b"")], [("", "", b"")]]
+
+    async def answer(method, args=()):
+        sidecar.client.asked.append((method,))
+        return answers.pop(0)
+
+    sidecar.client.collective_rpc = answer
+    sidecar.resume()
+    assert methods(sidecar)[4:] == ["apollo_put_back", "apollo_put_back", "resume"]
+
+
+def test_a_probe_beside_another_lease_is_refused(sidecar):
+    sidecar.pause("a")
+    assert failure(sidecar.probe, "b").reason == "LEASE_HELD"
+    assert "apollo_probe" not in methods(sidecar)
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"), [("lease_id", {"lease_id": ""}), ("lease", {"seconds": 61})]
+)
+def test_a_bad_probe_is_refused_by_field_and_pauses_nothing(sidecar, field, wrong):
+    error = failure(sidecar.probe, **wrong)
+    assert [v.field for v in error.violations] == [field]
+    assert sidecar.client.asked == []
+
+
+def test_an_api_server_that_takes_over_puts_back_what_the_one_before_probed(sidecar):
+    inherited = Engine(sidecar.client, sidecar.loop, as_loaded=False)
+    inherited.leases.acquire("inherited", 30, "keep")
+    inherited.leases.release("inherited", 0)
+    assert methods(sidecar)[-2:] == ["apollo_put_back", "resume"]

@@ -1,16 +1,25 @@
 """Mapped weights are compared with the directory that they are said to come from."""
 
-import logging
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.weights import values
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from apollo_trainer.weights.values import require_checkpoint_values
 from examples.byte_model import write_model
+
+EXPERTS_OF = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 
 
 @pytest.fixture
@@ -66,11 +75,54 @@ def test_a_tensor_of_another_shape_is_refused_by_name(mapped):
         require_checkpoint_values(mapped.directory, mapped.reader, False)
 
 
-def test_a_directory_without_safetensors_is_told_of_and_accepted(mapped, caplog):
+def refused(mapped):
+    with pytest.raises(FailedPrecondition) as caught:
+        require_checkpoint_values(mapped.directory, mapped.reader, False)
+    return caught.value
+
+
+def test_a_directory_without_safetensors_is_refused(mapped):
     (mapped.directory / "model.safetensors").unlink()
-    with caplog.at_level(logging.WARNING):
-        assert require_checkpoint_values(mapped.directory, mapped.reader, False) == 0
-    assert "not compared" in caplog.text
+    assert refused(mapped).reason == "VALUES_NOT_COMPARED"
+
+
+def rename(mapped, change):
+    file = mapped.directory / "model.safetensors"
+    tensors = {change(name): tensor for name, tensor in load_file(file).items()}
+    tensors.pop(None, None)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_shards_with_other_names_are_refused_although_nothing_differs(mapped):
+    rename(mapped, lambda name: f"transformer.{name}")
+    error = refused(mapped)
+    assert error.reason == "VALUES_NOT_COMPARED"
+    assert "model.embed_tokens.weight" in error.message
+    assert "--no-check-values" in error.message
+
+
+def test_a_single_tensor_that_no_shard_holds_is_refused_by_name(mapped):
+    rename(mapped, lambda name: None if name == "model.norm.weight" else name)
+    error = refused(mapped)
+    assert error.reason == "VALUES_NOT_COMPARED"
+    assert "holds model.norm.weight by that name" in error.message
+
+
+def test_a_tied_weight_may_stand_under_either_of_its_names(mapped):
+    rename(mapped, lambda name: name.replace("model.embed_tokens.weight", "lm_head.weight"))
+    assert require_checkpoint_values(mapped.directory, mapped.reader, False)
+
+
+def test_a_stack_of_experts_with_one_missing_is_refused(tmp_path, live):
+    config = Qwen3MoeConfig(
+        **EXPERTS_OF, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    )
+    made = live(write_model(tmp_path / "model", config, seed=3))
+    made.reader = CheckpointReader(made.plan, dict(made.model.named_parameters()))
+    assert require_checkpoint_values(made.directory, made.reader, True)
+    lost = "model.layers.1.mlp.experts.2.up_proj.weight"
+    rename(made, lambda name: None if name == lost else name)
+    assert lost in refused(made).message
 
 
 def test_a_broken_file_is_refused(mapped):

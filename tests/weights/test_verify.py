@@ -10,15 +10,20 @@ from transformers import PreTrainedConfig
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.weights.verify import (
+    FLOOR_NATS,
+    NOISE_FACTOR,
     PROBE_TOKENS,
-    TOLERANCE_NATS,
+    QUANTILES,
     log_probabilities,
+    noise_of,
     probe_tokens,
     require_agreement,
 )
 from examples.byte_model import write_model
 
-DTYPES = pytest.mark.parametrize("dtype", sorted(TOLERANCE_NATS, key=str))
+DTYPES = pytest.mark.parametrize("dtype", sorted(QUANTILES, key=str))
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+TOKENS = 40
 
 
 class Sized:
@@ -33,26 +38,79 @@ class Sized:
         return self
 
 
-def refusal(ours, engine, dtype=torch.float32):
+def noise(nats, count=TOKENS):
+    """Rounding that moves every score by as much."""
+    return lambda: torch.full((count,), nats)
+
+
+def refusal(ours, engine, dtype=torch.float32, rounding=None):
     with pytest.raises(FailedPrecondition) as error:
-        require_agreement(ours, engine, dtype)
+        require_agreement(ours, engine, dtype, rounding or noise(0.0, len(ours)))
     return error.value.reason
 
 
-@DTYPES
-def test_a_difference_within_the_tolerance_of_the_dtype_is_returned(dtype):
-    ours = torch.tensor([-1.0, -2.0, -3.0])
-    within = 0.5 * TOLERANCE_NATS[dtype]
-    found = require_agreement(ours, [-1.0, -2.0 - within, -3.0], dtype)
-    assert math.isclose(found, within, rel_tol=1e-3)
+def scores(apart, tokens=TOKENS, count=TOKENS):
+    """Ours, and an engine's that is so far apart at so many tokens."""
+    ours = -torch.linspace(1, 4, count)
+    return ours, [float(x) + (apart if i < tokens else 0.0) for i, x in enumerate(ours)]
 
 
 @DTYPES
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_single_token_beyond_the_tolerance_is_refused(dtype, sign):
-    beyond = sign * 2 * TOLERANCE_NATS[dtype]
-    ours = torch.tensor([-1.0, -2.0, -3.0])
-    assert refusal(ours, [-1.0, -2.0, -3.0 + beyond], dtype) == "LOGPROBS_DISAGREE"
+def test_what_rounding_explains_is_accepted_and_the_largest_difference_returned(dtype, sign):
+    rounding, apart = noise(0.2), sign * 0.9 * 0.2 * NOISE_FACTOR[dtype]
+    assert math.isclose(
+        require_agreement(*scores(apart), dtype, rounding), abs(apart), rel_tol=1e-3
+    )
+    assert refusal(*scores(1.2 * apart), dtype, rounding) == "LOGPROBS_DISAGREE"
+
+
+@DTYPES
+def test_a_difference_that_no_one_needs_to_explain_is_accepted_unmeasured(dtype):
+    def unasked():
+        raise AssertionError("a forward pass too many")
+
+    assert require_agreement(*scores(0.9 * FLOOR_NATS), dtype, unasked) > 0
+    assert refusal(*scores(2 * FLOOR_NATS), dtype) == "LOGPROBS_DISAGREE"
+
+
+@HALVES
+def test_in_16_bits_a_token_that_fell_to_the_other_side_of_a_tie_is_accepted(dtype):
+    assert require_agreement(*scores(0.5, tokens=3), dtype, noise(1e-3)) == pytest.approx(0.5)
+    assert refusal(*scores(0.5, tokens=8), dtype, noise(1e-3)) == "LOGPROBS_DISAGREE"
+
+
+def test_in_float32_a_single_token_is_refused():
+    assert refusal(*scores(0.01, tokens=1), torch.float32) == "LOGPROBS_DISAGREE"
+
+
+def test_a_model_that_rounds_to_a_third_of_a_nat_is_accepted_where_a_quiet_one_is_not():
+    found = scores(0.3)
+    assert require_agreement(*found, torch.bfloat16, noise(0.15)) == pytest.approx(0.3, abs=1e-5)
+    assert refusal(*found, torch.bfloat16, noise(0.01)) == "LOGPROBS_DISAGREE"
+
+
+def test_the_noise_is_that_of_the_weights_as_they_are_when_it_is_asked(tmp_path, config, live):
+    model = live(write_model(tmp_path, config(), seed=4)).model.to(torch.bfloat16)
+    tokens = probe_tokens(Sized(259), 64)
+    ours = log_probabilities(model, tokens)
+    measured = noise_of(model, tokens, ours)()
+    expected = (ours - log_probabilities(model.float(), tokens)).abs()
+    torch.testing.assert_close(measured, expected, rtol=0, atol=1e-5)
+    assert measured.max() > 1e-3
+
+
+def test_a_model_whose_noise_cannot_be_measured_has_a_bound_all_the_same(caplog):
+    class Odd(torch.nn.Linear):
+        device = torch.device("cpu")
+
+        def forward(self, ids, use_cache):
+            raise NotImplementedError("no such kernel for float")
+
+    odd = Odd(2, 2, dtype=torch.bfloat16)
+    rounding = noise_of(odd, [1, 2], torch.zeros(1))
+    assert float(rounding()) * NOISE_FACTOR[torch.bfloat16] == pytest.approx(0.25)
+    assert "no such kernel" in caplog.text
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -110,7 +168,7 @@ def test_agreeing_models_pass_and_keep_no_graph(tmp_path, config, live):
     ours = log_probabilities(found.model, tokens)
     engine = log_probabilities(found.original, tokens).tolist()
     assert not ours.requires_grad
-    assert require_agreement(ours, engine, torch.float32) < 1e-5
+    assert require_agreement(ours, engine, torch.float32, noise(0.0)) < 1e-5
 
 
 @pytest.mark.parametrize(

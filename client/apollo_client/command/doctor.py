@@ -100,8 +100,9 @@ def command(
 ) -> None:
     """Tell whether MODEL can be trained while vLLM serves it; nothing of it is changed.
 
-    Serves it with vLLM, maps its weights, and compares both sides, in a folder of its own: a
-    server that runs already is left alone. What follows MODEL goes to vLLM. Exit status 0 when the
+    Serves it with vLLM, maps its weights, compares both sides, and changes a few bytes for a moment
+    to see that both compute with them, in a folder of its own: a server that runs already is left
+    alone. What follows MODEL goes to vLLM. Exit status 0 when the
     model is supported, 1 when not.
     """
     require_startable(model)
@@ -121,6 +122,8 @@ async def _examine(model: Path, folder: Path, arguments: list[str], all_values: 
     diagnosis = Diagnosis(str(model), architecture=(config.get("architectures") or [""])[0])
     address, sidecar = (socket_address(folder / name) for name in ("t.sock", "s.sock"))
     settings = {"APOLLO_STATE_DIR": str(folder), "APOLLO_CHECK_ALL_VALUES": str(all_values)}
+    # Whatever a server of the user's leaves out.
+    settings |= {"APOLLO_CHECK_VALUES": "true", "APOLLO_PROBE_WEIGHTS": "true"}
     trainer = trainer_child(address, sidecar, **settings)
     served = [*served_length(config, arguments), *arguments]
     vllm = vllm_child(model, "127.0.0.1", _free_port(), served, sidecar)

@@ -22,6 +22,7 @@ from apollo_trainer.runs.steps import RunSteps, engine_lost
 from apollo_trainer.training.evaluate import evaluate
 from apollo_trainer.training.step import StepResult
 from apollo_trainer.weights.sidecar import Sidecar
+from apollo_trainer.weights.written import require_written_is_live
 
 log = logging.getLogger(__name__)
 _FULL_GRADIENTS = {
@@ -158,7 +159,33 @@ class Execution:
             finally:
                 self._finished.pause_time.CopyFrom(duration(steps.held_seconds))
             self._show_version(steps.weight_version)
+            self._require_written_is_live()
         self._evaluate(after_training=True)
+
+    def _require_written_is_live(self) -> None:
+        """Cancelled and failed runs wrote, too. Raises FailedPrecondition with WEIGHTS_NOT_LIVE."""
+        attachment = self.session.attachment
+        if self.run.dry_run or not self.steps_done or not attachment.alive:
+            return
+        try:
+            require_written_is_live(self.sidecar, attachment, self._trained_tokens())
+        except Unavailable as error:
+            self._warn(
+                "LIVENESS_NOT_COMPARED",
+                f"It was not seen whether vLLM computes with what was written ({error.message}); "
+                "the next run's end compares again.",
+            )
+        except FailedPrecondition:
+            self.board.update(
+                attachment=status_pb2.ATTACHMENT_STATE_REFUSED,
+                attachment_detail=f"{attachment.not_live} (WEIGHTS_NOT_LIVE)",
+                optimizer_loaded=False,
+            )
+            raise
+
+    def _trained_tokens(self) -> tuple[int, ...]:
+        sample = self.run.samples[0]
+        return (*sample.context_ids[-1:], *sample.continuation_ids)
 
     def _tell_started(self) -> None:
         self.log.append(
@@ -194,6 +221,7 @@ class Execution:
         self.log.append(warning=pb.Warning(reason=reason, message=message))
 
     def _require_going(self) -> None:
+        self.session.attachment.require_live()
         if not self.session.attachment.alive:
             raise engine_lost(self.steps_done)
         if self.stopping.is_set():

@@ -19,7 +19,7 @@ from apollo_trainer.config import Settings
 from apollo_trainer.runs.session import KeptState, Session, open_session
 from apollo_trainer.runs.state_saver import Saved, StateSaver
 from apollo_trainer.runs.status_board import StatusBoard
-from apollo_trainer.weights.attach import MapReport, attach
+from apollo_trainer.weights.attach import Checks, MapReport, attach
 from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class ModelOwner:
         self._session: Session | None = None
         self._kept: KeptState | None = None
         self._found_epoch, self._attach_queued = "", False
+        self._probed_epoch = ""
         self._compiling: threading.Thread | None = None
         self._thread = threading.Thread(target=self._work, name="training", daemon=True)
         self._thread.start()
@@ -85,7 +86,11 @@ class ModelOwner:
         Called at every beat: an attachment that failed because the engine was busy is tried again.
         """
         with self._lock:
-            lost = self._session is not None and not self._session.attachment.alive
+            held = self._session.attachment if self._session else None
+            lost = held is not None and not held.alive
+            if held and held.not_live and held.epoch == epoch:
+                # It answers, and would be attached again at every beat.
+                return
             if self._attach_queued or (epoch == self._found_epoch and not lost):
                 return
             self._found_epoch, self._attach_queued = epoch, True
@@ -118,10 +123,10 @@ class ModelOwner:
         try:
             model, states = Path(self.sidecar.manifest().model), self._settings.checkpoint_dir
             settle_directory(place_under(model, states))
-            everything = self._settings.check_all_values
             attachment = attach(
-                self.sidecar, epoch, check_all_values=everything, traced=self._show_map
+                self.sidecar, epoch, checks=self._checks(epoch), traced=self._show_map
             )
+            self._probed_epoch = epoch
             self.saver.flush()
             session = open_session(attachment, self._settings, self._kept)
             self.attached(session)
@@ -149,12 +154,23 @@ class ModelOwner:
                 Unavailable("vLLM went while its weights were mapped.", reason="ENGINE_LOST")
             )
 
+    def _checks(self, epoch: str) -> Checks:
+        settings = self._settings
+        return Checks(
+            values=settings.check_values,
+            all_values=settings.check_all_values,
+            # An engine that was out of sight for a moment is not paused for it again.
+            liveness=settings.probe_weights and epoch != self._probed_epoch,
+        )
+
     def _let_go(self) -> None:
         """Unmaps the memory of a lost engine; beside a new one's it would be held twice."""
         session = self._session
         if session is None or session.attachment.alive:
             return
         session.checkpoints.close()
+        if session.attachment.not_live:
+            self._probed_epoch = ""
         with self._lock:
             self._kept, self._session = session.keep() or self._kept, None
         del session
@@ -194,8 +210,9 @@ class ModelOwner:
         def change(status: status_pb2.ServerStatus) -> None:
             status.attachment = status_pb2.ATTACHMENT_STATE_ATTACHED
             status.attachment_detail = "vLLM's live weights are mapped and verified."
-            if slowness:
-                status.attachment_detail += f" {slowness}"
+            for more in (session.attachment.liveness, slowness):
+                if more:
+                    status.attachment_detail += f" {more}"
             if session.other_weights:
                 status.attachment_detail += f" Runs are refused: {session.other_weights}"
             if not_synced:

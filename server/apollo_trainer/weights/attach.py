@@ -12,17 +12,24 @@ from typing import Any
 
 import torch
 
-from apollo_grpc.errors import Unavailable
+from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_trainer.weights import manifest as manifests
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, plan_checkpoint
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from apollo_trainer.weights.fixed_values import fill_fixed_values
 from apollo_trainer.weights.live_model import fill_with_views, meta_model
+from apollo_trainer.weights.liveness import Liveness, Probed, probe_liveness
 from apollo_trainer.weights.mapping import Mapping, MemoryUse, map_buffers, measure
 from apollo_trainer.weights.producer import Producer
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.values import require_checkpoint_values
-from apollo_trainer.weights.verify import log_probabilities, probe_tokens, require_agreement
+from apollo_trainer.weights.verify import (
+    log_probabilities,
+    noise_of,
+    probe_tokens,
+    require_agreement,
+    weights_dtype,
+)
 
 log = logging.getLogger(__name__)
 MAX_NAMED = 5
@@ -59,7 +66,9 @@ class Attachment:
         plan: how parameters make checkpoint tensors.
         producer: the process that owns the memory.
         logprob_difference: between both sides when attached, in nats.
+        liveness: what a probe found; None where none was made.
         lost: set once the engine is known to be gone, wedged, or not to be trusted.
+        not_live: why it is not to be trusted; empty where it is.
     """
 
     epoch: str
@@ -71,12 +80,24 @@ class Attachment:
     mappings: dict[int, Mapping]
     producer: Producer
     logprob_difference: float = 0.0
+    liveness: Liveness | None = None
     lost: threading.Event = field(default_factory=threading.Event)
+    not_live: str = ""
 
     @property
     def alive(self) -> bool:
         """Whether the engine may be written to: not lost, and its process there."""
         return not self.lost.is_set() and self.producer.alive
+
+    def distrust(self, why: str) -> None:
+        """From now on nothing is written, and nothing taken from the weights."""
+        self.not_live = why
+        self.lost.set()
+
+    def require_live(self) -> None:
+        """Raises FailedPrecondition where vLLM computes with other weights than these."""
+        if self.not_live:
+            raise FailedPrecondition(self.not_live, reason="WEIGHTS_NOT_LIVE")
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The live parameters by name, tied ones once."""
@@ -96,18 +117,33 @@ class Attachment:
         return measure(list(self.parameters().values()), self.mappings.values())
 
 
+@dataclass(frozen=True)
+class Checks:
+    """What an attachment is asked to prove beside the map.
+
+    Attributes:
+        values: that the weights of an engine that nobody trained are those of its directory.
+        all_values: of every weight, not of blocks of each.
+        liveness: that vLLM computes with what is written, by a probe that pauses it.
+    """
+
+    values: bool = True
+    all_values: bool = False
+    liveness: bool = True
+
+
 def attach(
     sidecar: Sidecar,
     epoch: str,
     *,
-    check_all_values: bool = False,
+    checks: Checks = Checks(),
     traced: Callable[[MapReport], None] = lambda report: None,
 ) -> Attachment:
     """Maps and verifies the weights of the engine behind the sidecar.
 
     Args:
         epoch: of the engine process that was found.
-        check_all_values: compare every weight with the model directory, not blocks of each.
+        checks: which of them are made.
         traced: told what the trace found, before anything is refused for it.
 
     Raises FailedPrecondition when they may not be trained, Unavailable when the engine is gone.
@@ -117,6 +153,12 @@ def attach(
     regions = manifests.check_manifest(manifest, epoch)
     # Before the trace: whoever answers that was the same process all the while.
     producer = Producer(manifest.worker_pid, manifest.worker_pid_namespace)
+    if not Path(manifest.model).is_dir():
+        raise manifests.refusal(
+            "MODEL_NOT_HERE",
+            f"vLLM serves {manifest.model}, which is no folder of this machine. Start vLLM with "
+            "the folder that holds the model.",
+        )
     model = meta_model(manifest.model)
     plan = plan_checkpoint(model)
     answer = sidecar.trace(plan.request(manifest.epoch))
@@ -139,19 +181,26 @@ def attach(
         mappings,
         producer,
     )
-    attachment.logprob_difference = _verify(attachment, sidecar)
+    _require_no_copies(attachment)
     compared = 0
     # Once trained, the weights are ahead of the directory, and rightly so.
-    if manifest.as_loaded:
+    if manifest.as_loaded and checks.values:
         directory, reader = Path(attachment.directory), attachment.checkpoint()
-        compared = require_checkpoint_values(directory, reader, check_all_values)
+        compared = require_checkpoint_values(directory, reader, checks.all_values)
+    tokens = probe_tokens(model, attachment.max_model_len)
+    attachment.logprob_difference = _verify(attachment, sidecar, tokens)
+    if checks.liveness:
+        probed = Probed(attachment.epoch, model, views, mappings, tokens)
+        attachment.liveness = probe_liveness(sidecar, probed)
     log.info(
         "attached to %s: %d parameters, %d values compared with the directory, "
-        "log-probabilities within %.2g nats, %.2f s",
+        "log-probabilities within %.2g nats, %d kinds of tensor seen to be live in %.2f s, %.2f s",
         manifest.model,
         len(views),
         compared,
         attachment.logprob_difference,
+        len(attachment.liveness.proven) if attachment.liveness else 0,
+        attachment.liveness.seconds if attachment.liveness else 0.0,
         time.monotonic() - began,
     )
     return attachment
@@ -180,15 +229,19 @@ def _scores_when_resumed(sidecar: Sidecar, epoch: str, tokens: list[int]) -> lis
         time.sleep(RESUMED_POLL_SECONDS)
 
 
-def _verify(attachment: Attachment, sidecar: Sidecar) -> float:
-    """The training model against vLLM on seeded tokens, and its memory against the manifest."""
+def _require_no_copies(attachment: Attachment) -> None:
+    """Its memory against the manifest."""
     memory = attachment.memory()
     if memory.copied_bytes:
         raise manifests.refusal(
             "WEIGHTS_COPIED",
             f"{memory.copied_bytes} bytes of parameters lie outside the shared memory.",
         )
-    tokens = probe_tokens(attachment.model, attachment.max_model_len)
+
+
+def _verify(attachment: Attachment, sidecar: Sidecar, tokens: list[int]) -> float:
+    """The training model against vLLM on the same tokens; the largest difference in nats."""
     engine = _scores_when_resumed(sidecar, attachment.epoch, tokens)
-    dtype = max((p.dtype for p in attachment.model.parameters()), key=lambda d: -d.itemsize)
-    return require_agreement(log_probabilities(attachment.model, tokens), engine, dtype)
+    ours = log_probabilities(attachment.model, tokens)
+    noise = noise_of(attachment.model, tokens, ours)
+    return require_agreement(ours, engine, weights_dtype(attachment.model), noise)

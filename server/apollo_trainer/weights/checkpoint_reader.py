@@ -41,9 +41,8 @@ class CheckpointReader:
 
     def missing_from(self, names: set[str]) -> list[str]:
         """Checkpoint tensors that no file of the directory holds, under any tied name."""
-        present = {self._planned[n].root for n in names if n in self._planned}
-        present |= {self._plan.tied[n] for n in names if n in self._plan.tied}
-        return [t.name for t in self._plan.tensors if t.root not in present]
+        whole = {root for name, root in self._plan.tied.items() if name in names}
+        return [t.name for t in self._plan.tensors if t.name not in names and t.root not in whole]
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -61,17 +61,36 @@ class Sidecar:
         answer: pb.TraceCheckpointMapResponse = self._call("TraceCheckpointMap", request)
         return answer
 
-    def score(self, epoch: str, token_ids: list[int]) -> list[float]:
+    def score(self, epoch: str, token_ids: list[int], seconds: float = CALL_SECONDS) -> list[float]:
         """vLLM's log-probability of each token after the first, in nats."""
         request = pb.ScoreTokensRequest(epoch=epoch, token_ids=token_ids)
-        return list(self._call("ScoreTokens", request).logprobs)
+        return list(self._call("ScoreTokens", request, seconds).logprobs)
+
+    def probe(
+        self,
+        epoch: str,
+        lease_id: str,
+        seconds: float,
+        token_ids: list[int],
+        changes: Iterable[pb.WeightChange],
+    ) -> list[float]:
+        """As `score`, vLLM paused and its weights changed until the next call or the resume.
+
+        The tokens must be those that were scored last.
+        """
+        request = pb.ProbeWeightsRequest(
+            epoch=epoch,
+            lease_id=lease_id,
+            lease=_duration(seconds),
+            token_ids=token_ids,
+            changes=changes,
+        )
+        return list(self._call("ProbeWeights", request, CONTROL_SECONDS).logprobs)
 
     def pause(self, epoch: str, lease_id: str, seconds: float) -> None:
         """Begins or renews a pause; requests in flight go on after it."""
-        lease = duration_pb2.Duration()
-        lease.FromNanoseconds(int(seconds * 1e9))
         request = pb.PauseRequest(
-            request_id=lease_id, epoch=epoch, lease=lease, mode=pb.PAUSE_MODE_KEEP
+            request_id=lease_id, epoch=epoch, lease=_duration(seconds), mode=pb.PAUSE_MODE_KEEP
         )
         self._call("Pause", request, CONTROL_SECONDS)
 
@@ -120,6 +139,12 @@ class Sidecar:
         with self._lock:
             self._closed = True
         self._channel.close()
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    lease = duration_pb2.Duration()
+    lease.FromNanoseconds(int(seconds * 1e9))
+    return lease
 
 
 def _failure(error: Exception) -> ApolloError:

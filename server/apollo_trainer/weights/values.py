@@ -6,7 +6,6 @@ after the load, and a directory that is not the one that was loaded.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,36 +17,35 @@ from apollo_trainer.weights.checkpoint_reader import CheckpointReader, same_byte
 from apollo_trainer.weights.loaded_files import loaded_shards
 from apollo_trainer.weights.manifest import refusal
 
-log = logging.getLogger(__name__)
 BLOCKS = 6  # of each tensor, unless all of it is compared: both ends, and some between
 BLOCK_ELEMENTS = 4096
 SEED = 20412
+MAX_NAMED = 3
 
 
 def require_checkpoint_values(directory: Path, reader: CheckpointReader, everything: bool) -> int:
     """Compares live weights with the directory's safetensors; returns the elements compared.
 
-    A tensor of another dtype on disk is converted first, as vLLM does when it loads. Without
-    safetensors nothing is compared, and the log says so: other formats would be unpickled.
+    A tensor of another dtype on disk is converted first, as vLLM does when it loads. Other formats
+    than safetensors are not read: they would be unpickled.
 
     Args:
         everything: compare every element instead of seeded blocks of each tensor.
 
-    Raises FailedPrecondition that names the tensor which differs.
+    Raises FailedPrecondition that names the tensor which differs, or which no file holds.
     """
-    shards = _loaded(directory)
-    if not shards:
-        log.warning("%s has no safetensors: mapped values were not compared with it", directory)
-    compared = 0
-    for shard in shards:
+    compared, names = 0, set[str]()
+    for shard in _loaded(directory):
         try:
             with safe_open(shard, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     compared += _require_equal(file, shard.name, name, reader, everything)
+                    names.add(name)
         except (SafetensorError, OSError) as error:
             raise refusal(
                 "CHECKPOINT_UNREADABLE", f"{shard.name} of the model directory: {error}."
             ) from error
+    _require_all(directory, reader.missing_from(names))
     return compared
 
 
@@ -57,6 +55,20 @@ def _loaded(directory: Path) -> list[Path]:
         return loaded_shards(directory)
     except (ValueError, OSError) as error:
         raise refusal("CHECKPOINT_UNREADABLE", f"The model directory: {error}.") from error
+
+
+def _require_all(directory: Path, missing: list[str]) -> None:
+    """What was compared with nothing may be anything."""
+    if not missing:
+        return
+    named = ", ".join(missing[:MAX_NAMED]) + (" and others" if missing[MAX_NAMED:] else "")
+    raise refusal(
+        "VALUES_NOT_COMPARED",
+        f"No safetensors file of {directory} holds {named} by that name, so that it is not known "
+        "whether vLLM loaded its weights from there. Serve a directory as transformers saves it "
+        "(save_pretrained), or start the training server with --no-check-values if you know that "
+        "they are its weights.",
+    )
 
 
 def _require_equal(

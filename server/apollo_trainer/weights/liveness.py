@@ -1,0 +1,230 @@
+"""Shows that vLLM computes with what is written: a change of the live bytes moves both sides alike.
+
+That both sides agree when attached is no proof. An engine that computes with copies of its weights
+agrees until the first update, and never learns of one. So for each *kind* of vLLM's tensors, names
+with their numbers left out, some bytes are changed in all layers, both sides score the same tokens,
+and the bytes are put back, by the sidecar, which alone keeps what they were.
+
+A kind is proven when the training model moved far above what rounding explains and vLLM moved with
+it. It is refused when vLLM did not. It is unproven when no change moved the training model so far:
+then these scores do not depend on it, as on a bias that a softmax cancels, and a copy of it could
+not be told. Of matrices that is refused, since they are what engines copy. A vector is named; what
+a run makes of it is compared when the run has ended.
+
+The proof is for the kind: of many layers, one alone that is a copy may hide among the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
+from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_trainer.weights import mapping
+from apollo_trainer.weights.checkpoint_reader import same_bytes
+from apollo_trainer.weights.manifest import LiveView, refusal
+from apollo_trainer.weights.probed_bytes import RowsRead, change_of, read_bytes
+from apollo_trainer.weights.sidecar import Sidecar
+from apollo_trainer.weights.verify import (
+    FLOOR_NATS,
+    allowed,
+    log_probabilities,
+    noise_of,
+    quantiles,
+    weights_dtype,
+)
+
+log = logging.getLogger(__name__)
+# Times what rounding explains.
+FAR = 10.0
+# Rows of each tensor, and noise in units of its values: as little as shows it, then more.
+STRENGTHS = ((4, 2.0), (16, 4.0), (64, 8.0), (256, 16.0))
+LEASE_SECONDS = 30.0
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+# Somebody else paused vLLM, or scored with it, meanwhile: another attempt may find it free.
+_PASSING = {"LEASE_HELD", "LEASE_ENDED", "SCORE_FIRST"}
+
+
+@dataclass
+class Liveness:
+    """Kinds of vLLM's tensors, by their names with `*` for numbers, and what it took."""
+
+    proven: list[str] = field(default_factory=list)
+    unproven: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """For status and `doctor`."""
+        told = f"vLLM was seen to compute with what is written, in {len(self.proven)} kinds of "
+        told += "weight"
+        if self.unproven:
+            told += f"; no score depends on {', '.join(self.unproven)}, of which that is unknown"
+        return f"{told}."
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a probe needs of an attachment.
+
+    Attributes:
+        views: of the parameters of `model`, by name.
+        mappings: of the buffers that they lie in.
+        token_ids: what both sides scored last.
+    """
+
+    epoch: str
+    model: Any
+    views: Mapping[str, LiveView]
+    mappings: Mapping[int, mapping.Mapping]
+    token_ids: list[int]
+
+
+def probe_liveness(sidecar: Sidecar, probed: Probed) -> Liveness:
+    """Probes every kind, vLLM paused meanwhile; the weights are as before at the end.
+
+    Raises FailedPrecondition that names a kind which is not live, or of which it cannot be told;
+    Unavailable where vLLM was paused or asked by others.
+    """
+    began, found = time.monotonic(), Liveness()
+    probe = _Probe(sidecar, probed)
+    with probe.lease():
+        for kind, views in _kinds(probed.views.values()).items():
+            (found.proven if probe.is_proven(kind, views) else found.unproven).append(kind)
+        probe.require_put_back()
+    found.seconds = time.monotonic() - began
+    return found
+
+
+def _kinds(views: Iterable[LiveView]) -> dict[str, list[LiveView]]:
+    kinds: dict[str, list[LiveView]] = {}
+    for view in views:
+        kinds.setdefault(NUMBER.sub("*", view.tensor), []).append(view)
+    return kinds
+
+
+class _Probe:
+    def __init__(self, sidecar: Sidecar, probed: Probed):
+        self._sidecar, self._probed = sidecar, probed
+        self._dtype = weights_dtype(probed.model)
+        self._parameters = dict(probed.model.named_parameters())
+        with RowsRead() as read:
+            self._before = self._ours()
+        self._allowed = torch.tensor(FLOOR_NATS)
+        if self._dtype.itemsize < torch.float32.itemsize:
+            rounding = noise_of(probed.model, probed.token_ids, self._before)()
+            self._allowed = allowed(rounding, self._dtype)
+        head = probed.model.get_output_embeddings()
+        if head is not None:
+            # Only the rows of scored tokens are sure to move their scores.
+            read.rows.setdefault(head.weight.data_ptr(), set()).update(probed.token_ids)
+        self._rows_read = read.rows
+        self._lease_id, self._until = uuid.uuid4().hex, 0.0
+        self._touched: list[tuple[LiveView, pb.WeightChange, torch.Tensor]] = []
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Ends what the first change begins; vLLM goes on with the bytes put back."""
+        try:
+            yield
+        except FailedPrecondition as error:
+            if error.reason not in _PASSING:
+                raise
+            raise Unavailable(f"A probe of vLLM's weights was cut off: {error.message}") from error
+        finally:
+            # A lease that cannot be ended runs out, and its end puts the bytes back, too.
+            with suppress(ApolloError):
+                self._sidecar.resume(self._probed.epoch, self._lease_id, weights_changed=False)
+
+    def is_proven(self, kind: str, views: list[LiveView]) -> bool:
+        """Whether both sides moved far and alike. Raises as `probe_liveness`."""
+        for level, (rows, deviation) in enumerate(STRENGTHS):
+            if level:
+                # What is read as the bytes of before would be those of the change before.
+                self._engine_with([])
+            engine = self._engine_with(self._changes(views, rows, deviation))
+            ours = self._ours()
+            if time.monotonic() >= self._until:
+                raise Unavailable("The pause ran out while vLLM's weights were probed.")
+            if not ours.isfinite().all():
+                break
+            if self._far_and_alike(kind, ours, engine):
+                return True
+        if any(sum(size > 1 for size in view.shape) > 1 for view in views):
+            raise refusal(
+                "LIVENESS_UNPROVEN",
+                f"No change of {kind} moves the model's scores, so that it cannot be told whether "
+                "vLLM computes with what is written there. Start the training server with "
+                "--no-probe-weights if you know that it does.",
+            )
+        log.warning("no change of %s moves the scores: whether vLLM has a copy is unknown", kind)
+        return False
+
+    def _far_and_alike(self, kind: str, ours: torch.Tensor, engine: torch.Tensor) -> bool:
+        moved, apart = (ours - self._before).abs(), (ours - engine).abs()
+        found = quantiles(apart, self._dtype)
+        for limits in self._explained(ours):
+            if (found <= limits).all():
+                return bool((quantiles(moved, self._dtype) >= FAR * limits).any())
+        theirs = (engine - self._before).abs()
+        raise refusal(
+            "WEIGHTS_NOT_LIVE",
+            f"vLLM does not compute with what is written into {kind}: a change of it moved the "
+            f"training model's log-probabilities by {float(moved.median()):.3g} nats at the "
+            f"median, and vLLM's by {float(theirs.median()):.3g}. It keeps a copy of this weight, "
+            "or rearranges it as it loads.",
+        )
+
+    def _explained(self, ours: torch.Tensor) -> Iterator[torch.Tensor]:
+        """How far apart rounding may bring both sides, first what takes no time to know."""
+        yield torch.tensor(FLOOR_NATS)
+        yield self._allowed
+        # Of the weights as they are changed now: noise in them may have made the model noisier.
+        yield allowed(noise_of(self._probed.model, self._probed.token_ids, ours)(), self._dtype)
+
+    def require_put_back(self) -> None:
+        """Puts the last change back. Raises FailedPrecondition unless all bytes are as before."""
+        self._engine_with([])
+        for view, change, before in self._touched:
+            if not same_bytes(self._read(view, change), before):
+                raise refusal(
+                    "PROBE_NOT_UNDONE",
+                    f"The bytes of {view.tensor} that a probe changed were not put back as they "
+                    "were. Restart vLLM.",
+                )
+
+    # --- both sides -------------------------------------------------------------------------
+
+    def _ours(self) -> torch.Tensor:
+        return log_probabilities(self._probed.model, self._probed.token_ids)
+
+    def _engine_with(self, changes: list[pb.WeightChange]) -> torch.Tensor:
+        """vLLM's scores [T - 1] with these changes, and with no others."""
+        self._until = time.monotonic() + LEASE_SECONDS
+        probed = self._probed
+        scores = self._sidecar.probe(
+            probed.epoch, self._lease_id, LEASE_SECONDS, probed.token_ids, changes
+        )
+        if len(scores) != len(self._before):
+            raise refusal("LOGPROBS_DISAGREE", f"vLLM scored {len(scores)} tokens of a probe.")
+        return torch.tensor(scores)
+
+    def _changes(self, views: list[LiveView], rows: int, deviation: float) -> list[pb.WeightChange]:
+        changes = []
+        for view in views:
+            parameter = self._parameters[view.name]
+            read = self._rows_read.get(parameter.data_ptr())
+            changes.append(change_of(view, parameter, rows, deviation, read))
+            self._touched.append((view, changes[-1], self._read(view, changes[-1])))
+        return changes
+
+    def _read(self, view: LiveView, change: pb.WeightChange) -> torch.Tensor:
+        return read_bytes(self._probed.mappings[view.buffer_id], view.dtype, change)
