@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +17,11 @@ from tests.engine_double import EngineDouble
 from tests.waiting import wait_until
 
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
+# Imports take seconds: servers are forked from a process that has made them, and nothing else.
+SERVERS = multiprocessing.get_context("forkserver")
+SERVERS.set_forkserver_preload(
+    ["apollo_trainer.main", "transformers.models.qwen3.modeling_qwen3", "tests.server_process"]
+)
 
 
 class ServerProcess:
@@ -26,23 +30,29 @@ class ServerProcess:
     Args:
         folder: private, with a short path.
         settings: of the server, as environment variables.
+
+    Attributes:
+        engine: the one in this process, where `served` started it.
     """
+
+    engine: EngineDouble
 
     def __init__(self, folder: Path, **settings: str):
         self.folder, self.address = folder, f"unix:{folder}/training.sock"
         self._environment = (
             os.environ | {"APOLLO_STATE_DIR": str(folder), "OMP_NUM_THREADS": "1"} | settings
         )
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: multiprocessing.process.BaseProcess | None = None
 
-    def start(self) -> None:
-        """Starts it; `wait_attached` waits for it."""
-        with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "apollo_trainer.main", "--rank", "8"],
-                env=self._environment,
-                stderr=log,
-            )
+    def start(self, before: Callable[[], None] | None = None) -> None:
+        """Starts it; `wait_attached` waits for it.
+
+        Args:
+            before: of a module's own, called in the new process before it serves.
+        """
+        arguments = (self._environment, self.folder / "server.log", before or nothing)
+        self._process = SERVERS.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
 
     def status(self) -> status_pb2.ServerStatus | None:
         """Its status; None while nobody answers."""
@@ -81,16 +91,41 @@ class ServerProcess:
         lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
-    def end(self, number: int = signal.SIGTERM) -> int:
+    def end(self, number: int = signal.SIGTERM) -> int | None:
         """Signals it and returns how it ended."""
         assert self._process
+        assert self._process.pid
+        os.kill(self._process.pid, number)
+        return self.wait_ended()
+
+    def wait_ended(self) -> int | None:
+        """Waits for the end that it comes to by itself; returns how it ended."""
+        assert self._process
         process, self._process = self._process, None
-        process.send_signal(number)
-        return process.wait(30)
+        process.join(30)
+        return process.exitcode
 
     def log(self) -> str:
         """What it has logged."""
         return (self.folder / "server.log").read_text()
+
+
+def nothing() -> None:
+    """Before a server serves as it is."""
+
+
+def _serve(environment: dict[str, str], log: Path, before: Callable[[], None]) -> None:
+    """In the new process, until it is ended."""
+    import torch
+
+    from apollo_trainer.main import main
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+    torch.set_num_threads(1)
+    before()
+    main(["--rank", "8"])
 
 
 @contextmanager
@@ -98,7 +133,7 @@ def served(model: Path, **settings: str) -> Iterator[ServerProcess]:
     """An attached server on a model directory, with an engine in this process."""
     with tempfile.TemporaryDirectory(prefix="apollo-") as folder:
         server = ServerProcess(Path(folder), **settings)
-        engine = EngineDouble(model, f"unix:{folder}/sidecar.sock")
+        engine = server.engine = EngineDouble(model, f"unix:{folder}/sidecar.sock")
         server.start()
         try:
             server.wait_attached()
