@@ -20,9 +20,14 @@ from typing import Any
 
 
 def become(
-    module: str, arguments: list[str], environment: dict[str, str], log: str, core: int | None
+    module: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    log: str,
+    core: int | None,
+    before: str | None,
 ) -> None:
-    """In a new process: the program, to its end."""
+    """In a new process: the program, to its end, after `before`, a function `module:name`."""
     os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -34,6 +39,9 @@ def become(
     if core is not None:
         os.sched_setaffinity(0, {core})
     _fork_where_vllm_spawns()
+    if before:
+        place, _, name = before.partition(":")
+        getattr(importlib.import_module(place), name)()
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

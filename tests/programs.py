@@ -8,23 +8,25 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
 VLLM = "vllm.entrypoints.openai.api_server"
 VLLM_SERVE = "tests.vllm.serve_command"
 SERVER = "apollo_trainer.main"
+# Imported when it is needed, by whoever builds a model of it.
+WITH = {SERVER: ["transformers.models.qwen3.modeling_qwen3"]}
 # Set before torch and transformers are imported, which read them then.
 BEFORE_IMPORTS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 class ForkServer:
-    """A process that has imported a module, and forks programs that need it."""
+    """A process that has imported modules, and forks programs that need them."""
 
-    def __init__(self, module: str):
+    def __init__(self, modules: list[str]):
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fork_server", module],
+            [sys.executable, "-m", "tests.fork_server", *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | BEFORE_IMPORTS,
@@ -47,15 +49,22 @@ class ForkServer:
                 self._told.notify_all()
 
     def start(
-        self, module: str, *arguments: str, env: Mapping[str, str], log: Path, core: int | None
+        self,
+        module: str,
+        *arguments: str,
+        env: Mapping[str, str],
+        log: Path,
+        core: int | None,
+        before: Callable[[], None] | None,
     ) -> Program:
-        """Starts a module as `python -m` does."""
+        """Starts a module as `python -m` does, after a function of a module's own."""
         asked = {
             "module": module,
             "arguments": arguments,
             "environment": dict(env),
             "log": str(log),
             "core": core,
+            "before": f"{before.__module__}:{before.__name__}" if before else None,
         }
         assert self._process.stdin
         with self._asking:
@@ -106,17 +115,24 @@ class Program:
 
 @cache
 def fork_server(module: str) -> ForkServer:
-    """The one of this test process that has imported a module; it ends with it."""
-    return ForkServer(module)
+    """The one of this test process that has imported a module and more; it ends with it."""
+    return ForkServer([module, *WITH.get(module, ())])
 
 
 def start(
-    module: str, *arguments: str, env: Mapping[str, str], log: Path, core: int | None = None
+    module: str,
+    *arguments: str,
+    env: Mapping[str, str],
+    log: Path,
+    core: int | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Program:
     """Starts vLLM or the training server with that environment; `log` is appended to.
 
     Args:
         core: the only one that it may use; None for all.
+        before: of a module's own, called in the new process before the program begins.
     """
     imported = SERVER if module == SERVER else VLLM
-    return fork_server(imported).start(module, *arguments, env=env, log=log, core=core)
+    server = fork_server(imported)
+    return server.start(module, *arguments, env=env, log=log, core=core, before=before)

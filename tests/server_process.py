@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,12 @@ class ServerProcess:
     Args:
         folder: private, with a short path.
         settings: of the server, as environment variables.
+
+    Attributes:
+        engine: the one in this process, where `served` started it.
     """
+
+    engine: EngineDouble
 
     def __init__(self, folder: Path, **settings: str):
         self.folder, self.address = folder, f"unix:{folder}/training.sock"
@@ -34,11 +39,15 @@ class ServerProcess:
         )
         self._process: programs.Program | None = None
 
-    def start(self) -> None:
-        """Starts it; `wait_attached` waits for it."""
+    def start(self, before: Callable[[], None] | None = None) -> None:
+        """Starts it; `wait_attached` waits for it.
+
+        Args:
+            before: of a module's own, called in the new process before it serves.
+        """
         log = self.folder / "server.log"
         self._process = programs.start(
-            programs.SERVER, "--rank", "8", env=self._environment, log=log
+            programs.SERVER, "--rank", "8", env=self._environment, log=log, before=before
         )
 
     def status(self) -> status_pb2.ServerStatus | None:
@@ -80,8 +89,13 @@ class ServerProcess:
     def end(self, number: int = signal.SIGTERM) -> int:
         """Signals it and returns how it ended."""
         assert self._process
+        self._process.send_signal(number)
+        return self.wait_ended()
+
+    def wait_ended(self) -> int:
+        """Waits for the end that it comes to by itself; returns how it ended."""
+        assert self._process
         process, self._process = self._process, None
-        process.send_signal(number)
         return process.wait(30)
 
     def log(self) -> str:
@@ -94,7 +108,7 @@ def served(model: Path, **settings: str) -> Iterator[ServerProcess]:
     """An attached server on a model directory, with an engine in this process."""
     with tempfile.TemporaryDirectory(prefix="apollo-") as folder:
         server = ServerProcess(Path(folder), **settings)
-        engine = EngineDouble(model, f"unix:{folder}/sidecar.sock")
+        engine = server.engine = EngineDouble(model, f"unix:{folder}/sidecar.sock")
         server.start()
         try:
             server.wait_attached()

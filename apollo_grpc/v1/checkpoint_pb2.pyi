@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+import apollo_grpc.v1.training_pb2
 import builtins
 import collections.abc
 import google.protobuf.descriptor
@@ -619,18 +620,26 @@ class RestoreResult(google.protobuf.message.Message):
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
     OPTIMIZER_STEP_FIELD_NUMBER: builtins.int
     BYTES_WRITTEN_FIELD_NUMBER: builtins.int
+    WARNINGS_FIELD_NUMBER: builtins.int
     weight_version: builtins.int
     """Version after the restore; versions only go up."""
     optimizer_step: builtins.int
     bytes_written: builtins.int
+    @property
+    def warnings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[apollo_grpc.v1.training_pb2.Warning]:
+        """What went wrong once the weights were written: vLLM that was not resumed, or
+        an Apollo state that no disk took. Each says what to do.
+        """
+
     def __init__(
         self,
         *,
         weight_version: builtins.int = ...,
         optimizer_step: builtins.int = ...,
         bytes_written: builtins.int = ...,
+        warnings: collections.abc.Iterable[apollo_grpc.v1.training_pb2.Warning] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes_written", b"bytes_written", "optimizer_step", b"optimizer_step", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes_written", b"bytes_written", "optimizer_step", b"optimizer_step", "warnings", b"warnings", "weight_version", b"weight_version"]) -> None: ...
 
 global___RestoreResult = RestoreResult
 

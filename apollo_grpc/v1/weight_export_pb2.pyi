@@ -34,6 +34,10 @@ class _PauseModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     """Requests in flight finish first."""
     PAUSE_MODE_ABORT: _PauseMode.ValueType  # 3
     """Requests in flight are aborted."""
+    PAUSE_MODE_NONE: _PauseMode.ValueType  # 4
+    """Nothing stops: weights are written while requests are answered. Should the
+    lease run out, the version is raised and the caches are dropped.
+    """
 
 class PauseMode(_PauseMode, metaclass=_PauseModeEnumTypeWrapper): ...
 
@@ -45,6 +49,10 @@ PAUSE_MODE_WAIT: PauseMode.ValueType  # 2
 """Requests in flight finish first."""
 PAUSE_MODE_ABORT: PauseMode.ValueType  # 3
 """Requests in flight are aborted."""
+PAUSE_MODE_NONE: PauseMode.ValueType  # 4
+"""Nothing stops: weights are written while requests are answered. Should the
+lease run out, the version is raised and the caches are dropped.
+"""
 global___PauseMode = PauseMode
 
 @typing.final
@@ -104,7 +112,7 @@ class WeightManifest(google.protobuf.message.Message):
     """Longest sequence that the engine accepts, in tokens."""
     weight_version: builtins.int
     as_loaded: builtins.bool
-    """No pause was ever granted: the weights are what vLLM loaded."""
+    """No lease was ever granted: the weights are what vLLM loaded."""
     worker_pid_namespace: builtins.int
     """Inode of the PID namespace that `worker_pid` counts in."""
     @property
@@ -470,10 +478,13 @@ class PauseRequest(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     LEASE_FIELD_NUMBER: builtins.int
     MODE_FIELD_NUMBER: builtins.int
+    TRAINER_ID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Names the lease to be; required."""
     epoch: builtins.str
     mode: global___PauseMode.ValueType
+    trainer_id: builtins.str
+    """As in WatchGenerationRequest."""
     @property
     def lease(self) -> google.protobuf.duration_pb2.Duration:
         """From now, at most 60 seconds."""
@@ -485,9 +496,10 @@ class PauseRequest(google.protobuf.message.Message):
         epoch: builtins.str = ...,
         lease: google.protobuf.duration_pb2.Duration | None = ...,
         mode: global___PauseMode.ValueType = ...,
+        trainer_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["lease", b"lease"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "lease", b"lease", "mode", b"mode", "request_id", b"request_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "lease", b"lease", "mode", b"mode", "request_id", b"request_id", "trainer_id", b"trainer_id"]) -> None: ...
 
 global___PauseRequest = PauseRequest
 
@@ -607,9 +619,12 @@ class ProbeWeightsRequest(google.protobuf.message.Message):
     LEASE_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     CHANGES_FIELD_NUMBER: builtins.int
+    TRAINER_ID_FIELD_NUMBER: builtins.int
     lease_id: builtins.str
     """Names the lease; required."""
     epoch: builtins.str
+    trainer_id: builtins.str
+    """As in PauseRequest."""
     @property
     def lease(self) -> google.protobuf.duration_pb2.Duration:
         """From now, at most 60 seconds."""
@@ -628,9 +643,10 @@ class ProbeWeightsRequest(google.protobuf.message.Message):
         lease: google.protobuf.duration_pb2.Duration | None = ...,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         changes: collections.abc.Iterable[global___WeightChange] | None = ...,
+        trainer_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["lease", b"lease"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["changes", b"changes", "epoch", b"epoch", "lease", b"lease", "lease_id", b"lease_id", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["changes", b"changes", "epoch", b"epoch", "lease", b"lease", "lease_id", b"lease_id", "token_ids", b"token_ids", "trainer_id", b"trainer_id"]) -> None: ...
 
 global___ProbeWeightsRequest = ProbeWeightsRequest
 
@@ -715,9 +731,15 @@ global___ResetCachesResponse = ResetCachesResponse
 class WatchGenerationRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    TRAINER_ID_FIELD_NUMBER: builtins.int
+    trainer_id: builtins.str
+    """Of the training server, random for each process; without one nothing is held."""
     def __init__(
         self,
+        *,
+        trainer_id: builtins.str = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["trainer_id", b"trainer_id"]) -> None: ...
 
 global___WatchGenerationRequest = WatchGenerationRequest
 

@@ -120,7 +120,8 @@ class WeightExportServiceServicer(object):
     def Pause(self, request, context):
         """Stops scheduling under a lease. A lease that is not renewed in time ends
         and the engine resumes by itself. The same request_id returns, and renews,
-        the same lease. FAILED_PRECONDITION when that lease has ended.
+        the same lease. FAILED_PRECONDITION when that lease has ended, and with
+        ENGINE_HELD while another training server watches the engine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,7 +129,8 @@ class WeightExportServiceServicer(object):
 
     def Resume(self, request, context):
         """Ends a lease. When the weights changed, their version is raised and the
-        prefix cache is dropped before the engine goes on.
+        prefix cache is dropped before the engine goes on. Of a lease that ran out,
+        what was written is counted and the cache dropped all the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -166,6 +168,8 @@ class WeightExportServiceServicer(object):
         """Streams the generation at once, at each change of it, and every quarter
         second for as long as the engine lives and answers. Silence for longer
         means that it is wedged, the end of the stream that it is gone.
+        With a trainer_id the engine is that training server's until its streams
+        end; FAILED_PRECONDITION with ENGINE_HELD while it is another's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

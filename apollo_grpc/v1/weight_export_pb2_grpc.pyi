@@ -54,7 +54,8 @@ class WeightExportServiceStub:
     ]
     """Stops scheduling under a lease. A lease that is not renewed in time ends
     and the engine resumes by itself. The same request_id returns, and renews,
-    the same lease. FAILED_PRECONDITION when that lease has ended.
+    the same lease. FAILED_PRECONDITION when that lease has ended, and with
+    ENGINE_HELD while another training server watches the engine.
     """
 
     Resume: grpc.UnaryUnaryMultiCallable[
@@ -62,7 +63,8 @@ class WeightExportServiceStub:
         apollo_grpc.v1.weight_export_pb2.ResumeResponse,
     ]
     """Ends a lease. When the weights changed, their version is raised and the
-    prefix cache is dropped before the engine goes on.
+    prefix cache is dropped before the engine goes on. Of a lease that ran out,
+    what was written is counted and the cache dropped all the same.
     """
 
     ProbeWeights: grpc.UnaryUnaryMultiCallable[
@@ -99,6 +101,8 @@ class WeightExportServiceStub:
     """Streams the generation at once, at each change of it, and every quarter
     second for as long as the engine lives and answers. Silence for longer
     means that it is wedged, the end of the stream that it is gone.
+    With a trainer_id the engine is that training server's until its streams
+    end; FAILED_PRECONDITION with ENGINE_HELD while it is another's.
     """
 
 class WeightExportServiceAsyncStub:
@@ -137,7 +141,8 @@ class WeightExportServiceAsyncStub:
     ]
     """Stops scheduling under a lease. A lease that is not renewed in time ends
     and the engine resumes by itself. The same request_id returns, and renews,
-    the same lease. FAILED_PRECONDITION when that lease has ended.
+    the same lease. FAILED_PRECONDITION when that lease has ended, and with
+    ENGINE_HELD while another training server watches the engine.
     """
 
     Resume: grpc.aio.UnaryUnaryMultiCallable[
@@ -145,7 +150,8 @@ class WeightExportServiceAsyncStub:
         apollo_grpc.v1.weight_export_pb2.ResumeResponse,
     ]
     """Ends a lease. When the weights changed, their version is raised and the
-    prefix cache is dropped before the engine goes on.
+    prefix cache is dropped before the engine goes on. Of a lease that ran out,
+    what was written is counted and the cache dropped all the same.
     """
 
     ProbeWeights: grpc.aio.UnaryUnaryMultiCallable[
@@ -182,6 +188,8 @@ class WeightExportServiceAsyncStub:
     """Streams the generation at once, at each change of it, and every quarter
     second for as long as the engine lives and answers. Silence for longer
     means that it is wedged, the end of the stream that it is gone.
+    With a trainer_id the engine is that training server's until its streams
+    end; FAILED_PRECONDITION with ENGINE_HELD while it is another's.
     """
 
 class WeightExportServiceServicer(metaclass=abc.ABCMeta):
@@ -228,7 +236,8 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.PauseResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.PauseResponse]]:
         """Stops scheduling under a lease. A lease that is not renewed in time ends
         and the engine resumes by itself. The same request_id returns, and renews,
-        the same lease. FAILED_PRECONDITION when that lease has ended.
+        the same lease. FAILED_PRECONDITION when that lease has ended, and with
+        ENGINE_HELD while another training server watches the engine.
         """
 
     @abc.abstractmethod
@@ -238,7 +247,8 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.ResumeResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.ResumeResponse]]:
         """Ends a lease. When the weights changed, their version is raised and the
-        prefix cache is dropped before the engine goes on.
+        prefix cache is dropped before the engine goes on. Of a lease that ran out,
+        what was written is counted and the cache dropped all the same.
         """
 
     @abc.abstractmethod
@@ -283,6 +293,8 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
         """Streams the generation at once, at each change of it, and every quarter
         second for as long as the engine lives and answers. Silence for longer
         means that it is wedged, the end of the stream that it is gone.
+        With a trainer_id the engine is that training server's until its streams
+        end; FAILED_PRECONDITION with ENGINE_HELD while it is another's.
         """
 
 def add_WeightExportServiceServicer_to_server(servicer: WeightExportServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -19,6 +19,7 @@ from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_sidecar import process_state
 from apollo_sidecar.leases import PauseLeases
 from apollo_sidecar.own_batch import SCORE_PREFIX
+from apollo_sidecar.trainer_hold import TrainerHold
 
 log = logging.getLogger("vllm.apollo")
 CALL_SECONDS = 120.0
@@ -31,6 +32,8 @@ PING_SECONDS = 1.0
 # The mode of a probe's pause: nobody else writes under it.
 PROBE = "probe"
 PUT_BACK_ATTEMPTS = 3
+# The mode of a lease for writes while vLLM decodes.
+NO_PAUSE = "none"
 T = TypeVar("T")
 
 
@@ -55,6 +58,8 @@ class Engine:
 
     Attributes:
         epoch: random for each engine process; another epoch means that every handle is dead.
+        paused: whether vLLM was asked to pause and is not known to have gone on.
+        hold: which training server this engine is bound to.
     """
 
     def __init__(
@@ -73,7 +78,10 @@ class Engine:
         # What an API server that ended left in the worker is not known.
         self._probed = not as_loaded
         self._changed = threading.Condition()
-        self.leases = PauseLeases(self._pause, self._resume)
+        # Owed to vLLM: the version that its answers carry, and the drop of what it cached.
+        self._unstamped = self._stale_caches = False
+        self.paused, self.hold = False, TrainerHold()
+        self.leases = PauseLeases(self._pause, self._resume, self._tell)
 
     def _call(self, coroutine: Coroutine[Any, Any, T], seconds: float = CALL_SECONDS) -> T:
         if not self._loop.is_running():
@@ -137,7 +145,7 @@ class Engine:
 
         Raises Unavailable while the engine is paused: the request would wait for the resume.
         """
-        if self.leases.active:
+        if self.paused:
             raise Unavailable("The engine is paused; score after the resume.", reason="PAUSED")
         return self._call(self._score(token_ids))
 
@@ -184,6 +192,11 @@ class Engine:
         if mode != PROBE:
             # Its holder may write from now on, and die without a word of what it wrote.
             self._as_loaded = False
+        if mode == NO_PAUSE:
+            # One that an earlier lease could not resume would wait for the end of this one.
+            self._go_on()
+            return
+        self.paused = True
         # `keep` leaves the cache alone whatever clear_cache says in some versions; the reset at
         # the resume is what clears it, and its answer is checked.
         kept = "keep" if mode == PROBE else mode
@@ -197,20 +210,36 @@ class Engine:
     def _resume(self, updates: int, reset_caches: bool) -> None:
         self._put_back()
         try:
-            if updates:
-                self.raise_version(updates)
-            if updates and reset_caches:
-                self.reset_caches()
+            self._tell(updates, reset_caches)
         finally:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self.paused:
             self._call(self._client.resume_generation())
+            self.paused = False
+
+    def _tell(self, updates: int, reset_caches: bool) -> None:
+        """Counts updates; then all that vLLM is owed, whichever part of it fails."""
+        if updates:
+            self._stale_caches |= reset_caches
+            self._count(updates)
+        try:
+            self._stamp()
+        finally:
+            if self._stale_caches:
+                self.reset_caches()
 
     def reset_caches(self) -> None:
         """Drops cached prefixes, of waiting requests too, which are then computed anew.
 
-        Raises Unavailable when vLLM keeps refusing because blocks are held.
+        Raises Unavailable when vLLM keeps refusing because blocks are held; the end of the next
+        lease tries again.
         """
+        self._stale_caches = True
         for _ in range(RESET_ATTEMPTS):
             if self._call(self._client.reset_prefix_cache(reset_running_requests=True)):
+                self._stale_caches = False
                 return
             time.sleep(RESET_WAIT_SECONDS)
         raise Unavailable(
@@ -229,12 +258,20 @@ class Engine:
 
     def raise_version(self, updates: int) -> None:
         """Counts updates of the weights, stamps outputs with it where vLLM can, tells watchers."""
+        self._count(updates)
+        self._stamp()
+
+    def _count(self, updates: int) -> None:
         self._as_loaded = False
         with self._changed:
             self._weight_version += updates
             self._changed.notify_all()
-        if hasattr(self._client, "update_weight_version"):
+        self._unstamped = hasattr(self._client, "update_weight_version")
+
+    def _stamp(self) -> None:
+        if self._unstamped:
             self._call(self._client.update_weight_version(str(self._weight_version)))
+            self._unstamped = False
 
     def generations(self) -> Iterator[Generation | None]:
         """The generation now, at each change and at each beat; None for a beat without an answer.
@@ -256,7 +293,7 @@ class Engine:
         """Whether the engine is known to answer; one that decodes is not asked, only watched."""
         if self._worker_pid and not process_state.runs_with_parent(self._worker_pid):
             return False
-        if not self.leases.active:
+        if not self.paused:
             return True
         try:
             self._call(self._client.is_paused(), PING_SECONDS)

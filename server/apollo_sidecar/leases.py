@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,29 +15,44 @@ log = logging.getLogger("vllm.apollo")
 
 MAX_LEASE_SECONDS = 60.0
 T = TypeVar("T")
+# A late renewal would otherwise pause an engine that nobody writes to.
+KEPT_ENDED = 256
+RETRY_SECONDS = 0.5
+MAX_RETRY_SECONDS = 5.0
 
 
 class PauseLeases:
     """At most one lease at a time, kept alive by renewals.
 
+    What fails when one ends is tried again until it works: nobody else would let the engine go on.
+
     Args:
         pause: stops the engine; called when a lease begins, with its mode.
-        resume: lets it go on; called once a lease, with how many updates were written, at least 1
-            where the weights may have changed, and whether what is cached goes with them.
+        resume: lets it go on, after `tell`; called when a lease ends, with how many updates were
+            written, at least 1 where the weights may have changed, and whether what is cached goes
+            with them. With 0 it does what is left of calls that failed.
+        tell: the same for an engine that goes on already, or is paused under another lease.
     """
 
-    def __init__(self, pause: Callable[[str], None], resume: Callable[[int, bool], None]):
-        self._pause, self._resume = pause, resume
+    def __init__(
+        self,
+        pause: Callable[[str], None],
+        resume: Callable[[int, bool], None],
+        tell: Callable[[int, bool], None],
+    ):
+        self._pause, self._resume, self._tell = pause, resume, tell
         # Held while the engine is asked to pause or resume, so that the two never cross.
         self._lock = threading.Lock()
         self._lease_id = ""
-        self._last_ended = ""
+        # By id: whether the holder has said what it wrote.
+        self._ended: OrderedDict[str, bool] = OrderedDict()
         self._deadline = 0.0
         self._timer: threading.Timer | None = None
+        self._retry: threading.Timer | None = None
 
     @property
     def active(self) -> bool:
-        """Whether the engine is paused under a lease."""
+        """Whether somebody has a lease."""
         return bool(self._lease_id)
 
     def acquire(self, lease_id: str, seconds: float, mode: str) -> float:
@@ -46,14 +62,14 @@ class PauseLeases:
         its holder wrote since then was not protected.
         """
         with self._lock:
-            if lease_id == self._last_ended:
+            if lease_id in self._ended:
                 raise FailedPrecondition(
                     "The pause has ended; the engine went on. Begin a new one.",
                     reason="LEASE_ENDED",
                 )
             if self._lease_id not in ("", lease_id):
                 raise FailedPrecondition(
-                    "The engine is paused under another lease. Wait until that ends.",
+                    "The engine is written to under another lease. Wait until that ends.",
                     reason="LEASE_HELD",
                 )
             if not self._lease_id:
@@ -76,24 +92,63 @@ class PauseLeases:
             return work()
 
     def release(self, lease_id: str, updates: int, reset_caches: bool = True) -> None:
-        """Ends a lease. Ending the last one again does nothing.
+        """Ends a lease. Ending one again does nothing, but that of one that ran out is told of.
 
-        Raises FailedPrecondition for a lease that never was.
+        Raises FailedPrecondition for a lease that never was, or ended long ago.
         """
         with self._lock:
-            if lease_id and lease_id == self._last_ended:
+            if lease_id in self._ended:
+                self._tell_late(lease_id, updates, reset_caches)
                 return
             if not lease_id or lease_id != self._lease_id:
                 raise FailedPrecondition("There is no such pause.", reason="LEASE_UNKNOWN")
-            self._end(updates, reset_caches)
+            self._end(updates, reset_caches, told=True)
+
+    def _tell_late(self, lease_id: str, updates: int, reset_caches: bool) -> None:
+        """What a holder wrote after its lease ran out was cached by an engine that went on."""
+        told, self._ended[lease_id] = self._ended[lease_id], True
+        if told or not updates:
+            return
+        try:
+            self._tell(updates, reset_caches)
+        except BaseException:
+            self._try_again(RETRY_SECONDS)
+            raise
 
     def _begin(self, mode: str) -> None:
         try:
             self._pause(mode)
         except BaseException:
             # It may have stopped the engine before it failed, and no lease would ever end that.
-            self._resume(0, False)
+            self._let_go(0, False)
             raise
+
+    def _let_go(self, updates: int, reset_caches: bool) -> None:
+        try:
+            self._resume(updates, reset_caches)
+        except BaseException:
+            self._try_again(RETRY_SECONDS)
+            raise
+
+    def _try_again(self, seconds: float) -> None:
+        if self._retry:
+            self._retry.cancel()
+        self._retry = threading.Timer(seconds, self._again, [seconds])
+        self._retry.daemon = True
+        self._retry.start()
+
+    def _again(self, waited: float) -> None:
+        with self._lock:
+            if self._lease_id:
+                # The end of that one does what is left.
+                return
+            try:
+                self._resume(0, False)
+            except Exception as error:
+                if isinstance(error, ApolloError) and error.reason == "ENGINE_STOPPING":
+                    return
+                log.warning("apollo: after a pause, tried again soon: %s", error)
+                self._try_again(min(2 * waited, MAX_RETRY_SECONDS))
 
     def _arm(self, seconds: float) -> None:
         if self._timer:
@@ -109,16 +164,18 @@ class PauseLeases:
             if lease_id == self._lease_id and time.monotonic() >= self._deadline:
                 try:
                     # Its holder may have died between two writes: what is cached may be stale.
-                    self._end(1, True)
-                except ApolloError as error:
-                    log.warning("apollo: after a pause that ran out: %s", error.message)
+                    self._end(1, True, told=False)
+                except Exception as error:
+                    log.warning("apollo: after a pause that ran out: %s", error)
 
-    def _end(self, updates: int, reset_caches: bool) -> None:
+    def _end(self, updates: int, reset_caches: bool, *, told: bool) -> None:
         if self._timer:
             self._timer.cancel()
         try:
-            self._resume(updates, reset_caches)
+            self._let_go(updates, reset_caches)
         finally:
             # Otherwise a failed cache reset would leave a lease without a timer, which refuses
             # every later pause although the engine goes on.
-            self._last_ended, self._lease_id = self._lease_id, ""
+            self._ended[self._lease_id], self._lease_id = told, ""
+            if len(self._ended) > KEPT_ENDED:
+                self._ended.popitem(last=False)

@@ -10,7 +10,7 @@ from google.protobuf import duration_pb2
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1 import weight_export_pb2_grpc as pb_grpc
-from apollo_sidecar.engine import Engine
+from apollo_sidecar.engine import NO_PAUSE, Engine
 from apollo_sidecar.leases import MAX_LEASE_SECONDS
 
 _MODES = {
@@ -18,6 +18,7 @@ _MODES = {
     pb.PAUSE_MODE_KEEP: "keep",
     pb.PAUSE_MODE_WAIT: "wait",
     pb.PAUSE_MODE_ABORT: "abort",
+    pb.PAUSE_MODE_NONE: NO_PAUSE,
 }
 
 
@@ -51,6 +52,7 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
         seconds = _lease_seconds(request, "request_id")
         if request.mode not in _MODES:
             raise InvalidArgument.at("mode", "is no mode that this version knows")
+        self._engine.hold.require(request.trainer_id)
         left = self._engine.leases.acquire(request.request_id, seconds, _MODES[request.mode])
         remaining = duration_pb2.Duration()
         remaining.FromNanoseconds(int(left * 1e9))
@@ -68,6 +70,7 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
     def ProbeWeights(self, request: Any, context: Any) -> pb.ProbeWeightsResponse:  # noqa: N802
         """Scores with weights that are changed for a moment."""
         self._engine.require_epoch(request.epoch)
+        self._engine.hold.require(request.trainer_id)
         return self._engine.probe(request, _lease_seconds(request, "lease_id"))
 
     def RaiseVersion(self, request: Any, context: Any) -> pb.RaiseVersionResponse:  # noqa: N802
@@ -86,6 +89,11 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
 
     def WatchGeneration(self, request: Any, context: Any) -> Iterator[pb.WatchGenerationResponse]:  # noqa: N802
         """The generation, again at each beat, until the engine or the caller is gone."""
+        let_go = self._engine.hold.watch(request.trainer_id)
+        if not context.add_callback(let_go):
+            # The caller went before it could be told of.
+            let_go()
+            return
         for generation in self._engine.generations():
             if not context.is_active():
                 return

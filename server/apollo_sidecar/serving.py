@@ -20,7 +20,7 @@ from apollo_grpc.interceptors import SyncErrors
 from apollo_grpc.locations import sidecar_address, socket_address, socket_path
 from apollo_grpc.transport import SERVER_OPTIONS, PortLock, lock_socket
 from apollo_grpc.v1.weight_export_pb2_grpc import add_WeightExportServiceServicer_to_server
-from apollo_sidecar.engine import Engine
+from apollo_sidecar.engine import NO_PAUSE, Engine
 from apollo_sidecar.service import WeightExportService
 
 # A watcher holds a thread for as long as it watches.
@@ -111,7 +111,19 @@ async def _inherit(client: Any) -> Engine:
         # No lease would ever end that pause, and vLLM would answer nobody.
         lease = ("apollo-inherited-pause", INHERITED_PAUSE_SECONDS, "keep")
         await asyncio.to_thread(engine.leases.acquire, *lease)
+    else:
+        await asyncio.to_thread(_end_untold_writes, engine)
     return engine
+
+
+def _end_untold_writes(engine: Engine) -> None:
+    """Of a training server that wrote while vLLM decoded: its lease ended with its sidecar."""
+    lease_id = "apollo-inherited-writes"
+    engine.leases.acquire(lease_id, INHERITED_PAUSE_SECONDS, NO_PAUSE)
+    try:
+        engine.leases.release(lease_id, 1)
+    except Exception:
+        log.exception("apollo: what was cached was not dropped; that is tried again")
 
 
 def _open(engine: Engine, path: Path) -> Any:

@@ -143,6 +143,25 @@ def test_a_pause_that_vllm_ended_fails_the_run_before_the_next_write(
     assert 0 < finished.steps_done < 100_000
 
 
+@pytest.mark.parametrize("mode", [pb.COHERENCE_MODE_PAUSE_RUN, pb.COHERENCE_MODE_PAUSE_STEP])
+def test_steps_that_vllm_was_not_told_of_are_in_the_version_before_their_lease_has_run_out(
+    attached: Any, all_events: Events, wait: Any, monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    engine, trainer = attached
+    trainer.owner.session().settings.lease_seconds = 1.0
+
+    def refuse(*_: Any, **__: Any) -> int:
+        raise Unavailable("vLLM did not answer within 30 s.", reason="ENGINE_SLOW")
+
+    monkeypatch.setattr(trainer.sidecar, "resume", refuse)
+    events = all_events(trainer.submit(coherence=pb.Coherence(mode=mode)))
+    assert "ENGINE_SLOW" in [e.warning.reason for e in events if e.HasField("warning")]
+    assert engine.engine.weight_version == 0
+    assert finished_of(events).weight_version == trainer.status.weight_version == 1
+    wait(lambda: not engine.engine.leases.active, "the end of the lease")
+    assert engine.engine.weight_version == trainer.status.weight_version == 1
+
+
 def test_stopping_ends_the_run_after_its_step_and_saves(
     attached: Any, all_events: Events, start_trainer: Any, wait: Any
 ) -> None:

@@ -15,7 +15,7 @@ from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.optim import Apollo
 from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
-from apollo_trainer.runs.owner import open_session
+from apollo_trainer.runs.open_session import open_session
 
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
 DETACHED = status_pb2.ATTACHMENT_STATE_DETACHED

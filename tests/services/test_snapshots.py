@@ -197,8 +197,13 @@ def test_mixed_weights_are_neither_trained_nor_synced_until_a_restore(
     def fail(*_: Any) -> None:
         raise OSError(5, "Input/output error")
 
+    def fail_halfway(exchange: Exchange, live: torch.Tensor, *_: Any, **__: Any) -> None:
+        with torch.no_grad():
+            live[0] = 1.0
+        fail()
+
     with monkeypatch.context() as patch:
-        patch.setattr(Exchange, "run", fail)
+        patch.setattr(Exchange, "run", fail_halfway)
         patch.setattr(Exchange, "take_back", fail)
         asked = cp.RestoreSnapshotRequest(snapshot_id="good")
         assert error_of(caller.checkpoints.RestoreSnapshot(asked, timeout=30)).reason == (

@@ -8,7 +8,9 @@ import time
 import pytest
 
 from apollo_grpc.errors import FailedPrecondition, Unavailable
+from apollo_sidecar import leases
 from apollo_sidecar.leases import MAX_LEASE_SECONDS, PauseLeases
+from tests.waiting import wait_until
 
 
 class Recorded:
@@ -18,7 +20,8 @@ class Recorded:
         self.told: list[object] = []
         self.resumed = threading.Event()
         self.fails: dict[str, Exception] = {}
-        self.leases = PauseLeases(self._pause, self._resume)
+        self.late: list[tuple[int, bool]] = []
+        self.leases = PauseLeases(self._pause, self._resume, self._tell)
 
     def _pause(self, mode):
         self.told.append(mode)
@@ -27,9 +30,12 @@ class Recorded:
 
     def _resume(self, changed, reset_caches):
         self.told.append(changed)
-        self.resumed.set()
         if "resume" in self.fails:
             raise self.fails["resume"]
+        self.resumed.set()
+
+    def _tell(self, updates, reset_caches):
+        self.late.append((updates, reset_caches))
 
 
 @pytest.fixture
@@ -165,3 +171,68 @@ def test_a_lease_that_was_ended_in_time_does_not_run_out(engine):
     engine.leases.release("a", False)
     time.sleep(0.3)
     assert engine.told == ["keep", False]
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """What failed is tried again every hundredth of a second."""
+    monkeypatch.setattr(leases, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(leases, "MAX_RETRY_SECONDS", 0.01)
+
+
+BUSY = Unavailable("vLLM did not answer within 120 s.", reason="ENGINE_SLOW")
+
+
+@pytest.mark.parametrize("how", ["released", "run out", "never begun"])
+def test_a_resume_that_fails_is_tried_again_until_it_works(engine, at_once, how):
+    engine.fails["resume"] = BUSY
+    if how == "released":
+        engine.leases.acquire("a", 30, "keep")
+        with pytest.raises(Unavailable):
+            engine.leases.release("a", 2)
+    elif how == "run out":
+        engine.leases.acquire("a", 0.01, "keep")
+    else:
+        engine.fails["pause"] = TimeoutError()
+        with pytest.raises(Unavailable):
+            engine.leases.acquire("a", 30, "keep")
+    wait_until(lambda: engine.told[2:5] == [0, 0, 0], "three more attempts")
+    assert not engine.resumed.is_set()
+    engine.fails.clear()
+    assert engine.resumed.wait(10)
+    attempts = len(engine.told)
+    engine.leases.acquire("b", 30, "keep")
+    engine.leases.release("b", 0)
+    assert engine.told[attempts:] == ["keep", 0], "once it worked, nothing is tried any more"
+
+
+def test_an_engine_that_ends_is_not_asked_for_ever(engine, at_once):
+    engine.fails["resume"] = Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING")
+    engine.leases.acquire("a", 30, "keep")
+    with pytest.raises(Unavailable):
+        engine.leases.release("a", 0)
+    wait_until(lambda: engine.told == ["keep", 0, 0], "one more attempt")
+    engine.leases._retry.join(10)
+    assert engine.told == ["keep", 0, 0]
+
+
+def test_no_lease_that_ended_can_be_taken_up_again_however_many_ended_since(engine):
+    for name in "abcd":
+        engine.leases.acquire(name, 30, "keep")
+        engine.leases.release(name, 0)
+    before = list(engine.told)
+    for name in "abcd":
+        assert refused(engine.leases.acquire, name, 30, "keep") == "LEASE_ENDED"
+        engine.leases.release(name, 1)
+    assert (engine.told, engine.late) == (before, []), "each had said what it wrote"
+
+
+def test_what_was_written_after_a_lease_ran_out_is_told_once(engine):
+    engine.leases.acquire("a", 0.02, "keep")
+    assert engine.resumed.wait(10)
+    engine.leases.acquire("b", 30, "keep")
+    engine.leases.release("a", 3, True)
+    engine.leases.release("a", 3, True)
+    assert engine.late == [(3, True)]
+    assert engine.told == ["keep", 1, "keep"], "it ends no pause of another's"
+    engine.leases.release("b", 0)

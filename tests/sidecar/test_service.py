@@ -18,8 +18,10 @@ from apollo_grpc.interceptors import SyncErrors
 from apollo_grpc.transport import SERVER_OPTIONS, Endpoint, open_port
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1 import weight_export_pb2_grpc as pb_grpc
+from apollo_sidecar import leases
 from apollo_sidecar.engine import RESET_ATTEMPTS, Engine
 from apollo_sidecar.service import WeightExportService
+from tests.waiting import wait_until
 
 
 class Client:
@@ -361,3 +363,122 @@ def test_an_api_server_that_takes_over_puts_back_what_the_one_before_probed(side
     inherited.leases.acquire("inherited", 30, "keep")
     inherited.leases.release("inherited", 0)
     assert methods(sidecar)[-2:] == ["apollo_put_back", "resume"]
+
+
+SHORT = duration_pb2.Duration(nanos=10_000_000)
+
+
+class StampedClient(Client):
+    """Of a vLLM that stamps its answers with the version of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.fails: set[str] = set()
+
+    async def update_weight_version(self, version: str):
+        self._ask("stamp", version)
+
+    async def resume_generation(self):
+        self._ask("resume")
+
+    def _ask(self, *what):
+        self.asked.append(what)
+        if what[0] in self.fails:
+            raise RuntimeError(f"{what[0]} failed")
+
+
+@pytest.fixture
+def stamped(sidecar, monkeypatch):
+    """The same sidecar on such a vLLM; what failed is tried again at once."""
+    monkeypatch.setattr(leases, "RETRY_SECONDS", 0.01)
+    sidecar.client = sidecar.engine._client = StampedClient()
+    return sidecar
+
+
+def test_a_version_that_cannot_be_stamped_leaves_no_stale_cache(stamped):
+    stamped.client.fails = {"stamp"}
+    stamped.pause()
+    failure(stamped.resume, changed=True)
+    assert stamped.client.asked[2:5] == [("stamp", "1"), ("reset", True), ("resume",)]
+    stamped.client.fails.clear()
+    wait_until(lambda: stamped.client.asked[-1] == ("stamp", "1"), "the stamp")
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_an_engine_that_does_not_resume_is_asked_until_it_does(stamped, dies):
+    stamped.client.fails = {"resume"}
+    stamped.pause(**({"lease": SHORT} if dies else {}))
+    if not dies:
+        failure(stamped.resume, changed=True)
+    wait_until(lambda: stamped.client.asked.count(("resume",)) > 2, "more attempts")
+    request = pb.ScoreTokensRequest(epoch=stamped.epoch, token_ids=[1, 2, 3])
+    assert failure(stamped.stub.ScoreTokens, request, timeout=20).reason == "PAUSED"
+    stamped.client.fails.clear()
+    wait_until(lambda: not stamped.engine.paused, "the resume")
+    assert stamped.client.asked.count(("reset", True)) == 1
+    assert stamped.engine.weight_version == 1
+
+
+def test_a_cache_that_was_not_reset_is_reset_later(stamped):
+    stamped.client.refused_resets = RESET_ATTEMPTS
+    stamped.pause()
+    assert failure(stamped.resume, changed=True).reason == "CACHE_NOT_RESET"
+    wait_until(lambda: not stamped.engine._stale_caches, "the reset")
+
+
+def without_pause(sidecar, name="a", **named):
+    return sidecar.pause(name, mode=pb.PAUSE_MODE_NONE, **named)
+
+
+def test_a_lease_without_a_pause_leaves_vllm_alone_and_is_told_of(sidecar):
+    assert without_pause(sidecar).lease_id == "a"
+    assert sidecar.client.asked == []
+    assert not sidecar.engine.manifest().as_loaded, "its holder may die in its first write"
+    assert failure(sidecar.pause, "b").reason == "LEASE_HELD"
+    assert sidecar.resume().weight_version == 0
+    assert ("resume",) not in sidecar.client.asked
+
+
+def test_writes_without_a_pause_whose_writer_dies_are_counted_and_caches_dropped(sidecar):
+    without_pause(sidecar, lease=SHORT)
+    wait_until(lambda: not sidecar.engine.leases.active, "the end of the lease")
+    assert sidecar.client.asked == [("reset", True)]
+    assert sidecar.engine.weight_version == 1
+
+
+def watch(sidecar, trainer):
+    return sidecar.stub.WatchGeneration(pb.WatchGenerationRequest(trainer_id=trainer), timeout=20)
+
+
+def test_an_engine_is_one_training_servers_until_that_one_goes(sidecar):
+    first = watch(sidecar, "first")
+    next(first)
+    for call in (lambda: next(watch(sidecar, "second")), sidecar.pause):
+        assert failure(call).reason == "ENGINE_HELD"
+    assert failure(without_pause, sidecar, trainer_id="second").reason == "ENGINE_HELD"
+    assert sidecar.client.asked == []
+    sidecar.pause(trainer_id="first")
+    sidecar.resume()
+
+    # As after a connection that broke: the second watch keeps what the first one had.
+    again = watch(sidecar, "first")
+    next(again)
+    first.cancel()
+    wait_until(lambda: sidecar.engine.hold._watches == 1, "the end of the first watch")
+    assert failure(lambda: next(watch(sidecar, "second"))).reason == "ENGINE_HELD"
+
+    again.cancel()
+    wait_until(lambda: sidecar.engine.hold._watches == 0, "the end of the last watch")
+    second = watch(sidecar, "second")
+    assert next(second).epoch == sidecar.epoch
+    sidecar.pause("b", trainer_id="second")
+    second.cancel()
+
+
+def test_whoever_only_looks_holds_nothing(sidecar):
+    looking = watch(sidecar, "")
+    next(looking)
+    trains = watch(sidecar, "first")
+    assert next(trains).epoch == sidecar.epoch
+    looking.cancel()
+    trains.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,19 @@ def test_an_export_computes_what_vllm_serves(qwen3: Any, tmp_path: Path) -> None
         logprobs = model(torch.tensor([IDS])).logits[0].float().log_softmax(-1)
     expected = logprobs[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
     assert (qwen3.engine_logprobs(IDS) - expected).abs().max() < 1e-4
+
+
+def test_a_restore_whose_server_is_killed_after_its_answer_is_what_vllm_serves_and_goes_on_from(
+    qwen3: Any,
+) -> None:
+    learn(qwen3, 2)
+    snapshot, before = qwen3.client.create_snapshot("kept"), qwen3.engine_logprobs(IDS)
+    losses = learn(qwen3, 3)
+    version = qwen3.client.restore("kept").weight_version
+    qwen3.end("server", signal.SIGKILL)
+    qwen3.start_server()
+    status = qwen3.wait_attached()
+    assert (status.optimizer_step, status.weight_version) == (snapshot.optimizer_step, version)
+    assert qwen3.engine_logprobs(IDS).equal(before)
+    assert learn(qwen3, 3) == losses
+    qwen3.client.delete_snapshot("kept")

@@ -229,11 +229,13 @@ def snapshot_line(snapshot: checkpoint_pb2.Snapshot) -> str:
 
 
 def restore_line(result: checkpoint_pb2.RestoreResult) -> str:
-    """What is live after a restore or an undo."""
-    return (
+    """What is live after a restore or an undo, and what went wrong by then."""
+    live = (
         f"the live weights are version {result.weight_version}, the optimizer is at step "
         f"{result.optimizer_step}; 'apollo sync' puts them into the model directory"
     )
+    warned = [f"warning: {warning.message} ({warning.reason})" for warning in result.warnings]
+    return "\n".join([live, *warned])
 
 
 def export_line(result: checkpoint_pb2.ExportResult) -> str:

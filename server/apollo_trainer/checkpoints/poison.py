@@ -21,11 +21,17 @@ class Poison:
     def __init__(self) -> None:
         self.why = ""
 
+    @property
+    def refusal(self) -> str:
+        """What a user reads; empty while the weights are sound."""
+        if not self.why:
+            return ""
+        return (
+            f"The live weights are mixed: {self.why} Nothing is trained or synced from them; "
+            "the model directory is as it was. Restore a snapshot, or start vLLM anew."
+        )
+
     def require_sound(self) -> None:
         """Raises FailedPrecondition while training and sync would go on with mixed weights."""
         if self.why:
-            raise FailedPrecondition(
-                f"The live weights are mixed: {self.why} Nothing is trained or synced from them; "
-                "the model directory is as it was. Restore a snapshot, or start vLLM anew.",
-                reason="WEIGHTS_POISONED",
-            )
+            raise FailedPrecondition(self.refusal, reason="WEIGHTS_POISONED")

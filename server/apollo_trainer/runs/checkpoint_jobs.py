@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apollo_grpc.errors import Aborted, OutOfRange
-from apollo_grpc.v1 import status_pb2
+from apollo_grpc.errors import Aborted, ApolloError, OutOfRange, Unavailable
+from apollo_grpc.v1 import status_pb2, training_pb2
 from apollo_trainer.checkpoints.adopt import Adoption, adopt_directory
 from apollo_trainer.checkpoints.export import Exported, export_directory
 from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
@@ -20,6 +21,7 @@ from apollo_trainer.checkpoints.sync import (
     SyncOutcome,
 )
 from apollo_trainer.checkpoints.verify import Verification, verify_directory
+from apollo_trainer.runs.coherence import engine_is_gone
 from apollo_trainer.runs.events import now
 from apollo_trainer.runs.job import Job
 from apollo_trainer.runs.owner import ModelOwner
@@ -28,16 +30,22 @@ from apollo_trainer.runs.session import Session
 from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.training.options import StateShape
 
+log = logging.getLogger(__name__)
 MAX_UNDO = 10_000
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What a restore or an undo came to."""
+    """What a restore or an undo came to.
+
+    Attributes:
+        warnings: what went wrong once the weights were written.
+    """
 
     weight_version: int
     optimizer_step: int
     bytes_written: int
+    warnings: list[training_pb2.Warning]
 
 
 class CheckpointJobs:
@@ -133,8 +141,9 @@ class CheckpointJobs:
                     f"{updates} updates cannot be taken back; nothing was changed.",
                     reason="UNDO_OUT_OF_RANGE",
                 )
-            session.checkpoints.undo(updates, session.optimizer, self._paused(session))
-            return self._restored(session)
+            untold: list[ApolloError] = []
+            session.checkpoints.undo(updates, session.optimizer, self._paused(session, untold))
+            return self._restored(session, untold)
 
         return self._owner.between_runs(undo)
 
@@ -178,30 +187,84 @@ class CheckpointJobs:
         job.progress(0, info.weights_bytes, "writing")
         # From the first weight that is written on it is finished, or taken back by itself.
         job.close()
-        session.checkpoints.put(state, optimizer, self._paused(session))
+        untold: list[ApolloError] = []
+        session.checkpoints.put(state, optimizer, self._paused(session, untold))
         if optimizer is not session.optimizer:
             session.optimizer, session.shape = optimizer, shape
             session.checkpoints.forget_updates()
         session.other_weights = ""
-        return self._restored(session)
+        return self._restored(session, untold)
 
     @contextmanager
-    def _paused(self, session: Session) -> Iterator[None]:
-        """vLLM waits while something else than a step writes the weights."""
-        attachment = session.attachment
+    def _paused(self, session: Session, untold: list[ApolloError]) -> Iterator[None]:
+        """vLLM waits while something else than a step writes the weights.
+
+        Args:
+            untold: takes what vLLM could not be told, for the weights are as they are by then.
+        """
+        attachment, before = session.attachment, self._version()
         pause = EnginePause(self._owner.sidecar, attachment, session.settings.lease_seconds)
         try:
             yield
         finally:
-            version = pause.end(weights_changed=True, updates=1)
-            self._board.update(weight_version=version)
+            if pause.lost:
+                untold.append(pause.lost)
+            try:
+                version = pause.end(weights_changed=True, updates=1)
+            except ApolloError as error:
+                untold.append(error)
+                # What the sidecar counts as well, once the lease has run out.
+                version = before + 1
+            self._owner.version_told(attachment.epoch, version)
 
-    def _restored(self, session: Session) -> Restored:
-        """Once the session is what was restored: told to everyone, and the state put on disk."""
+    def _restored(self, session: Session, untold: list[ApolloError]) -> Restored:
+        """Once the session is what was restored: the state is put on disk, then it is told.
+
+        Raises Unavailable where the engine went, and with it what was restored.
+        """
+        attachment = session.attachment
+        # That on disk is of what was live before.
+        session.on_disk, session.captured_step = False, -1
+        if any(engine_is_gone(error) for error in untold):
+            attachment.lost.set()
+        if not attachment.alive:
+            raise _lost()
         self._board.update(session.show)
-        self._owner.save(session)
-        written = sum(p.nbytes for p in session.attachment.parameters().values())
-        return Restored(self._version(), session.optimizer.step_count, written)
+        warnings = [_not_resumed(error, session.settings.lease_seconds) for error in untold[-1:]]
+        if error := session.save(self._owner.saver):
+            warnings.append(_not_saved(error))
+        written = sum(p.nbytes for p in attachment.parameters().values())
+        return Restored(self._version(), session.optimizer.step_count, written, warnings)
+
+
+def _lost() -> Unavailable:
+    return Unavailable(
+        "vLLM went as soon as its weights were written, and they are gone with it. The model "
+        "directory and the Apollo state on disk are as they were. Start vLLM again, then restore "
+        "a snapshot.",
+        reason="ENGINE_LOST",
+    )
+
+
+def _not_resumed(error: ApolloError, seconds: float) -> training_pb2.Warning:
+    message = (
+        f"Weights and Apollo state are the restored ones, but vLLM was not resumed as it should "
+        f"be: {error.message} It goes on by itself, with its caches dropped, in at most "
+        f"{seconds:g} s; a run that comes earlier is refused. If it does not, its log says why."
+    )
+    log.warning("%s (%s)", message, error.reason)
+    return training_pb2.Warning(reason="ENGINE_NOT_RESUMED", message=message)
+
+
+def _not_saved(error: str) -> training_pb2.Warning:
+    message = (
+        f"Weights and Apollo state are the restored ones, but the state could not be put on disk "
+        f"({error}). A server that is killed before the next run begins refuses to go on until a "
+        "restore. Make room in the server's state folder: the next run, or the server's end, "
+        "saves it."
+    )
+    log.warning("%s", message)
+    return training_pb2.Warning(reason="STATE_NOT_SAVED", message=message)
 
 
 def find_snapshot(session: Session, snapshot: str) -> SnapshotInfo:

@@ -48,6 +48,7 @@ class Coherence(ABC):
         held_seconds: how long vLLM was paused for the run so far.
         step_held_seconds: how long for the last step alone.
         weight_version: the last one that the sidecar told of; None before.
+        untold: whether the sidecar will count an update that it could not be told of.
     """
 
     def __init__(self, sidecar: Sidecar, attachment: Attachment, seconds: float, policy: Any):
@@ -56,6 +57,7 @@ class Coherence(ABC):
         self._written = Written()
         self.held_seconds = self.step_held_seconds = 0.0
         self.weight_version: int | None = None
+        self.untold = False
 
     def begin(self) -> None:  # noqa: B027
         """Before the first step."""
@@ -96,31 +98,18 @@ class Coherence(ABC):
             self._written.dirty = False
 
 
-class Live(Coherence):
-    """Writes while vLLM decodes."""
+class _Leasing(Coherence):
+    """What writes under a lease.
 
-    def _hold(self) -> None:
-        """Nothing is held."""
+    Attributes:
+        stops: whether vLLM waits while the lease lasts.
+    """
 
-    def after_step(self) -> None:
-        """One update more."""
-        self._attachment.synchronize()
-        self.weight_version = self._sidecar.raise_version(self._attachment.epoch, 1)
-        if self._resets_each_step:
-            self._reset_caches()
-
-    def end(self) -> None:
-        """Resets what the policy says."""
-        self._attachment.synchronize()
-        if self._resets_at_end:
-            self._reset_caches()
-
-
-class _Pausing(Coherence):
+    stops = True
     _pause: EnginePause | None = None
 
     def _acquire(self) -> None:
-        self._pause = EnginePause(self._sidecar, self._attachment, self._seconds)
+        self._pause = EnginePause(self._sidecar, self._attachment, self._seconds, stops=self.stops)
 
     def _hold(self) -> None:
         lost = self._pause.lost if self._pause else None
@@ -128,7 +117,8 @@ class _Pausing(Coherence):
             raise lost
         if lost:
             raise FailedPrecondition(
-                f"vLLM went on before the run was done ({lost.message})", reason="PAUSE_LOST"
+                f"The lease to write ended before the run was done ({lost.message})",
+                reason="PAUSE_LOST",
             )
 
     def _release(self, *, reset_caches: bool) -> None:
@@ -136,11 +126,12 @@ class _Pausing(Coherence):
         if pause is None:
             return
         written = self._written
-        changed = written.dirty = bool(written.dirty or written.updates)
+        self.untold = changed = written.dirty = bool(written.dirty or written.updates)
         try:
             self.weight_version = pause.end(
                 weights_changed=changed, updates=written.updates, keep_caches=not reset_caches
             )
+            self.untold = False
             # Caches that vLLM did not drop are still to be dropped at the end.
             written.dirty = changed and not reset_caches
         finally:
@@ -152,7 +143,40 @@ class _Pausing(Coherence):
         self.held_seconds += self.step_held_seconds
 
 
-class PauseRun(_Pausing):
+class Live(_Leasing):
+    """Writes while vLLM decodes; the sidecar knows, and counts an update if the writer dies."""
+
+    stops = False
+
+    def _hold(self) -> None:
+        if self._pause is None:
+            self._acquire()
+        super()._hold()
+        self.untold = True
+
+    def after_step(self) -> None:
+        """One update more."""
+        self._attachment.synchronize()
+        self.weight_version = self._sidecar.raise_version(self._attachment.epoch, 1)
+        self.untold = False
+        if self._resets_each_step:
+            self._reset_caches()
+
+    def end(self) -> None:
+        """Resets what the policy says, and tells of a step that failed halfway."""
+        pause, self._pause = self._pause, None
+        if pause is None:
+            return
+        try:
+            self._attachment.synchronize()
+            if self._resets_at_end:
+                self._reset_caches()
+        finally:
+            self.weight_version = pause.end(weights_changed=self.untold, keep_caches=True)
+            self.untold = False
+
+
+class PauseRun(_Leasing):
     """vLLM waits while the run is at work; no step is held for alone."""
 
     def _count(self, pause: EnginePause) -> None:
@@ -171,7 +195,7 @@ class PauseRun(_Pausing):
         self._release(reset_caches=self._resets_at_end)
 
 
-class PauseStep(_Pausing):
+class PauseStep(_Leasing):
     """vLLM decodes during forward and backward, and waits while weights are written."""
 
     def _hold(self) -> None:

@@ -47,9 +47,12 @@ class EngineWatch:
                     with self._lock:
                         self._heard = True
                     self._beat.set()
+                    self._owner.version_told(generation.epoch, generation.weight_version)
                     self._owner.engine_found(generation.epoch)
             except ApolloError as error:
                 log.debug("the watch ended: %s", error.message)
+                if error.reason == "ENGINE_HELD":
+                    self._owner.engine_held(error.message)
             self._lose("vLLM is gone.")
             self._stopped.wait(RETRY_SECONDS)
 

@@ -12,6 +12,7 @@ from typing import Any
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.checkpoints.apollo_state_header import Covered
 from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
 from apollo_trainer.runs.events import EventLog, duration
 from apollo_trainer.runs.run import PreparedRun
@@ -132,9 +133,14 @@ class Execution:
         try:
             self._take_steps()
         finally:
+            self._cover()
             if self.session.attachment.alive:
                 # Of weights that are gone the state on disk stays that of before the run.
                 self._state = self.session.capture(running=False)
+
+    def _cover(self) -> None:
+        """What the state knows of this run, before it is saved."""
+        self.session.covered = Covered(self.log.run_id, self.steps_done)
 
     def _take_steps(self) -> None:
         """From `started` to the last step's, and what vLLM says to that."""
@@ -158,7 +164,7 @@ class Execution:
                 steps.end()
             finally:
                 self._finished.pause_time.CopyFrom(duration(steps.held_seconds))
-            self._show_version(steps.weight_version)
+            self._show_version(steps.weight_version, untold=steps.untold)
             self._require_written_is_live()
         self._evaluate(after_training=True)
 
@@ -210,9 +216,10 @@ class Execution:
         )
         self.log.append(evaluated=pb.Evaluated(after_training=after_training, losses=losses))
 
-    def _show_version(self, version: int | None) -> None:
-        if version is None:
-            version = self.board.snapshot().weight_version
+    def _show_version(self, version: int | None, *, untold: bool) -> None:
+        if untold or version is None:
+            # What is written counts from now on, not from when a lease has run out.
+            version = self.board.snapshot().weight_version + untold
         self._finished.weight_version = version
         self.board.update(weight_version=version)
 
@@ -261,14 +268,12 @@ class Execution:
         """
         if self.session.on_disk:
             return
-        saved = self.saver.save_and_wait(self.session.capture(running=True))
-        if saved.error:
+        if error := self.session.save(self.saver, running=True):
             raise FailedPrecondition(
-                f"The new Apollo state could not be written ({saved.error}); nothing was trained. "
+                f"The new Apollo state could not be written ({error}); nothing was trained. "
                 "Make room in the server's state folder, then send the run again.",
                 reason="STATE_NOT_SAVED",
             )
-        self.session.on_disk = True
 
     def _save_while_running(self) -> None:
         """Every so often, unless a save is still at work."""
@@ -279,6 +284,7 @@ class Execution:
             is_due |= time.monotonic() - self._saved_at >= settings.save_seconds
         if is_due and self.saver.idle:
             self._saved_at = time.monotonic()
+            self._cover()
             self.saver.save(session.capture(running=True), self._tell_saved)
 
     def _snapshot_while_running(self, step: int) -> None:

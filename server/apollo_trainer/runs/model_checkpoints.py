@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from apollo_grpc.errors import Unavailable
+from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_trainer.checkpoints.durable_write import durable_bytes, flush_folder
 from apollo_trainer.checkpoints.host_memory import HostBuffers
 from apollo_trainer.checkpoints.model_state import ModelState
@@ -57,6 +57,7 @@ class ModelCheckpoints:
 
     def __init__(self, attachment: Attachment, folder: Path, settings: Settings):
         self._attachment, self._folder, self._settings = attachment, folder, settings
+        self._mark = folder / CUT_OFF
         self.watch, self.poison = WriteWatch(), Poison()
         self._versions, self._spare = WriteVersions(), Spare(keeps=settings.sync_keeps_previous)
         self.watch.add(self._versions.before_write)
@@ -173,6 +174,8 @@ class ModelCheckpoints:
     def put(self, state: ModelState, optimizer: Apollo, paused: Pausing) -> None:
         """Makes a state of `load` the live model, and uses it up. Raises as `restore`.
 
+        `end_restore` is to follow, once the new Apollo state is on disk.
+
         Args:
             paused: vLLM, while the weights are written.
         """
@@ -186,6 +189,8 @@ class ModelCheckpoints:
     def undo(self, count: int, optimizer: Apollo, paused: Pausing) -> None:
         """Takes the last updates back. Raises as `UndoRing.undo`, and where weights are mixed.
 
+        `end_restore` is to follow, once the new Apollo state is on disk.
+
         Args:
             paused: vLLM, while the weights are written.
         """
@@ -197,34 +202,61 @@ class ModelCheckpoints:
 
     @contextmanager
     def _at_work(self, paused: Pausing) -> Iterator[None]:
-        """A mark on disk: a server that is killed in the middle leaves mixed weights."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mark = self._folder / CUT_OFF
-        durable_bytes(mark, json.dumps({"epoch": self._attachment.epoch}).encode())
+        """A mark on disk until `end_restore`: a server that is killed before leaves mixed weights,
+        or whole ones whose Apollo state is gone."""
+        was_there = self._mark.exists()
+        self._put_mark()
         try:
             with paused:
                 yield
-        finally:
-            if not self.poison.why:
-                self._remove(mark)
+        except BaseException:
+            # All is as it was, with the state on disk that belongs to it.
+            if not (was_there or self.poison.why):
+                self._remove_mark()
+            raise
+
+    def _put_mark(self) -> None:
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            durable_bytes(self._mark, json.dumps({"epoch": self._attachment.epoch}).encode())
+        except OSError as error:
+            raise FailedPrecondition(
+                f"{self._mark} cannot be written ({error.strerror or error}); nothing was changed. "
+                "Make room in the server's state folder, then ask again.",
+                reason="STATE_NOT_SAVED",
+            ) from error
+
+    def end_restore(self) -> str:
+        """The state of the live weights is on disk, so that neither is mixed with another's.
+
+        Returns why the mark of the restore could not be removed; empty where there is none.
+        """
+        self.poison.why = ""
+        try:
+            if self._mark.exists():
+                self._remove_mark()
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
     def _look_for_one_cut_off(self) -> None:
-        mark = self._folder / CUT_OFF
-        if not mark.exists():
+        if not self._mark.exists():
             return
         try:
-            epoch = json.loads(mark.read_bytes())["epoch"]
+            epoch = json.loads(self._mark.read_bytes())["epoch"]
         except (ValueError, KeyError, TypeError):
             epoch = self._attachment.epoch
         if epoch != self._attachment.epoch:
             # The mixed weights went with their engine.
-            self._remove(mark)
+            self._remove_mark()
             return
-        self.poison.why = "the training server ended in the middle of a restore."
-        log.error("%s Runs and syncs are refused until a restore succeeds.", self.poison.why)
+        self.poison.why = (
+            "the training server ended in a restore or an undo, before weights and Apollo state "
+            "were both in place."
+        )
 
-    def _remove(self, mark: Path) -> None:
-        mark.unlink(missing_ok=True)
+    def _remove_mark(self) -> None:
+        self._mark.unlink(missing_ok=True)
         flush_folder(self._folder)
 
     def close(self) -> None:

@@ -16,8 +16,9 @@ from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.recover import settle_directory
 from apollo_trainer.checkpoints.state_folder import place_under
 from apollo_trainer.config import Settings
-from apollo_trainer.runs.session import KeptState, Session, open_session
-from apollo_trainer.runs.state_saver import Saved, StateSaver
+from apollo_trainer.runs.open_session import open_session
+from apollo_trainer.runs.session import KeptState, Session
+from apollo_trainer.runs.state_saver import StateSaver
 from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.weights.attach import Checks, MapReport, attach
 from apollo_trainer.weights.sidecar import Sidecar
@@ -111,6 +112,21 @@ class ModelOwner:
         # Its collection holds up every thread: before the lines above, the loss is told late.
         self._jobs.put(self._let_go)
 
+    def engine_held(self, detail: str) -> None:
+        """It is another training server's; it is asked for again and again. Any thread."""
+        self._board.update(
+            attachment=status_pb2.ATTACHMENT_STATE_DETACHED, attachment_detail=detail
+        )
+
+    def version_told(self, epoch: str, version: int) -> None:
+        """What an engine says of its weights at every beat. Any thread."""
+
+        def change(status: status_pb2.ServerStatus) -> None:
+            if status.engine_epoch == epoch:
+                status.weight_version = max(status.weight_version, version)
+
+        self._board.update(change)
+
     def _attach(self, epoch: str) -> None:
         with self._lock:
             self._attach_queued, losses = False, self._losses
@@ -201,22 +217,15 @@ class ModelOwner:
         self._board.update(change)
 
     def _show(self, session: Session) -> None:
-        memory, slowness = session.attachment.memory(), session.optimizer.slowness()
-        if slowness:
-            log.warning("%s", slowness)
+        memory, warnings = session.attachment.memory(), [session.optimizer.slowness()]
         if not_synced := session.checkpoints.why_not_synced():
-            log.warning("a sync of this directory would be refused: %s", not_synced)
+            warnings.append(f"A sync would be refused: {not_synced}")
+        for warning in filter(None, warnings):
+            log.warning("%s", warning)
+        session.found = " ".join(filter(None, (session.attachment.liveness, *warnings)))
 
         def change(status: status_pb2.ServerStatus) -> None:
             status.attachment = status_pb2.ATTACHMENT_STATE_ATTACHED
-            status.attachment_detail = "vLLM's live weights are mapped and verified."
-            for more in (session.attachment.liveness, slowness):
-                if more:
-                    status.attachment_detail += f" {more}"
-            if session.other_weights:
-                status.attachment_detail += f" Runs are refused: {session.other_weights}"
-            if not_synced:
-                status.attachment_detail += f" A sync would be refused: {not_synced}"
             status.model = session.attachment.directory
             status.engine_epoch = session.attachment.epoch
             status.weight_version = session.attachment.weight_version
@@ -246,10 +255,6 @@ class ModelOwner:
             self._jobs.put(lambda: _resolve(future, work))
         return future
 
-    def save(self, session: Session) -> None:
-        """Puts the Apollo state on disk, off the training thread."""
-        self.saver.save(session.capture(running=False), _log_saved)
-
     # --- the end ----------------------------------------------------------------------------
 
     def do(self, job: Callable[[], None]) -> None:
@@ -276,13 +281,9 @@ class ModelOwner:
             return
         if not session.attachment.alive:
             return
-        if session.optimizer.step_count not in (0, session.captured_step):
-            self.save(session)
-
-
-def _log_saved(saved: Saved) -> None:
-    if saved.error:
-        log.error("the Apollo state was not saved: %s", saved.error)
+        self.saver.flush()
+        if not session.is_saved() and (error := session.save(self.saver)):
+            log.error("the Apollo state was not saved: %s", error)
 
 
 def _resolve(future: Future[T], work: Callable[[], T]) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's pause around a run: a lease, renewed while the run goes on."""
+"""vLLM's pause around a run: a lease, renewed while the run goes on. LIVE's does not pause."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ RENEWALS_PER_LEASE = 3
 class EnginePause:
     """Holds vLLM until `end`; if this process dies, the lease runs out and vLLM goes on.
 
+    It then counts an update and drops its caches, since nobody tells what was written.
+
+    Args:
+        stops: whether vLLM waits; without, it is only told that weights may be written.
+
     Raises the sidecar's error when the pause cannot begin.
     """
 
-    def __init__(self, sidecar: Sidecar, attachment: Attachment, lease_seconds: float):
-        self._sidecar, self._attachment = sidecar, attachment
+    def __init__(
+        self, sidecar: Sidecar, attachment: Attachment, lease_seconds: float, *, stops: bool = True
+    ):
+        self._sidecar, self._attachment, self._stops = sidecar, attachment, stops
         self._lease_id, self._seconds = uuid.uuid4().hex, lease_seconds
         self._ended = threading.Event()
         self._error: ApolloError | None = None
@@ -33,7 +40,8 @@ class EnginePause:
     def _renew(self) -> None:
         # From before the call on: the sidecar counts from when it arrives, which is later.
         asked = time.monotonic()
-        self._sidecar.pause(self._attachment.epoch, self._lease_id, self._seconds)
+        epoch, lease_id = self._attachment.epoch, self._lease_id
+        self._sidecar.pause(epoch, lease_id, self._seconds, stops=self._stops)
         self._held_until = asked + self._seconds
 
     def _keep_renewing(self) -> None:

@@ -20,6 +20,7 @@ from apollo_grpc.errors import (
     Unavailable,
 )
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.checkpoints.apollo_state_header import Covered
 from apollo_trainer.config import Settings
 from apollo_trainer.runs.events import EventLog, now, stopping
 from apollo_trainer.runs.execution import Execution
@@ -334,13 +335,27 @@ def _settle(file: LedgerFile, ledger: Ledger, state_dir: Path) -> list[RunRow]:
 
 
 def _catch_up(session: Session, ledger: Ledger) -> None:
-    """Counts the steps that a killed server wrote after the last save of the Apollo state."""
+    """Counts the steps that a killed server wrote after the last save of the Apollo state.
+
+    Weights that neither the state nor those steps explain are taken for others.
+    """
     row = ledger.latest_on(session.attachment.epoch)
-    reached = row.optimizer_step + row.steps_done if row else 0
-    if not session.other_weights and reached > session.optimizer.step_count:
-        log.warning(
-            "the Apollo state is that of step %d; the weights, by the ledger, of step %d",
-            session.optimizer.step_count,
-            reached,
-        )
-        session.optimizer.step_count = reached
+    if session.came_back:
+        # Its state in memory has seen every step, and the ledger may not have them yet.
+        return
+    if session.from_disk and not session.other_weights:
+        steps, in_doubt = _steps_since(session, row, ledger)
+        session.catch_up(steps, in_doubt=in_doubt)
+    session.covered = Covered(row.run_id, row.steps_done) if row else Covered()
+
+
+def _steps_since(session: Session, row: RunRow | None, ledger: Ledger) -> tuple[int, bool]:
+    """Steps that the state has not seen, and whether one more may be in the weights in part."""
+    if row is None:
+        return 0, False
+    if row.run_id == session.covered.run_id:
+        steps = row.steps_done - session.covered.steps
+    else:
+        steps = row.optimizer_step + row.steps_done - session.optimizer.step_count
+    last = ledger.events(row.run_id, row.last_sequence - 1, 1)
+    return max(0, steps), any(event.finished.next_step_in_doubt for event in last)

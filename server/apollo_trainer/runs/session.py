@@ -2,49 +2,54 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import status_pb2
-from apollo_trainer.checkpoints.apollo_state import load_state
 from apollo_trainer.checkpoints.apollo_state_header import (
-    FILE_NAME,
     OPTIMIZER_KEY,
     RUNNING_FILE_NAME,
     SHAPE_KEY,
     WEIGHTS_KEY,
-    saved_epoch,
+    Covered,
+    StateOf,
+    newest_state,
+    state_of,
 )
 from apollo_trainer.config import Settings
 from apollo_trainer.optim import Apollo
 from apollo_trainer.runs.model_checkpoints import ModelCheckpoints
-from apollo_trainer.runs.state_saver import CapturedState
-from apollo_trainer.training.context_check import require_frozen_context
+from apollo_trainer.runs.state_saver import CapturedState, StateSaver
 from apollo_trainer.training.options import OptimizerOptions, StateShape
 from apollo_trainer.training.samples import SampleLimits
 from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.fingerprint import fingerprint
-from apollo_trainer.weights.verify import probe_tokens
 
 log = logging.getLogger(__name__)
+ATTACHED = "vLLM's live weights are mapped and verified."
+# Of a session, what an engine that comes back finds as it was.
+_CARRIED = ("other_weights", "on_disk", "captured_step", "saves", "covered")
 
 
 @dataclass(frozen=True)
 class KeptState:
-    """The Apollo state of an engine that was lost from sight: it may come back as it was."""
+    """The Apollo state of an engine that was lost from sight: it may come back as it was.
+
+    Attributes:
+        carried: what the session knew of that state and its files.
+        mixed: why the weights were mixed.
+    """
 
     epoch: str
     tensors: dict[str, Any]
     description: dict[str, Any]
-    other_weights: str
+    carried: dict[str, Any]
+    mixed: str
 
 
 @dataclass
@@ -58,7 +63,13 @@ class Session:
         checkpoints: the ways back to what the model was.
         other_weights: why the state does not belong to the live weights; empty when it does.
         on_disk: whether a state on disk is one that a killed server could go on with.
-        captured_step: of the last copy that was taken to be saved; -1 where none was.
+        captured_step: of the last copy that was taken to be saved; -1 where that is of no use.
+        saves: copies that were taken of this model's state, by this server and those before.
+        covered: what the live state knows of the ledger's runs.
+        came_back: whether the engine was lost from sight, and its state in memory was kept.
+        from_disk: whether the ledger may know of steps that the state lacks.
+        moved: whether the live weights are not those that it was saved beside, to this engine.
+        found: sentences on what was found at the attachment, for whoever asks for the status.
     """
 
     attachment: Attachment
@@ -71,7 +82,13 @@ class Session:
     checkpoints: ModelCheckpoints
     other_weights: str = ""
     on_disk: bool = False
-    captured_step: int = -1
+    captured_step: int = 0
+    saves: int = 0
+    covered: Covered = field(default_factory=Covered)
+    came_back: bool = False
+    from_disk: bool = False
+    moved: bool = False
+    found: str = ""
 
     def require_accepted(self, options: OptimizerOptions) -> None:
         """Raises FailedPrecondition when a run would go on with a state of other weights."""
@@ -132,6 +149,10 @@ class Session:
 
     def show(self, status: status_pb2.ServerStatus) -> None:
         """Puts the optimizer into a status."""
+        refused = self.checkpoints.poison.refusal or self.other_weights
+        if status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED:
+            told = f"Runs are refused: {refused}" if refused else ""
+            status.attachment_detail = " ".join(filter(None, (ATTACHED, self.found, told)))
         status.optimizer_loaded = not self.other_weights
         status.optimizer_step = self.optimizer.step_count
         status.state_size_bytes = self.optimizer.state_size_bytes()
@@ -146,22 +167,52 @@ class Session:
                 that it belongs to goes with it.
         """
         tensors, description = self.optimizer.named_state()
-        weights = {"epoch": self.attachment.epoch}
-        if not running:
-            weights["fingerprint"] = fingerprint(self.attachment.parameters())
+        self.saves, self.captured_step = self.saves + 1, self.optimizer.step_count
+        found = "" if running else fingerprint(self.attachment.parameters())
+        weights = StateOf(self.attachment.epoch, found, self.saves, self.covered)
         running_path = self.state_path.with_name(RUNNING_FILE_NAME)
-        self.captured_step = self.optimizer.step_count
         return CapturedState(
             path=running_path if running else self.state_path,
             tensors={n: t.detach().to("cpu", copy=True) for n, t in tensors.items()},
             description={
                 OPTIMIZER_KEY: description,
                 SHAPE_KEY: vars(self.shape),
-                WEIGHTS_KEY: weights,
+                WEIGHTS_KEY: asdict(weights),
             },
             optimizer_step=self.optimizer.step_count,
             supersedes=None if running else running_path,
         )
+
+    def save(self, saver: StateSaver, *, running: bool = False) -> str:
+        """Puts the live state on disk and waits; returns why that failed, empty where it did not.
+
+        From then on a server that is killed goes on with weights and state together.
+        """
+        error = saver.save_and_wait(self.capture(running=running)).error
+        self.on_disk = not error
+        return error or self.checkpoints.end_restore()
+
+    def is_saved(self) -> bool:
+        """Whether the live state is on disk. Reads a header; nothing may wait to be saved."""
+        newest = newest_state(self.state_path.parent, self.attachment.epoch)
+        return (self.captured_step, self.saves) == (
+            self.optimizer.step_count,
+            state_of(newest).saves,
+        )
+
+    def catch_up(self, steps: int, *, in_doubt: bool) -> None:
+        """Takes the live weights for the state's and so many steps more, if that explains them.
+
+        Args:
+            in_doubt: one step more may be in the weights, wholly or in part.
+        """
+        if self.moved and not (steps or in_doubt or self.checkpoints.poison.why):
+            self.other_weights = weights_are_others(self.optimizer.step_count)
+        elif steps or self.moved:
+            message = "the weights are ahead of the Apollo state, which is that of step %d, by %d"
+            log.warning(message, self.optimizer.step_count, steps)
+            self.optimizer.step_count += steps
+            self.captured_step = -1
 
     def keep(self) -> KeptState | None:
         """The state in memory, without a hold on the engine's; None in the middle of a step."""
@@ -170,72 +221,9 @@ class Session:
         except RuntimeError:
             return None
         wrapped = {OPTIMIZER_KEY: description, SHAPE_KEY: vars(self.shape)}
-        return KeptState(self.attachment.epoch, tensors, wrapped, self.other_weights)
-
-
-def open_session(
-    attachment: Attachment, settings: Settings, kept: KeptState | None = None
-) -> Session:
-    """The session of a new attachment, with the Apollo state that belongs to its weights.
-
-    Args:
-        kept: of an engine that was lost; taken when it is this one, else the state on disk is.
-
-    Raises FailedPrecondition when the model cannot learn after a frozen context, or the state on
-    disk is unreadable or of another model.
-    """
-    require_frozen_context(
-        attachment.model, probe_tokens(attachment.model, attachment.max_model_len)
-    )
-    state_path = _state_path(settings.state_dir, attachment.directory)
-    came_back = kept is not None and kept.epoch == attachment.epoch
-    newest = _newest(state_path, attachment.epoch)
-    on_disk = (kept.tensors, kept.description) if kept and came_back else load_state(newest)
-    shape = configured = StateShape(settings.rank, settings.variant, settings.rounding)
-    if on_disk:
-        shape = StateShape(**on_disk[1][SHAPE_KEY])
-    if shape != configured:
-        log.warning(
-            "the Apollo state on disk is %s; the settings %s are for new ones", shape, configured
-        )
-    optimizer = new_optimizer(attachment, shape, settings)
-    if on_disk:
-        _restore(optimizer, state_path, *on_disk)
-    embedding = attachment.model.get_input_embeddings().weight
-    limits = SampleLimits(embedding.shape[0], attachment.max_model_len, settings.max_samples)
-    tokenizer = _tokenizer(attachment.directory)
-    checkpoints = ModelCheckpoints(attachment, state_path.parent, settings)
-    optimizer.before_param_write = checkpoints.watch
-    session = Session(
-        attachment, optimizer, shape, state_path, tokenizer, limits, settings, checkpoints
-    )
-    if kept and came_back:
-        session.other_weights = kept.other_weights
-    elif on_disk:
-        session.other_weights = _other_weights(on_disk[1], attachment, optimizer.step_count)
-    session.on_disk = saved_epoch(newest) == attachment.epoch
-    return session
-
-
-def _newest(state_path: Path, epoch: str) -> Path:
-    """The file of a run that this engine was being trained in, else that of the last run."""
-    running = state_path.with_name(RUNNING_FILE_NAME)
-    return running if saved_epoch(running) == epoch else state_path
-
-
-def _other_weights(description: dict[str, Any], attachment: Attachment, step: int) -> str:
-    """Why a state on disk is not that of the live weights; empty where it is, or may go on."""
-    weights = description.get(WEIGHTS_KEY, {})
-    if weights.get("fingerprint") == fingerprint(attachment.parameters()):
-        return ""
-    if weights.get("epoch") == attachment.epoch:
-        # A training server that was killed: what it wrote after the save is in the weights.
-        log.warning("the weights are ahead of the Apollo state, which is that of step %d", step)
-        return ""
-    return (
-        f"The Apollo state on disk is that of step {step} of other weights than those that vLLM "
-        "serves: they were lost with an engine before a sync, or the model directory was changed."
-    )
+        carried = {name: getattr(self, name) for name in _CARRIED}
+        mixed = self.checkpoints.poison.why
+        return KeptState(self.attachment.epoch, tensors, wrapped, carried, mixed)
 
 
 def new_optimizer(attachment: Attachment, shape: StateShape, settings: Settings) -> Apollo:
@@ -261,31 +249,10 @@ def new_optimizer(attachment: Attachment, shape: StateShape, settings: Settings)
     return optimizer
 
 
-def _restore(
-    optimizer: Apollo, path: Path, tensors: dict[str, Any], description: dict[str, Any]
-) -> None:
-    try:
-        optimizer.load_named_state(tensors, description[OPTIMIZER_KEY])
-    except ValueError as error:
-        raise FailedPrecondition(
-            f"The Apollo state {path} does not fit the model that vLLM serves ({error}); it was "
-            "left as it is, and nothing is trained. Move it away to begin with a new state.",
-            reason="STATE_OF_ANOTHER_MODEL",
-        ) from error
-    log.info("restored the Apollo state at step %d from %s", optimizer.step_count, path)
-
-
-def _state_path(state_dir: Path, model_directory: str) -> Path:
-    """One folder a model directory; the digest keeps two directories of one name apart."""
-    directory = Path(model_directory)
-    resolved = str(directory.resolve() if directory.exists() else directory)
-    digest = hashlib.sha256(resolved.encode()).hexdigest()[:12]
-    return state_dir / "models" / f"{directory.name}-{digest}" / FILE_NAME
-
-
-def _tokenizer(directory: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        log.warning("the served model has no tokenizer: samples must be token ids")
-        return None
+def weights_are_others(step: int) -> str:
+    """Why a state of that step is not the live weights'."""
+    return (
+        f"The Apollo state on disk is that of step {step} of other weights than those that vLLM "
+        "serves: they were lost with an engine before a sync, another training server wrote to "
+        "them, or the model directory was changed."
+    )

@@ -64,6 +64,11 @@ class RunSteps:
         """The last one that vLLM told of; None where it told of none."""
         return self._coherence.weight_version
 
+    @property
+    def untold(self) -> bool:
+        """Whether the sidecar will count an update that it could not be told of."""
+        return self._coherence.untold
+
     def begin(self) -> None:
         """Pauses vLLM where it is to wait for the whole run."""
         if self._dry_run:

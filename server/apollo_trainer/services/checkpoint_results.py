@@ -62,6 +62,7 @@ def restore_result(done: Restored) -> pb.RestoreResult:
         weight_version=done.weight_version,
         optimizer_step=done.optimizer_step,
         bytes_written=done.bytes_written,
+        warnings=done.warnings,
     )
 
 

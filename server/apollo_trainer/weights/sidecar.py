@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,6 +28,8 @@ class Sidecar:
 
     def __init__(self, address: str):
         self.address = address
+        # By it the sidecar tells one training server from another.
+        self._trainer_id = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._closed = False
         self._channel, self._stub = self._connect()
@@ -84,13 +87,22 @@ class Sidecar:
             lease=_duration(seconds),
             token_ids=token_ids,
             changes=changes,
+            trainer_id=self._trainer_id,
         )
         return list(self._call("ProbeWeights", request, CONTROL_SECONDS).logprobs)
 
-    def pause(self, epoch: str, lease_id: str, seconds: float) -> None:
-        """Begins or renews a pause; requests in flight go on after it."""
+    def pause(self, epoch: str, lease_id: str, seconds: float, *, stops: bool = True) -> None:
+        """Begins or renews a lease to write; requests in flight go on after it.
+
+        Args:
+            stops: vLLM waits while it lasts.
+        """
         request = pb.PauseRequest(
-            request_id=lease_id, epoch=epoch, lease=_duration(seconds), mode=pb.PAUSE_MODE_KEEP
+            request_id=lease_id,
+            epoch=epoch,
+            lease=_duration(seconds),
+            mode=pb.PAUSE_MODE_KEEP if stops else pb.PAUSE_MODE_NONE,
+            trainer_id=self._trainer_id,
         )
         self._call("Pause", request, CONTROL_SECONDS)
 
@@ -128,9 +140,14 @@ class Sidecar:
         self._call("ResetCaches", pb.ResetCachesRequest(epoch=epoch), CONTROL_SECONDS)
 
     def generations(self) -> Iterator[pb.WatchGenerationResponse]:
-        """The generation at each change and each beat; raises when the engine is gone."""
+        """The generation at each change and each beat; raises when the engine is gone.
+
+        The engine is this training server's while it is read; raises FailedPrecondition with
+        ENGINE_HELD while it is another's.
+        """
         try:
-            yield from self._stub.WatchGeneration(pb.WatchGenerationRequest())
+            request = pb.WatchGenerationRequest(trainer_id=self._trainer_id)
+            yield from self._stub.WatchGeneration(request)
         except (grpc.RpcError, ValueError) as error:
             raise _failure(error) from None
 
