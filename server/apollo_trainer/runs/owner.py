@@ -222,7 +222,7 @@ class ModelOwner:
             warnings.append(f"A sync would be refused: {not_synced}")
         for warning in filter(None, warnings):
             log.warning("%s", warning)
-        session.found = " ".join(filter(None, (session.attachment.liveness, *warnings)))
+        session.found = " ".join(filter(None, (str(session.attachment.liveness or ""), *warnings)))
 
         def change(status: status_pb2.ServerStatus) -> None:
             status.attachment = status_pb2.ATTACHMENT_STATE_ATTACHED
