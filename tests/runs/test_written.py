@@ -12,7 +12,7 @@ import torch
 from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.apollo_state_header import saved_epoch
+from apollo_trainer.checkpoints.apollo_state_header import state_of
 from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
 
 Events = Callable[[Any], list[pb.RunEvent]]
@@ -65,7 +65,7 @@ def test_nothing_more_is_written_synced_exported_or_kept(
     assert "WEIGHTS_NOT_LIVE" in trainer.wait_for(REFUSED).attachment_detail
     trainer.stop()
     assert all(torch.equal(written[n], t) for n, t in engine.model.values().items())
-    assert not any(saved_epoch(p) for p in state_dir.glob("models/*/apollo_state.safetensors"))
+    assert not any(state_of(p).epoch for p in state_dir.glob("models/*/apollo_state.safetensors"))
 
 
 def test_a_run_that_waited_behind_it_writes_nothing(attached: Any, all_events: Events) -> None:

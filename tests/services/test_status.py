@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -115,7 +116,7 @@ def test_a_stopping_server_ends_its_watchers(
     wait(caller.serves, "the server")
     updates = caller.watch()
     next(updates)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     # A stream that was cut off would raise.
     assert all(update.HasField("status") for update in updates)
     assert process.wait(30) == 0
