@@ -5,11 +5,11 @@ agrees until the first update, and never learns of one. So for each *kind* of vL
 with their numbers left out, some bytes are changed in all layers, both sides score the same tokens,
 and the bytes are put back, by the sidecar, which alone keeps what they were.
 
-A kind is proven when the training model moved far above what rounding explains and vLLM moved with
-it. It is refused when vLLM did not. It is unproven when no change moved the training model so far:
-then these scores do not depend on it, as on a bias that a softmax cancels, and a copy of it could
-not be told. Of matrices that is refused, since they are what engines copy. A vector is named; what
-a run makes of it is compared when the run has ended.
+A kind is proven when the training model moved and vLLM came after it, to within a tenth of the way
+and what rounding explains. It is refused when vLLM stayed further behind. It is unproven when no
+change moved the training model by enough to tell: then these scores do not depend on it, as on a
+bias that a softmax cancels. Of matrices that is refused, since they are what engines copy. A vector
+is named; what a run makes of it is compared when the run has ended.
 
 The proof is for the kind: of many layers, one alone that is a copy may hide among the others.
 """
@@ -44,7 +44,7 @@ from apollo_trainer.weights.verify import (
 )
 
 log = logging.getLogger(__name__)
-# Times what rounding explains.
+# Times as far as both sides end up apart.
 FAR = 10.0
 # Rows of each tensor, and noise in units of its values: as little as shows it, then more.
 STRENGTHS = ((4, 2.0), (16, 4.0), (64, 8.0), (256, 16.0))
@@ -145,7 +145,7 @@ class _Probe:
                 self._sidecar.resume(self._probed.epoch, self._lease_id, weights_changed=False)
 
     def is_proven(self, kind: str, views: list[LiveView]) -> bool:
-        """Whether both sides moved far and alike. Raises as `probe_liveness`."""
+        """Whether vLLM moved with the training model. Raises as `probe_liveness`."""
         for level, (rows, deviation) in enumerate(STRENGTHS):
             if level:
                 # What is read as the bytes of before would be those of the change before.
@@ -156,7 +156,7 @@ class _Probe:
                 raise Unavailable("The pause ran out while vLLM's weights were probed.")
             if not ours.isfinite().all():
                 break
-            if self._far_and_alike(kind, ours, engine):
+            if self._came_along(kind, ours, engine):
                 return True
         if any(sum(size > 1 for size in view.shape) > 1 for view in views):
             raise refusal(
@@ -168,19 +168,19 @@ class _Probe:
         log.warning("no change of %s moves the scores: whether vLLM has a copy is unknown", kind)
         return False
 
-    def _far_and_alike(self, kind: str, ours: torch.Tensor, engine: torch.Tensor) -> bool:
-        moved, apart = (ours - self._before).abs(), (ours - engine).abs()
-        found = quantiles(apart, self._dtype)
-        for limits in self._explained(ours):
-            if (found <= limits).all():
-                return bool((quantiles(moved, self._dtype) >= FAR * limits).any())
-        theirs = (engine - self._before).abs()
+    def _came_along(self, kind: str, ours: torch.Tensor, engine: torch.Tensor) -> bool:
+        """Whether it is seen; False where the move was too short. Raises where vLLM stayed."""
+        moved = quantiles((ours - self._before).abs(), self._dtype)
+        apart = quantiles((ours - engine).abs(), self._dtype)
+        if any((apart <= limits).all() for limits in self._explained(ours)):
+            return bool((moved >= FAR * apart.clamp(min=FLOOR_NATS)).any())
+        theirs = quantiles((engine - self._before).abs(), self._dtype)
         raise refusal(
             "WEIGHTS_NOT_LIVE",
             f"vLLM does not compute with what is written into {kind}: a change of it moved the "
-            f"training model's log-probabilities by {float(moved.median()):.3g} nats at the "
-            f"median, and vLLM's by {float(theirs.median()):.3g}. It keeps a copy of this weight, "
-            "or rearranges it as it loads.",
+            f"training model's log-probabilities by {float(moved[0]):.3g} nats at the median, and "
+            f"vLLM's by {float(theirs[0]):.3g}. It keeps a copy of this weight, or rearranges it "
+            "as it loads.",
         )
 
     def _explained(self, ours: torch.Tensor) -> Iterator[torch.Tensor]:
