@@ -149,7 +149,7 @@ def _rename_each(fs: MemoryFiles, generation: int) -> None:
 
 OURS = (
     ours("exchange", None),
-    ours("exchange, over the last but one", None, spares=True),
+    ours("exchange, over spare shards", None, spares=True),
     ours("rollforward", SyncMethod.ROLLFORWARD),
     ours("in_place", SyncMethod.IN_PLACE),
 )

@@ -25,7 +25,7 @@ WITHOUT_IMAGES = 60
 COUNTED = ("operations", "images", "wrong", "mixed")
 NAMES = {
     "exchange": "a folder with the new shards, exchanged with the old one (the default)",
-    "exchange, over the last but one": "the same, where the folder before is written over",
+    "exchange, over spare shards": "the same, where shards of three syncs before are written over",
     "rollforward": "new shards beside the old ones, a commit record, renames",
     "in_place": "written in place behind a redo log of values",
     "snapshots": "snapshots and their deletions",
@@ -75,7 +75,7 @@ which never changes.
 WITHOUT = """\
 ## Every fsync is needed
 
-Each fsync of a sync was taken out in turn, and the matrix run again until something was wrong. A
+Each of these fsyncs was taken out in turn, and the matrix run again until something was wrong. A
 line that says *not seen* would be an fsync that protects nothing, or a matrix that is blind.
 """
 

@@ -72,10 +72,14 @@ def copy_extended_attributes(source: Path, target: Path) -> None:
 
 
 def is_bound_elsewhere(folder: Path) -> bool:
-    """Whether a mount of this thread's name space shows the folder under another path as well."""
+    """Whether a mount of this thread's name space shows the folder under another path as well.
+
+    False where the system does not tell.
+    """
     found = folder.stat()
     device = f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}"
-    for line in Path("/proc/thread-self/mountinfo").read_text().splitlines():
+    mounts = Path("/proc/thread-self/mountinfo")
+    for line in mounts.read_text().splitlines() if mounts.exists() else []:
         _, _, of, root, point, *_ = line.split(" ")
         if of != device or root == "/":
             continue
