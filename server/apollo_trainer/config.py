@@ -66,6 +66,11 @@ class Settings(BaseSettings):
         "not blocks of each",
     )
     max_queued_runs: int = Field(default=64, ge=1, description="runs that may wait")
+    max_queued_mebibytes: int = Field(
+        default=4096,
+        ge=1,
+        description="of the specs of runs that wait, on disk; one that is larger may wait alone",
+    )
     ledger_days: float = Field(
         default=30.0, gt=0, description="events and specs of ended runs are kept this long"
     )

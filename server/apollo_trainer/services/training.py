@@ -39,12 +39,14 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
             if run_id is None:
                 # Tokenizing many samples would hold up every other call of the event loop.
                 run_id = await asyncio.to_thread(self._submit, request)
+            # The stream goes on for as long as the run does, and needs the samples no more.
+            del request
             async for event in self._follow(run_id, 0):
                 yield pb.TrainResponse(event=event)
 
     def _submit(self, request: pb.TrainRequest) -> str:
         session = self._owner.session()
-        run = prepare_run(request.spec, session.limits, session.tokenizer)
+        run = prepare_run(request.spec, session.limits, session.tokenizer, only_check=True)
         return self._queue.submit(run, request.spec, request.request_id)
 
     async def WatchRun(  # noqa: N802
