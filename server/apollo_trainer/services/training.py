@@ -26,15 +26,18 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     The queue waits for the disk, so that it is asked from other threads.
     """
 
-    def __init__(self, owner: ModelOwner, queue: RunQueue, streams: StreamLimit):
-        self._owner, self._queue, self._streams = owner, queue, streams
+    def __init__(
+        self, owner: ModelOwner, queue: RunQueue, streams: StreamLimit, readers: StreamLimit
+    ):
+        self._owner, self._queue = owner, queue
+        self._streams, self._readers = streams, readers
 
     async def Train(  # noqa: N802
         self, request: pb.TrainRequest, context: Any
     ) -> AsyncIterator[pb.TrainResponse]:
         """Submits a run and streams its events; the run goes on when the caller leaves."""
         _check_train(request)
-        with self._streams.one():
+        with self._streams.one(context.peer()):
             run_id = await asyncio.to_thread(self._queue.find, request.request_id, request.spec)
             if run_id is None:
                 # Tokenizing many samples would hold up every other call of the event loop.
@@ -56,7 +59,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         _require_run_id(request.run_id)
         if request.after_sequence < 0:
             raise InvalidArgument.at("after_sequence", "must not be negative")
-        with self._streams.one():
+        with self._readers.one(context.peer()):
             async for event in self._follow(request.run_id, request.after_sequence):
                 yield pb.WatchRunResponse(event=event)
 
