@@ -29,16 +29,29 @@ class FieldViolation:
 
 
 class ApolloError(Exception):
-    """What went wrong, what was kept and what to do, with a stable reason to branch on."""
+    """What went wrong, what was kept and what to do, with a stable reason to branch on.
+
+    Attributes:
+        retry_seconds: nothing was done, and the same call may be made again after so many; 0 where
+            the server says nothing of that.
+    """
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
     default_reason: ClassVar[str] = "UNKNOWN"
 
-    def __init__(self, message: str, *, reason: str = "", metadata: dict[str, str] | None = None):
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        metadata: dict[str, str] | None = None,
+        retry_seconds: float = 0.0,
+    ):
         super().__init__(message)
         self.message = message
         self.reason = reason or self.default_reason
         self.metadata = dict(metadata or {})
+        self.retry_seconds = retry_seconds
 
     @property
     def violations(self) -> tuple[FieldViolation, ...]:
@@ -201,7 +214,10 @@ ERROR_OF_CODE: dict[grpc.StatusCode, type[ApolloError]] = {
 
 
 def to_status(error: ApolloError) -> status_pb2.Status:
-    """The google.rpc.Status of an error: one ErrorInfo, and a BadRequest where fields are wrong."""
+    """The google.rpc.Status of an error: one ErrorInfo, and what else there is to say.
+
+    That is a BadRequest where fields are wrong, a RetryInfo where the call may be made again.
+    """
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     status = status_pb2.Status(code=error.code.value[0], message=error.message)
     _pack(status, info)
@@ -212,14 +228,19 @@ def to_status(error: ApolloError) -> status_pb2.Status:
                 field=violation.field, description=violation.description
             )
         _pack(status, bad_request)
+    if error.retry_seconds:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(error.retry_seconds * 1e9))
+        _pack(status, retry)
     return status
 
 
 def from_status(status: status_pb2.Status) -> ApolloError:
     """The error that `to_status` made a status from."""
     info, bad_request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    retry = error_details_pb2.RetryInfo()
     for detail in status.details:
-        for message in (info, bad_request):
+        for message in (info, bad_request, retry):
             if detail.Is(message.DESCRIPTOR):
                 detail.Unpack(message)
     code = next((c for c in grpc.StatusCode if c.value[0] == status.code), grpc.StatusCode.UNKNOWN)
@@ -233,7 +254,12 @@ def from_status(status: status_pb2.Status) -> ApolloError:
                 FieldViolation(v.field, v.description) for v in bad_request.field_violations
             ],
         )
-    return error(status.message, reason=info.reason, metadata=dict(info.metadata))
+    return error(
+        status.message,
+        reason=info.reason,
+        metadata=dict(info.metadata),
+        retry_seconds=retry.retry_delay.ToNanoseconds() / 1e9,
+    )
 
 
 def from_rpc_error(error: Any) -> ApolloError:
@@ -259,7 +285,9 @@ def code_name(error: ApolloError) -> str:
 
 def _pack(
     status: status_pb2.Status,
-    detail: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest,
+    detail: error_details_pb2.ErrorInfo
+    | error_details_pb2.BadRequest
+    | error_details_pb2.RetryInfo,
 ) -> None:
     packed = any_pb2.Any()
     packed.Pack(detail)

@@ -1,15 +1,18 @@
-"""Server interceptors: domain errors become statuses, and TCP callers show a token.
+"""Server interceptors: domain errors become statuses, and a call is judged before it is read.
 
 grpc sends the text of an uncaught exception to the caller; without these, paths and internal
-text of the server leak.
+text of the server leak. It also reads a whole message before it asks anybody: a caller without a
+token would cost what the message does.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing, nullcontext
 from typing import Any, NoReturn
 
 import grpc
@@ -20,6 +23,7 @@ from apollo_grpc.errors import (
     DETAILS_KEY,
     ERROR_OF_CODE,
     ApolloError,
+    DeadlineExceeded,
     FieldViolation,
     Internal,
     InvalidArgument,
@@ -34,11 +38,14 @@ log = logging.getLogger(__name__)
 # within the status in base64.
 MAX_TEXT_BYTES = 1024
 MAX_STATUS_BYTES = 3072
+# For the largest message at 5 Mbit/s. Whoever is slower keeps others waiting.
+READ_SECONDS = 120.0
 
 # Messages of every service pass here, so request and response types are open.
 Handler = Any
 Behaviour = Callable[[Any, Any], Any]
 Check = Callable[[Any], None]
+Limit = Callable[[Any], AbstractContextManager[None]]
 
 
 def _as_domain_error(error: Exception) -> ApolloError:
@@ -71,10 +78,10 @@ def _fitting(error: ApolloError) -> ApolloError:
 
 
 def _with(error: ApolloError, message: str, violations: list[FieldViolation]) -> ApolloError:
-    reason, metadata = error.reason, error.metadata
+    given: dict[str, Any] = {"reason": error.reason, "metadata": error.metadata}
     if isinstance(error, InvalidArgument):
-        return InvalidArgument(message, violations=violations, reason=reason, metadata=metadata)
-    return ERROR_OF_CODE[error.code](message, reason=reason, metadata=metadata)
+        return InvalidArgument(message, violations=violations, **given)
+    return ERROR_OF_CODE[error.code](message, retry_seconds=error.retry_seconds, **given)
 
 
 def _cut(text: str) -> str:
@@ -84,8 +91,8 @@ def _cut(text: str) -> str:
     return encoded[: MAX_TEXT_BYTES - 4].decode(errors="ignore") + " ..."
 
 
-def _rebuild(handler: Handler, wrapper: AioErrors | SyncErrors) -> Handler:
-    """The handler with its behaviour wrapped; only reflection streams requests."""
+def _rebuild(handler: Handler, wrapper: SyncErrors) -> Handler:
+    """The handler with its behaviour wrapped."""
     if handler is None:
         return None
     coders = (_reading(handler.request_deserializer), handler.response_serializer)
@@ -115,10 +122,14 @@ def _reading(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], A
 
 def _require_readable(request: Any) -> None:
     if isinstance(request, _Unreadable):
-        raise InvalidArgument(
-            "The bytes of the request are no message of this method; nothing was done.",
-            reason="REQUEST_UNREADABLE",
-        )
+        raise _unreadable()
+
+
+def _unreadable() -> InvalidArgument:
+    return InvalidArgument(
+        "The bytes of the request are no message of this method; nothing was done.",
+        reason="REQUEST_UNREADABLE",
+    )
 
 
 class TokenCheck:
@@ -146,10 +157,24 @@ class TokenCheck:
 
 
 class AioErrors(grpc.aio.ServerInterceptor):
-    """Maps errors of grpc.aio handlers, unary and streaming, after an optional check."""
+    """Maps errors of grpc.aio handlers, and reads a call's message once the call may go on.
 
-    def __init__(self, check: Check | None = None):
-        self._check = check
+    A response that is bytes already is sent as it is.
+
+    Args:
+        check: raises for a caller who may not go on.
+        limit: entered for as long as a call lasts; raises where too many are open.
+        turns: by method, as `/package.Service/Method`, for those whose messages may be large: a
+            turn is held from before the message is read until the call's first answer.
+    """
+
+    def __init__(
+        self,
+        check: Check | None = None,
+        limit: Limit = nullcontext,
+        turns: Mapping[str, asyncio.Semaphore] | None = None,
+    ):
+        self._check, self._limit, self._turns = check, limit, dict(turns or {})
 
     async def intercept_service(
         self,
@@ -157,18 +182,33 @@ class AioErrors(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
         """Wraps the handler of one call."""
-        return _rebuild(await continuation(handler_call_details), self)
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        # As a stream of requests, of which grpc reads none by itself; on the wire it is the same.
+        return grpc.stream_stream_rpc_method_handler(
+            self._call(handler, self._turns.get(handler_call_details.method)),
+            handler.request_deserializer if handler.request_streaming else None,
+            _writing(handler.response_serializer),
+        )
 
-    def unary(self, behaviour: Behaviour) -> Callable[..., Any]:
-        """The behaviour of a unary call, its errors mapped."""
-
-        async def call(request: Any, context: Any) -> Any:
+    def _call(self, handler: Handler, turn: asyncio.Semaphore | None) -> Behaviour:
+        async def call(messages: Any, context: Any) -> AsyncIterator[Any]:
             try:
                 if self._check:
                     self._check(context)
-                _require_readable(request)
-                result = behaviour(request, context)
-                return await result if isinstance(result, Awaitable) else result
+                with self._limit(context):
+                    async with AsyncExitStack() as held:
+                        if turn:
+                            await held.enter_async_context(turn)
+                        # Without a name for it, nothing here keeps the message.
+                        answers = _answers(
+                            handler, await _read(handler, messages, context), context
+                        )
+                        async with aclosing(answers):
+                            async for answer in answers:
+                                await held.aclose()
+                                yield answer
             except (grpc.aio.AbortError, grpc.RpcError):
                 raise
             except Exception as error:
@@ -176,27 +216,46 @@ class AioErrors(grpc.aio.ServerInterceptor):
 
         return call
 
-    def stream(self, behaviour: Behaviour) -> Callable[..., Any]:
-        """The behaviour of a streaming call, its errors mapped."""
 
-        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-            try:
-                if self._check:
-                    self._check(context)
-                _require_readable(request)
-                responses = behaviour(request, context)
-                if isinstance(responses, Awaitable):
-                    # It writes through the context, as grpc's own health service does.
-                    await responses
-                    return
-                async for response in responses:
-                    yield response
-            except (grpc.aio.AbortError, grpc.RpcError):
-                raise
-            except Exception as error:
-                await context.abort(*_abort_arguments(_as_domain_error(error)))
+async def _read(handler: Handler, messages: Any, context: Any) -> Any:
+    """The one message of a call, or, of a method that takes many, all as they come."""
+    if handler.request_streaming:
+        return messages
+    try:
+        async with asyncio.timeout(READ_SECONDS):
+            data = await context.read()
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"The request did not arrive within {READ_SECONDS:g} s; nothing was done.",
+            reason="REQUEST_TOO_SLOW",
+        ) from None
+    if data is grpc.aio.EOF:
+        raise _unreadable()
+    try:
+        return handler.request_deserializer(data) if handler.request_deserializer else data
+    except DecodeError:
+        raise _unreadable() from None
 
-        return call
+
+async def _answers(handler: Handler, request: Any, context: Any) -> AsyncGenerator[Any, None]:
+    """What a handler of any kind answers; a streaming one may write through the context itself."""
+    unary = handler.unary_unary
+    answer = (unary or handler.unary_stream or handler.stream_stream)(request, context)
+    # A run's stream outlives its submission by hours.
+    del request
+    if isinstance(answer, AsyncIterator):
+        async for each in answer:
+            yield each
+        return
+    answer = await answer if isinstance(answer, Awaitable) else answer
+    if unary:
+        yield answer
+
+
+def _writing(serializer: Callable[[Any], bytes] | None) -> Callable[[Any], bytes] | None:
+    if serializer is None:
+        return None
+    return lambda answer: answer if isinstance(answer, bytes) else serializer(answer)
 
 
 class SyncErrors(grpc.ServerInterceptor):

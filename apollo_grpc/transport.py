@@ -40,6 +40,15 @@ SERVER_OPTIONS: tuple[Option, ...] = (
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # A peer that lost its power or its network never says so, and would hold its streams for ever.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Of the connection itself, which is what ends it in grpc 1.71 and later.
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    # Otherwise a stream without news is asked twice and then never again.
+    ("grpc.http2.max_pings_without_data", 0),
+    # Of a connection that was opened and says nothing.
+    ("grpc.server_handshake_timeout_ms", 20_000),
 )
 
 

@@ -125,7 +125,9 @@ class CheckpointServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CreateSnapshot(self, request, context):
-        """Keeps the weights and the Apollo state of this moment under a name.
+        """Keeps the weights and the Apollo state of this moment under a name. One at a
+        time: while one is being written, the next waits, and is of the moment at
+        which it begins.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -49,7 +49,10 @@ class CheckpointServiceStub:
         apollo_grpc.v1.checkpoint_pb2.CreateSnapshotRequest,
         apollo_grpc.v1.checkpoint_pb2.CreateSnapshotResponse,
     ]
-    """Keeps the weights and the Apollo state of this moment under a name."""
+    """Keeps the weights and the Apollo state of this moment under a name. One at a
+    time: while one is being written, the next waits, and is of the moment at
+    which it begins.
+    """
 
     GetSnapshot: grpc.UnaryUnaryMultiCallable[
         apollo_grpc.v1.checkpoint_pb2.GetSnapshotRequest,
@@ -126,7 +129,10 @@ class CheckpointServiceAsyncStub:
         apollo_grpc.v1.checkpoint_pb2.CreateSnapshotRequest,
         apollo_grpc.v1.checkpoint_pb2.CreateSnapshotResponse,
     ]
-    """Keeps the weights and the Apollo state of this moment under a name."""
+    """Keeps the weights and the Apollo state of this moment under a name. One at a
+    time: while one is being written, the next waits, and is of the moment at
+    which it begins.
+    """
 
     GetSnapshot: grpc.aio.UnaryUnaryMultiCallable[
         apollo_grpc.v1.checkpoint_pb2.GetSnapshotRequest,
@@ -211,7 +217,10 @@ class CheckpointServiceServicer(metaclass=abc.ABCMeta):
         request: apollo_grpc.v1.checkpoint_pb2.CreateSnapshotRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[apollo_grpc.v1.checkpoint_pb2.CreateSnapshotResponse], collections.abc.AsyncIterator[apollo_grpc.v1.checkpoint_pb2.CreateSnapshotResponse]]:
-        """Keeps the weights and the Apollo state of this moment under a name."""
+        """Keeps the weights and the Apollo state of this moment under a name. One at a
+        time: while one is being written, the next waits, and is of the moment at
+        which it begins.
+        """
 
     @abc.abstractmethod
     def GetSnapshot(

@@ -88,7 +88,10 @@ class WatchStatusRequest(google.protobuf.message.Message):
     """Only the events of this run; empty means all runs."""
     @property
     def min_interval(self) -> google.protobuf.duration_pb2.Duration:
-        """At most one status a period; run events are not held back. Unset: each change."""
+        """At most one status a period; run events are not held back. Unset: each change, but of
+        those within a twentieth of a second only the last; with many subscribers that is longer,
+        with 1,000 of them a second.
+        """
 
     def __init__(
         self,

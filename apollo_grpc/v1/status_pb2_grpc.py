@@ -63,6 +63,9 @@ class StatusServiceServicer(object):
         happen, and a heartbeat when nothing else was sent for 15 seconds. A slow
         subscriber loses the oldest updates, is told how many, and never slows
         training.
+
+        RESOURCE_EXHAUSTED (TOO_MANY_WATCHERS): too many watch, here or from one
+        host; RetryInfo says when to ask again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,6 +35,9 @@ class StatusServiceStub:
     happen, and a heartbeat when nothing else was sent for 15 seconds. A slow
     subscriber loses the oldest updates, is told how many, and never slows
     training.
+
+    RESOURCE_EXHAUSTED (TOO_MANY_WATCHERS): too many watch, here or from one
+    host; RetryInfo says when to ask again.
     """
 
 class StatusServiceAsyncStub:
@@ -54,6 +57,9 @@ class StatusServiceAsyncStub:
     happen, and a heartbeat when nothing else was sent for 15 seconds. A slow
     subscriber loses the oldest updates, is told how many, and never slows
     training.
+
+    RESOURCE_EXHAUSTED (TOO_MANY_WATCHERS): too many watch, here or from one
+    host; RetryInfo says when to ask again.
     """
 
 class StatusServiceServicer(metaclass=abc.ABCMeta):
@@ -77,6 +83,9 @@ class StatusServiceServicer(metaclass=abc.ABCMeta):
         happen, and a heartbeat when nothing else was sent for 15 seconds. A slow
         subscriber loses the oldest updates, is told how many, and never slows
         training.
+
+        RESOURCE_EXHAUSTED (TOO_MANY_WATCHERS): too many watch, here or from one
+        host; RetryInfo says when to ask again.
         """
 
 def add_StatusServiceServicer_to_server(servicer: StatusServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -88,7 +88,8 @@ class TrainingServiceServicer(object):
         UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
         FAILED_PRECONDITION: the optimizer asks for another state than the live one,
         or the ledger cannot be written (LEDGER_NOT_WRITTEN). ALREADY_EXISTS: see
-        `request_id`. RESOURCE_EXHAUSTED: the queue is full.
+        `request_id`. RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL), or too many
+        streams are open (TOO_MANY_STREAMS); RetryInfo then says when to ask again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,7 +100,7 @@ class TrainingServiceServicer(object):
         also after a restart of the server.
 
         NOT_FOUND: no such run. OUT_OF_RANGE: the events after that sequence were
-        pruned, or the run has ended before it.
+        pruned, or the run has ended before it. RESOURCE_EXHAUSTED: as for `Train`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

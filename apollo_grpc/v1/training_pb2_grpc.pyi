@@ -41,7 +41,8 @@ class TrainingServiceStub:
     UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
     FAILED_PRECONDITION: the optimizer asks for another state than the live one,
     or the ledger cannot be written (LEDGER_NOT_WRITTEN). ALREADY_EXISTS: see
-    `request_id`. RESOURCE_EXHAUSTED: the queue is full.
+    `request_id`. RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL), or too many
+    streams are open (TOO_MANY_STREAMS); RetryInfo then says when to ask again.
     """
 
     WatchRun: grpc.UnaryStreamMultiCallable[
@@ -52,7 +53,7 @@ class TrainingServiceStub:
     also after a restart of the server.
 
     NOT_FOUND: no such run. OUT_OF_RANGE: the events after that sequence were
-    pruned, or the run has ended before it.
+    pruned, or the run has ended before it. RESOURCE_EXHAUSTED: as for `Train`.
     """
 
     GetRun: grpc.UnaryUnaryMultiCallable[
@@ -98,7 +99,8 @@ class TrainingServiceAsyncStub:
     UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
     FAILED_PRECONDITION: the optimizer asks for another state than the live one,
     or the ledger cannot be written (LEDGER_NOT_WRITTEN). ALREADY_EXISTS: see
-    `request_id`. RESOURCE_EXHAUSTED: the queue is full.
+    `request_id`. RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL), or too many
+    streams are open (TOO_MANY_STREAMS); RetryInfo then says when to ask again.
     """
 
     WatchRun: grpc.aio.UnaryStreamMultiCallable[
@@ -109,7 +111,7 @@ class TrainingServiceAsyncStub:
     also after a restart of the server.
 
     NOT_FOUND: no such run. OUT_OF_RANGE: the events after that sequence were
-    pruned, or the run has ended before it.
+    pruned, or the run has ended before it. RESOURCE_EXHAUSTED: as for `Train`.
     """
 
     GetRun: grpc.aio.UnaryUnaryMultiCallable[
@@ -157,7 +159,8 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
         FAILED_PRECONDITION: the optimizer asks for another state than the live one,
         or the ledger cannot be written (LEDGER_NOT_WRITTEN). ALREADY_EXISTS: see
-        `request_id`. RESOURCE_EXHAUSTED: the queue is full.
+        `request_id`. RESOURCE_EXHAUSTED: the queue is full (QUEUE_FULL), or too many
+        streams are open (TOO_MANY_STREAMS); RetryInfo then says when to ask again.
         """
 
     @abc.abstractmethod
@@ -170,7 +173,7 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         also after a restart of the server.
 
         NOT_FOUND: no such run. OUT_OF_RANGE: the events after that sequence were
-        pruned, or the run has ended before it.
+        pruned, or the run has ended before it. RESOURCE_EXHAUSTED: as for `Train`.
         """
 
     @abc.abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, Unpack
@@ -19,7 +20,7 @@ from apollo_client.requests import (
     train_request,
     watch_request,
 )
-from apollo_client.resume import Resume
+from apollo_client.resume import Patience, Resume
 from apollo_client.samples import SampleLike
 from apollo_grpc.errors import ApolloError
 from apollo_grpc.transport import Endpoint
@@ -32,28 +33,51 @@ T = TypeVar("T")
 
 
 class AsyncStream(Generic[T]):
-    """Messages of one call, as they arrive. Raises the `ApolloError` that ended it, if one did."""
+    """Messages of one call, as they arrive. Raises the `ApolloError` that ended it, if one did.
 
-    def __init__(self, call: Any, endpoint: Endpoint, read: Callable[[Any], T]):
-        self._call, self._endpoint, self._read = call, endpoint, read
+    A call that the server refused for now, before its first message, is made again.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[], Any],
+        patience: Patience,
+        endpoint: Endpoint,
+        read: Callable[[Any], T],
+    ):
+        self._open, self._patience = call, patience
+        self._endpoint, self._read = endpoint, read
         self._left = False
+        self._call = call()
 
     def __aiter__(self) -> AsyncIterator[T]:
         return self
 
     async def __anext__(self) -> T:
-        try:
-            message = await self._call.read()
-        except asyncio.CancelledError:
-            # Also raised for a call that was left, which would pass for this task's own end.
-            if self._left:
-                raise StopAsyncIteration from None
-            raise
-        except grpc.RpcError as error:
-            raise readable(error, self._endpoint) from None
-        if message is grpc.aio.EOF:
+        while True:
+            try:
+                message = await self._call.read()
+            except asyncio.CancelledError:
+                # Also raised for a call that was left, which would pass for this task's own end.
+                if self._left:
+                    raise StopAsyncIteration from None
+                raise
+            except grpc.RpcError as raised:
+                error = readable(raised, self._endpoint)
+            else:
+                if message is grpc.aio.EOF:
+                    raise StopAsyncIteration
+                self._patience.heard()
+                return self._read(message)
+            await self._again(error)
+
+    async def _again(self, error: ApolloError | None) -> None:
+        """Makes the call again, in a while; raises where that makes no sense."""
+        if not self._left:
+            await asyncio.sleep(self._patience.wait_after(error))
+        if self._left:
             raise StopAsyncIteration
-        return self._read(message)
+        self._call = self._open()
 
     def close(self) -> None:
         """Leaves the stream: iterating it ends. What it watched goes on."""
@@ -76,33 +100,24 @@ class AsyncRunStream(AsyncStream[training_pb2.RunEvent]):
     """The events of one run, none lost and none twice, also when the server is restarted."""
 
     def __init__(self, stub: Any, resume: Resume, endpoint: Endpoint, metadata: Any):
-        self._stub, self._resume, self._metadata = stub, resume, metadata
-        super().__init__(self._open(), endpoint, lambda response: response.event)
+        self._resume = resume
 
-    def _open(self) -> Any:
-        request = self._resume.request()
-        known = isinstance(request, training_pb2.WatchRunRequest)
-        method = self._stub.WatchRun if known else self._stub.Train
-        return method(request, metadata=self._metadata)
+        def call() -> Any:
+            request = resume.request()
+            known = isinstance(request, training_pb2.WatchRunRequest)
+            return (stub.WatchRun if known else stub.Train)(request, metadata=metadata)
+
+        super().__init__(call, resume, endpoint, lambda response: response.event)
 
     async def __anext__(self) -> training_pb2.RunEvent:
         while not self._resume.ended:
-            error: ApolloError | None = None
             try:
                 event = await super().__anext__()
             except StopAsyncIteration:
-                if self._left:
-                    raise
-            except ApolloError as raised:
-                error = raised
-            else:
-                if self._resume.take(event):
-                    return event
+                await self._again(None)
                 continue
-            await asyncio.sleep(self._resume.wait_after(error))
-            if self._left:
-                break
-            self._call = self._open()
+            if self._resume.take(event):
+                return event
         raise StopAsyncIteration
 
 
@@ -212,7 +227,8 @@ class AsyncApolloClient(AsyncCheckpointCalls):
             raise readable(error, self._endpoint) from None
 
     def _stream(self, method: Any, request: Any, read: Callable[[Any], T]) -> AsyncStream[T]:
-        return AsyncStream(method(request, metadata=self._metadata), self._endpoint, read)
+        call = partial(method, request, metadata=self._metadata)
+        return AsyncStream(call, Patience(self._retry_seconds), self._endpoint, read)
 
     async def close(self) -> None:
         """Closes the connection; streams that are open end."""

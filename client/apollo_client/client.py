@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, Unpack
@@ -19,7 +20,7 @@ from apollo_client.requests import (
     train_request,
     watch_request,
 )
-from apollo_client.resume import Resume
+from apollo_client.resume import Patience, Resume
 from apollo_client.samples import SampleLike
 from apollo_grpc.errors import ApolloError
 from apollo_grpc.transport import Endpoint
@@ -32,26 +33,47 @@ T = TypeVar("T")
 
 
 class Stream(Generic[T]):
-    """Messages of one call, as they arrive. Raises the `ApolloError` that ended it, if one did."""
+    """Messages of one call, as they arrive. Raises the `ApolloError` that ended it, if one did.
 
-    def __init__(self, call: Any, endpoint: Endpoint, read: Callable[[Any], T]):
-        self._call, self._endpoint, self._read = call, endpoint, read
-        self._left = False
+    A call that the server refused for now, before its first message, is made again.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[], Any],
+        patience: Patience,
+        endpoint: Endpoint,
+        read: Callable[[Any], T],
+    ):
+        self._open, self._patience = call, patience
+        self._endpoint, self._read = endpoint, read
+        self._leaving = threading.Event()
+        self._call = call()
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        try:
-            return self._read(next(self._call))
-        except grpc.RpcError as error:
-            if self._left:
-                raise StopIteration from None
-            raise readable(error, self._endpoint) from None
+        while True:
+            try:
+                message = next(self._call)
+            except grpc.RpcError as raised:
+                error = readable(raised, self._endpoint)
+            else:
+                self._patience.heard()
+                return self._read(message)
+            self._again(error)
+
+    def _again(self, error: ApolloError | None) -> None:
+        """Makes the call again, in a while; raises where that makes no sense."""
+        # Left meanwhile: nobody waits for the next message.
+        if self._leaving.is_set() or self._leaving.wait(self._patience.wait_after(error)):
+            raise StopIteration
+        self._call = self._open()
 
     def close(self) -> None:
         """Leaves the stream: iterating it ends. What it watched goes on."""
-        self._left = True
+        self._leaving.set()
         self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -70,40 +92,25 @@ class RunStream(Stream[training_pb2.RunEvent]):
     """The events of one run, none lost and none twice, also when the server is restarted."""
 
     def __init__(self, stub: Any, resume: Resume, endpoint: Endpoint, metadata: Any):
-        self._stub, self._resume, self._metadata = stub, resume, metadata
-        self._leaving = threading.Event()
-        super().__init__(self._open(), endpoint, lambda response: response.event)
+        self._resume = resume
 
-    def _open(self) -> Any:
-        request = self._resume.request()
-        known = isinstance(request, training_pb2.WatchRunRequest)
-        method = self._stub.WatchRun if known else self._stub.Train
-        return method(request, metadata=self._metadata)
+        def call() -> Any:
+            request = resume.request()
+            known = isinstance(request, training_pb2.WatchRunRequest)
+            return (stub.WatchRun if known else stub.Train)(request, metadata=metadata)
+
+        super().__init__(call, resume, endpoint, lambda response: response.event)
 
     def __next__(self) -> training_pb2.RunEvent:
         while not self._resume.ended:
-            error: ApolloError | None = None
             try:
                 event = super().__next__()
             except StopIteration:
-                if self._left:
-                    raise
-            except ApolloError as raised:
-                error = raised
-            else:
-                if self._resume.take(event):
-                    return event
+                self._again(None)
                 continue
-            # Left meanwhile: nobody waits for the next event.
-            if self._leaving.wait(self._resume.wait_after(error)):
-                break
-            self._call = self._open()
+            if self._resume.take(event):
+                return event
         raise StopIteration
-
-    def close(self) -> None:
-        """Leaves the stream: iterating it ends. The run goes on."""
-        self._leaving.set()
-        super().close()
 
 
 class ApolloClient(CheckpointCalls):
@@ -114,7 +121,7 @@ class ApolloClient(CheckpointCalls):
         token: of a TCP server; else $APOLLO_TOKEN, else the token in the user's state folder.
         ca, certificate, key: PEM files for TLS and mTLS.
         retry_seconds: for how long a run's events are asked for again when the server goes away,
-            as it does when it is restarted; 0: not at all.
+            as it does when it is restarted, and a stream when too many are open; 0: not at all.
 
     Every method raises `ApolloError`, never `grpc.RpcError`: `Unavailable` when no server or no
     engine is there, `InvalidArgument` with the path of each wrong field.
@@ -234,7 +241,8 @@ class ApolloClient(CheckpointCalls):
             raise readable(error, self._endpoint) from None
 
     def _stream(self, method: Any, request: Any, read: Callable[[Any], T]) -> Stream[T]:
-        return Stream(method(request, metadata=self._metadata), self._endpoint, read)
+        call = partial(method, request, metadata=self._metadata)
+        return Stream(call, Patience(self._retry_seconds), self._endpoint, read)
 
     def close(self) -> None:
         """Closes the connection; streams that are open end."""

@@ -18,7 +18,47 @@ UNREACHABLE, STOPPING = "SERVER_UNREACHABLE", "SERVER_STOPPING"
 _NOT_SENT = "failed to connect"
 
 
-class Resume:
+class Patience:
+    """For how long, and how often, a call is made again that a server refused for now.
+
+    Args:
+        seconds: without an answer; 0: not at all.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._broken_at: float | None = None
+        self._wait = FIRST_WAIT_SECONDS
+        self._heard = False
+
+    def heard(self) -> None:
+        """An answer came: the time begins anew."""
+        self._heard, self._broken_at, self._wait = True, None, FIRST_WAIT_SECONDS
+
+    def wait_after(self, error: ApolloError | None) -> float:
+        """Seconds to wait before asking again; None is a stream that ended too early.
+
+        Raises the error where asking again makes no sense, or was tried for long enough.
+        """
+        error = error or Unavailable("The stream ended before the run did.", reason=UNREACHABLE)
+        now = time.monotonic()
+        if not self._is_passing(error):
+            raise error
+        self._broken_at = self._broken_at or now
+        left = self._broken_at + self._seconds - now
+        if left <= 0:
+            raise error
+        # Everybody who was refused was told the same time.
+        wait = min(left, max(self._wait, error.retry_seconds) * random.uniform(0.5, 1.0))
+        self._wait = min(LONGEST_WAIT_SECONDS, self._wait * 2)
+        return wait
+
+    def _is_passing(self, error: ApolloError) -> bool:
+        """Whether nothing was done, and the server says when it can be."""
+        return error.retry_seconds > 0 and not self._heard
+
+
+class Resume(Patience):
     """Where a reader of one run is.
 
     Args:
@@ -27,13 +67,11 @@ class Resume:
     """
 
     def __init__(self, request: pb.TrainRequest | pb.WatchRunRequest, seconds: float):
-        self._request, self._seconds = request, seconds
-        self._run_id, self._last = "", 0
+        super().__init__(seconds)
+        self._request, self._run_id, self._last = request, "", 0
         if isinstance(request, pb.WatchRunRequest):
             self._run_id, self._last = request.run_id, request.after_sequence
-        self._broken_at: float | None = None
-        self._wait = FIRST_WAIT_SECONDS
-        self._heard = self.ended = False
+        self.ended = False
 
     def request(self) -> pb.TrainRequest | pb.WatchRunRequest:
         """What to ask now: `Train` until the run is known, and then `WatchRun`."""
@@ -46,7 +84,7 @@ class Resume:
 
         Raises DataLoss where events are missing before it.
         """
-        self._heard, self._broken_at, self._wait = True, None, FIRST_WAIT_SECONDS
+        self.heard()
         if event.sequence <= self._last:
             return False
         if event.sequence != self._last + 1:
@@ -59,25 +97,10 @@ class Resume:
         self.ended = event.HasField("finished")
         return True
 
-    def wait_after(self, error: ApolloError | None) -> float:
-        """Seconds to wait before asking again; None is a stream that ended before the run did.
-
-        Raises the error where asking again makes no sense, or was tried for long enough.
-        """
-        error = error or Unavailable("The stream ended before the run did.", reason=UNREACHABLE)
-        now = time.monotonic()
-        if not self._is_passing(error):
-            raise error
-        self._broken_at = self._broken_at or now
-        left = self._broken_at + self._seconds - now
-        if left <= 0:
-            raise error
-        wait = min(left, self._wait * random.uniform(0.5, 1.0))
-        self._wait = min(LONGEST_WAIT_SECONDS, self._wait * 2)
-        return wait
-
     def _is_passing(self, error: ApolloError) -> bool:
         """Whether the server may be back: a request that it may have had is asked for again."""
+        if error.retry_seconds:
+            return True
         if not isinstance(error, Unavailable):
             return False
         if self._heard or self._broken_at or error.reason == STOPPING:

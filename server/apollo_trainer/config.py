@@ -76,6 +76,11 @@ class Settings(BaseSettings):
         "with vLLM paused, to see that it computes with them",
     )
     max_queued_runs: int = Field(default=64, ge=1, description="runs that may wait")
+    max_queued_mebibytes: int = Field(
+        default=4096,
+        ge=1,
+        description="of the specs of runs that wait, on disk; one that is larger may wait alone",
+    )
     ledger_days: float = Field(
         default=30.0, gt=0, description="events and specs of ended runs are kept this long"
     )
@@ -129,7 +134,23 @@ class Settings(BaseSettings):
         default=0, ge=0, description="steps between two automatic snapshots in a run; 0: none"
     )
     max_samples: int = Field(default=10_000, ge=1, description="samples of one run")
-    max_streams: int = Field(default=256, ge=1, description="streams open at one time")
+    max_streams: int = Field(
+        default=256,
+        ge=1,
+        description="open at one time: of Train and checkpoint calls, and as many of WatchRun",
+    )
+    max_watchers: int = Field(
+        default=1024,
+        ge=1,
+        description="streams of WatchStatus open at one time; those of one host over TCP may be "
+        "half of them",
+    )
+    max_calls: int = Field(
+        default=2048,
+        ge=1,
+        description="calls of all kinds open at one time; those of one host over TCP may be half "
+        "of them",
+    )
     lease_seconds: float = Field(
         default=10.0, gt=0, le=60, description="vLLM resumes by itself this long after a crash"
     )

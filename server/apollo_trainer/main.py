@@ -41,10 +41,13 @@ from apollo_trainer.services.checkpoint import CheckpointService
 from apollo_trainer.services.status import StatusService
 from apollo_trainer.services.streams import StreamLimit
 from apollo_trainer.services.training import TrainingService
+from apollo_trainer.watching.ring import Ring
 from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger("apollo_trainer")
 STOP_GRACE_SECONDS = 5.0
+# Of calls and watchers: what the callers of one host may take of a limit.
+HOST_SHARE = 0.5
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
@@ -65,11 +68,14 @@ class TrainingServer:
         self._settings = settings
         private_folder(settings.state_dir)
         token, tls = _guards(settings)
-        self._server = grpc.aio.server(
-            interceptors=[AioErrors(TokenCheck(token))], options=SERVER_OPTIONS
-        )
+        calls = StreamLimit(settings.max_calls, share=HOST_SHARE, what="calls")
+        # A message of samples is as large as they come: one is read and checked at a time.
+        turns = {f"/{SERVICES[0]}/Train": asyncio.Semaphore(1)}
+        interceptor = AioErrors(TokenCheck(token), lambda context: calls.one(context.peer()), turns)
+        self._server = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
         self._lock = open_port(self._server, settings.address, token=token, tls=tls)
         self._board = StatusBoard(version("apollo-grpc"), no_engine(settings.sidecar))
+        self._ring = Ring(self._board)
         self._sidecar = Sidecar(settings.sidecar)
         self._owner = ModelOwner(self._sidecar, self._board, settings)
         self._queue = RunQueue(self._owner, self._board, settings)
@@ -77,17 +83,18 @@ class TrainingServer:
         self._add_services()
 
     def _add_services(self) -> None:
-        server, streams = self._server, StreamLimit(self._settings.max_streams)
+        server, settings = self._server, self._settings
+        work, readers = (StreamLimit(settings.max_streams) for _ in range(2))
+        watchers = StreamLimit(settings.max_watchers, share=HOST_SHARE, what="watchers")
         training_pb2_grpc.add_TrainingServiceServicer_to_server(
-            TrainingService(self._owner, self._queue, streams), server
+            TrainingService(self._owner, self._queue, work, readers), server
         )
         jobs = CheckpointJobs(self._owner, self._board)
         checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(
-            CheckpointService(self._owner, jobs, streams),
-            server,
+            CheckpointService(self._owner, jobs, work), server
         )
         status_pb2_grpc.add_StatusServiceServicer_to_server(
-            StatusService(self._board, streams), server
+            StatusService(self._board, self._ring, watchers), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
@@ -109,7 +116,7 @@ class TrainingServer:
         log.info("stopping: the step at work is finished and the Apollo state saved")
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self._queue.stop)
-        self._board.close()
+        self._ring.close()
         await self._server.stop(STOP_GRACE_SECONDS)
         self._queue.close()
         await asyncio.to_thread(watch.stop)

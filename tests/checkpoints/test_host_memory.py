@@ -38,3 +38,16 @@ def test_what_is_not_kept_is_fresh_each_time() -> None:
     first = buffers.take(like)
     buffers.give(first)
     assert buffers.take(like) is not first
+
+
+def test_no_more_is_kept_than_the_last_copy_took() -> None:
+    buffers, old, new = HostBuffers(), torch.zeros(4, 6), torch.zeros(3, 5)
+    first = [buffers.take(old) for _ in range(3)]
+    buffers.keep_only(*first)
+    held = buffers.take(old)
+    second = [buffers.take(new) for _ in range(2)]
+    buffers.keep_only(*second)
+    # Of another shape since, and never asked for again.
+    assert all(buffers.take(old) is not each for each in first)
+    assert {id(buffers.take(new)) for _ in range(2)} == {id(each) for each in second}
+    assert held is not None

@@ -12,8 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apollo_client.resume import LONGEST_WAIT_SECONDS, Resume
-from apollo_grpc.errors import DataLoss, InvalidArgument, NotFound, Unavailable
+from apollo_client.resume import LONGEST_WAIT_SECONDS, Patience, Resume
+from apollo_grpc.errors import (
+    DataLoss,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from apollo_grpc.v1 import training_pb2 as pb
 from tests.server_process import ServerProcess, served
 
@@ -22,6 +28,7 @@ LOST = Unavailable("gone", reason="SERVER_UNREACHABLE", metadata={"cause": "Sock
 REFUSED = Unavailable(
     "none", reason="SERVER_UNREACHABLE", metadata={"cause": "failed to connect to all addresses"}
 )
+FULL = ResourceExhausted("full", reason="TOO_MANY_STREAMS", retry_seconds=1.0)
 NO_ENGINE = Unavailable("no engine", reason="ENGINE_NOT_ATTACHED")
 
 
@@ -87,6 +94,30 @@ def test_after_an_event_the_time_begins_anew() -> None:
 def test_zero_seconds_is_no_retry() -> None:
     with pytest.raises(Unavailable):
         resume(seconds=0).wait_after(LOST)
+
+
+def test_a_reader_who_comes_back_to_a_full_server_waits_as_long_as_it_says() -> None:
+    state = resume()
+    state.take(event(1))
+    assert 0 < state.wait_after(LOST) <= 0.1
+    assert all(0.5 <= state.wait_after(FULL) <= LONGEST_WAIT_SECONDS for _ in range(8))
+    with pytest.raises(ResourceExhausted):
+        resume(seconds=0).wait_after(FULL)
+
+
+def test_a_limit_that_no_waiting_helps_against_is_told_at_once() -> None:
+    with pytest.raises(ResourceExhausted):
+        resume().wait_after(ResourceExhausted("the queue is full", reason="QUEUE_FULL"))
+
+
+def test_a_stream_is_opened_again_before_its_first_message_alone() -> None:
+    patience = Patience(60.0)
+    assert patience.wait_after(FULL) > 0
+    with pytest.raises(Unavailable):
+        patience.wait_after(LOST)
+    patience.heard()
+    with pytest.raises(ResourceExhausted):
+        patience.wait_after(FULL)
 
 
 @pytest.fixture(scope="module")

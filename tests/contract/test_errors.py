@@ -35,11 +35,14 @@ def errors(draw) -> ApolloError:
     named = {"reason": draw(st.just("") | REASONS), "metadata": draw(METADATA)}
     if kind is InvalidArgument:
         named["violations"] = draw(VIOLATIONS)
+    else:
+        named["retry_seconds"] = draw(st.sampled_from([0.0, 0.25, 1.0, 90.0]))
     return kind(draw(TEXT), **named)
 
 
 def facts(error: ApolloError) -> tuple[object, ...]:
-    return type(error), error.message, error.reason, error.metadata, error.violations
+    said = (error.message, error.reason, error.metadata, error.violations, error.retry_seconds)
+    return type(error), *said
 
 
 class FailedCall(grpc.RpcError):

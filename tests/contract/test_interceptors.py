@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from concurrent import futures
 from contextlib import asynccontextmanager, contextmanager
 
@@ -12,11 +13,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
+import apollo_grpc.interceptors as interceptors_module
 from apollo_grpc.errors import (
     ApolloError,
+    DeadlineExceeded,
     FieldViolation,
     InvalidArgument,
     NotFound,
+    ResourceExhausted,
     Unauthenticated,
     from_rpc_error,
 )
@@ -47,12 +51,12 @@ def answer(request: bytes) -> bytes:
     return request
 
 
-def handlers(unary, stream):
+def handlers(unary, stream, read=None, write=None):
     return grpc.method_handlers_generic_handler(
         "test.Echo",
         {
-            "Unary": grpc.unary_unary_rpc_method_handler(unary),
-            "Stream": grpc.unary_stream_rpc_method_handler(stream),
+            "Unary": grpc.unary_unary_rpc_method_handler(unary, read, write),
+            "Stream": grpc.unary_stream_rpc_method_handler(stream, read, write),
         },
     )
 
@@ -89,9 +93,11 @@ def threaded(address):
 
 
 @asynccontextmanager
-async def asyncio_server(address, *, stream=aio_stream, check=None, health=None):
-    server = grpc.aio.server(interceptors=[AioErrors(check)])
-    server.add_generic_rpc_handlers((handlers(aio_unary, stream),))
+async def asyncio_server(
+    address, *, stream=aio_stream, check=None, health=None, read=None, write=None, **bounds
+):
+    server = grpc.aio.server(interceptors=[AioErrors(check, **bounds)])
+    server.add_generic_rpc_handlers((handlers(aio_unary, stream, read, write),))
     if health:
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
     port = server.add_insecure_port(address)
@@ -234,3 +240,141 @@ async def test_unix_callers_need_no_token(short_folder):
     async with asyncio_server(address, check=TokenCheck("the-token")):
         answers, error = await asyncio.to_thread(call, address, "Unary", b"hello")
     assert (answers, error) == ([b"hello"], None)
+
+
+@METHODS
+async def test_a_message_is_not_read_before_the_token_is_looked_at(method):
+    read: list[int] = []
+
+    def remember(data):
+        read.append(len(data))
+        return data
+
+    check = TokenCheck("the-token")
+    async with asyncio_server("127.0.0.1:0", check=check, read=remember) as port:
+        address, large = f"127.0.0.1:{port}", b"x" * 3_000_000
+        _, refused = await asyncio.to_thread(call, address, method, large)
+        assert (type(refused), read) == (Unauthenticated, [])
+        metadata = (("authorization", "Bearer the-token"),)
+        answers, _ = await asyncio.to_thread(call, address, method, large, metadata)
+    assert (answers[-1], read) == (large, [3_000_000])
+
+
+@METHODS
+async def test_calls_above_the_limit_are_refused_unread_and_one_that_ends_makes_room(
+    short_folder, method
+):
+    read: list[bytes] = []
+    is_open = [True]
+
+    @contextmanager
+    def limit(context):
+        if is_open[0]:
+            raise ResourceExhausted("full", reason="TOO_MANY", retry_seconds=2.5)
+        is_open[0] = True
+        yield
+        is_open[0] = False
+
+    address = f"unix:{short_folder}/s"
+    async with asyncio_server(address, limit=limit, read=lambda data: read.append(data) or data):
+        _, refused = await asyncio.to_thread(call, address, method, b"hello")
+        assert (refused.reason, refused.retry_seconds, read) == ("TOO_MANY", 2.5, [])
+        is_open[0] = False
+        for _ in range(2):
+            answers, _ = await asyncio.to_thread(call, address, method, b"hello")
+            assert answers[-1] == b"hello"
+    assert not is_open[0]
+
+
+async def test_a_large_message_is_read_in_its_turn_and_the_turn_ends_with_the_first_answer(
+    short_folder,
+):
+    read, may_answer, may_end = asyncio.Queue(), asyncio.Event(), asyncio.Event()
+
+    async def stream(request, context):
+        read.put_nowait(request)
+        await may_answer.wait()
+        yield b"first"
+        await may_end.wait()
+
+    address, turns = f"unix:{short_folder}/s", {"/test.Echo/Stream": asyncio.Semaphore(1)}
+    server = asyncio_server(address, stream=stream, turns=turns)
+    async with server, grpc.aio.insecure_channel(address) as line:
+        calls = [line.unary_stream("/test.Echo/Stream")(each, timeout=20) for each in (b"a", b"b")]
+        first = await read.get()
+        # Another method needs no turn, and by its answer the second call has long arrived.
+        assert await line.unary_unary("/test.Echo/Unary")(b"c", timeout=20) == b"c"
+        assert read.empty()
+        may_answer.set()
+        assert {first, await read.get()} == {b"a", b"b"}
+        may_end.set()
+        for each in calls:
+            assert await each.read() == b"first"
+            assert await each.read() is grpc.aio.EOF
+
+
+async def test_a_turn_is_given_back_by_a_call_that_fails_and_by_a_caller_who_leaves(short_folder):
+    begun = asyncio.Queue()
+
+    async def stream(request, context):
+        begun.put_nowait(request)
+        if request == b"wait":
+            await asyncio.sleep(60)
+        yield answer(request)
+
+    address, turns = f"unix:{short_folder}/s", {"/test.Echo/Stream": asyncio.Semaphore(1)}
+    server = asyncio_server(address, stream=stream, turns=turns)
+    async with server, grpc.aio.insecure_channel(address) as line:
+        _, error = await asyncio.to_thread(call, address, "Stream", b"domain")
+        assert error.reason == "SPEC_INVALID"
+        leaving = line.unary_stream("/test.Echo/Stream")(b"wait", timeout=20)
+        assert [await begun.get(), await begun.get()] == [b"domain", b"wait"]
+        leaving.cancel()
+        answers, _ = await asyncio.to_thread(call, address, "Stream", b"hello")
+        assert answers == [b"hello"]
+
+
+async def test_a_request_that_does_not_arrive_in_time_is_refused(short_folder, monkeypatch):
+    monkeypatch.setattr(interceptors_module, "READ_SECONDS", 0.05)
+    address, never = f"unix:{short_folder}/s", threading.Event()
+
+    def requests():
+        never.wait(20)
+        yield b"late"
+
+    def ask():
+        with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
+            list(channel.stream_stream("/test.Echo/Unary")(requests(), timeout=20))
+        never.set()
+        return from_rpc_error(caught.value)
+
+    async with asyncio_server(address):
+        error = await asyncio.to_thread(ask)
+        assert (type(error), error.reason) == (DeadlineExceeded, "REQUEST_TOO_SLOW")
+        answers, _ = await asyncio.to_thread(call, address, "Unary", b"hello")
+    assert answers == [b"hello"]
+
+
+async def test_a_call_without_a_message_is_refused(short_folder):
+    address = f"unix:{short_folder}/s"
+
+    def ask():
+        with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
+            list(channel.stream_stream("/test.Echo/Unary")(iter(()), timeout=20))
+        return from_rpc_error(caught.value)
+
+    async with asyncio_server(address):
+        error = await asyncio.to_thread(ask)
+    assert (type(error), error.reason) == (InvalidArgument, "REQUEST_UNREADABLE")
+
+
+@METHODS
+async def test_an_answer_that_is_bytes_already_is_sent_as_it_is(short_folder, method):
+    address = f"unix:{short_folder}/s"
+
+    def write(answer):
+        raise AssertionError("was serialized once more")
+
+    async with asyncio_server(address, write=write):
+        answers, error = await asyncio.to_thread(call, address, method, b"hello")
+    assert (answers[-1], error) == (b"hello", None)

@@ -225,3 +225,18 @@ def test_who_finds_the_socket_taken_reads_whose_it_is(short_folder):
         lock_socket(short_folder / "s.sock", "the first")
     assert refused.value.metadata["owner"] == "the second"
     lock.release()
+
+
+def test_a_peer_that_never_answers_is_let_go(stopping):
+    """As one is whose machine lost its power: its connection would stay open for ever."""
+    sooner = {"grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms"}
+    options = [(n, int(v) // 100 if n in sooner else v) for n, v in SERVER_OPTIONS]
+    server = grpc.server(futures.ThreadPoolExecutor(1), options=options)
+    stopping.append(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as peer:
+        # HTTP/2's greeting and empty settings, and then silence.
+        peer.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        while peer.recv(4096):
+            pass

@@ -33,7 +33,7 @@ class Caller:
     """Stubs of every service on one channel."""
 
     def __init__(self, address: str):
-        self.channel = Endpoint(address).channel()
+        self.address, self.channel = address, Endpoint(address).channel()
         self.training = TrainingServiceStub(self.channel)
         self.status_service = StatusServiceStub(self.channel)
         self.checkpoints = CheckpointServiceStub(self.channel)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,11 @@ from apollo_grpc.errors import (
 )
 from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
+from apollo_trainer.checkpoints.snapshots import SnapshotCopy
 from apollo_trainer.checkpoints.value_exchange import Exchange
+from apollo_trainer.runs import model_checkpoints
+from apollo_trainer.runs.execution import Execution
 
 FAST = pb.OptimizerConfig(lr=1e-2)
 
@@ -265,8 +271,16 @@ def test_an_export_is_a_model_directory_of_the_live_weights(
 
 
 def test_automatic_snapshots_are_taken_before_runs_and_in_them(
-    start_engine: Any, start_server: Any
+    start_engine: Any, start_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    take = Execution._snapshot_while_running
+
+    def in_time(run: Execution, step: int) -> None:
+        # Steps of a millisecond would overtake the disk.
+        run._wait_for_snapshots()
+        take(run, step)
+
+    monkeypatch.setattr(Execution, "_snapshot_while_running", in_time)
     start_engine()
     caller = start_server(snapshot_before_runs=True, snapshot_steps=2, automatic_snapshots=3)
     caller.wait_attached()
@@ -275,3 +289,78 @@ def test_automatic_snapshots_are_taken_before_runs_and_in_them(
     create(caller, "the last one to be written")
     found = caller.checkpoints.ListSnapshots(cp.ListSnapshotsRequest(), timeout=30).snapshots
     assert [s.optimizer_step for s in found] == [6, 5, 4, 2]
+
+
+class SlowDisk:
+    """Holds every snapshot that is to be written until `open` is set, and counts the copies."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.open, self.begun, self.copies, self.most = threading.Event(), threading.Event(), 0, 0
+        create, disk = SnapshotStore.create, self
+
+        class Counted(SnapshotCopy):
+            def __init__(self, *arguments: Any):
+                disk.copies += 1
+                disk.most = max(disk.most, disk.copies)
+                super().__init__(*arguments)
+
+            def give_back(self) -> None:
+                super().give_back()
+                disk.copies -= 1
+
+        def slowly(store: SnapshotStore, *arguments: Any) -> Any:
+            disk.begun.set()
+            assert disk.open.wait(30)
+            return create(store, *arguments)
+
+        patch.setattr(model_checkpoints, "SnapshotCopy", Counted)
+        patch.setattr(SnapshotStore, "create", slowly)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
+    disk = SlowDisk(monkeypatch)
+    yield disk
+    disk.open.set()
+
+
+def test_an_automatic_snapshot_is_skipped_while_one_is_written_and_the_run_says_so(
+    start_engine: Any, start_server: Any, slow_disk: SlowDisk
+) -> None:
+    start_engine()
+    caller = start_server(snapshot_steps=1)
+    caller.wait_attached()
+    events = caller.train(epochs=6, optimizer=FAST)
+    warnings = [e.warning.reason for e in events if e.HasField("warning")]
+    assert warnings == ["SNAPSHOT_SKIPPED"]
+    assert (slow_disk.copies, len(steps(events))) == (1, 6)
+    slow_disk.open.set()
+    create(caller, "after it")
+    found = caller.checkpoints.ListSnapshots(cp.ListSnapshotsRequest(), timeout=30).snapshots
+    assert [s.optimizer_step for s in found] == [6, 1]
+    assert slow_disk.most == 1
+
+
+def test_snapshots_that_are_asked_for_wait_their_turn_without_a_copy(
+    served: Any, slow_disk: SlowDisk, error_of: Any
+) -> None:
+    _, caller = served
+    calls = [
+        caller.checkpoints.CreateSnapshot(
+            cp.CreateSnapshotRequest(name=f"number {number}", request_id=str(number)), timeout=60
+        )
+        for number in range(6)
+    ]
+    assert slow_disk.begun.wait(30)
+    # The training thread is free meanwhile, and what waits can be stopped.
+    assert caller.train(optimizer=FAST)[-1].finished.state == pb.RUN_STATE_SUCCEEDED
+    stop = caller.checkpoints.CancelCheckpoint(
+        cp.CancelCheckpointRequest(request_id="5"), timeout=30
+    )
+    assert stop.state == cp.CANCEL_STATE_CANCELLED
+    assert error_of(calls.pop()).reason == "JOB_CANCELLED"
+    assert slow_disk.copies == 1
+    slow_disk.open.set()
+    made = [list(call)[-1].snapshot for call in calls]
+    assert {s.name for s in made} == {f"number {number}" for number in range(5)}
+    assert slow_disk.most == 1

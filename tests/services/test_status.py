@@ -12,7 +12,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import apollo_trainer.services.status as status_module
 from apollo_grpc.errors import InvalidArgument, ResourceExhausted
+from apollo_grpc.v1 import status_pb2 as pb
+from apollo_grpc.v1.training_pb2 import RunEvent
 from apollo_trainer.main import SERVICES
+from apollo_trainer.runs.status_board import KEPT_EVENTS, StatusBoard
+from apollo_trainer.watching.ring import Ring
 
 
 def updates_of_a_run(watch: Any) -> list[Any]:
@@ -28,7 +32,8 @@ def updates_of_a_run(watch: Any) -> list[Any]:
 def test_a_watcher_gets_the_status_and_then_every_step(caller: Any) -> None:
     watch = caller.watch()
     assert next(watch).status.optimizer_loaded
-    sent = caller.train(epochs=8)
+    # Longer than the time between two statuses.
+    sent = caller.train(epochs=60)
     got = updates_of_a_run(watch)
     assert [u.event for u in got if u.HasField("event")] == sent
     assert sum(u.dropped for u in got) == 0
@@ -83,16 +88,34 @@ def test_a_negative_interval_is_refused(caller: Any, error_of: Any) -> None:
     assert [v.field for v in error.violations] == ["min_interval"]
 
 
+def test_an_interval_of_centuries_is_an_interval(caller: Any) -> None:
+    watch = caller.watch(min_interval=Duration(seconds=315_576_000_000))
+    assert next(watch).HasField("status")
+    watch.cancel()
+
+
+async def test_what_a_watcher_lost_is_told_with_its_next_message() -> None:
+    board = StatusBoard("1.2.3", "no engine yet")
+    ring = Ring(board)
+    answers = status_module._paced(ring.subscribe(), "", 0.0)
+    assert pb.WatchStatusResponse.FromString(await anext(answers)).HasField("status")
+    for number in range(KEPT_EVENTS + 3):
+        board.publish(RunEvent(run_id="r", sequence=number))
+    told = [pb.WatchStatusResponse.FromString(await anext(answers)) for _ in range(KEPT_EVENTS)]
+    assert [update.dropped for update in told] == [3] + [0] * (KEPT_EVENTS - 1)
+    assert [update.event.sequence for update in told] == list(range(3, KEPT_EVENTS + 3))
+
+
 def test_streams_are_limited_and_a_closed_one_makes_room(
     start_server: Any, error_of: Any, wait: Any
 ) -> None:
-    caller = start_server(max_streams=2)
+    caller = start_server(max_watchers=2)
     streams = [caller.watch() for _ in range(2)]
     for stream in streams:
         next(stream)
     error = error_of(caller.watch())
     assert isinstance(error, ResourceExhausted)
-    assert error.reason == "TOO_MANY_STREAMS"
+    assert error.reason == "TOO_MANY_WATCHERS"
     assert error.metadata == {"limit": "2"}
     streams[0].cancel()
 

@@ -37,7 +37,7 @@ def empty_like_host(tensor: Tensor) -> Tensor:
 
 
 class HostBuffers:
-    """Buffers that are taken and given back; none is ever freed but by `clear`.
+    """Buffers that are taken and given back; none is freed but by `clear` and `keep_only`.
 
     Args:
         pinned: all of them; those for tensors of a CUDA device always are, so that copies run
@@ -66,6 +66,14 @@ class HostBuffers:
             for buffer in buffers:
                 key = (buffer.shape, buffer.dtype, buffer.is_pinned())
                 self._free.setdefault(key, []).append(buffer)
+
+    def keep_only(self, *buffers: Tensor) -> None:
+        """The same for all of one copy; what was kept before and nobody has taken is freed.
+
+        No more is kept than the last copy took, also where shapes have changed since.
+        """
+        self.clear()
+        self.give(*buffers)
 
     def clear(self) -> None:
         """Frees those that nobody has taken."""

@@ -107,8 +107,9 @@ class SnapshotCopy:
         """Ends the use of what `state` returned: its memory is for the next copy."""
         if self._thread.ident is not None:
             self._thread.join()
+        copies = [each for pending in self._pending for each in pending.copies]
+        self._buffers.keep_only(*(each.tensor() for each in copies))
         for pending in self._pending:
-            self._buffers.give(*(each.tensor() for each in pending.copies))
             pending.copies.clear()
 
     def _copy_all(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,13 +104,20 @@ class CheckpointJobs:
         return self._owner.between_runs(export, job)
 
     def snapshot(self, name: str, progress: Progress) -> Future[SnapshotInfo]:
-        """Keeps weights and Apollo state; training goes on once they are copied."""
+        """Keeps weights and Apollo state; training goes on once they are copied.
+
+        One at a time: the next begins when the one before is on disk.
+        """
         done = Job[SnapshotInfo](progress)
 
         def begin() -> None:
+            session = self._owner.session()
+            if at_work := session.checkpoints.snapshot_at_work:
+                # Without a copy of the weights, and without keeping other jobs waiting.
+                at_work.add_done_callback(lambda _: again())
+                return
             if not done.set_running_or_notify_cancel():
                 return
-            session = self._owner.session()
             session.require_sound()
             extra = session.extra(self._version())
             total = sum(p.nbytes for p in session.attachment.parameters().values())
@@ -118,7 +125,17 @@ class CheckpointJobs:
             written = session.checkpoints.snapshot(session.optimizer, extra, name, done.progress)
             written.add_done_callback(lambda future: _pass_on(future, done))
 
-        self._owner.between_runs(begin).add_done_callback(lambda begun: _pass_error(begun, done))
+        def queue() -> None:
+            begun = self._owner.between_runs(begin)
+            begun.add_done_callback(lambda begun: _pass_error(begun, done))
+
+        def again() -> None:
+            try:
+                queue()
+            except Unavailable as error:
+                _fail(done, error)
+
+        queue()
         return done
 
     def restore(
@@ -283,4 +300,10 @@ def _pass_on(future: Future[Any], done: Future[Any]) -> None:
 
 def _pass_error(begun: Future[None], done: Future[Any]) -> None:
     if error := begun.exception():
+        _fail(done, error)
+
+
+def _fail(done: Future[Any], error: BaseException) -> None:
+    # One that was cancelled while it waited has its end.
+    with suppress(InvalidStateError):
         done.set_exception(error)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
+from apollo_grpc.errors import ApolloError, FailedPrecondition, ResourceExhausted, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.apollo_state_header import Covered
@@ -61,6 +61,7 @@ class Execution:
     _steps: RunSteps | None = None
     _finished: pb.Finished = field(default_factory=pb.Finished)
     _state: CapturedState | None = None
+    _skipping: bool = False
 
     @property
     def steps_done(self) -> int:
@@ -129,6 +130,7 @@ class Execution:
             self.session.checkpoints.forget_updates()
         self._require_saved()
         if self.session.settings.snapshot_before_runs:
+            self._wait_for_snapshots()
             self._snapshot()
         try:
             self._take_steps()
@@ -292,6 +294,12 @@ class Execution:
         if every and step % every == 0 and step < self.run.steps_total:
             self._snapshot()
 
+    def _wait_for_snapshots(self) -> None:
+        """What the run is to be undone with must not be left out because one is at work."""
+        while at_work := self.session.checkpoints.snapshot_at_work:
+            self._require_going()
+            wait([at_work], timeout=0.1)
+
     def _snapshot(self) -> None:
         """An automatic one, which training does not wait for."""
         session = self.session
@@ -300,8 +308,22 @@ class Execution:
             session.checkpoints.snapshot(session.optimizer, extra).add_done_callback(
                 self._tell_snapshot
             )
+            self._skipping = False
+        except ResourceExhausted:
+            self._tell_skipped()
         except (OSError, Unavailable) as error:
             self._warn("SNAPSHOT_NOT_TAKEN", f"No snapshot can be taken here ({error}).")
+
+    def _tell_skipped(self) -> None:
+        """Once for all that are skipped in a row: one an event would double a run's events."""
+        if not self._skipping:
+            self._skipping = True
+            self._warn(
+                "SNAPSHOT_SKIPPED",
+                f"After {self.steps_done} steps no snapshot was taken: the one before is still "
+                "being written, and until it is the next ones are skipped too. Take them at longer "
+                "intervals (snapshot_steps), or on a faster disk.",
+            )
 
     def _tell_snapshot(self, future: Future[SnapshotInfo]) -> None:
         # The run may have ended: a snapshot is no event of it then.

@@ -83,6 +83,8 @@ class LedgerWriter:
             error = self._commit(batch)
             if error is None:
                 self._tell(batch)
+                # Otherwise the specs of the last runs stay in memory until the next one comes.
+                batch.clear()
                 self._retain()
                 self._pause(COMMIT_SECONDS - (time.monotonic() - began))
                 continue

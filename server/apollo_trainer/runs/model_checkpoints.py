@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from apollo_grpc.errors import FailedPrecondition, Unavailable
+from apollo_grpc.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from apollo_trainer.checkpoints.durable_write import durable_bytes, flush_folder
 from apollo_trainer.checkpoints.host_memory import HostBuffers
 from apollo_trainer.checkpoints.model_state import ModelState
@@ -74,6 +74,7 @@ class ModelCheckpoints:
             budget_bytes=settings.snapshot_mebibytes * MIB,
             own=lambda: self.place,
         )
+        self._snapshot: Future[SnapshotInfo] | None = None
         budget = settings.undo_mebibytes * MIB
         weights = sum(p.nbytes for p in parameters)
         # A copy of the weights at every step is what a larger model would pay for it.
@@ -124,6 +125,11 @@ class ModelCheckpoints:
         if self._ring is not None:
             self._ring.clear()
 
+    @property
+    def snapshot_at_work(self) -> Future[SnapshotInfo] | None:
+        """The snapshot that is being copied or written; no other one can begin before its end."""
+        return None if self._snapshot is None or self._snapshot.done() else self._snapshot
+
     def snapshot(
         self,
         optimizer: Apollo,
@@ -136,12 +142,21 @@ class ModelCheckpoints:
         Args:
             extra: what JSON can hold, kept with the state.
             name: the user's; without one it is automatic.
+
+        Raises ResourceExhausted while another one is at work: each holds a copy of the weights.
         """
+        if self.snapshot_at_work:
+            raise ResourceExhausted(
+                "A snapshot is still being written; there is memory for one at a time. This one "
+                "was not taken.",
+                reason="SNAPSHOT_AT_WORK",
+            )
         writer = self._writer
         parameters = self._attachment.parameters()
         copying = SnapshotCopy(parameters, optimizer, extra, self._memory)
         self.watch.add(copying.before_write)
         future = writer.write(copying.start(), name, progress)
+        self._snapshot = future
         future.add_done_callback(lambda _: self.watch.remove(copying.before_write))
         return future
 
@@ -184,7 +199,7 @@ class ModelCheckpoints:
         with self._at_work(paused):
             old = restore(state, self._attachment.parameters(), optimizer, self._ring, self.poison)
         if self._ring is None:
-            self._memory.give(*old.parameters.values(), *old.moments.values())
+            self._memory.keep_only(*old.parameters.values(), *old.moments.values())
 
     def undo(self, count: int, optimizer: Apollo, paused: Pausing) -> None:
         """Takes the last updates back. Raises as `UndoRing.undo`, and where weights are mixed.

@@ -46,8 +46,9 @@ class QueuedRun:
     """A run from its acceptance to its end.
 
     Attributes:
-        digest: of its spec.
-        prepared: its samples as token ids; None for one that a restart brought back.
+        digest: of its spec, which is read from the ledger in the run's turn.
+        size_bytes: of its spec.
+        brought_back: by a restart; such a run waits for an engine, others fail without one.
         durable: resolved once it is on disk.
     """
 
@@ -55,9 +56,10 @@ class QueuedRun:
     request_id: str
     digest: bytes
     options: OptimizerOptions
-    prepared: PreparedRun | None
+    size_bytes: int
     durable: Future[None]
     dry_run: bool = False
+    brought_back: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -97,9 +99,10 @@ class RunQueue:
             row.request_id or "",
             row.digest,
             read_options(spec.optimizer),
-            None,
+            spec.ByteSize(),
             durable,
             spec.dry_run,
+            brought_back=True,
         )
         self._runs[row.run_id] = entry
         self._waiting.append(entry)
@@ -114,7 +117,7 @@ class RunQueue:
         _catch_up(session, self.ledger)
         with self._lock:
             for entry in self._waiting:
-                if entry.prepared is None:
+                if entry.brought_back:
                     self._owner.do(self._execute_next)
 
     # --- looking for runs -------------------------------------------------------------------
@@ -155,6 +158,8 @@ class RunQueue:
     def submit(self, run: PreparedRun, spec: pb.RunSpec, request_id: str = "") -> str:
         """Accepts a run and returns its id once it is on disk, its event `queued` with it.
 
+        Nothing of its samples is kept in memory.
+
         Raises ResourceExhausted when the queue is full, FailedPrecondition when the optimizer
         state would be another than the run asks for or the ledger cannot be written, Unavailable
         when the server stops, AlreadyExists as `find` does.
@@ -163,7 +168,7 @@ class RunQueue:
         with self._lock:
             taken = bool(request_id) and self._is_taken(request_id)
             if not taken:
-                self._require_room(run.options)
+                self._require_room(run.options, spec.ByteSize())
                 entry = self._enqueue(run_id, run, spec, request_id)
         if taken:
             # By a retry that was faster than the call that it repeats.
@@ -183,8 +188,8 @@ class RunQueue:
         run_log = self._new_log(run_id, sequence=0)
         run_log.begin_with(queued)
         durable = self._writer.accept(Acceptance(request_id, spec, run.steps_total, queued))
-        digest = digest_of(canonical(spec))
-        entry = QueuedRun(run_log, request_id, digest, run.options, run, durable, run.dry_run)
+        digest, size = digest_of(canonical(spec)), spec.ByteSize()
+        entry = QueuedRun(run_log, request_id, digest, run.options, size, durable, run.dry_run)
         self._runs[run_id] = entry
         self._waiting.append(entry)
         self._show_length()
@@ -210,7 +215,7 @@ class RunQueue:
         with self._lock:
             self._runs.pop(run_id, None)
 
-    def _require_room(self, options: OptimizerOptions) -> None:
+    def _require_room(self, options: OptimizerOptions, size_bytes: int) -> None:
         if self._stopped:
             raise stopping()
         waiting = len(self._waiting)
@@ -220,6 +225,15 @@ class RunQueue:
                 "Try again when some have ended.",
                 reason="QUEUE_FULL",
                 metadata={"limit": str(self._settings.max_queued_runs)},
+            )
+        held, limit = sum(r.size_bytes for r in self._waiting), self._settings.max_queued_mebibytes
+        if held and held + size_bytes > limit * MIB:
+            raise ResourceExhausted(
+                f"The runs that wait have {held} bytes of samples, this one {size_bytes}: together "
+                f"more than the limit of {limit} MiB; nothing was queued. Try again when some have "
+                "ended.",
+                reason="QUEUE_FULL",
+                metadata={"limit_mebibytes": str(limit)},
             )
         session = self._owner.session()
         session.require_accepted(options)
@@ -241,8 +255,7 @@ class RunQueue:
             if self._stopped or not self._waiting:
                 return
             entry = self._waiting[0]
-            if session is None and entry.prepared is None:
-                # A restart brought it back, and it is to wait for an engine.
+            if session is None and entry.brought_back:
                 return
             self._waiting.popleft()
             self._active = entry
@@ -263,7 +276,7 @@ class RunQueue:
                 raise Unavailable(
                     f"vLLM was gone when the run's turn came. {detail}", reason="ENGINE_LOST"
                 )
-            run = entry.prepared or self._prepare_again(entry, session)
+            run = self._prepare(entry, session)
         except ApolloError as error:
             failure = pb.Failure(reason=error.reason, message=error.message)
             entry.log.append(finished=pb.Finished(state=pb.RUN_STATE_FAILED, failure=failure))
@@ -281,7 +294,7 @@ class RunQueue:
             entry.cancelled,
         ).execute()
 
-    def _prepare_again(self, entry: QueuedRun, session: Session) -> PreparedRun:
+    def _prepare(self, entry: QueuedRun, session: Session) -> PreparedRun:
         spec = self.ledger.spec(entry.log.run_id) or pb.RunSpec()
         return prepare_run(spec, session.limits, session.tokenizer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from apollo_grpc.errors import FieldViolation, InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.training.guard import NO_LIMITS, Guard, read_guard
 from apollo_trainer.training.options import OptimizerOptions, read_options
-from apollo_trainer.training.samples import SampleLimits, TokenizedSample, tokenize_samples
+from apollo_trainer.training.samples import SampleLimits, TokenizedSample, each_tokenized
 
 MAX_EPOCHS = 100_000
 MAX_SAMPLES_PER_STEP = 4096
@@ -22,6 +23,8 @@ class PreparedRun:
     """A checked run.
 
     Attributes:
+        samples: none where the run was checked only.
+        sample_count: of its spec.
         seed: shuffles each epoch; None keeps the order given.
         max_seconds: the run ends as FAILED after so many; None: no limit.
         coherence: how its writes and vLLM's reads go together.
@@ -34,6 +37,7 @@ class PreparedRun:
     epochs: int
     samples_per_step: int
     seed: int | None
+    sample_count: int
     max_seconds: float | None = None
     guard: Guard = NO_LIMITS
     coherence: pb.Coherence = field(default_factory=pb.Coherence)
@@ -43,7 +47,7 @@ class PreparedRun:
     @property
     def steps_total(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.epochs * -(-len(self.samples) // self.samples_per_step)
+        return self.epochs * -(-self.sample_count // self.samples_per_step)
 
     def batches(self) -> Iterator[tuple[TokenizedSample, ...]]:
         """The samples of each step, in order."""
@@ -55,16 +59,26 @@ class PreparedRun:
                 yield tuple(order[start : start + self.samples_per_step])
 
 
-def prepare_run(spec: pb.RunSpec, limits: SampleLimits, tokenizer: object) -> PreparedRun:
+def prepare_run(
+    spec: pb.RunSpec, limits: SampleLimits, tokenizer: object, *, only_check: bool = False
+) -> PreparedRun:
     """Checks a spec and tokenizes its samples.
+
+    Args:
+        only_check: one sample after the other, and keep none: token ids take many times the
+            memory of the spec.
 
     Raises InvalidArgument with the path of each wrong field.
     """
     options = read_options(spec.optimizer)
     _check_counts(spec)
     guard, coherence = read_guard(spec.guard), _check_coherence(spec.coherence)
+    tokenized = each_tokenized(spec.samples, limits, tokenizer)
+    if only_check:
+        deque(tokenized, maxlen=0)
     return PreparedRun(
-        samples=tuple(tokenize_samples(spec.samples, limits, tokenizer)),
+        samples=tuple(tokenized),
+        sample_count=len(spec.samples),
         options=options,
         epochs=spec.epochs or 1,
         samples_per_step=spec.samples_per_step or 1,

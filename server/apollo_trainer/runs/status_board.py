@@ -1,78 +1,36 @@
-"""How the training server is, kept up to date by whoever knows, and told to subscribers."""
+"""How the training server is, kept up to date by whoever knows, and what is news of it."""
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from apollo_grpc.v1 import status_pb2 as pb
 from apollo_grpc.v1 import training_pb2
 from apollo_trainer.runs.events import duration
 
-SUBSCRIBER_QUEUE = 256
+# Events that wait for a listener; nobody is told more of them at once.
+KEPT_EVENTS = 4096
 
 
-class Subscriber:
-    """One watcher's bounded queue; the oldest updates are lost when it is slow, and counted."""
+class Listener(Protocol):
+    """Called from any thread, the training thread among them: it must not wait."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
-        self._lock = threading.Lock()
-        self._updates: deque[pb.WatchStatusResponse] = deque()
-        self._dropped = 0
-        self._closed = False
-        self._arrived = asyncio.Event()
+    def event_came(self) -> None:
+        """`take_events` has one more."""
 
-    def offer(self, update: pb.WatchStatusResponse) -> None:
-        """Adds an update, from any thread, and never waits."""
-        with self._lock:
-            if len(self._updates) == SUBSCRIBER_QUEUE:
-                self._updates.popleft()
-                self._dropped += 1
-            self._updates.append(update)
-        self._wake()
-
-    def close(self) -> None:
-        """No update comes any more."""
-        with self._lock:
-            self._closed = True
-        self._wake()
-
-    def _wake(self) -> None:
-        # Raises when the watcher's loop has ended; nobody is left to be told then.
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._arrived.set)
-
-    @property
-    def ended(self) -> bool:
-        """Whether every update was read and none comes any more."""
-        with self._lock:
-            return self._closed and not self._updates
-
-    async def next(self, seconds: float) -> pb.WatchStatusResponse | None:
-        """The next update with the number lost before it; None when none came in time."""
-        deadline = self._loop.time() + seconds
-        while True:
-            with self._lock:
-                if self._updates:
-                    update = self._updates.popleft()
-                    update.dropped, self._dropped = self._dropped, 0
-                    return update
-                if self._closed:
-                    return None
-                self._arrived.clear()
-            try:
-                await asyncio.wait_for(self._arrived.wait(), deadline - self._loop.time())
-            except TimeoutError:
-                return None
+    def status_changed(self) -> None:
+        """`take_status` has another one."""
 
 
 class StatusBoard:
-    """The status, and its subscribers.
+    """The status, and news for one listener. Every method may be called from any thread.
+
+    Whoever changes the status or publishes an event leaves a mark and goes on: what watchers get
+    of it is the listener's to make.
 
     Args:
         version: of the training server.
@@ -87,12 +45,15 @@ class StatusBoard:
             attachment=pb.ATTACHMENT_STATE_DETACHED,
             attachment_detail=detail,
         )
-        self._subscribers: set[Subscriber] = set()
+        self._events: deque[training_pb2.RunEvent] = deque(maxlen=KEPT_EVENTS)
+        self._published = 0
+        self._changed = True
+        self._listener: Listener | None = None
 
     def snapshot(self) -> pb.ServerStatus:
         """The status now."""
+        copy = pb.ServerStatus()
         with self._lock:
-            copy = pb.ServerStatus()
             copy.CopyFrom(self._status)
         copy.uptime.CopyFrom(duration(time.monotonic() - self._began))
         return copy
@@ -100,44 +61,44 @@ class StatusBoard:
     def update(
         self, change: Callable[[pb.ServerStatus], None] | None = None, **fields: Any
     ) -> None:
-        """Changes the status and tells the subscribers, if that made it another one."""
+        """Changes the status."""
         with self._lock:
-            before = self._status.SerializeToString(deterministic=True)
             for name, value in fields.items():
                 setattr(self._status, name, value)
             if change:
                 change(self._status)
-            if self._status.SerializeToString(deterministic=True) == before:
-                return
-        self._tell(lambda: pb.WatchStatusResponse(status=self.snapshot()))
+            self._changed, listener = True, self._listener
+        if listener:
+            listener.status_changed()
 
     def publish(self, event: training_pb2.RunEvent) -> None:
-        """Tells the subscribers an event of a run."""
-        self._tell(lambda: pb.WatchStatusResponse(event=event))
-
-    def _tell(self, make: Callable[[], pb.WatchStatusResponse]) -> None:
+        """Keeps an event of a run for the listener, if there is one; it stays as it is now."""
         with self._lock:
-            subscribers = list(self._subscribers)
-        for subscriber in subscribers:
-            # A message each: `dropped` is the subscriber's own.
-            subscriber.offer(make())
+            if (listener := self._listener) is None:
+                return
+            self._events.append(event)
+            self._published += 1
+        listener.event_came()
 
-    def subscribe(self) -> Subscriber:
-        """A subscriber on the running event loop, whose first update is the status now."""
-        subscriber = Subscriber(asyncio.get_running_loop())
-        with self._lock:
-            self._subscribers.add(subscriber)
-        subscriber.offer(pb.WatchStatusResponse(status=self.snapshot()))
-        return subscriber
+    # --- the listener's side ----------------------------------------------------------------
 
-    def close(self) -> None:
-        """Ends every subscription once its updates were read."""
+    def listen(self, listener: Listener | None) -> None:
+        """From now on it is told of news; with None nobody is."""
         with self._lock:
-            subscribers = list(self._subscribers)
-        for subscriber in subscribers:
-            subscriber.close()
+            self._listener = listener
+            self._events.clear()
+            self._published = 0
 
-    def unsubscribe(self, subscriber: Subscriber) -> None:
-        """Ends a subscription."""
+    def take_events(self) -> tuple[list[training_pb2.RunEvent], int]:
+        """Events since this was called last, and how many came before these and were not kept."""
         with self._lock:
-            self._subscribers.discard(subscriber)
+            events, missed = list(self._events), self._published - len(self._events)
+            self._events.clear()
+            self._published = 0
+        return events, missed
+
+    def take_status(self) -> pb.ServerStatus | None:
+        """The status, if it was changed since this was called last."""
+        with self._lock:
+            changed, self._changed = self._changed, False
+        return self.snapshot() if changed else None

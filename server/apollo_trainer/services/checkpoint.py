@@ -37,7 +37,7 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
         """Streams progress, then the result."""
         method = _asked_method(request.method)
         start = partial(self._jobs.sync, method=method)
-        async for update in self._told(request, start):
+        async for update in self._told(request, context, start):
             yield _answer(pb.SyncResponse, update, results.sync_result)
 
     async def Verify(  # noqa: N802
@@ -47,7 +47,7 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
         full, live = request.full, request.live
         directory = self._owner.session().attachment.directory
         start = partial(self._jobs.verify, full=full, live=live)
-        async for update in self._told(request, start):
+        async for update in self._told(request, context, start):
             yield _answer(pb.VerifyResponse, update, partial(results.verify_result, directory))
 
     async def Adopt(  # noqa: N802
@@ -55,7 +55,7 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
     ) -> AsyncIterator[pb.AdoptResponse]:
         """Streams progress, then the copy."""
         target = _new_folder(request.directory)
-        async for update in self._told(request, partial(self._jobs.adopt, target)):
+        async for update in self._told(request, context, partial(self._jobs.adopt, target)):
             yield _answer(pb.AdoptResponse, update, results.adopt_result)
 
     async def Export(  # noqa: N802
@@ -63,7 +63,7 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
     ) -> AsyncIterator[pb.ExportResponse]:
         """Streams progress, then the result."""
         target = _new_folder(request.directory)
-        async for update in self._told(request, partial(self._jobs.export, target)):
+        async for update in self._told(request, context, partial(self._jobs.export, target)):
             yield _answer(pb.ExportResponse, update, partial(results.export_result, str(target)))
 
     async def CreateSnapshot(  # noqa: N802
@@ -71,7 +71,7 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
     ) -> AsyncIterator[pb.CreateSnapshotResponse]:
         """Streams progress, then the snapshot once it is durable."""
         name = request.name
-        async for update in self._told(request, partial(self._jobs.snapshot, name)):
+        async for update in self._told(request, context, partial(self._jobs.snapshot, name)):
             yield _answer(pb.CreateSnapshotResponse, update, results.snapshot_message, "snapshot")
 
     async def RestoreSnapshot(  # noqa: N802
@@ -80,7 +80,7 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
         """Streams progress, then the result."""
         expected = _expected(request)
         start = partial(self._jobs.restore, request.snapshot_id, expected)
-        async for update in self._told(request, start):
+        async for update in self._told(request, context, start):
             yield _answer(pb.RestoreSnapshotResponse, update, results.restore_result)
 
     async def Undo(  # noqa: N802
@@ -90,7 +90,11 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
         if request.updates < 0:
             raise InvalidArgument.at("updates", "must not be negative")
         updates, expected = request.updates or 1, _expected(request)
-        async for update in self._told(request, lambda _: self._jobs.undo(updates, expected)):
+
+        def start(progress: Progress) -> Future[Any]:
+            return self._jobs.undo(updates, expected)
+
+        async for update in self._told(request, context, start):
             yield pb.UndoResponse(result=results.restore_result(update))
 
     async def GetSnapshot(  # noqa: N802
@@ -140,7 +144,7 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
         return pb.CancelCheckpointResponse(state=results.cancel_state(job.cancel(), job.done()))
 
     async def _told(
-        self, request: Any, start: Callable[[Progress], Future[Any]]
+        self, request: Any, context: Any, start: Callable[[Progress], Future[Any]]
     ) -> AsyncIterator[Any]:
         """Progress of a job of the training thread, then its result; the job never waits."""
         loop, news = asyncio.get_running_loop(), asyncio.Queue[pb.Progress | None]()
@@ -149,7 +153,7 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
             progress = pb.Progress(bytes_done=done, bytes_total=total, current=current)
             _call(loop, lambda: news.put_nowait(progress))
 
-        with self._streams.one():
+        with self._streams.one(context.peer()):
             self._owner.session()
             future = self._repeated.begin(request, lambda: start(tell))
             future.add_done_callback(lambda _: _call(loop, lambda: news.put_nowait(None)))

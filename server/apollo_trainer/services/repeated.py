@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -65,7 +66,8 @@ class RepeatedCalls:
 
 
 def _canonical(request: Message) -> bytes:
-    return request.SerializeToString(deterministic=True)
+    """By which two requests are compared; what is kept of many does not grow with them."""
+    return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
 
 
 def _failed(future: Future[Any]) -> bool:

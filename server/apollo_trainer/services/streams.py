@@ -1,30 +1,60 @@
-"""A limit on open streams: each one holds memory until its reader leaves."""
+"""A limit on open calls of one kind: each one holds memory until its caller leaves."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from apollo_grpc.errors import ResourceExhausted
 
+RETRY_SECONDS = 1.0
+
 
 class StreamLimit:
-    """Counts the streams that are open on one event loop."""
+    """Counts what is open on one event loop.
 
-    def __init__(self, limit: int):
-        self._limit, self._open = limit, 0
+    Args:
+        limit: of all callers together.
+        share: the part of the limit that the callers of one host may have. Those on a unix socket
+            are this user's own and may have all.
+        what: is counted, as the error names it.
+    """
+
+    def __init__(self, limit: int, *, share: float = 1.0, what: str = "streams"):
+        self._limit, self._share, self._what = limit, max(1, int(limit * share)), what
+        self._open: Counter[str] = Counter()
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """Counts one stream while the block runs. Raises ResourceExhausted at the limit."""
-        if self._open >= self._limit:
-            raise ResourceExhausted(
-                f"{self._open} streams are open, which is the limit. Close some and try again.",
-                reason="TOO_MANY_STREAMS",
-                metadata={"limit": str(self._limit)},
-            )
-        self._open += 1
+    def one(self, peer: str) -> Iterator[None]:
+        """Counts one of a peer, as grpc names it, while the block runs.
+
+        Raises ResourceExhausted at the limit, and at the peer's share of it.
+        """
+        host = _host(peer)
+        self._require_room(host)
+        self._open[host] += 1
         try:
             yield
         finally:
-            self._open -= 1
+            self._open[host] -= 1
+            if not self._open[host]:
+                del self._open[host]
+
+    def _require_room(self, host: str) -> None:
+        counted, limit, whose = self._open.total(), self._limit, ""
+        if counted < limit and host:
+            counted, limit, whose = self._open[host], self._share, " from your host"
+        if counted >= limit:
+            raise ResourceExhausted(
+                f"{counted} {self._what} are open{whose}, which is the limit; nothing was done. "
+                "Close some, or try again.",
+                reason=f"TOO_MANY_{self._what.upper()}",
+                metadata={"limit": str(limit)},
+                retry_seconds=RETRY_SECONDS,
+            )
+
+
+def _host(peer: str) -> str:
+    """`ipv4:10.0.0.1:5000` without its port, which each connection has another of."""
+    return "" if peer.startswith("unix:") else peer.rpartition(":")[0]

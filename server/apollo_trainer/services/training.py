@@ -26,25 +26,30 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     The queue waits for the disk, so that it is asked from other threads.
     """
 
-    def __init__(self, owner: ModelOwner, queue: RunQueue, streams: StreamLimit):
-        self._owner, self._queue, self._streams = owner, queue, streams
+    def __init__(
+        self, owner: ModelOwner, queue: RunQueue, streams: StreamLimit, readers: StreamLimit
+    ):
+        self._owner, self._queue = owner, queue
+        self._streams, self._readers = streams, readers
 
     async def Train(  # noqa: N802
         self, request: pb.TrainRequest, context: Any
     ) -> AsyncIterator[pb.TrainResponse]:
         """Submits a run and streams its events; the run goes on when the caller leaves."""
         _check_train(request)
-        with self._streams.one():
+        with self._streams.one(context.peer()):
             run_id = await asyncio.to_thread(self._queue.find, request.request_id, request.spec)
             if run_id is None:
                 # Tokenizing many samples would hold up every other call of the event loop.
                 run_id = await asyncio.to_thread(self._submit, request)
+            # The stream goes on for as long as the run does, and needs the samples no more.
+            del request
             async for event in self._follow(run_id, 0):
                 yield pb.TrainResponse(event=event)
 
     def _submit(self, request: pb.TrainRequest) -> str:
         session = self._owner.session()
-        run = prepare_run(request.spec, session.limits, session.tokenizer)
+        run = prepare_run(request.spec, session.limits, session.tokenizer, only_check=True)
         return self._queue.submit(run, request.spec, request.request_id)
 
     async def WatchRun(  # noqa: N802
@@ -54,7 +59,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         _require_run_id(request.run_id)
         if request.after_sequence < 0:
             raise InvalidArgument.at("after_sequence", "must not be negative")
-        with self._streams.one():
+        with self._readers.one(context.peer()):
             async for event in self._follow(request.run_id, request.after_sequence):
                 yield pb.WatchRunResponse(event=event)
 

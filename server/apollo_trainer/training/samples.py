@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,17 +60,23 @@ def tokenize_samples(
 
     Raises InvalidArgument with the path of each wrong field, the first 20 of them.
     """
+    return list(each_tokenized(samples, limits, tokenizer))
+
+
+def each_tokenized(
+    samples: Sequence[pb.Sample], limits: SampleLimits, tokenizer: Any
+) -> Iterator[TokenizedSample]:
+    """The same, one sample after the other; the error comes once all were looked at."""
     if not samples:
         raise InvalidArgument.at("spec.samples", "is empty: nothing to learn")
     if len(samples) > limits.max_samples:
         raise InvalidArgument.at(
             "spec.samples", f"has {len(samples)} samples; a run takes at most {limits.max_samples}"
         )
-    tokenized: list[TokenizedSample] = []
     violations: list[FieldViolation] = []
     for index, sample in enumerate(samples):
         try:
-            tokenized.append(_tokenize(sample, limits, tokenizer))
+            yield _tokenize(sample, limits, tokenizer)
         except _Wrong as wrong:
             path = f"spec.samples[{index}]" + (f".{wrong.field}" if wrong.field else "")
             violations.append(FieldViolation(path, wrong.description))
@@ -84,7 +90,6 @@ def tokenize_samples(
             violations=violations,
             reason="SAMPLE_INVALID",
         )
-    return tokenized
 
 
 def _tokenize(sample: pb.Sample, limits: SampleLimits, tokenizer: Any) -> TokenizedSample:

@@ -1,0 +1,186 @@
+"""The newest updates as bytes: each is made once, on the event loop, for all who watch.
+
+A watcher is a place in the ring and holds nothing itself: one that does not read costs no memory,
+and what the ring has let go of by then is lost to it, and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+
+from apollo_grpc.v1 import status_pb2 as pb
+from apollo_trainer.runs.status_board import KEPT_EVENTS, StatusBoard
+
+MAX_BYTES = 16 * 2**20
+# Between two statuses: one that changes with every step is not told with every step. And for each
+# watcher, as telling one takes some 65 us: statuses are to take a fifteenth of a core at most.
+STATUS_SECONDS, SECONDS_A_WATCHER = 0.05, 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A serialized WatchStatusResponse, and the run whose event it holds; None for a status."""
+
+    run_id: str | None
+    data: bytes
+
+
+class Ring:
+    """Belongs to the event loop on which it is made; listens to a board while anybody watches.
+
+    Attributes:
+        end: number of the next update.
+        grown: set, and another one in its place, when there are more.
+    """
+
+    def __init__(self, board: StatusBoard):
+        self._board, self._loop = board, asyncio.get_running_loop()
+        self._updates: deque[Update] = deque()
+        self._bytes = self._watchers = 0
+        self._roused = self._resting = False
+        self._told = b""
+        self.end, self.closed, self.grown = 0, False, asyncio.Event()
+
+    @property
+    def first(self) -> int:
+        """Number of the oldest update that is kept."""
+        return self.end - len(self._updates)
+
+    def at(self, number: int) -> Update:
+        """An update that is kept."""
+        return self._updates[number - self.first]
+
+    # --- the board's side, on any thread ----------------------------------------------------
+
+    def event_came(self) -> None:
+        """One wake-up of the loop for all that comes before it looks."""
+        if not self._roused:
+            self._roused = True
+            # Nobody is left to be told where the loop has ended.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._look)
+
+    def status_changed(self) -> None:
+        """The same, unless the loop looks by itself soon."""
+        if not self._resting:
+            self.event_came()
+
+    # --- on the event loop ------------------------------------------------------------------
+
+    def _look(self, *, at_once: bool = False) -> None:
+        """Takes the news in: events, and then the status, unless one was told just now."""
+        self._roused, before = False, self.end
+        events, missed = self._board.take_events()
+        if missed:
+            # More than the ring holds came since: all that it held is older than what is missing.
+            self._updates.clear()
+            self._bytes, self.end = 0, self.end + missed
+        for event in events:
+            data = pb.WatchStatusResponse(event=event).SerializeToString()
+            self._append(Update(event.run_id, data))
+        if at_once or not self._resting:
+            self._look_at_status()
+        if self.end != before:
+            self._tell()
+
+    def _look_at_status(self) -> None:
+        status = self._board.take_status()
+        if status is None:
+            return
+        if not self._resting:
+            self._resting = True
+            rest = max(STATUS_SECONDS, self._watchers * SECONDS_A_WATCHER)
+            self._loop.call_later(rest, self._rested)
+        data = pb.WatchStatusResponse(status=status).SerializeToString()
+        if (said := _said(status)) != self._told:
+            self._told = said
+            self._append(Update(None, data))
+
+    def _rested(self) -> None:
+        # In this order: a change that comes in between is looked at, or wakes the loop itself.
+        self._resting = False
+        if self._watchers:
+            self._look()
+
+    def _append(self, update: Update) -> None:
+        self._updates.append(update)
+        self.end += 1
+        self._bytes += len(update.data)
+        while len(self._updates) > KEPT_EVENTS or (
+            self._bytes > MAX_BYTES and len(self._updates) > 1
+        ):
+            self._bytes -= len(self._updates.popleft().data)
+
+    def _tell(self) -> None:
+        grown, self.grown = self.grown, asyncio.Event()
+        grown.set()
+
+    # --- watchers ---------------------------------------------------------------------------
+
+    def subscribe(self) -> Watcher:
+        """A watcher whose first update is the status now; what changed just before may follow."""
+        if not self._watchers:
+            self._board.listen(self)
+        self._watchers += 1
+        self._look()
+        status = pb.WatchStatusResponse(status=self._board.snapshot())
+        return Watcher(self, Update(None, status.SerializeToString()))
+
+    def unsubscribe(self) -> None:
+        """One watcher fewer."""
+        self._watchers -= 1
+        if not self._watchers:
+            self._board.listen(None)
+
+    def close(self) -> None:
+        """Ends every watcher once it has read what there is, the last status among it."""
+        self._look(at_once=True)
+        self.closed = True
+        self._tell()
+
+
+class Watcher:
+    """A place in the ring, of one task of its event loop.
+
+    Attributes:
+        lost: updates that the ring had let go of before they were taken; whoever tells of them
+            begins anew with 0.
+    """
+
+    def __init__(self, ring: Ring, status: Update):
+        self._ring, self._next, self.lost = ring, ring.end, 0
+        self._status: Update | None = status
+
+    @property
+    def ended(self) -> bool:
+        """Whether every update was taken and none comes any more."""
+        return self._ring.closed and not self._status and self._next == self._ring.end
+
+    def take(self) -> Update | None:
+        """The next update, if there is one."""
+        if status := self._status:
+            self._status = None
+            return status
+        behind = max(0, self._ring.first - self._next)
+        self.lost, self._next = self.lost + behind, self._next + behind
+        if self._next == self._ring.end:
+            return None
+        self._next += 1
+        return self._ring.at(self._next - 1)
+
+    async def wait(self, seconds: float) -> None:
+        """Until there are more than have been taken, or none comes any more; or for so long."""
+        if self._next < self._ring.end or self._ring.closed:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ring.grown.wait()
+
+
+def _said(status: pb.ServerStatus) -> bytes:
+    """What makes it another status: its uptime does not."""
+    status.ClearField("uptime")
+    return status.SerializeToString(deterministic=True)
