@@ -52,7 +52,8 @@ class Trainer:
         spec.setdefault("samples", [pb.Sample(tokens=tokens)])
         asked, session = pb.RunSpec(**spec), self.owner.session()
         run = prepare_run(asked, session.limits, session.tokenizer)
-        log = self.queue.log_of(self.queue.submit(run, asked, request_id))
+        run_id = self.queue.submit(run, asked, request_id).result(WAIT_SECONDS)
+        log = self.queue.log_of(run_id)
         assert log
         return log
 

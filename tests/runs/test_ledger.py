@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from apollo_grpc.errors import DataLoss, FailedPrecondition
+from apollo_grpc.errors import DataLoss, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.runs import ledger_writer
+from apollo_trainer.runs.journal import SEGMENT_BYTES, Journal, read_journal
 from apollo_trainer.runs.ledger import write_events
 from apollo_trainer.runs.ledger_file import FILE_NAME
+from apollo_trainer.runs.retention import Retention
 from tests.runs.books import finish
 from tests.waiting import slowness, wait_until
 
@@ -113,58 +115,94 @@ def test_a_ledger_damaged_under_a_reader_is_data_loss(open_books: Any, state_dir
 
 
 KILLED = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from tests.runs.books import Books
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.runs import journal
 
-folder = Path(sys.argv[1])
+folder, steps, journal.SEGMENT_BYTES = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 log = Books(folder).accept("a", "request")
 log.open_journal(folder / "journal")
 log.append(started=pb.Started(steps_total=9, optimizer_step=40, engine_epoch="e"))
-for step in range(1, 8):
+for step in range(1, steps + 1):
     log.begin_step(step)
     log.append(step=pb.Step(step=step, loss=step / 10))
-log.begin_step(8)
+    while step % 20 == 0 and not log.kept_on_disk:
+        time.sleep(0.001)
+log.begin_step(steps + 1)
 os.kill(os.getpid(), 9)
 """
 
 
+@pytest.mark.parametrize(("steps", "segment_bytes"), [(7, SEGMENT_BYTES), (111, 300)])
 def test_a_killed_server_loses_no_step_and_says_which_is_in_doubt(
-    open_books: Any, state_dir: Path
+    open_books: Any, state_dir: Path, steps: int, segment_bytes: int
 ) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(state_dir)], timeout=60)
+    arguments = (str(state_dir), str(steps), str(segment_bytes))
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=60)
     assert done.returncode == -9
+    segments = {path.name for path in (state_dir / "journal").iterdir()}
+    assert ("a" in segments) == (steps < 20), "short segments were removed"
     books = open_books()
     assert books.waiting == []
-    events = books.ledger.events("a", 0, 100)
-    assert [event.sequence for event in events] == list(range(1, 11))
-    assert [e.step.loss for e in events[2:9]] == pytest.approx([n / 10 for n in range(1, 8)])
+    events = books.ledger.events("a", 0, 200)
+    assert [event.sequence for event in events] == list(range(1, steps + 4))
+    told = [event.step.loss for event in events if event.HasField("step")]
+    assert told == pytest.approx([n / 10 for n in range(1, steps + 1)])
     finished = events[-1].finished
     assert finished.failure.reason == "INTERRUPTED"
-    assert (finished.steps_done, finished.next_step_in_doubt) == (7, True)
-    assert finished.state_steps_lost == 7
-    assert "7 of 9 steps" in finished.failure.message
+    assert (finished.steps_done, finished.next_step_in_doubt) == (steps, True)
+    assert finished.state_steps_lost == steps
+    assert f"{steps} of 9 steps" in finished.failure.message
     row = books.ledger.run("a")
-    assert (row.state, row.steps_done, row.optimizer_step) == (pb.RUN_STATE_FAILED, 7, 40)
+    assert (row.state, row.steps_done, row.optimizer_step) == (pb.RUN_STATE_FAILED, steps, 40)
     assert not list((state_dir / "journal").iterdir())
     books.close()
-    assert open_books().ledger.events("a", 0, 100) == events
+    assert open_books().ledger.events("a", 0, 200) == events
 
 
 def test_a_torn_journal_is_read_up_to_the_tear(open_books: Any, state_dir: Path) -> None:
-    from apollo_trainer.runs.journal import Journal, read_journal
-
     journal = Journal(state_dir, "a")
     for step in (1, 2):
         journal.begin(step)
-        journal.event(pb.RunEvent(run_id="a", sequence=step).SerializeToString())
+        journal.event(pb.RunEvent(run_id="a", sequence=step))
     whole = (state_dir / "a").read_bytes()
     for length in range(len(whole)):
         (state_dir / "a").write_bytes(whole[:length])
-        contents = read_journal(state_dir / "a")
+        contents = read_journal(state_dir, "a")
         assert len(contents.events) <= contents.begun <= 2
         assert [e.sequence for e in contents.events] == [1, 2][: len(contents.events)]
+
+
+def test_a_mistake_of_the_servers_ends_neither_the_ledgers_thread_nor_a_run(
+    open_books: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    books = open_books()
+    log = books.accept("a")
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("a mistake")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_writer, "write_events", fail)
+        patch.setattr(Retention, "apply", fail)
+        log.append(step=pb.Step(step=1))
+        wait_until(lambda: log._unwritten, "the mistake")
+        with pytest.raises(FailedPrecondition, match="a mistake") as caught:
+            books.accept("b")
+        assert caught.value.reason == "LEDGER_NOT_WRITTEN"
+    wait_until(lambda: log.kept_on_disk, "the ledger")
+    kinds = [event.WhichOneof("event") for event in books.ledger.events("a", 0, 9)]
+    assert kinds == ["queued", "step", "warning"]
+    finish(books.accept("c"))
+
+
+def test_a_run_that_comes_after_the_end_is_refused_and_nobody_waits_for_it(open_books: Any) -> None:
+    books = open_books()
+    books.writer.stop()
+    with pytest.raises(Unavailable, match="stopping"):
+        books.accept("late")
 
 
 # --- no room ------------------------------------------------------------------------------------

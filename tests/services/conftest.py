@@ -38,6 +38,7 @@ class Caller:
         self.status_service = StatusServiceStub(self.channel)
         self.checkpoints = CheckpointServiceStub(self.channel)
         self.stop: Callable[[], None] = lambda: None
+        self.terminate: Callable[[], None] = lambda: None
         self.health = health_pb2_grpc.HealthStub(self.channel)
 
     def status(self) -> status_pb2.ServerStatus:
@@ -98,7 +99,7 @@ class ServerThread:
         self._thread = threading.Thread(target=self._serve, args=[settings], daemon=True)
         self._thread.start()
         self.caller = Caller(settings.address)
-        self.caller.stop = self.stop
+        self.caller.stop, self.caller.terminate = self.stop, self.terminate
         wait_until(self.caller.serves, "the training server")
 
     def _serve(self, settings: Settings) -> None:
@@ -106,6 +107,8 @@ class ServerThread:
             await server_module.TrainingServer(settings).serve()
 
         self._loop.run_until_complete(serve())
+        # As `asyncio.run` does: a thread that waits for something would hold up the end.
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
 
     def stop(self) -> None:
@@ -113,6 +116,10 @@ class ServerThread:
         if not self._thread.is_alive():
             return
         self.caller.channel.close()
+        self.terminate()
+
+    def terminate(self) -> None:
+        """SIGTERM, while callers are still there; returns when the server has ended."""
         self._loop.call_soon_threadsafe(self._signals[signal.SIGTERM])
         self._thread.join(CALL_SECONDS)
         assert not self._thread.is_alive()

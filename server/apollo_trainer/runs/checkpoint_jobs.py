@@ -51,7 +51,9 @@ class Restored:
 class CheckpointJobs:
     """Each method begins a job and returns its future; jobs wait for the run at work.
 
-    All raise Unavailable when the server stops or no engine is attached.
+    Any thread may call them, event loops too: they only put a job into the training thread's queue.
+    All raise Unavailable when the server stops or no engine is attached; what had not begun by the
+    server's stop ends with that.
     """
 
     def __init__(self, owner: ModelOwner, board: StatusBoard):
@@ -137,6 +139,15 @@ class CheckpointJobs:
 
         queue()
         return done
+
+    def delete(self, snapshot: str) -> Future[None]:
+        """Deletes a snapshot, by id or name."""
+
+        def delete() -> None:
+            store = self._owner.session().checkpoints.store
+            store.delete(store.id_of(snapshot))
+
+        return self._owner.between_runs(delete)
 
     def restore(
         self, snapshot: str, expected_version: int | None, progress: Progress

@@ -3,12 +3,18 @@
 One append to a file for each, without a flush: the kernel keeps what was written when the process
 is killed, and when the machine dies the weights are gone as well. A record is a kind, a length, a
 CRC and the bytes; a torn last record is as if it had not been written.
+
+A journal is a row of segments: `<run>`, `<run>.1`, `<run>.2`, ... After a full one comes a new one,
+as soon as the ledger has all that is in those before it. The new one begins with the last step
+whose write had begun, and only then those of which the ledger has all are removed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -18,40 +24,80 @@ from pathlib import Path
 from apollo_grpc.v1 import training_pb2 as pb
 
 FOLDER = "journal"
+# Twice as much, and a record more each, is the most that a journal has on disk, beside what the
+# ledger did not have at once.
+SEGMENT_BYTES = 512 * 1024
+_NAME = re.compile(r"([^.]+)(?:\.([0-9]+))?")
 _HEAD = struct.Struct("<cII")
 _EVENT, _BEGUN = b"E", b"B"
 _STEP = struct.Struct("<q")
 
 
 class Journal:
-    """Appended to by the training thread. Raises OSError where the disk refuses."""
+    """Used by one thread at a time. Raises OSError where the disk refuses; all before is kept."""
 
     def __init__(self, folder: Path, run_id: str):
         folder.mkdir(mode=0o700, exist_ok=True)
-        self._path = folder / run_id
+        self._folder, self._run_id = folder, run_id
+        self._begun = self._last = self._last_before = 0
+        self._open(0)
+
+    def _open(self, number: int) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._descriptor = os.open(self._path, flags, 0o600)
+        name = f"{self._run_id}.{number}" if number else self._run_id
+        self._descriptor = os.open(self._folder / name, flags, 0o600)
+        self._number, self._size, self._marked = number, 0, 0
 
     def begin(self, step: int) -> None:
         """Before a step's first write to the weights."""
-        self._append(_BEGUN, _STEP.pack(step))
+        self._begun = step
+        self._append(b"")
 
-    def event(self, data: bytes) -> None:
-        """A serialized event; a step's, after its last write."""
-        self._append(_EVENT, data)
+    def event(self, event: pb.RunEvent, in_ledger: int = 0) -> None:
+        """An event; a step's, after its last write.
 
-    def _append(self, kind: bytes, data: bytes) -> None:
-        record = _HEAD.pack(kind, len(data), zlib.crc32(kind + data)) + data
+        Args:
+            in_ledger: everything up to this sequence is in the ledger.
+        """
+        if self._size >= SEGMENT_BYTES and self._last_before <= in_ledger:
+            with contextlib.suppress(OSError):
+                self._begin_segment(in_ledger)
+        self._append(_record(_EVENT, event.SerializeToString()))
+        self._last = event.sequence
+
+    def _begin_segment(self, in_ledger: int) -> None:
+        full, before = self._descriptor, _segments(self._folder, self._run_id)
+        self._open(self._number + 1)
+        os.close(full)
+        self._last_before = self._last
+        if self._begun:
+            self._append(b"")
+        for path in before if self._last <= in_ledger else before[:-1]:
+            path.unlink()
+
+    def _append(self, record: bytes) -> None:
+        if self._marked != self._begun:
+            # In one write with what follows it; also where it could not be written before.
+            record = _record(_BEGUN, _STEP.pack(self._begun)) + record
         written = os.write(self._descriptor, record)
         if written != len(record):
             # Records behind half of one would never be read.
-            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            os.ftruncate(self._descriptor, self._size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._run_id)
+        self._size, self._marked = self._size + written, self._begun
+
+    def close(self) -> None:
+        """Leaves the files to the next start. Called once, and nothing after it."""
+        os.close(self._descriptor)
 
     def remove(self) -> None:
-        """Once the ledger has all of it."""
-        self._path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        """Once the ledger has all of it. Called once, and nothing after it."""
+        self.close()
+        remove_journal(self._folder, self._run_id)
+
+
+def _record(kind: bytes, data: bytes) -> bytes:
+    return _HEAD.pack(kind, len(data), zlib.crc32(kind + data)) + data
 
 
 @dataclass
@@ -66,15 +112,35 @@ class JournalContents:
     begun: int = 0
 
 
-def read_journal(path: Path) -> JournalContents:
-    """The records of a journal up to the first one that is not whole."""
+def journals_in(folder: Path) -> list[str]:
+    """The runs that have a journal."""
+    names = (_NAME.fullmatch(path.name) for path in folder.glob("*"))
+    return sorted({name[1] for name in names if name})
+
+
+def read_journal(folder: Path, run_id: str) -> JournalContents:
+    """The records of each segment up to the first one that is not whole."""
     contents = JournalContents()
-    for kind, data in _records(path.read_bytes()):
-        if kind == _EVENT:
-            contents.events.append(pb.RunEvent.FromString(data))
-        elif kind == _BEGUN:
-            contents.begun = _STEP.unpack(data)[0]
+    for path in _segments(folder, run_id):
+        for kind, data in _records(path.read_bytes()):
+            if kind == _EVENT:
+                contents.events.append(pb.RunEvent.FromString(data))
+            elif kind == _BEGUN:
+                contents.begun = _STEP.unpack(data)[0]
     return contents
+
+
+def remove_journal(folder: Path, run_id: str) -> None:
+    """Removes its files. Raises OSError where the disk refuses."""
+    for path in _segments(folder, run_id):
+        path.unlink(missing_ok=True)
+
+
+def _segments(folder: Path, run_id: str) -> list[Path]:
+    """The files of a journal, the oldest first."""
+    names = (_NAME.fullmatch(path.name) for path in folder.glob("*"))
+    numbers = sorted((int(n[2] or 0), n[0]) for n in names if n and n[1] == run_id)
+    return [folder / name for _, name in numbers]
 
 
 def _records(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -90,7 +90,10 @@ def digest_of(spec_bytes: bytes) -> bytes:
 
 
 class Ledger:
-    """Reads the ledger, from any thread. Raises DataLoss where it cannot be read."""
+    """Reads the ledger, from any thread but an event loop's: it may wait for the disk.
+
+    All raise DataLoss where it cannot be read.
+    """
 
     def __init__(self, file: LedgerFile):
         self._connection = file.connect()

@@ -103,9 +103,11 @@ class LedgerFile:
             raise sqlite3.DatabaseError(found)
 
     def close(self) -> None:
-        """Lets another server have the file."""
-        self.writer.close()
-        self._lock.close()
+        """Lets another server have the file, also where the disk refuses the log's end."""
+        try:
+            self.writer.close()
+        finally:
+            self._lock.close()
 
 
 class _Lock:

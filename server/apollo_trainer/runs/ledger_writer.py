@@ -6,6 +6,7 @@ so that an event is on disk within a tenth of a second while steps of a millisec
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import threading
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.runs.events import stopping
 from apollo_trainer.runs.ledger import Acceptance, Ledger, write_events
 from apollo_trainer.runs.ledger_file import LedgerFile
 from apollo_trainer.runs.retention import Retention
@@ -47,63 +49,74 @@ class _Event:
 @dataclass(frozen=True)
 class _Accept:
     acceptance: Acceptance
-    done: Future[None]
+    done: Future[str]
 
 
 class LedgerWriter:
-    """Writes until `stop`. Closes the file at the end."""
+    """Writes until `stop`, on the ledger's thread. Closes the file at the end."""
 
     def __init__(self, file: LedgerFile, retention: Retention):
         self._file, self._retention = file, retention
         self._waiting: deque[_Event | _Accept] = deque()
+        # Held over nothing: whoever appends must not wait for the disk.
         self._changed = threading.Condition()
-        self._stopped = False
+        self._stopped = self._ended = False
         self._retained_at, self._more_to_remove = time.monotonic(), False
         self._thread = threading.Thread(target=self._work, name="ledger", daemon=True)
         self._thread.start()
 
-    def accept(self, acceptance: Acceptance) -> Future[None]:
-        """Resolved once the run is on disk; FailedPrecondition where it cannot be."""
-        future: Future[None] = Future()
-        self._put(_Accept(acceptance, future))
+    def accept(self, acceptance: Acceptance) -> Future[str]:
+        """The run's id once it is on disk; FailedPrecondition where it cannot be. Any thread.
+
+        Nobody can cancel it. Unavailable when the server stops.
+        """
+        future: Future[str] = Future()
+        future.set_running_or_notify_cancel()
+        if not self._put(_Accept(acceptance, future)):
+            future.set_exception(stopping())
         return future
 
     def append(self, sink: EventSink, event: pb.RunEvent) -> None:
-        """Has one event written; `sink` is told. Events of one run arrive in order."""
+        """Has one event written; `sink` is told. Events of one run arrive in order. Any thread."""
         self._put(_Event(sink, event))
 
-    def _put(self, entry: _Event | _Accept) -> None:
+    def _put(self, entry: _Event | _Accept) -> bool:
         with self._changed:
-            self._waiting.append(entry)
-            self._changed.notify()
+            if not self._ended:
+                self._waiting.append(entry)
+                self._changed.notify()
+            return not self._ended
 
     def _work(self) -> None:
-        while batch := self._next_batch():
-            began = time.monotonic()
-            error = self._commit(batch)
-            if error is None:
-                self._tell(batch)
-                # Otherwise the specs of the last runs stay in memory until the next one comes.
-                batch.clear()
-                self._retain()
-                self._pause(COMMIT_SECONDS - (time.monotonic() - began))
+        while (batch := self._next_batch()) is not None:
+            began, is_last = time.monotonic(), self._stopped
+            if error := self._commit(batch):
+                self._keep(batch, error)
+                if is_last:
+                    break
+                self._pause(RETRY_SECONDS)
                 continue
-            log.error("the ledger was not written: %s", error)
-            self._keep(batch, error)
-            if self._stopped:
-                return
-            self._pause(RETRY_SECONDS)
-
-    def _next_batch(self) -> list[_Event | _Accept]:
-        """All that waits, once anything does; empty at the end."""
+            self._tell(batch)
+            wrote = bool(batch)
+            # Otherwise the specs of the last runs stay in memory until the next one comes.
+            batch.clear()
+            self._retain()
+            if wrote:
+                self._pause(COMMIT_SECONDS - (time.monotonic() - began))
         with self._changed:
-            while not self._waiting and not self._stopped:
-                idle = COMMIT_SECONDS if self._more_to_remove else RETENTION_SECONDS
-                if not self._changed.wait(idle):
-                    self._retain()
+            self._ended, late = True, list(self._waiting)
+        for entry in late:
+            if isinstance(entry, _Accept):
+                entry.done.set_exception(stopping())
+
+    def _next_batch(self) -> list[_Event | _Accept] | None:
+        """All that waits, once anything does or old events are due; None at the end."""
+        with self._changed:
+            if not self._waiting and not self._stopped:
+                self._changed.wait(COMMIT_SECONDS if self._more_to_remove else RETENTION_SECONDS)
             batch = list(self._waiting)
             self._waiting.clear()
-            return batch
+            return None if self._stopped and not batch else batch
 
     def _pause(self, seconds: float) -> None:
         """Lets events gather; whoever waits for an answer is not held up, nor is the end."""
@@ -114,7 +127,10 @@ class LedgerWriter:
                     return
                 self._changed.wait(left)
 
-    def _commit(self, batch: list[_Event | _Accept]) -> sqlite3.Error | None:
+    def _commit(self, batch: list[_Event | _Accept]) -> Exception | None:
+        """Returns what the disk, or a mistake of the server's, refused it with."""
+        if not batch:
+            return None
         connection = self._file.writer
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -124,9 +140,11 @@ class LedgerWriter:
             events = [entry.event for entry in batch if isinstance(entry, _Event)]
             write_events(connection, events)
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+        except Exception as error:
+            # The thread that writes for every run must not end for one.
+            known = isinstance(error, sqlite3.Error)
+            log.error("the ledger was not written: %s", error, exc_info=not known)
+            _roll_back(connection)
             return error
         return None
 
@@ -134,13 +152,13 @@ class LedgerWriter:
         committed: dict[EventSink, int] = {}
         for entry in batch:
             if isinstance(entry, _Accept):
-                entry.done.set_result(None)
+                entry.done.set_result(entry.acceptance.queued.run_id)
             else:
                 committed[entry.sink] = entry.event.sequence
         for sink, sequence in committed.items():
             _guarded(sink.committed, sequence)
 
-    def _keep(self, batch: list[_Event | _Accept], error: sqlite3.Error) -> None:
+    def _keep(self, batch: list[_Event | _Accept], error: Exception) -> None:
         """Whoever waits is refused; events are tried again, with those that came meanwhile."""
         events = [entry for entry in batch if isinstance(entry, _Event)]
         with self._changed:
@@ -149,7 +167,7 @@ class LedgerWriter:
             if isinstance(entry, _Accept):
                 entry.done.set_exception(_refusal(error))
         for sink in {entry.sink for entry in events}:
-            _guarded(sink.not_written, str(error))
+            _guarded(sink.not_written, str(error) or type(error).__name__)
 
     def _retain(self) -> None:
         now = time.monotonic()
@@ -158,17 +176,28 @@ class LedgerWriter:
         self._retained_at = now
         try:
             self._more_to_remove = self._retention.apply(self._file.writer)
-        except sqlite3.Error as error:
-            log.warning("old events could not be removed from the ledger: %s", error)
+        except Exception as error:
+            known = isinstance(error, sqlite3.Error)
+            log.warning("no old events were removed from the ledger: %s", error, exc_info=not known)
+            _roll_back(self._file.writer)
             self._more_to_remove = False
 
     def stop(self) -> None:
-        """Writes what waits, and ends."""
+        """Writes what waits, and ends; what the disk refuses is left to the journals.
+
+        Any thread but an event loop's and its own.
+        """
         with self._changed:
             self._stopped = True
             self._changed.notify()
         self._thread.join()
         self._file.close()
+
+
+def _roll_back(connection: sqlite3.Connection) -> None:
+    with contextlib.suppress(sqlite3.Error):
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
 
 
 def _guarded(tell: Callable[[Any], None], what: object) -> None:
@@ -179,7 +208,7 @@ def _guarded(tell: Callable[[Any], None], what: object) -> None:
         log.exception("a reader of the ledger failed")
 
 
-def _refusal(error: sqlite3.Error) -> FailedPrecondition:
+def _refusal(error: Exception) -> FailedPrecondition:
     return FailedPrecondition(
         f"The ledger cannot be written ({error}); the run was not taken, and nothing was done. "
         "Runs at work go on. Make room in the server's state folder, then send the run again.",
@@ -189,7 +218,7 @@ def _refusal(error: sqlite3.Error) -> FailedPrecondition:
 
 @dataclass(frozen=True)
 class Store:
-    """The ledger as event logs use it."""
+    """The ledger as event logs use it, on any thread; `events` reads the disk."""
 
     ledger: Ledger
     writer: LedgerWriter

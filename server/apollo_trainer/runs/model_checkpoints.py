@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +73,7 @@ class ModelCheckpoints:
             budget_bytes=settings.snapshot_mebibytes * MIB,
             own=lambda: self.place,
         )
+        self._writer: SnapshotWriter | None = None
         self._snapshot: Future[SnapshotInfo] | None = None
         budget = settings.undo_mebibytes * MIB
         weights = sum(p.nbytes for p in parameters)
@@ -98,12 +98,6 @@ class ModelCheckpoints:
                 self._owned.enter_context(owned(self._place))
                 self._is_owner = True
             return self._place
-
-    @cached_property
-    def _writer(self) -> SnapshotWriter:
-        """Raises as `place` does."""
-        _ = self.place
-        return SnapshotWriter(self.store)
 
     # --- what training does -----------------------------------------------------------------
 
@@ -151,7 +145,8 @@ class ModelCheckpoints:
                 "was not taken.",
                 reason="SNAPSHOT_AT_WORK",
             )
-        writer = self._writer
+        _ = self.place
+        writer = self._writer = self._writer or SnapshotWriter(self.store)
         parameters = self._attachment.parameters()
         copying = SnapshotCopy(parameters, optimizer, extra, self._memory)
         self.watch.add(copying.before_write)
@@ -276,7 +271,7 @@ class ModelCheckpoints:
 
     def close(self) -> None:
         """Ends the threads, once what they write is on disk."""
-        if "_writer" in vars(self):
+        if self._writer:
             self._writer.stop()
         if self._ring is not None:
             self._ring.stop()

@@ -130,6 +130,8 @@ class ModelOwner:
     def _attach(self, epoch: str) -> None:
         with self._lock:
             self._attach_queued, losses = False, self._losses
+        if self.stopping.is_set():
+            return
         self._let_go()
         self._board.update(
             lambda status: status.ClearField("weight_map"),
@@ -187,8 +189,9 @@ class ModelOwner:
         session.checkpoints.close()
         if session.attachment.not_live:
             self._probed_epoch = ""
+        kept = session.keep()
         with self._lock:
-            self._kept, self._session = session.keep() or self._kept, None
+            self._kept, self._session = kept or self._kept, None
         del session
         # Modules and their parameters refer to each other in circles.
         gc.collect()
@@ -245,14 +248,15 @@ class ModelOwner:
         Args:
             future: what it comes to; one that was cancelled by then never begins.
 
-        Raises Unavailable when the server stops.
+        Raises Unavailable when the server stops, and so does the future of what had not begun.
+        Any thread, event loops too.
         """
         future = Future() if future is None else future
         with self._lock:
             # After the thread's last job nobody would ever resolve it.
             if self.stopping.is_set():
-                raise Unavailable("The server is stopping.", reason="SERVER_STOPPING")
-            self._jobs.put(lambda: _resolve(future, work))
+                raise _stopping()
+            self._jobs.put(lambda: _resolve(future, work, self.stopping))
         return future
 
     # --- the end ----------------------------------------------------------------------------
@@ -286,10 +290,19 @@ class ModelOwner:
             log.error("the Apollo state was not saved: %s", error)
 
 
-def _resolve(future: Future[T], work: Callable[[], T]) -> None:
+def _stopping() -> Unavailable:
+    return Unavailable(
+        "The server is stopping; nothing was done. Ask again when it is started.",
+        reason="SERVER_STOPPING",
+    )
+
+
+def _resolve(future: Future[T], work: Callable[[], T], stopped: threading.Event) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:
+        if stopped.is_set():
+            raise _stopping()
         future.set_result(work())
     except Exception as error:
         future.set_exception(error)

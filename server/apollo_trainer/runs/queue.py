@@ -19,6 +19,7 @@ from apollo_grpc.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.apollo_state_header import Covered
 from apollo_trainer.config import Settings
@@ -49,7 +50,7 @@ class QueuedRun:
         digest: of its spec, which is read from the ledger in the run's turn.
         size_bytes: of its spec.
         brought_back: by a restart; such a run waits for an engine, others fail without one.
-        durable: resolved once it is on disk.
+        durable: its id, once it is on disk.
     """
 
     log: EventLog
@@ -57,14 +58,17 @@ class QueuedRun:
     digest: bytes
     options: OptimizerOptions
     size_bytes: int
-    durable: Future[None]
+    durable: Future[str]
     dry_run: bool = False
     brought_back: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 class RunQueue:
-    """All runs of one server. Every method may be called from any thread.
+    """All runs of one server.
+
+    But for `stop`, no method waits for a run or for the ledger to be written. Event loops call
+    `log_of` alone: the others may read the disk.
 
     Args:
         owner: executes one run after the other.
@@ -75,7 +79,9 @@ class RunQueue:
 
     def __init__(self, owner: ModelOwner, board: StatusBoard, settings: Settings):
         self._owner, self._board, self._settings = owner, board, settings
-        self._lock = threading.Lock()
+        # Event loops take the first one, which is held over names and order alone; who accepts a
+        # run holds the second one, over the ledger's reading too.
+        self._lock, self._accepting = threading.Lock(), threading.Lock()
         self._waiting: deque[QueuedRun] = deque()
         self._active: QueuedRun | None = None
         self._runs: dict[str, QueuedRun] = {}
@@ -87,20 +93,19 @@ class RunQueue:
         self._writer = LedgerWriter(file, keep)
         for row in waiting:
             self._bring_back(row)
-        board.update(queue_length=len(self._waiting))
+        board.update(self._show_length)
         owner.attached = self._attached
 
     def _bring_back(self, row: RunRow) -> None:
         """A run that waited when the server ended; its samples become token ids in its turn."""
-        spec, durable = self.ledger.spec(row.run_id) or pb.RunSpec(), Future[None]()
-        durable.set_result(None)
+        spec = self.ledger.spec(row.run_id) or pb.RunSpec()
         entry = QueuedRun(
             self._new_log(row.run_id, row.last_sequence),
             row.request_id or "",
             row.digest,
             read_options(spec.optimizer),
             spec.ByteSize(),
-            durable,
+            _known(row.run_id),
             spec.dry_run,
             brought_back=True,
         )
@@ -116,17 +121,16 @@ class RunQueue:
         """On the training thread, once an engine is there."""
         _catch_up(session, self.ledger)
         with self._lock:
-            for entry in self._waiting:
-                if entry.brought_back:
-                    self._owner.do(self._execute_next)
+            brought_back = sum(entry.brought_back for entry in self._waiting)
+        for _ in range(brought_back):
+            self._owner.do(self._execute_next)
 
     # --- looking for runs -------------------------------------------------------------------
 
-    def find(self, request_id: str, spec: pb.RunSpec) -> str | None:
-        """The id of the run that a request began, if it did.
+    def find(self, request_id: str, spec: pb.RunSpec) -> Future[str] | None:
+        """The run that a request began, if it did: its id once it is on disk, or the refusal.
 
-        Raises AlreadyExists when it began one of another spec, or the error for which the run was
-        not taken.
+        Raises AlreadyExists when it began one of another spec. Any thread but an event loop's.
         """
         if not request_id:
             return None
@@ -134,71 +138,68 @@ class RunQueue:
             entry = next((r for r in self._runs.values() if r.request_id == request_id), None)
         row = None if entry else self.ledger.run_of_request(request_id)
         found = entry or row
-        if found is None:
-            return None
-        if found.digest != digest_of(canonical(spec)):
+        if found and found.digest != digest_of(canonical(spec)):
             raise AlreadyExists(
                 "This request_id began a run of another spec; nothing was done. Send a new "
                 "request_id, or none.",
                 reason="REQUEST_ID_TAKEN",
             )
-        if entry:
-            entry.durable.result()
-            return entry.log.run_id
-        return row.run_id if row else None
+        if row:
+            return _known(row.run_id)
+        return entry.durable if entry else None
 
     def log_of(self, run_id: str) -> EventLog | None:
-        """The log of a run that has not ended, or not wholly reached the disk."""
+        """The log of a run that has not ended, or not wholly reached the disk. Any thread."""
         with self._lock:
             entry = self._runs.get(run_id)
         return entry.log if entry else None
 
     # --- taking runs ------------------------------------------------------------------------
 
-    def submit(self, run: PreparedRun, spec: pb.RunSpec, request_id: str = "") -> str:
-        """Accepts a run and returns its id once it is on disk, its event `queued` with it.
+    def submit(self, run: PreparedRun, spec: pb.RunSpec, request_id: str = "") -> Future[str]:
+        """Accepts a run; its id comes once it is on disk, its event `queued` with it.
+
+        Any thread but an event loop's.
 
         Nothing of its samples is kept in memory.
 
         Raises ResourceExhausted when the queue is full, FailedPrecondition when the optimizer
-        state would be another than the run asks for or the ledger cannot be written, Unavailable
-        when the server stops, AlreadyExists as `find` does.
+        state would be another than the run asks for, Unavailable when the server stops,
+        AlreadyExists as `find` does. The future holds FailedPrecondition where the ledger cannot
+        be written.
         """
-        run_id = uuid.uuid4().hex
-        with self._lock:
-            taken = bool(request_id) and self._is_taken(request_id)
-            if not taken:
-                self._require_room(run.options, spec.ByteSize())
-                entry = self._enqueue(run_id, run, spec, request_id)
-        if taken:
-            # By a retry that was faster than the call that it repeats.
-            return self.find(request_id, spec) or ""
-        entry.durable.result()
-        return run_id
-
-    def _is_taken(self, request_id: str) -> bool:
-        here = any(entry.request_id == request_id for entry in self._runs.values())
-        return here or self.ledger.run_of_request(request_id) is not None
+        digest = digest_of(canonical(spec))
+        with self._accepting:
+            # A retry may be faster than the call that it repeats.
+            if found := self.find(request_id, spec):
+                return found
+            self._require_room(run.options, spec.ByteSize())
+            entry = self._enqueue(run, spec, request_id, digest)
+        self._board.update(self._show_length)
+        # Not before the locks are free: of a run that was refused already it is told here.
+        entry.durable.add_done_callback(lambda _: self._accepted(entry))
+        self._owner.do(self._execute_next)
+        return entry.durable
 
     def _enqueue(
-        self, run_id: str, run: PreparedRun, spec: pb.RunSpec, request_id: str
+        self, run: PreparedRun, spec: pb.RunSpec, request_id: str, digest: bytes
     ) -> QueuedRun:
-        position = pb.Queued(position=len(self._waiting) + bool(self._active))
+        run_id = uuid.uuid4().hex
+        with self._lock:
+            position = pb.Queued(position=len(self._waiting) + bool(self._active))
         queued = pb.RunEvent(run_id=run_id, sequence=1, event_time=now(), queued=position)
         run_log = self._new_log(run_id, sequence=0)
         run_log.begin_with(queued)
         durable = self._writer.accept(Acceptance(request_id, spec, run.steps_total, queued))
-        digest, size = digest_of(canonical(spec)), spec.ByteSize()
+        size = spec.ByteSize()
         entry = QueuedRun(run_log, request_id, digest, run.options, size, durable, run.dry_run)
-        self._runs[run_id] = entry
-        self._waiting.append(entry)
-        self._show_length()
-        durable.add_done_callback(lambda _: self._accepted(entry))
-        self._owner.do(self._execute_next)
+        with self._lock:
+            self._runs[run_id] = entry
+            self._waiting.append(entry)
         return entry
 
     def _accepted(self, entry: QueuedRun) -> None:
-        """The run is on disk, or is not to be."""
+        """The run is on disk, or is not to be. On the ledger's thread, or the submitter's."""
         if entry.durable.exception() is None:
             entry.log.committed(1)
             return
@@ -206,10 +207,11 @@ class RunQueue:
             self._runs.pop(entry.log.run_id, None)
             if entry in self._waiting:
                 self._waiting.remove(entry)
-            self._show_length()
+        self._board.update(self._show_length)
 
-    def _show_length(self) -> None:
-        self._board.update(queue_length=len(self._waiting))
+    def _show_length(self, status: status_pb2.ServerStatus) -> None:
+        # Read when it is told: of two threads that tell it, the last one tells the newest.
+        status.queue_length = len(self._waiting)
 
     def _forget(self, run_id: str) -> None:
         with self._lock:
@@ -218,15 +220,16 @@ class RunQueue:
     def _require_room(self, options: OptimizerOptions, size_bytes: int) -> None:
         if self._stopped:
             raise stopping()
-        waiting = len(self._waiting)
-        if waiting >= self._settings.max_queued_runs:
+        with self._lock:
+            waiting = list(self._waiting)
+        if len(waiting) >= self._settings.max_queued_runs:
             raise ResourceExhausted(
-                f"{waiting} runs are waiting, which is the limit; nothing was queued. "
+                f"{len(waiting)} runs are waiting, which is the limit; nothing was queued. "
                 "Try again when some have ended.",
                 reason="QUEUE_FULL",
                 metadata={"limit": str(self._settings.max_queued_runs)},
             )
-        held, limit = sum(r.size_bytes for r in self._waiting), self._settings.max_queued_mebibytes
+        held, limit = sum(r.size_bytes for r in waiting), self._settings.max_queued_mebibytes
         if held and held + size_bytes > limit * MIB:
             raise ResourceExhausted(
                 f"The runs that wait have {held} bytes of samples, this one {size_bytes}: together "
@@ -241,7 +244,9 @@ class RunQueue:
 
     def _shape_after(self, shape: StateShape) -> StateShape:
         """What the optimizer's state is like once every run before has begun."""
-        for entry in (self._active, *self._waiting):
+        with self._lock:
+            before = [self._active, *self._waiting]
+        for entry in before:
             if entry and entry.options.reset and not entry.dry_run:
                 shape = entry.options.shape_on(shape)
         return shape
@@ -259,11 +264,14 @@ class RunQueue:
                 return
             self._waiting.popleft()
             self._active = entry
-            self._board.update(active_run_id=entry.log.run_id, queue_length=len(self._waiting))
+        self._board.update(self._show_length, active_run_id=entry.log.run_id)
         try:
             # Its client has no answer before the disk has the run, nor has anybody its steps.
             if entry.durable.exception() is None:
                 self._execute(entry, session)
+        except Exception:
+            log.exception("run %s was not executed", entry.log.run_id)
+            _fail(entry, "INTERNAL", "The run failed by a mistake of the server's; see its log.")
         finally:
             with self._lock:
                 self._active = None
@@ -278,8 +286,7 @@ class RunQueue:
                 )
             run = self._prepare(entry, session)
         except ApolloError as error:
-            failure = pb.Failure(reason=error.reason, message=error.message)
-            entry.log.append(finished=pb.Finished(state=pb.RUN_STATE_FAILED, failure=failure))
+            _fail(entry, error.reason, error.message)
             return
         entry.log.open_journal(self._settings.state_dir / FOLDER)
         owner = self._owner
@@ -303,7 +310,8 @@ class RunQueue:
     def cancel(self, run_id: str) -> EventLog | None:
         """Asks a run to stop; returns the log of one that waited, and has ended by that.
 
-        A run that has ended, or that there never was, is left alone.
+        A run that has ended, or that there never was, is left alone. Any thread but an event
+        loop's.
         """
         with self._lock:
             entry = self._runs.get(run_id)
@@ -313,13 +321,16 @@ class RunQueue:
             if entry not in self._waiting:
                 return None
             self._waiting.remove(entry)
-            self._show_length()
+        self._board.update(self._show_length)
         entry.log.append(finished=pb.Finished(state=pb.RUN_STATE_CANCELLED))
         return entry.log
 
     def stop(self) -> None:
-        """Ends the run at work after its step; those that wait are kept. Readers are let go."""
-        with self._lock:
+        """Ends the run at work after its step; those that wait are kept. Readers are let go.
+
+        Any thread but an event loop's, and those of the server that it waits for.
+        """
+        with self._accepting, self._lock:
             self._stopped = True
         self._owner.stop()
         self._writer.stop()
@@ -329,8 +340,21 @@ class RunQueue:
             run_log.close()
 
     def close(self) -> None:
-        """Ends reading, once nobody reads any more."""
+        """Ends reading, once nobody reads any more. Any thread."""
         self.ledger.close()
+
+
+def _known(run_id: str) -> Future[str]:
+    """Of a run that is on disk."""
+    future: Future[str] = Future()
+    future.set_running_or_notify_cancel()
+    future.set_result(run_id)
+    return future
+
+
+def _fail(entry: QueuedRun, reason: str, message: str) -> None:
+    failure = pb.Failure(reason=reason, message=message)
+    entry.log.append(finished=pb.Finished(state=pb.RUN_STATE_FAILED, failure=failure))
 
 
 def _settle(file: LedgerFile, ledger: Ledger, state_dir: Path) -> list[RunRow]:

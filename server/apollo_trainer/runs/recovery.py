@@ -13,7 +13,13 @@ from pathlib import Path
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.apollo_state_header import saved_steps
 from apollo_trainer.runs.events import now
-from apollo_trainer.runs.journal import FOLDER, JournalContents, read_journal
+from apollo_trainer.runs.journal import (
+    FOLDER,
+    JournalContents,
+    journals_in,
+    read_journal,
+    remove_journal,
+)
 from apollo_trainer.runs.ledger import Ledger, RunRow, write_events
 from apollo_trainer.runs.ledger_file import LedgerFile
 
@@ -21,11 +27,12 @@ log = logging.getLogger(__name__)
 
 
 def settle(file: LedgerFile, ledger: Ledger, state_dir: Path) -> list[RunRow]:
-    """Ends the runs that a crash interrupted; returns those that wait, in order.
+    """Ends the runs that a crash interrupted; returns those that wait, in order. At the start.
 
     Raises OSError or sqlite3.Error where the disk refuses; nothing is lost by trying again.
     """
-    journals = {path.name: read_journal(path) for path in (state_dir / FOLDER).glob("*")}
+    folder = state_dir / FOLDER
+    journals = {run_id: read_journal(folder, run_id) for run_id in journals_in(folder)}
     _commit(file.writer, [e for j in journals.values() for e in _missing(ledger, j.events)])
     interrupted = [r for r in ledger.unfinished() if r.state == pb.RUN_STATE_RUNNING]
     for row in interrupted:
@@ -39,8 +46,8 @@ def settle(file: LedgerFile, ledger: Ledger, state_dir: Path) -> list[RunRow]:
             finished=finished,
         )
         _commit(file.writer, [event])
-    for name in journals:
-        (state_dir / FOLDER / name).unlink()
+    for run_id in journals:
+        remove_journal(folder, run_id)
     return ledger.unfinished()
 
 
@@ -61,8 +68,10 @@ def _commit(connection: sqlite3.Connection, events: list[pb.RunEvent]) -> None:
     try:
         write_events(connection, events)
         connection.execute("COMMIT")
-    except sqlite3.Error:
-        connection.execute("ROLLBACK")
+    except BaseException:
+        # SQLite may have done so itself; what refused must be told, not that.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
         raise
 
 

@@ -30,13 +30,17 @@ class Retention:
     bytes: int
 
     def apply(self, connection: sqlite3.Connection) -> bool:
-        """One pass, of some milliseconds; returns whether another one has work to do."""
+        """One pass, of some milliseconds; returns whether another one has work to do.
+
+        The ledger's thread. Raises sqlite3.Error.
+        """
         connection.execute("BEGIN IMMEDIATE")
         try:
             more = self._prune(connection)
             connection.execute("COMMIT")
         except sqlite3.Error:
-            connection.execute("ROLLBACK")
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
             raise
         # Gives pages back to the disk; a whole VACUUM would lock the file for its length.
         connection.execute(f"PRAGMA incremental_vacuum({PAGES_A_PASS})").fetchall()

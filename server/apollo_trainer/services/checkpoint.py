@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError, Future
 from functools import partial
@@ -25,7 +26,10 @@ MAX_PAGE, DEFAULT_PAGE = 1000, 50
 
 
 class CheckpointService(pb_grpc.CheckpointServiceServicer):
-    """Serves the one model of `owner`; what a call began is finished when its caller leaves."""
+    """Serves the one model of `owner`; what a call began is finished when its caller leaves.
+
+    On its event loop: no thread waits for a job's end.
+    """
 
     def __init__(self, owner: ModelOwner, jobs: CheckpointJobs, streams: StreamLimit):
         self._owner, self._jobs, self._streams = owner, jobs, streams
@@ -124,16 +128,9 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
         self, request: pb.DeleteSnapshotRequest, context: Any
     ) -> pb.DeleteSnapshotResponse:
         """Deletes one snapshot, by id or name."""
-        session = self._owner.session()
-
-        def delete() -> None:
-            store = session.checkpoints.store
-            store.delete(store.id_of(request.snapshot_id))
-
-        def start() -> Future[None]:
-            return self._owner.between_runs(delete)
-
-        await asyncio.to_thread(lambda: _result(self._repeated.begin(request, start)))
+        self._owner.session()
+        start = partial(self._jobs.delete, request.snapshot_id)
+        await _ended(self._repeated.begin(request, start))
         return pb.DeleteSnapshotResponse()
 
     async def CancelCheckpoint(  # noqa: N802
@@ -173,7 +170,7 @@ def _answer(
 
 def _call(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> None:
     # The server may have ended before the job did; nobody is left to be told then.
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(what)
 
 
@@ -183,6 +180,14 @@ async def _on_disk(work: Callable[[], T]) -> T:
         return await asyncio.to_thread(work)
     except OSError as error:
         raise _refused_by_disk(error) from error
+
+
+async def _ended(future: Future[Any]) -> Any:
+    """What a job comes to. No thread waits for it, and who leaves does not stop it."""
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+    future.add_done_callback(lambda _: _call(loop, done.set))
+    await done.wait()
+    return _result(future)
 
 
 def _result(future: Future[Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -20,11 +19,10 @@ KEPT = 1024
 class RepeatedCalls:
     """The last calls with a request_id and what became of them, until the server ends.
 
-    One that failed is begun anew when it comes again.
+    One that failed is begun anew when it comes again. Used on one event loop.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._begun: OrderedDict[tuple[type, str], tuple[bytes, Future[Any]]] = OrderedDict()
 
     def begin(self, request: Any, start: Callable[[], Future[Any]]) -> Future[Any]:
@@ -38,13 +36,12 @@ class RepeatedCalls:
         if len(request.request_id.encode()) > MAX_ID_BYTES:
             raise InvalidArgument.at("request_id", f"must have at most {MAX_ID_BYTES} bytes")
         key, asked = (type(request), request.request_id), _canonical(request)
-        with self._lock:
-            if key not in self._begun or _failed(self._begun[key][1]):
-                self._begun[key] = (asked, start())
-                self._begun.move_to_end(key)
-                while len(self._begun) > KEPT:
-                    self._begun.popitem(last=False)
-            first, future = self._begun[key]
+        if key not in self._begun or _failed(self._begun[key][1]):
+            self._begun[key] = (asked, start())
+            self._begun.move_to_end(key)
+            while len(self._begun) > KEPT:
+                self._begun.popitem(last=False)
+        first, future = self._begun[key]
         if first != asked:
             raise AlreadyExists(
                 "This request_id began another call; nothing was done. Send a new one, or none.",
@@ -54,10 +51,9 @@ class RepeatedCalls:
 
     def last(self, request_id: str) -> Future[Any]:
         """What the last call with this id began. Raises NotFound where there was none."""
-        with self._lock:
-            for (_, known), (_, future) in reversed(self._begun.items()):
-                if known == request_id and request_id:
-                    return future
+        for (_, known), (_, future) in reversed(self._begun.items()):
+            if known == request_id and request_id:
+                return future
         raise NotFound(
             f"No call with the request_id {request_id[:60]!r} came since the server started; "
             "nothing was stopped.",

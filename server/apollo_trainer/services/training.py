@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from apollo_grpc.errors import InvalidArgument, NotFound
@@ -18,12 +19,14 @@ from apollo_trainer.services.paging import read_page_request, token_after
 from apollo_trainer.services.streams import StreamLimit
 
 MAX_REQUEST_ID_BYTES = 256
+SUBMITTING_THREADS = 2
 
 
 class TrainingService(pb_grpc.TrainingServiceServicer):
-    """Serves the one model of `owner`, whose runs are those of `queue`.
+    """Serves the one model of `owner`, whose runs are those of `queue`; on its event loop.
 
-    The queue waits for the disk, so that it is asked from other threads.
+    The queue reads the disk, so that it is asked from other threads. What takes longer, a run's
+    end or the ledger's write, no thread waits for.
     """
 
     def __init__(
@@ -31,6 +34,8 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     ):
         self._owner, self._queue = owner, queue
         self._streams, self._readers = streams, readers
+        # Many samples take seconds to become token ids: calls that only look must not queue behind.
+        self._submitting = ThreadPoolExecutor(SUBMITTING_THREADS, "submit")
 
     async def Train(  # noqa: N802
         self, request: pb.TrainRequest, context: Any
@@ -38,16 +43,17 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         """Submits a run and streams its events; the run goes on when the caller leaves."""
         _check_train(request)
         with self._streams.one(context.peer()):
-            run_id = await asyncio.to_thread(self._queue.find, request.request_id, request.spec)
-            if run_id is None:
-                # Tokenizing many samples would hold up every other call of the event loop.
-                run_id = await asyncio.to_thread(self._submit, request)
+            loop = asyncio.get_running_loop()
+            accepted = await loop.run_in_executor(self._submitting, self._submit, request)
             # The stream goes on for as long as the run does, and needs the samples no more.
             del request
+            run_id = await asyncio.wrap_future(accepted)
             async for event in self._follow(run_id, 0):
                 yield pb.TrainResponse(event=event)
 
-    def _submit(self, request: pb.TrainRequest) -> str:
+    def _submit(self, request: pb.TrainRequest) -> Future[str]:
+        if found := self._queue.find(request.request_id, request.spec):
+            return found
         session = self._owner.session()
         run = prepare_run(request.spec, session.limits, session.tokenizer, only_check=True)
         return self._queue.submit(run, request.spec, request.request_id)
@@ -98,10 +104,12 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         """Asks a run to stop; one that waits has ended when this returns."""
         _require_run_id(request.run_id)
         log = await asyncio.to_thread(self._queue.cancel, request.run_id)
-        if log:
-            async for _ in log.follow(log.sequence - 1):
-                pass
-        return pb.CancelRunResponse(run=(await self._row(request.run_id)).to_run())
+        ended = [event async for event in log.follow(log.sequence - 1)] if log else []
+        run = (await self._row(request.run_id)).to_run()
+        for event in ended:
+            # The ledger may not have it yet: a full disk.
+            run.state, run.last_sequence = event.finished.state, event.sequence
+        return pb.CancelRunResponse(run=run)
 
     async def _row(self, run_id: str) -> RunRow:
         row = await asyncio.to_thread(self._queue.ledger.run, run_id)
