@@ -145,10 +145,10 @@ def test_a_pause_that_vllm_ended_fails_the_run_before_the_next_write(
 
 @pytest.mark.parametrize("mode", [pb.COHERENCE_MODE_PAUSE_RUN, pb.COHERENCE_MODE_PAUSE_STEP])
 def test_steps_that_vllm_was_not_told_of_are_in_the_version_before_their_lease_has_run_out(
-    attached: Any, all_events: Events, wait: Any, monkeypatch: pytest.MonkeyPatch, mode: Any
+    attached: Any, all_events: Events, monkeypatch: pytest.MonkeyPatch, mode: Any
 ) -> None:
     engine, trainer = attached
-    trainer.owner.session().settings.lease_seconds = 1.0
+    leases = engine.engine.leases
 
     def refuse(*_: Any, **__: Any) -> int:
         raise Unavailable("vLLM did not answer within 30 s.", reason="ENGINE_SLOW")
@@ -158,7 +158,8 @@ def test_steps_that_vllm_was_not_told_of_are_in_the_version_before_their_lease_h
     assert "ENGINE_SLOW" in [e.warning.reason for e in events if e.HasField("warning")]
     assert engine.engine.weight_version == 0
     assert finished_of(events).weight_version == trainer.status.weight_version == 1
-    wait(lambda: not engine.engine.leases.active, "the end of the lease")
+    leases._deadline = 0.0
+    leases._expire(leases._lease_id)
     assert engine.engine.weight_version == trainer.status.weight_version == 1
 
 
