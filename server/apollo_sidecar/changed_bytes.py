@@ -26,7 +26,7 @@ class _Place(NamedTuple):
     elements: int
 
     @property
-    def index(self) -> torch.Tensor:
+    def where(self) -> torch.Tensor:
         """[runs, elements]; made anew each time, since it is larger than what it points at."""
         return self.starts[:, None] + torch.arange(self.elements, device=self.flat.device)
 
@@ -35,10 +35,10 @@ class _Place(NamedTuple):
         return len(self.starts) * self.elements * self.flat.element_size()
 
     def read(self) -> torch.Tensor:
-        return self.flat[self.index]
+        return self.flat[self.where]
 
     def write(self, values: torch.Tensor) -> None:
-        self.flat[self.index] = values
+        self.flat[self.where] = values
 
 
 class ChangedBytes:

@@ -73,7 +73,8 @@ def log_probabilities(model: Any, token_ids: list[int]) -> torch.Tensor:
 
 def weights_dtype(model: Any) -> torch.dtype:
     """The narrowest of the model's weights: its rounding is what shows."""
-    return min((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
+    dtypes: set[torch.dtype] = {parameter.dtype for parameter in model.parameters()}
+    return min(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def noise_of(model: Any, token_ids: list[int], ours: torch.Tensor) -> Noise:
