@@ -1,0 +1,152 @@
+"""What 1,000 watchers cost a run: the same runs with and without them, in turn.
+
+    python benchmarks/bench_watchers.py [--watchers 1000] [--pairs 6] [--steps 20]
+
+A server process beside an engine double trains a model of 31 million parameters on one thread, so
+that a core is left for the event loop. The watchers are another process; two thirds of them read
+all that comes, a third reads one message and no more. A run's time is from `started` to `finished`,
+as the server stamps its events; the processor time more is the server's, for the watchers' coming
+and going too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from transformers import Qwen3Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from apollo_client import ApolloClient
+from apollo_grpc.transport import Endpoint
+from apollo_grpc.v1 import status_pb2
+from apollo_grpc.v1 import training_pb2 as pb
+from examples.byte_model import small_qwen3, write_model
+from tests import engine_double
+from tests.server_process import ServerProcess, served
+
+CHANNELS = 20
+
+
+async def watch(address: str, count: int, ready: Event, stop: Event) -> None:
+    """Watches until told to stop; every third one reads its first message alone."""
+    channels = [Endpoint(address).aio_channel() for _ in range(CHANNELS)]
+    request = status_pb2.WatchStatusRequest().SerializeToString()
+    calls = [
+        # Without a deserializer: the watchers' own work is no part of what is measured.
+        channels[i % CHANNELS].unary_stream("/apollo.v1.StatusService/WatchStatus")(request)
+        for i in range(count)
+    ]
+    for call in calls:
+        await call.read()
+    readers = [asyncio.create_task(read(c)) for i, c in enumerate(calls) if i % 3]
+    ready.set()
+    await asyncio.to_thread(stop.wait)
+    for call in calls:
+        call.cancel()
+    got = await asyncio.gather(*readers)
+    print(f"    {sum(got)} messages read by {len(readers)} watchers", flush=True)
+    for channel in channels:
+        await channel.close()
+
+
+async def read(call: Any) -> int:
+    """Reads until the end; returns how many there were."""
+    count = 0
+    try:
+        while await call.read() is not grpc.aio.EOF:
+            count += 1
+    except (grpc.RpcError, asyncio.CancelledError):
+        pass
+    return count
+
+
+def watching(address: str, count: int, ready: Event, stop: Event) -> None:
+    """The watchers' process."""
+    asyncio.run(watch(address, count, ready, stop))
+
+
+def seconds_of_cores(server: ServerProcess) -> float:
+    """Processor time of the server so far."""
+    assert server._process
+    fields = Path(f"/proc/{server._process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def run(client: ApolloClient, steps: int) -> float:
+    """Seconds of one run."""
+    ids = [60 + i % 190 for i in range(400)]
+    tokens = pb.TokenSample(context_ids=ids[:80], continuation_ids=ids[80:])
+    spec = pb.RunSpec(samples=[pb.Sample(tokens=tokens)] * 2, samples_per_step=2, epochs=steps)
+    times = {}
+    for event in client.train_spec(spec):
+        times[event.WhichOneof("event")] = event.event_time.ToNanoseconds()
+    return float(times["finished"] - times["started"]) / 1e9
+
+
+def watched(client: ApolloClient, address: str, count: int, steps: int) -> float:
+    """The same while so many watch."""
+    spawn = multiprocessing.get_context("spawn")
+    ready, stop = spawn.Event(), spawn.Event()
+    others = spawn.Process(target=watching, args=[address, count, ready, stop])
+    others.start()
+    ready.wait()
+    try:
+        return run(client, steps)
+    finally:
+        stop.set()
+        others.join()
+
+
+def main() -> None:
+    """Prints each pair, and the median of their ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--watchers", type=int, default=1000)
+    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=20)
+    asked = parser.parse_args()
+    engine_double.MAX_MODEL_LEN = 512
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        config: Qwen3Config = small_qwen3()
+        config.hidden_size, config.intermediate_size = 768, 3072
+        model = write_model(Path(folder) / "model", config, seed=7)
+        # Undo encodes on the other core, which is the event loop's here.
+        with (
+            served(model, APOLLO_UNDO_MEBIBYTES="0") as server,
+            ApolloClient(server.address) as client,
+        ):
+            run(client, 5)
+            for pair in range(asked.pairs):
+                times, cores = {}, {}
+                # The order in turn: the second of a pair meets another machine than the first.
+                for with_them in (pair % 2 == 0, pair % 2 == 1):
+                    began = seconds_of_cores(server)
+                    times[with_them] = (
+                        watched(client, server.address, asked.watchers, asked.steps)
+                        if with_them
+                        else run(client, asked.steps)
+                    )
+                    cores[with_them] = seconds_of_cores(server) - began
+                ratios.append(times[True] / times[False])
+                print(
+                    f"{1e3 * times[False] / asked.steps:7.1f} ms a step alone, "
+                    f"{1e3 * times[True] / asked.steps:7.1f} ms watched: {ratios[-1] - 1:+.2%}; "
+                    f"{1e3 * (cores[True] - cores[False]) / asked.steps:.0f} ms of a core more",
+                    flush=True,
+                )
+    print(f"median {statistics.median(ratios) - 1:+.2%} of {len(ratios)} pairs")
+
+
+if __name__ == "__main__":
+    main()
