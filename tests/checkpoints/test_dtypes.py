@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from apollo_grpc.errors import FailedPrecondition
+from apollo_trainer.checkpoints import disk_values
 from apollo_trainer.checkpoints.disk_values import bytes_to_write
 from apollo_trainer.checkpoints.export import export_directory
 from apollo_trainer.checkpoints.file_ops import FILES
@@ -167,6 +168,19 @@ def test_each_value_is_the_live_one_or_keeps_its_bits(words: Any) -> None:
     assert torch.equal(back[sound].view(torch.int16), live[~same][sound].view(torch.int16))
     # A second sync finds nothing to write.
     assert torch.equal(bytes_for(written, live).view(torch.int32), written.view(torch.int32))
+
+
+@pytest.mark.parametrize("trained", [0, 1, 24_576, 99_999, 100_002])
+def test_a_tensor_of_many_pieces_is_compared_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, trained: int
+) -> None:
+    monkeypatch.setattr(disk_values, "PIECE", 1 << 17)
+    disk = torch.randn(100_003, generator=torch.Generator().manual_seed(5))
+    live = disk.to(BF16)
+    live[trained] += 1
+    wanted = disk.clone()
+    wanted[trained] = live[trained]
+    assert torch.equal(bytes_for(disk, live), wanted)
 
 
 def bytes_for(disk: torch.Tensor, live: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,17 @@ import torch
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.checkpoints.file_ops import FileOps
 from apollo_trainer.checkpoints.shard_header import DTYPES, NAME_OF, TensorPlace
-from apollo_trainer.checkpoints.tensor_file import PIECE, bytes_of, pieces_at, pieces_of
+from apollo_trainer.checkpoints.tensor_file import (
+    PIECE,
+    bytes_of,
+    digest_of_pieces,
+    pieces_at,
+    pieces_of,
+)
 
+# Few enough for the core's cache, and for torch to take no threads: they wait for each other at
+# every operation, and the engine has the cores.
+_ELEMENTS = 3 << 13
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,8 +46,20 @@ def bytes_to_write(
     with ops.opened(path) as file:
         if live is None:
             yield from pieces_at(ops, file, place)
-        else:
-            yield from _trained_ones_replaced(ops, file, place, live)
+            return
+        for there, part in _blocks(ops, file, place, live):
+            _put_trained(there, part, place)
+            yield bytes_of(there)
+
+
+def differs(ops: FileOps, path: Path, place: TensorPlace, live: torch.Tensor, digest: str) -> bool:
+    """Whether `bytes_to_write` are others than those of the file, whose digest this is."""
+    if NAME_OF[live.dtype] == place.dtype:
+        return digest_of_pieces(pieces_of(bytes_of(live))) != digest
+    with ops.opened(path) as file:
+        return any(
+            _put_trained(there, part, place) for there, part in _blocks(ops, file, place, live)
+        )
 
 
 def loses_digits(live: torch.dtype, place: TensorPlace) -> bool:
@@ -50,21 +71,29 @@ def loses_digits(live: torch.dtype, place: TensorPlace) -> bool:
     return not {live, on_disk} <= set(known) or torch.promote_types(live, on_disk) != on_disk
 
 
-def _trained_ones_replaced(
+def _blocks(
     ops: FileOps, file: int, place: TensorPlace, live: torch.Tensor
-) -> Iterator[memoryview]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Values on disk, in memory of their own, and the live ones of the same place."""
     dtype, flat = DTYPES[place.dtype], live.view(-1)
-    count = PIECE // max(dtype.itemsize, live.itemsize)
+    count = PIECE // dtype.itemsize
     for at in range(0, flat.numel(), count):
         part = flat[at : at + count]
         data = bytearray(part.numel() * dtype.itemsize)
         ops.read_all(file, memoryview(data), place.start + at * dtype.itemsize)
-        there = torch.frombuffer(data, dtype=dtype)
-        trained = _bits(there.to(live.dtype)) != _bits(part)
-        if not trained.any():
-            yield memoryview(data)
-            continue
-        yield bytes_of(torch.where(trained, _in_dtype(part, trained, place), there))
+        yield torch.frombuffer(data, dtype=dtype), part
+
+
+def _put_trained(there: torch.Tensor, live: torch.Tensor, place: TensorPlace) -> bool:
+    """Puts into `there` what it does not round to; returns whether that changed a bit."""
+    changed = False
+    for old, part in zip(torch.split(there, _ELEMENTS), torch.split(live, _ELEMENTS), strict=True):
+        trained = _bits(old.to(part.dtype)) != _bits(part)
+        if trained.any():
+            new = torch.where(trained, _in_dtype(part, trained, place), old)
+            changed = changed or not torch.equal(_bits(new), _bits(old))
+            old.copy_(new)
+    return changed
 
 
 def _in_dtype(part: torch.Tensor, trained: torch.Tensor, place: TensorPlace) -> torch.Tensor:

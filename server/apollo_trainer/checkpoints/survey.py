@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from apollo_trainer.checkpoints.disk_values import bytes_to_write, loses_digits
+from apollo_trainer.checkpoints.disk_values import bytes_to_write, differs, loses_digits
 from apollo_trainer.checkpoints.host_memory import Staging
 from apollo_trainer.checkpoints.manifest import Manifest, ShardRecord, TensorRecord
 from apollo_trainer.checkpoints.shard_header import DTYPES, ShardHeader
 from apollo_trainer.checkpoints.state_folder import Place, SyncMethod
-from apollo_trainer.checkpoints.tensor_file import digest_at, digest_of, digest_of_pieces
+from apollo_trainer.checkpoints.tensor_file import digest_at, digest_of
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 
 Progress = Callable[[int, int, str], None]
@@ -81,9 +81,13 @@ class Survey:
     def changed(self, shard: str) -> Iterator[str]:
         """Names of the tensors of a shard whose bytes are not those on disk."""
         for name in self._of_shard[shard]:
-            if not self.may_have_moved(name):
-                continue
-            if digest_of_pieces(self.pieces(name)) != self.baseline.tensors[name].digest:
+            record = self.baseline.tensors[name]
+            path, live = self.place.directory / record.shard, None
+            if self.may_have_moved(name):
+                live = self._live(name)
+            if live is not None and differs(
+                self.place.ops, path, record.place, live, record.digest
+            ):
                 yield name
 
     def outline(self, name: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from apollo_grpc.errors import FailedPrecondition
-from apollo_trainer.checkpoints.disk_values import bytes_to_write
+from apollo_trainer.checkpoints.disk_values import differs
 from apollo_trainer.checkpoints.file_ops import FILES, FileOps
 from apollo_trainer.checkpoints.host_memory import Staging
 from apollo_trainer.checkpoints.loaded_files import loaded_files, twins
@@ -19,7 +19,6 @@ from apollo_trainer.checkpoints.survey import Progress
 from apollo_trainer.checkpoints.tensor_file import (
     digest_at,
     digest_of,
-    digest_of_pieces,
     read_header,
 )
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
@@ -168,10 +167,9 @@ def _of_live(place: Place, manifest: Manifest, reader: CheckpointReader) -> Iter
             yield Difference(record.shard, name, "the live weights have another shape")
             continue
         try:
-            pieces = bytes_to_write(place.ops, path, record.place, staging(live))
-            same = digest_of_pieces(pieces) == record.digest
+            moved = differs(place.ops, path, record.place, staging(live), record.digest)
         except (OSError, FailedPrecondition) as error:
             yield Difference(record.shard, name, f"cannot be compared with the live one: {error}")
             continue
-        if not same:
+        if moved:
             yield Difference(record.shard, name, "the live weights differ; sync to write them")
