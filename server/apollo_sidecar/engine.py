@@ -216,6 +216,7 @@ class Engine:
 
     def _go_on(self) -> None:
         if self.paused:
+            self._put_back()
             self._call(self._client.resume_generation())
             self.paused = False
 
