@@ -54,7 +54,7 @@ def recover_offline(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("at", ["model-00001", "model-00003"])
+@pytest.mark.parametrize("at", ["model-00001", pytest.param("model-00003", marks=pytest.mark.long)])
 def test_a_killed_sync_whose_config_is_aside_is_settled_without_a_server(
     live_directory: Any, run_python: Callable[..., Any], at: str
 ) -> None:

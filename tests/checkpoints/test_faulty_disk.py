@@ -15,7 +15,10 @@ from apollo_trainer.checkpoints.verify import verify_directory
 from tests.checkpoints.crash_protocols import files, reader
 from tests.checkpoints.faulty_disk import SHORT_WRITE, FaultyFiles, tree
 
-FAULTS = ("EIO", "ENOSPC", "EINTR", "EDQUOT", "EROFS", "EACCES", SHORT_WRITE)
+FAULTS = (
+    *("EIO", "ENOSPC", SHORT_WRITE),
+    *(pytest.param(n, marks=pytest.mark.long) for n in ("EINTR", "EDQUOT", "EROFS", "EACCES")),
+)
 METHODS = (None, SyncMethod.ROLLFORWARD, SyncMethod.IN_PLACE)
 ENOUGH = 400
 

@@ -67,6 +67,12 @@ while True:
 """
 MODEL_KILLS = int(os.environ.get("SOAK_MODEL_KILLS", "60"))
 KILLS = int(os.environ.get("SOAK_SYNC_KILLS", "300"))
+# The default; the others are for `make test-all`.
+METHODS = [
+    SyncMethod.EXCHANGE,
+    pytest.param(SyncMethod.ROLLFORWARD, marks=pytest.mark.long),
+    pytest.param(SyncMethod.IN_PLACE, marks=pytest.mark.long),
+]
 
 
 @pytest.fixture
@@ -272,9 +278,7 @@ def kill_at_random(folder: Path, method: SyncMethod, kills: int) -> int:
     return moved
 
 
-@pytest.mark.parametrize(
-    "method", [SyncMethod.EXCHANGE, SyncMethod.ROLLFORWARD, SyncMethod.IN_PLACE]
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_sync_that_is_killed_at_any_moment_leaves_whole_weights(
     folder: Path, method: SyncMethod
 ) -> None:
@@ -310,9 +314,7 @@ def kill_while_a_model_is_synced(live: Any, method: SyncMethod, kills: int) -> s
     return found
 
 
-@pytest.mark.parametrize(
-    "method", [SyncMethod.EXCHANGE, SyncMethod.ROLLFORWARD, SyncMethod.IN_PLACE]
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_transformers_loads_one_generation_after_a_kill(
     live_directory: Any, method: SyncMethod
 ) -> None:

@@ -317,8 +317,9 @@ def test_a_store_that_is_read_writes_nothing(tmp_path: Path, learner: Learner) -
     assert (owned, half.exists()) == ([1], False)
 
 
-def test_a_killed_process_leaves_a_whole_store(tmp_path: Path) -> None:
-    for round_ in range(5):
+@pytest.mark.parametrize("rounds", [2, pytest.param(12, marks=pytest.mark.long)])
+def test_a_killed_process_leaves_a_whole_store(tmp_path: Path, rounds: int) -> None:
+    for round_ in range(rounds):
         process = subprocess.Popen(
             [sys.executable, "-c", LOOP, str(tmp_path), str(round_)], stdout=subprocess.PIPE
         )

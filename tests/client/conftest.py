@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,7 +26,9 @@ def server(tiny_model: Path) -> Iterator[str]:
     from tests.engine_double import EngineDouble
 
     with tempfile.TemporaryDirectory(prefix="apollo-") as folder:
-        engine = EngineDouble(tiny_model, f"unix:{folder}/sidecar.sock")
+        # It keeps what it syncs for as long as it lives.
+        model = Path(shutil.copytree(tiny_model, Path(folder, "model")))
+        engine = EngineDouble(model, f"unix:{folder}/sidecar.sock")
         environment = os.environ | {"APOLLO_STATE_DIR": folder, "OMP_NUM_THREADS": "1"}
         log = Path(folder, "server.log")
         process = programs.start(programs.SERVER, "--rank", "8", env=environment, log=log)

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
-from apollo_trainer.runs import model_checkpoints
 from apollo_trainer.runs.ledger import Ledger
 from apollo_trainer.runs.state_saver import CapturedState
-from tests.waiting import WAIT_SECONDS, wait_until
+from tests.waiting import WAIT_SECONDS
 
 Events = Callable[[Any], list[pb.RunEvent]]
 
@@ -84,24 +82,3 @@ def test_an_engine_that_dies_in_a_save_leaves_a_run_that_ends_with_finished(
     assert f"run {log.run_id} has ended; too late: checkpoint" in caplog.text
     kinds = [e.WhichOneof("event") for e in log._tail]
     assert kinds[-1] == "finished"
-
-
-def test_two_threads_open_one_store_of_snapshots(
-    attached: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, trainer = attached
-    checkpoints = trainer.owner.session().checkpoints
-    opened, may_open = list[int](), threading.Event()
-
-    def open_slowly(*arguments: Any, **options: Any) -> SnapshotStore:
-        opened.append(threading.get_ident())
-        assert may_open.wait(WAIT_SECONDS)
-        return SnapshotStore(*arguments, **options)
-
-    monkeypatch.setattr(model_checkpoints, "SnapshotStore", open_slowly)
-    asking = Threads(*[lambda: checkpoints.store] * 3)
-    wait_until(lambda: opened, "the first one")
-    may_open.set()
-    first, *others = asking.end()
-    assert others == [first, first]
-    assert len(opened) == 1

@@ -42,8 +42,8 @@ def die_in_a_step() -> None:
 
 
 @pytest.fixture
-def server(tiny_model: Path) -> Iterator[ServerProcess]:
-    with served(tiny_model, APOLLO_LEASE_SECONDS="1") as started:
+def server(model_folder: Path) -> Iterator[ServerProcess]:
+    with served(model_folder, APOLLO_LEASE_SECONDS="1") as started:
         yield started
 
 

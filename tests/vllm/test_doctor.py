@@ -37,6 +37,7 @@ def doctor(tmp_path: Path, model: Path, *arguments: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.long
 def test_a_family_that_nobody_tuned_for_is_supported(tmp_path):
     config = Olmo2Config(**SMALL, intermediate_size=192, pad_token_id=0, max_position_embeddings=64)
     model = write_model(tmp_path / "model", config, seed=3)
@@ -67,6 +68,7 @@ def test_a_family_whose_loader_rearranges_is_refused_by_the_name_of_each_paramet
     assert ["supported", "no"] in lines
 
 
+@pytest.mark.long
 def test_a_model_that_vllm_cannot_load_is_refused_in_vllms_words(tmp_path):
     config = Olmo2Config(**SMALL, intermediate_size=192, pad_token_id=0, max_position_embeddings=64)
     model = write_model(tmp_path / "model", config, seed=3)

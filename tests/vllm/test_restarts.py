@@ -59,7 +59,7 @@ def learn(stack: Any, folder: Path, **options: Any) -> Learned:
     return Learned(losses, digests(weights), digests(moments), description[OPTIMIZER_KEY], served)
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=[pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 def stack(request: pytest.FixtureRequest, stacks: Any) -> Iterator[Any]:
     """Qwen3: float32 is the one that tests share; bfloat16 is rounded stochastically."""
     if request.param == "float32":
