@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those that start a vLLM come first: the others fill what time they leave."""
     items.sort(key=lambda item: (item.path.parent.name != "vllm", not shares_vllm(item.path)))
+
+
+def pytest_sessionstart() -> None:
+    """Ctrl-C reaches what tests start, also where a shell has made all of it ignore that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
