@@ -16,8 +16,9 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.waiting import wait_until
 
-# Of the tests of a real vLLM, those that share one; what takes longest is begun first.
-ALONE = ("test_sidecar_failures", "test_api_servers", "test_doctor", "test_refusals")
+# Of the tests of a real vLLM, those that share none. Each process that forks one imports it first.
+ALONE = ("test_doctor", "test_refusals")
+FORKING = ("test_sidecar_failures", "test_api_servers")
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("seeded")
 
@@ -26,12 +27,14 @@ class ByFile(LoadScopeScheduling):
     """A file's tests stay together, and so do those that share a vLLM."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "one vLLM" if shares_vllm(Path(file)) else file
+        file = Path(nodeid.partition("::")[0])
+        if shares_vllm(file):
+            return "one vLLM"
+        return "more vLLMs" if file.stem in FORKING else str(file)
 
 
 def shares_vllm(file: Path) -> bool:
-    return file.parent.name == "vllm" and file.stem not in ALONE
+    return file.parent.name == "vllm" and file.stem not in (*ALONE, *FORKING)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:

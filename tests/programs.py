@@ -25,11 +25,15 @@ class ForkServer:
     """A process that has imported modules, and forks programs that need them."""
 
     def __init__(self, modules: list[str]):
+        environment = os.environ | BEFORE_IMPORTS
+        if VLLM in modules:
+            # To trace vLLM's own imports would take longer than they do.
+            environment = {k: v for k, v in environment.items() if not k.startswith("COVERAGE")}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.fork_server", *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | BEFORE_IMPORTS,
+            env=environment,
             start_new_session=True,
         )
         self._told, self._started = threading.Condition(), list[int]()
