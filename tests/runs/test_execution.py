@@ -128,7 +128,7 @@ def test_a_pause_that_vllm_ended_fails_the_run_before_the_next_write(
     attached: Any, all_events: Events, monkeypatch: pytest.MonkeyPatch, wait: Any
 ) -> None:
     engine, trainer = attached
-    trainer.owner.session().settings.lease_seconds = 0.09
+    trainer.owner.session().settings.lease_seconds = 0.6
     take_step = steps_module.take_step
 
     def end_the_pause_then_step(*arguments: Any) -> Any:
