@@ -7,6 +7,7 @@ as `python -m` does, with an environment, a log and a core of its own, in a sess
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -18,6 +19,7 @@ import signal
 import sys
 from typing import Any
 
+PR_SET_PDEATHSIG = 1
 
 def become(
     module: str,
@@ -29,6 +31,8 @@ def become(
 ) -> None:
     """In a new process: the program, to its end, after `before`, a function `module:name`."""
     os.setsid()
+    # An interrupted test run leaves no vLLM behind.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

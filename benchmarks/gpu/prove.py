@@ -17,6 +17,7 @@ import random
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from apollo_trainer.weights.attach import attach
 from apollo_trainer.weights.mapping import map_buffers
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.verify import log_probabilities
+from apollo_trainer.weights.written import require_written_is_live
 from benchmarks import machine
 from benchmarks.gpu.models import SHAPES, VOCABULARY, write_shape
 from benchmarks.gpu.stack import Stack
@@ -36,6 +38,7 @@ EPOCHS = 30
 LEARNING_RATE = 2e-4
 CONTEXT, CONTINUATION = 64, 32
 ENDLESS_EPOCHS = 100_000
+CHECKS = 6
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -71,6 +74,14 @@ def compare(stack: Stack, prompts: dict[str, list[int]]) -> dict[str, Any]:
     found: dict[str, Any] = {"attach_seconds": round(time.perf_counter() - began, 3)}
     found["parameters_mapped"] = len(attachment.parameters())
     found["copied_bytes"] = attachment.memory().copied_bytes
+    if liveness := attachment.liveness:
+        found["probe_seconds"] = round(liveness.seconds, 3)
+        found["kinds_proven"] = len(liveness.proven)
+        found["kinds_unproven"] = liveness.unproven
+    found["written_check_ms"] = [
+        milliseconds(lambda: require_written_is_live(sidecar, attachment, prompts["trained"]))
+        for _ in range(CHECKS)
+    ]
     for name, prompt in prompts.items():
         engine = torch.tensor(sidecar.score(epoch, prompt))
         ours = log_probabilities(attachment.model, prompt)
@@ -81,6 +92,13 @@ def compare(stack: Stack, prompts: dict[str, list[int]]) -> dict[str, Any]:
             "mean_nll_of_last_tokens_engine": float(-engine[-CONTINUATION:].mean()),
         }
     return found
+
+
+def milliseconds(work: Callable[[], None]) -> float:
+    """What it takes by the clock."""
+    began = time.perf_counter()
+    work()
+    return round((time.perf_counter() - began) * 1e3, 1)
 
 
 def train(stack: Stack, sample: dict[str, list[int]]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class TrainingServer:
         self._settings = settings
         private_folder(settings.state_dir)
         token, tls = _guards(settings)
-        calls = StreamLimit(settings.max_calls, share=HOST_SHARE, what="calls")
+        calls = self._calls = StreamLimit(settings.max_calls, share=HOST_SHARE, what="calls")
         # A message of samples is as large as they come: one is read and checked at a time.
         turns = {f"/{SERVICES[0]}/Train": asyncio.Semaphore(1)}
         interceptor = AioErrors(TokenCheck(token), lambda context: calls.one(context.peer()), turns)
@@ -117,11 +117,22 @@ class TrainingServer:
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self._queue.stop)
         self._ring.close()
-        await self._server.stop(STOP_GRACE_SECONDS)
+        await self._end_calls()
         self._queue.close()
         await asyncio.to_thread(watch.stop)
         if self._lock:
             self._lock.release()
+
+    async def _end_calls(self) -> None:
+        """Lets callers read how their calls ended, those of them that read.
+
+        grpc closes a connection once the caller has answered a ping that follows what was sent
+        before the stop. What is sent after it may be lost with the connection.
+        """
+        clock = asyncio.get_running_loop().time
+        end = clock() + STOP_GRACE_SECONDS
+        await self._calls.none_left(STOP_GRACE_SECONDS)
+        await self._server.stop(max(0.0, end - clock()))
 
 
 def _set_imports_aside() -> None:

@@ -133,7 +133,9 @@ def start_server(
     started: list[ServerThread] = []
 
     def start(**settings: Any) -> Caller:
-        chosen = {"rank": 8, "state_dir": state_dir, "sidecar": sidecar_address} | settings
+        chosen = {"rank": 8, "state_dir": state_dir, "sidecar": sidecar_address}
+        # It takes as long as all else of an attachment; what tests start as processes does it.
+        chosen |= {"probe_weights": False} | settings
         chosen.setdefault("address", f"unix:{state_dir}/training.sock")
         started.append(ServerThread(Settings(**chosen), monkeypatch))
         return started[-1].caller

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -253,6 +254,14 @@ class Stacks:
             stack = self._started.pop(family)
             stack.end("server")
             stack.end("vllm")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sockets_of_vllm() -> Iterator[None]:
+    """vLLM leaves its sockets behind, by default in the folder for everybody's temporary files."""
+    with tempfile.TemporaryDirectory(prefix="vllm-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_RPC_BASE_PATH", folder)
+        yield
 
 
 @pytest.fixture(scope="session")

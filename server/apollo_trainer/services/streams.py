@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from apollo_grpc.errors import ResourceExhausted
 
@@ -24,6 +25,7 @@ class StreamLimit:
     def __init__(self, limit: int, *, share: float = 1.0, what: str = "streams"):
         self._limit, self._share, self._what = limit, max(1, int(limit * share)), what
         self._open: Counter[str] = Counter()
+        self._closed = asyncio.Event()
 
     @contextmanager
     def one(self, peer: str) -> Iterator[None]:
@@ -40,6 +42,15 @@ class StreamLimit:
             self._open[host] -= 1
             if not self._open[host]:
                 del self._open[host]
+            self._closed.set()
+
+    async def none_left(self, seconds: float) -> None:
+        """Until nothing is open any more, or for so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._open:
+                    self._closed.clear()
+                    await self._closed.wait()
 
     def _require_room(self, host: str) -> None:
         counted, limit, whose = self._open.total(), self._limit, ""
