@@ -1,7 +1,7 @@
 # Everything sets itself up: a virtual environment in .venv, from pinned versions.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -n 2 --cov --durations 20
+PYTEST := $(BIN)/python -m pytest -n 3 --cov --durations 20
 export PYTHON
 
 .PHONY: help install demo test test-all test-vllm soak models reliability check protos lock clean

@@ -21,6 +21,7 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 
+
 def become(
     module: str,
     arguments: list[str],

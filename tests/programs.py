@@ -21,14 +21,18 @@ WITH = {SERVER: ["transformers.models.qwen3.modeling_qwen3"]}
 BEFORE_IMPORTS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def untraced(environment: Mapping[str, str]) -> dict[str, str]:
+    """The same for a process that imports vLLM: to trace that takes longer than to import it."""
+    return {k: v for k, v in environment.items() if not k.startswith("COVERAGE")}
+
+
 class ForkServer:
     """A process that has imported modules, and forks programs that need them."""
 
     def __init__(self, modules: list[str]):
         environment = os.environ | BEFORE_IMPORTS
         if VLLM in modules:
-            # To trace vLLM's own imports would take longer than they do.
-            environment = {k: v for k, v in environment.items() if not k.startswith("COVERAGE")}
+            environment = untraced(environment)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.fork_server", *modules],
             stdin=subprocess.PIPE,

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.programs import untraced
+
 CLIENT_FORBIDS = {"torch", "transformers", "numpy", "vllm", "apollo_sidecar", "apollo_trainer"}
 SIDECAR_FORBIDS = {"transformers", "vllm", "apollo_trainer", "apollo_client"}
 
@@ -76,7 +78,7 @@ def test_beside_vllm_the_sidecar_adds_the_wire_and_its_own_room_alone():
     environment = os.environ | {"VLLM_PLUGINS": "apollo", "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(
         [sys.executable, "-c", ADDED_TO_VLLM],
-        env=environment,
+        env=untraced(environment),
         capture_output=True,
         text=True,
         timeout=240,

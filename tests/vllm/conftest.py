@@ -259,7 +259,10 @@ class Stacks:
 @pytest.fixture(scope="session", autouse=True)
 def sockets_of_vllm() -> Iterator[None]:
     """vLLM leaves its sockets behind, by default in the folder for everybody's temporary files."""
-    with tempfile.TemporaryDirectory(prefix="vllm-") as folder, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory(prefix="vllm-") as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("VLLM_RPC_BASE_PATH", folder)
         yield
 

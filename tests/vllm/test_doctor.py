@@ -12,6 +12,7 @@ import pytest
 from transformers import FalconConfig, Olmo2Config
 
 from examples.byte_model import write_model
+from tests import programs
 
 pytestmark = pytest.mark.vllm
 APOLLO = str(Path(sys.executable).with_name("apollo"))
@@ -30,7 +31,7 @@ FAST = ("--dtype", "float32", "--enforce-eager")
 def doctor(tmp_path: Path, model: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [APOLLO, "doctor", str(model), *arguments],
-        env=os.environ | {"APOLLO_STATE_DIR": str(tmp_path / "state")},
+        env=programs.untraced(os.environ | {"APOLLO_STATE_DIR": str(tmp_path / "state")}),
         capture_output=True,
         text=True,
         timeout=240,

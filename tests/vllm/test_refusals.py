@@ -11,6 +11,7 @@ import pytest
 from transformers import DeepseekV2Config
 
 from examples.byte_model import write_model
+from tests import programs
 
 pytestmark = pytest.mark.vllm
 LATENT = {
@@ -50,7 +51,7 @@ def found(tiny_model, tmp_path_factory):
     latent = write_model(tmp_path_factory.mktemp("mla"), DeepseekV2Config(**LATENT), seed=5)
     done = subprocess.run(
         [sys.executable, "-m", "tests.vllm.read_configs", str(tiny_model), str(latent)],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
+        env=programs.untraced(os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}),
         capture_output=True,
         text=True,
         timeout=240,
