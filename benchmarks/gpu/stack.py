@@ -128,6 +128,10 @@ class Stack:
             scores = json.load(answer)["choices"][0]["logprobs"]
         return [int(token.removeprefix("token_id:")) for token in scores["tokens"]]
 
+    def server_says(self) -> list[str]:
+        """Lines of the training server's log on what it attached and probed."""
+        return re.findall(r"attached [^\n]*|no change of [^\n]*", self._log("server"))
+
     def engine_says(self) -> list[str]:
         """Lines of vLLM's log on compilation, CUDA graphs, attention and the sidecar."""
         return sorted({match[0].strip() for match in SAID.finditer(self._log("vllm"))})
