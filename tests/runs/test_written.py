@@ -127,6 +127,15 @@ def test_an_engine_that_does_not_score_is_told_and_fails_no_run(
     assert finished(events).state == pb.RUN_STATE_SUCCEEDED
 
 
+def test_rounding_is_measured_anew_where_both_sides_are_further_apart_than_when_attached(
+    attached: Any, all_events: Events
+) -> None:
+    _, trainer = attached
+    # Closer than any two computations are.
+    trainer.owner.session().attachment.allowed = torch.tensor(-1.0)
+    assert finished(all_events(trainer.submit())).state == pb.RUN_STATE_SUCCEEDED
+
+
 def test_a_dry_run_compares_nothing(
     attached: Any, all_events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:

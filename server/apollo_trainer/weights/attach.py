@@ -24,6 +24,8 @@ from apollo_trainer.weights.producer import Producer
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.values import require_checkpoint_values
 from apollo_trainer.weights.verify import (
+    FLOOR_NATS,
+    allowed,
     log_probabilities,
     noise_of,
     probe_tokens,
@@ -66,6 +68,7 @@ class Attachment:
         plan: how parameters make checkpoint tensors.
         producer: the process that owns the memory.
         logprob_difference: between both sides when attached, in nats.
+        allowed: how far apart rounding brought right scores then, as `verify.allowed`.
         liveness: what a probe found; None where none was made.
         lost: set once the engine is known to be gone, wedged, or not to be trusted.
         not_live: why it is not to be trusted; empty where it is.
@@ -80,6 +83,7 @@ class Attachment:
     mappings: dict[int, Mapping]
     producer: Producer
     logprob_difference: float = 0.0
+    allowed: torch.Tensor = field(default_factory=lambda: torch.tensor(FLOOR_NATS))
     liveness: Liveness | None = None
     lost: threading.Event = field(default_factory=threading.Event)
     not_live: str = ""
@@ -188,9 +192,9 @@ def attach(
         directory, reader = Path(attachment.directory), attachment.checkpoint()
         compared = require_checkpoint_values(directory, reader, checks.all_values)
     tokens = probe_tokens(model, attachment.max_model_len)
-    attachment.logprob_difference = _verify(attachment, sidecar, tokens)
+    _verify(attachment, sidecar, tokens)
     if checks.liveness:
-        probed = Probed(attachment.epoch, model, views, mappings, tokens)
+        probed = Probed(attachment.epoch, model, views, mappings, tokens, attachment.allowed)
         attachment.liveness = probe_liveness(sidecar, probed)
     log.info(
         "attached to %s: %d parameters, %d values compared with the directory, "
@@ -239,9 +243,11 @@ def _require_no_copies(attachment: Attachment) -> None:
         )
 
 
-def _verify(attachment: Attachment, sidecar: Sidecar, tokens: list[int]) -> float:
-    """The training model against vLLM on the same tokens; the largest difference in nats."""
+def _verify(attachment: Attachment, sidecar: Sidecar, tokens: list[int]) -> None:
+    """The training model against vLLM on the same tokens."""
     engine = _scores_when_resumed(sidecar, attachment.epoch, tokens)
     ours = log_probabilities(attachment.model, tokens)
-    noise = noise_of(attachment.model, tokens, ours)
-    return require_agreement(ours, engine, weights_dtype(attachment.model), noise)
+    noise, dtype = noise_of(attachment.model, tokens, ours), weights_dtype(attachment.model)
+    attachment.logprob_difference = require_agreement(ours, engine, dtype, noise)
+    if dtype.itemsize < torch.float32.itemsize:
+        attachment.allowed = allowed(noise(), dtype)

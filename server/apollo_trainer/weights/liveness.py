@@ -79,6 +79,7 @@ class Probed:
         views: of the parameters of `model`, by name.
         mappings: of the buffers that they lie in.
         token_ids: what both sides scored last.
+        allowed: how far apart rounding brought their scores, as `verify.allowed`.
     """
 
     epoch: str
@@ -86,6 +87,7 @@ class Probed:
     views: Mapping[str, LiveView]
     mappings: Mapping[int, mapping.Mapping]
     token_ids: list[int]
+    allowed: torch.Tensor
 
 
 def probe_liveness(sidecar: Sidecar, probed: Probed) -> Liveness:
@@ -118,10 +120,6 @@ class _Probe:
         self._parameters = dict(probed.model.named_parameters())
         with RowsRead() as read:
             self._before = self._ours()
-        self._allowed = torch.tensor(FLOOR_NATS)
-        if self._dtype.itemsize < torch.float32.itemsize:
-            rounding = noise_of(probed.model, probed.token_ids, self._before)()
-            self._allowed = allowed(rounding, self._dtype)
         head = probed.model.get_output_embeddings()
         if head is not None:
             # Only the rows of scored tokens are sure to move their scores.
@@ -186,7 +184,7 @@ class _Probe:
     def _explained(self, ours: torch.Tensor) -> Iterator[torch.Tensor]:
         """How far apart rounding may bring both sides, first what takes no time to know."""
         yield torch.tensor(FLOOR_NATS)
-        yield self._allowed
+        yield self._probed.allowed
         # Of the weights as they are changed now: noise in them may have made the model noisier.
         yield allowed(noise_of(self._probed.model, self._probed.token_ids, ours)(), self._dtype)
 
