@@ -57,10 +57,18 @@ class Stack:
             "VLLM_CPU_KVCACHE_SPACE": "1",
         }
 
-    def _start(self, name: str, core: int, module: str, *arguments: str, **env: str) -> Any:
+    def _start(
+        self,
+        name: str,
+        core: int,
+        module: str,
+        *arguments: str,
+        before: Callable[[], None] | None = None,
+        **env: str,
+    ) -> Any:
         environment = self.environment | {"HF_HUB_OFFLINE": "1"} | env
         log, cpu = self.folder / f"{name}.log", self._cpu(core)
-        return programs.start(module, *arguments, env=environment, log=log, core=cpu)
+        return programs.start(module, *arguments, env=environment, log=log, core=cpu, before=before)
 
     def _cpu(self, core: int) -> int:
         cores = sorted(os.sched_getaffinity(0))
@@ -79,11 +87,18 @@ class Stack:
     def _start_server(self) -> None:
         self.server = self._start("server", 1 - self._core, programs.SERVER)
 
-    def start_vllm(self, *arguments: str, plugins: str = "apollo", **env: str) -> None:
+    def start_vllm(
+        self,
+        *arguments: str,
+        plugins: str = "apollo",
+        before: Callable[[], None] | None = None,
+        **env: str,
+    ) -> None:
         """Starts vLLM; `wait_attached` waits for it.
 
         Args:
             plugins: of vLLM's that are loaded; empty for none.
+            before: of a module's own, called in vLLM's process before it begins.
             arguments: more of vLLM's; `--api-server-count` is one of `vllm serve` alone.
             env: more environment variables.
         """
@@ -99,6 +114,7 @@ class Stack:
             *("--dtype", self.family.dtype, "--enforce-eager"),
             "--enable-prompt-tokens-details",
             *arguments,
+            before=before,
             VLLM_PLUGINS=plugins,
             VLLM_CPU_OMP_THREADS_BIND=str(self._cpu(self._core)),
             VLLM_NO_USAGE_STATS="1",

@@ -68,7 +68,7 @@ class Attachment:
         plan: how parameters make checkpoint tensors.
         producer: the process that owns the memory.
         logprob_difference: between both sides when attached, in nats.
-        allowed: how far apart rounding brought right scores then, as `verify.allowed`.
+        allowed: how far apart rounding brings right scores, as `verify.allowed`; as last measured.
         liveness: what a probe found; None where none was made.
         lost: set once the engine is known to be gone, wedged, or not to be trusted.
         not_live: why it is not to be trusted; empty where it is.

@@ -16,6 +16,7 @@ from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.verify import (
     agree,
+    allowed,
     log_probabilities,
     noise_of,
     probe_tokens,
@@ -54,8 +55,10 @@ def require_written_is_live(
     # a difference that was not there before.
     if (quantiles(apart, dtype) <= attachment.allowed).all():
         return
-    noise = noise_of(model, tokens, ours)
-    if agree(apart, dtype, lambda: noise()[compared]):
+    noise = noise_of(model, tokens, ours)()[compared]
+    if agree(apart, dtype, lambda: noise):
+        # What was learned made the model noisier.
+        attachment.allowed = torch.maximum(attachment.allowed, allowed(noise, dtype))
         return
     attachment.distrust(
         "vLLM does not compute with what the last run wrote: both sides are "
