@@ -21,6 +21,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,7 @@ FAR = 10.0
 # Rows of each tensor, and noise in units of its values: as little as shows it, then more.
 STRENGTHS = ((4, 2.0), (16, 4.0), (64, 8.0), (256, 16.0))
 LEASE_SECONDS = 30.0
+POLL_SECONDS = 5e-4
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # Somebody else paused vLLM, or scored with it, meanwhile: another attempt may find it free.
 _PASSING = {"LEASE_HELD", "LEASE_ENDED", "SCORE_FIRST"}
@@ -148,8 +150,7 @@ class _Probe:
             if level:
                 # What is read as the bytes of before would be those of the change before.
                 self._engine_with([])
-            engine = self._engine_with(self._changes(views, rows, deviation))
-            ours = self._ours()
+            ours, engine = self._both_with(self._changes(views, rows, deviation))
             if time.monotonic() >= self._until:
                 raise Unavailable("The pause ran out while vLLM's weights were probed.")
             if not ours.isfinite().all():
@@ -168,9 +169,11 @@ class _Probe:
 
     def _came_along(self, kind: str, ours: torch.Tensor, engine: torch.Tensor) -> bool:
         """Whether it is seen; False where the move was too short. Raises where vLLM stayed."""
-        moved = quantiles((ours - self._before).abs(), self._dtype)
-        apart = quantiles((ours - engine).abs(), self._dtype)
-        if any((apart <= limits).all() for limits in self._explained(ours)):
+        moved, apart, explained = self._compared(ours, engine)
+        if not explained:
+            # Ours may have been begun before all of the change was there.
+            moved, apart, explained = self._compared(self._ours(), engine)
+        if explained:
             return bool((moved >= FAR * apart.clamp(min=FLOOR_NATS)).any())
         theirs = quantiles((engine - self._before).abs(), self._dtype)
         raise refusal(
@@ -180,6 +183,15 @@ class _Probe:
             f"vLLM's by {float(theirs[0]):.3g}. It keeps a copy of this weight, or rearranges it "
             "as it loads.",
         )
+
+    def _compared(
+        self, ours: torch.Tensor, engine: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """How far the training model moved, how far apart both are, and if rounding explains it."""
+        moved = quantiles((ours - self._before).abs(), self._dtype)
+        apart = quantiles((ours - engine).abs(), self._dtype)
+        explained = any(bool((apart <= limits).all()) for limits in self._explained(ours))
+        return moved, apart, explained
 
     def _explained(self, ours: torch.Tensor) -> Iterator[torch.Tensor]:
         """How far apart rounding may bring both sides, first what takes no time to know."""
@@ -203,6 +215,15 @@ class _Probe:
 
     def _ours(self) -> torch.Tensor:
         return log_probabilities(self._probed.model, self._probed.token_ids)
+
+    def _both_with(self, changes: list[pb.WeightChange]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ours with these changes, begun as soon as they are seen, and vLLM's: [T - 1] each."""
+        view, change, before = self._touched[-1]
+        with ThreadPoolExecutor(1) as other:
+            asked = other.submit(self._engine_with, changes)
+            while not asked.done() and same_bytes(self._read(view, change), before):
+                time.sleep(POLL_SECONDS)
+            return self._ours(), asked.result()
 
     def _engine_with(self, changes: list[pb.WeightChange]) -> torch.Tensor:
         """vLLM's scores [T - 1] with these changes, and with no others."""
