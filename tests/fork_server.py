@@ -2,7 +2,8 @@
 
 vLLM takes ten seconds of a core to import, three times for each engine; here once for all of them.
 Requests and answers are lines of JSON on standard input and output. What is forked runs a module
-as `python -m` does, with an environment, a log and a core of its own, in a session of its own.
+as `python -m` does, or code as `python -c`, with an environment, a log and a core of its own, in a
+session of its own.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ def become(
     if before:
         place, _, name = before.partition(":")
         getattr(importlib.import_module(place), name)()
+    if module == "-c":
+        sys.argv = [module, *arguments[1:]]
+        exec(compile(arguments[0], "<code>", "exec"), {"__name__": "__main__"})
+        return
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 VLLM = "vllm.entrypoints.openai.api_server"
 VLLM_SERVE = "tests.vllm.serve_command"
@@ -141,6 +144,31 @@ def start(
         core: the only one that it may use; None for all.
         before: of a module's own, called in the new process before the program begins.
     """
-    imported = SERVER if module == SERVER else VLLM
+    imported = SERVER if module in (SERVER, "-c") else VLLM
     server = fork_server(imported)
     return server.start(module, *arguments, env=env, log=log, core=core, before=before)
+
+
+@contextmanager
+def running(code: str, *arguments: object) -> Iterator[tuple[Program, BinaryIO]]:
+    """Code as `python -c` runs it, with the server's imports done, and what it prints.
+
+    It is killed at the end.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipe = Path(folder) / "output"
+        os.mkfifo(pipe)
+        program = start("-c", code, *map(str, arguments), env=os.environ, log=pipe)
+        # Waits until the program has opened it, too.
+        with pipe.open("rb") as output:
+            try:
+                yield program, output
+            finally:
+                program.kill()
+
+
+def run(code: str, *arguments: object) -> tuple[int, str]:
+    """The same, to its end: its exit status, a negative signal where one ended it, and output."""
+    with running(code, *arguments) as (program, output):
+        text = output.read().decode()
+        return program.wait(60), text

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,14 +85,3 @@ def live_directory(tmp_path: Path) -> Callable[..., LiveDirectory]:
         return LiveDirectory(tmp_path / "model", kind, shard_size)
 
     return make
-
-
-@pytest.fixture
-def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs code in a child process, with arguments."""
-
-    def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-    return run

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from apollo_trainer.checkpoints.export import export_directory
 from apollo_trainer.checkpoints.state_folder import Place, place_of
 from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions
 from apollo_trainer.main import main
+from tests import programs
 from tests.checkpoints.crash_protocols import reader, weights
 from tests.checkpoints.faulty_disk import FaultyFiles, tree
 from tests.checkpoints.test_faulty_disk import generation_of, made, synced
@@ -56,10 +56,10 @@ def recover_offline(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("at", ["model-00001", pytest.param("model-00003", marks=pytest.mark.long)])
 def test_a_killed_sync_whose_config_is_aside_is_settled_without_a_server(
-    live_directory: Any, run_python: Callable[..., Any], at: str
+    live_directory: Any, at: str
 ) -> None:
     live = live_directory("untied", shard_size="20KB")
-    assert run_python(KILLED_SYNC, live.folder, at).returncode == -signal.SIGKILL
+    assert programs.run(KILLED_SYNC, live.folder, at)[0] == -signal.SIGKILL
     assert not (live.folder / "config.json").exists()
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(live.folder)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from apollo_trainer.checkpoints.durable_write import durable_write, flush_folder
+from tests import programs
 
 # Writes the target again and again, each time with one letter; says when it has begun.
 ENDLESS_WRITER = """
@@ -121,13 +119,11 @@ def test_a_writer_killed_at_any_moment_leaves_one_whole_file(tmp_path: Path) -> 
     target, size = tmp_path / "state", 64 * 4096
     target.write_bytes(b"a" * size)
     for attempt in range(6):
-        child = subprocess.Popen(
-            [sys.executable, "-c", ENDLESS_WRITER, str(target)], stdout=subprocess.PIPE
-        )
-        with child:
-            assert child.stdout and child.stdout.readline() == b"begun\n"
+        with programs.running(ENDLESS_WRITER, target) as (child, output):
+            assert output.readline() == b"begun\n"
             time.sleep(0.003 + 0.007 * attempt)
-            child.send_signal(signal.SIGKILL)
+            child.kill()
+            child.wait(30)
         content = target.read_bytes()
         assert len(content) == size
         assert len(set(content)) == 1

@@ -6,9 +6,6 @@ import mmap
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from apollo_trainer.checkpoints.recover import recover, settle_directory
 from apollo_trainer.checkpoints.state_folder import held, is_untouched, place_of
 from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, sync_directory
 from apollo_trainer.checkpoints.verify import verify_directory
+from tests import programs
 from tests.checkpoints.crash_protocols import files, reader
 from tests.checkpoints.faulty_disk import FaultyFiles
 from tests.checkpoints.test_faulty_disk import generation_of, made, synced
@@ -255,13 +253,11 @@ def kill_at_random(folder: Path, method: SyncMethod, kills: int) -> int:
     """Kills a process that syncs, again and again; returns how often weights had moved."""
     moved, last = 0, generation_of(folder)
     for attempt in range(kills):
-        child = subprocess.Popen(
-            [sys.executable, "-c", ENDLESS_SYNC, str(folder), method], stdout=subprocess.PIPE
-        )
-        with child:
-            assert child.stdout and child.stdout.readline() == b"begun\n"
+        with programs.running(ENDLESS_SYNC, folder, method) as (child, output):
+            assert output.readline() == b"begun\n"
             time.sleep(0.02 + 0.0137 * (attempt % 29))
-            child.send_signal(signal.SIGKILL)
+            child.kill()
+            child.wait(30)
         if method == SyncMethod.EXCHANGE:
             # Also for whoever knows nothing of recovery.
             assert generation_of(folder) in (1, 2, 3)
@@ -300,14 +296,11 @@ def kill_while_a_model_is_synced(live: Any, method: SyncMethod, kills: int) -> s
     """Kills as above; transformers loads the directory after each. Returns what it loaded."""
     found, rng = set[float](), random.Random(6)
     for _ in range(kills):
-        child = subprocess.Popen(
-            [sys.executable, "-c", ENDLESS_MODEL_SYNC, str(live.folder), method],
-            stdout=subprocess.PIPE,
-        )
-        with child:
-            assert child.stdout and child.stdout.readline() == b"synced\n"
+        with programs.running(ENDLESS_MODEL_SYNC, live.folder, method) as (child, output):
+            assert output.readline() == b"synced\n"
             time.sleep(rng.uniform(0, 0.4))
-            child.send_signal(signal.SIGKILL)
+            child.kill()
+            child.wait(30)
         settle_directory(place_of(live.folder))
         (value,) = {float(v) for p in live.loaded().values() for v in p.detach().unique()}
         found.add(value)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +24,7 @@ from apollo_trainer.checkpoints import snapshot_store
 from apollo_trainer.checkpoints.model_state import capture
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
 from apollo_trainer.optim import Apollo
+from tests import programs
 from tests.checkpoints.crash_store import state
 from tests.checkpoints.faulty_disk import FaultyFiles
 from tests.checkpoints.learner import Learner, assert_same
@@ -265,10 +263,8 @@ def test_a_full_disk_leaves_nothing_half_made(tmp_path: Path) -> None:
     assert number > 40
 
 
-def test_no_room_for_the_weights_leaves_nothing(
-    tmp_path: Path, run_python: Callable[..., Any]
-) -> None:
-    done = run_python(
+def test_no_room_for_the_weights_leaves_nothing(tmp_path: Path) -> None:
+    _, told = programs.run(
         """
 import resource, signal, sys
 from pathlib import Path
@@ -284,7 +280,7 @@ except OSError as error:
 """,
         tmp_path,
     )
-    assert done.stdout.strip() == "File too large", done.stderr
+    assert told.startswith("File too large\n"), told
     assert files(tmp_path) == set()
 
 
@@ -320,15 +316,11 @@ def test_a_store_that_is_read_writes_nothing(tmp_path: Path, learner: Learner) -
 @pytest.mark.parametrize("rounds", [2, pytest.param(12, marks=pytest.mark.long)])
 def test_a_killed_process_leaves_a_whole_store(tmp_path: Path, rounds: int) -> None:
     for round_ in range(rounds):
-        process = subprocess.Popen(
-            [sys.executable, "-c", LOOP, str(tmp_path), str(round_)], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.05 + 0.037 * round_)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        with programs.running(LOOP, tmp_path, round_) as (process, output):
+            output.readline()
+            time.sleep(0.05 + 0.037 * round_)
+            process.kill()
+            process.wait(30)
         whole = [p.name for p in (tmp_path / "snapshots").iterdir() if "tmp-" not in p.name]
         store = SnapshotStore(tmp_path, keep_automatic=2)
         assert sorted(whole) == [info.id for info in store.list()]
