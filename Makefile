@@ -23,7 +23,7 @@ test-all: install ## Run every test that needs no GPU, before an issue is called
 	@$(PYTEST)
 
 soak: install ## Kill the processes again and again, at random instants (about an hour)
-	@$(BIN)/python -m pytest -n 2 -m soak -rP
+	@$(BIN)/python -m pytest -n 3 -m soak -rP
 	@SOAK_MALFORMED=10000 $(BIN)/python -m pytest -s --timeout 3600 tests/services/test_malformed.py
 
 models: install ## Try some 75 model families with real vLLM, and write docs/models.md (about an hour)
