@@ -16,25 +16,22 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.waiting import wait_until
 
-# Of the tests of a real vLLM, those that share none. Each process that forks one imports it first.
+# Of the tests of a real vLLM, those that neither share one nor the process that forks them.
 ALONE = ("test_doctor", "test_refusals")
-FORKING = ("test_sidecar_failures", "test_api_servers")
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("seeded")
 
 
 class ByFile(LoadScopeScheduling):
-    """A file's tests stay together, and so do those that share a vLLM."""
+    """A file's tests stay together, and so do those that share a vLLM, or its imports."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = Path(nodeid.partition("::")[0])
-        if shares_vllm(file):
-            return "one vLLM"
-        return "more vLLMs" if file.stem in FORKING else str(file)
+        return "one vLLM" if shares_vllm(file) else str(file)
 
 
 def shares_vllm(file: Path) -> bool:
-    return file.parent.name == "vllm" and file.stem not in (*ALONE, *FORKING)
+    return file.parent.name == "vllm" and file.stem not in ALONE
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:

@@ -18,7 +18,8 @@ from tests.checkpoints.crash_store import (
     store_flushes,
 )
 
-IMAGES = 24
+IMAGES = 8
+MORE_IMAGES = pytest.mark.parametrize("images", [IMAGES, pytest.param(24, marks=pytest.mark.long)])
 SOAK_IMAGES = int(os.environ.get("SOAK_IMAGES", "600"))
 
 
@@ -30,19 +31,25 @@ def by_name(protocol: Protocol) -> str:
     return protocol.name
 
 
+@MORE_IMAGES
 @pytest.mark.parametrize("first", [False, True], ids=["synced before", "never synced"])
 @pytest.mark.parametrize("protocol", OURS, ids=by_name)
-def test_no_crash_leaves_anything_but_one_generation(protocol: Protocol, first: bool) -> None:
-    counts = enumerate_crashes(protocol, images=IMAGES, first=first, seed=1)
+def test_no_crash_leaves_anything_but_one_generation(
+    protocol: Protocol, first: bool, images: int
+) -> None:
+    counts = enumerate_crashes(protocol, images=images, first=first, seed=1)
     assert counts.images > 400
     assert counts.wrong == 0, counts.reasons[:3]
     if protocol.name.startswith("exchange"):
         assert counts.mixed == 0
 
 
+@MORE_IMAGES
 @pytest.mark.parametrize("protocol", OURS[:3], ids=by_name)
-def test_shards_that_share_their_unchanged_blocks_are_as_safe(protocol: Protocol) -> None:
-    counts = enumerate_crashes(protocol, images=IMAGES, clones=True, seed=6)
+def test_shards_that_share_their_unchanged_blocks_are_as_safe(
+    protocol: Protocol, images: int
+) -> None:
+    counts = enumerate_crashes(protocol, images=images, clones=True, seed=6)
     assert (counts.wrong, counts.reasons[:3]) == (0, [])
     fs = fresh()
     fs.clones = True
