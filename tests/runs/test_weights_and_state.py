@@ -26,6 +26,7 @@ from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs, Restored
 from apollo_trainer.runs.model_checkpoints import ModelCheckpoints
 from apollo_trainer.runs.pause import EnginePause
 from apollo_trainer.runs.state_saver import CapturedState, StateSaver
+from tests.waiting import wait_until
 
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
 DETACHED = status_pb2.ATTACHMENT_STATE_DETACHED
@@ -61,6 +62,8 @@ class Crash:
 
     def __init__(self, engine: Any, state_dir: Path, folder: Path):
         self._engine, self.folder = engine, folder
+        # A copy is of no one instant: the ledger must not be at work meanwhile.
+        wait_until(lambda: not list(state_dir.glob("journal/*")), "the end of the journals")
         self._weights = engine.model.values()
         shutil.copytree(state_dir, folder, ignore=shutil.ignore_patterns("*.sock*", "*.lock"))
 
@@ -329,8 +332,6 @@ def test_weights_that_no_run_explains_are_refused(
 
 def run(trainer: Any) -> None:
     """One run, to its end."""
-    from tests.waiting import wait_until
-
     log = trainer.submit(optimizer=FAST)
     wait_until(lambda: trainer.queue.log_of(log.run_id) is None, "the end of the run")
 
