@@ -46,10 +46,6 @@ from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger("apollo_trainer")
 STOP_GRACE_SECONDS = 5.0
-# How long the training thread waits at most for the interpreter, each time that it comes back from
-# an operator, while the event loop serves many watchers. Python's own 5 ms stop it for as long as
-# they are served.
-SWITCH_SECONDS = 5e-5
 # Of calls and watchers: what the callers of one host may take of a limit.
 HOST_SHARE = 0.5
 SERVICES = tuple(
@@ -164,7 +160,6 @@ def _guards(settings: Settings) -> tuple[str | None, ServerTls | None]:
 
 
 async def _serve(settings: Settings) -> None:
-    sys.setswitchinterval(SWITCH_SECONDS)
     await TrainingServer(settings).serve()
 
 
