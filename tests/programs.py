@@ -153,7 +153,7 @@ def start(
 def running(code: str, *arguments: object) -> Iterator[tuple[Program, BinaryIO]]:
     """Code as `python -c` runs it, with the server's imports done, and what it prints.
 
-    It is killed at the end.
+    It is killed at the end of the block, and has ended after it.
     """
     with tempfile.TemporaryDirectory() as folder:
         pipe = Path(folder) / "output"
@@ -165,6 +165,7 @@ def running(code: str, *arguments: object) -> Iterator[tuple[Program, BinaryIO]]
                 yield program, output
             finally:
                 program.kill()
+                program.wait(60)
 
 
 def run(code: str, *arguments: object) -> tuple[int, str]:

@@ -253,11 +253,9 @@ def kill_at_random(folder: Path, method: SyncMethod, kills: int) -> int:
     """Kills a process that syncs, again and again; returns how often weights had moved."""
     moved, last = 0, generation_of(folder)
     for attempt in range(kills):
-        with programs.running(ENDLESS_SYNC, folder, method) as (child, output):
+        with programs.running(ENDLESS_SYNC, folder, method) as (_, output):
             assert output.readline() == b"begun\n"
             time.sleep(0.02 + 0.0137 * (attempt % 29))
-            child.kill()
-            child.wait(30)
         if method == SyncMethod.EXCHANGE:
             # Also for whoever knows nothing of recovery.
             assert generation_of(folder) in (1, 2, 3)
@@ -296,11 +294,9 @@ def kill_while_a_model_is_synced(live: Any, method: SyncMethod, kills: int) -> s
     """Kills as above; transformers loads the directory after each. Returns what it loaded."""
     found, rng = set[float](), random.Random(6)
     for _ in range(kills):
-        with programs.running(ENDLESS_MODEL_SYNC, live.folder, method) as (child, output):
+        with programs.running(ENDLESS_MODEL_SYNC, live.folder, method) as (_, output):
             assert output.readline() == b"synced\n"
             time.sleep(rng.uniform(0, 0.4))
-            child.kill()
-            child.wait(30)
         settle_directory(place_of(live.folder))
         (value,) = {float(v) for p in live.loaded().values() for v in p.detach().unique()}
         found.add(value)

@@ -15,7 +15,6 @@ from apollo_grpc.errors import Unavailable
 from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.verify import (
-    agree,
     allowed,
     log_probabilities,
     noise_of,
@@ -51,14 +50,14 @@ def require_written_is_live(
     if len(engine) != len(ours) or not compared.any():
         raise Unavailable("There are no scores of both sides that could be compared.")
     apart, dtype = (ours - engine).abs()[compared], weights_dtype(model)
+    found = quantiles(apart, dtype)
     # To measure rounding anew takes longer than all else: only where what was trained may explain
     # a difference that was not there before.
-    if (quantiles(apart, dtype) <= attachment.allowed).all():
+    if (found <= attachment.allowed).all():
         return
-    noise = noise_of(model, tokens, ours)()[compared]
-    if agree(apart, dtype, lambda: noise):
-        # What was learned made the model noisier.
-        attachment.allowed = torch.maximum(attachment.allowed, allowed(noise, dtype))
+    noisier = allowed(noise_of(model, tokens, ours)()[compared], dtype)
+    if (found <= noisier).all():
+        attachment.allowed = torch.maximum(attachment.allowed, noisier)
         return
     attachment.distrust(
         "vLLM does not compute with what the last run wrote: both sides are "
