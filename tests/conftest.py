@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import signal
 import tempfile
@@ -16,18 +17,25 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.waiting import wait_until
 
+# Read when torch is imported. Threads that wait for each other by spinning take the cores from all
+# other workers: the same tests took a third more of both.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Of the tests of a real vLLM, those that neither share one nor the process that forks them.
-ALONE = ("test_doctor", "test_refusals")
+ALONE = ("test_doctor",)
+# These compile the same loops.
+COMPILING = ("test_frames", "test_ulp_loops", "test_delta_file", "test_snapshot_store")
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("seeded")
 
 
 class ByFile(LoadScopeScheduling):
-    """A file's tests stay together, and so do those that share a vLLM, or its imports."""
+    """A file's tests stay together, and so do those that share a vLLM, or compiled loops."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = Path(nodeid.partition("::")[0])
-        return "one vLLM" if shares_vllm(file) else str(file)
+        if shares_vllm(file):
+            return "one vLLM"
+        return "compiled loops" if file.stem in COMPILING else str(file)
 
 
 def shares_vllm(file: Path) -> bool:

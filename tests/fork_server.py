@@ -20,6 +20,8 @@ import signal
 import sys
 from typing import Any
 
+import coverage
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -42,9 +44,11 @@ def become(
         os.dup2(source, stream)
     os.environ.clear()
     os.environ.update(environment)
+    # What was imported before is traced in the test's own process.
+    coverage.process_startup()
     if core is not None:
         os.sched_setaffinity(0, {core})
-    _fork_where_vllm_spawns()
+    fork_where_vllm_spawns()
     if before:
         place, _, name = before.partition(":")
         getattr(importlib.import_module(place), name)()
@@ -56,7 +60,7 @@ def become(
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _fork_where_vllm_spawns() -> None:
+def fork_where_vllm_spawns() -> None:
     """On a CPU vLLM 0.32 insists on processes that import everything anew."""
     context = multiprocessing.get_context
     multiprocessing.get_context = (  # type: ignore[assignment]

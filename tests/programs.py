@@ -25,17 +25,20 @@ BEFORE_IMPORTS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def untraced(environment: Mapping[str, str]) -> dict[str, str]:
-    """The same for a process that imports vLLM: to trace that takes longer than to import it."""
+    """The same for a process that imports much: to trace that takes longer than to import it."""
     return {k: v for k, v in environment.items() if not k.startswith("COVERAGE")}
+
+
+def forking(environment: Mapping[str, str]) -> dict[str, str]:
+    """The same for a command that starts vLLM, whose first process then forks its others."""
+    return untraced(environment) | {"PYTHONPATH": str(Path(__file__).parent / "vllm" / "forking")}
 
 
 class ForkServer:
     """A process that has imported modules, and forks programs that need them."""
 
     def __init__(self, modules: list[str]):
-        environment = os.environ | BEFORE_IMPORTS
-        if VLLM in modules:
-            environment = untraced(environment)
+        environment = untraced(os.environ | BEFORE_IMPORTS)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.fork_server", *modules],
             stdin=subprocess.PIPE,
@@ -145,8 +148,19 @@ def start(
         before: of a module's own, called in the new process before the program begins.
     """
     imported = SERVER if module in (SERVER, "-c") else VLLM
+    if imported == VLLM:
+        env = untraced(env)
     server = fork_server(imported)
     return server.start(module, *arguments, env=env, log=log, core=core, before=before)
+
+
+def run_beside_vllm(module: str, *arguments: object, **env: str) -> str:
+    """What a module prints, run as `python -m` with vLLM imported, and more environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        program = start(module, *map(str, arguments), env=os.environ | env, log=log)
+        assert program.wait(240) == 0, log.read_text()
+        return log.read_text()
 
 
 @contextmanager

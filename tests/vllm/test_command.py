@@ -112,7 +112,7 @@ def test_up_starts_both_and_ends_both(tmp_path_factory, qwen3):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=programs.untraced(qwen3.environment | {"APOLLO_STATE_DIR": str(state)}),
+        env=programs.forking(qwen3.environment | {"APOLLO_STATE_DIR": str(state)}),
     ) as up:
         lines = []
         while not (lines and "ready:" in lines[-1]):

@@ -31,7 +31,7 @@ FAST = ("--dtype", "float32", "--enforce-eager")
 def doctor(tmp_path: Path, model: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [APOLLO, "doctor", str(model), *arguments],
-        env=programs.untraced(os.environ | {"APOLLO_STATE_DIR": str(tmp_path / "state")}),
+        env=programs.forking(os.environ | {"APOLLO_STATE_DIR": str(tmp_path / "state")}),
         capture_output=True,
         text=True,
         timeout=240,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from transformers import DeepseekV2Config
@@ -49,15 +46,9 @@ TAKEN = ("plain", "ngram drafts", "a GPU", "expandable segments on a CPU")
 @pytest.fixture(scope="module")
 def found(tiny_model, tmp_path_factory):
     latent = write_model(tmp_path_factory.mktemp("mla"), DeepseekV2Config(**LATENT), seed=5)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.vllm.read_configs", str(tiny_model), str(latent)],
-        env=programs.untraced(os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    offline = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    printed = programs.run_beside_vllm("tests.vllm.read_configs", tiny_model, latent, **offline)
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.parametrize("way", REFUSED)
