@@ -16,8 +16,8 @@ from apollo_trainer.runs.status_board import KEPT_EVENTS, StatusBoard
 
 MAX_BYTES = 16 * 2**20
 # Between two statuses: one that changes with every step is not told with every step. And for each
-# watcher, as telling one takes some 65 us: statuses are to take a fifteenth of a core at most.
-STATUS_SECONDS, SECONDS_A_WATCHER = 0.05, 0.001
+# watcher, as telling one takes some 65 us: statuses are to take a seventieth of a core at most.
+STATUS_SECONDS, SECONDS_A_WATCHER = 0.05, 0.005
 
 
 @dataclass(frozen=True, slots=True)
