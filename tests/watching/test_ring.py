@@ -88,7 +88,7 @@ async def test_statuses_are_made_at_most_so_often_and_the_last_one_always() -> N
     assert 3 < len(told) <= most
 
 
-@pytest.mark.parametrize(("watchers", "seconds"), [(1, 0.05), (50, 0.05), (400, 0.4)])
+@pytest.mark.parametrize(("watchers", "seconds"), [(1, 0.05), (8, 0.05), (400, 2.0)])
 async def test_the_more_watch_the_longer_it_is_between_two_statuses(
     monkeypatch: pytest.MonkeyPatch, watchers: int, seconds: float
 ) -> None:
@@ -101,6 +101,39 @@ async def test_the_more_watch_the_longer_it_is_between_two_statuses(
     board.update(queue_length=1)
     ring._look()
     assert rests == [seconds]
+
+
+async def test_many_watchers_are_woken_a_few_at_a_time_and_all_of_them() -> None:
+    board, found = new_board(), dict[int, list[int]]()
+    ring = Ring(board)
+    watchers = [ring.subscribe() for _ in range(100)]
+
+    async def watch(number: int) -> None:
+        watcher, found[number] = watchers[number], []
+        taken(watcher)
+        while len(found[number]) < 2:
+            await watcher.wait(30)
+            found[number] += sequences(taken(watcher))
+
+    watching = [asyncio.create_task(watch(number)) for number in range(100)]
+    await asyncio.sleep(0)
+    board.publish(step(1))
+    # The loop hears of it, wakes the first, and these run.
+    for _ in range(4):
+        await asyncio.sleep(0)
+    assert sum(map(bool, found.values())) == ring_module.AT_ONCE
+    board.publish(step(2))
+    await asyncio.gather(*watching)
+    assert found == dict.fromkeys(range(100), [1, 2])
+
+
+async def test_who_stops_waiting_leaves_nothing_behind() -> None:
+    ring = Ring(new_board())
+    watcher = ring.subscribe()
+    taken(watcher)
+    for _ in range(3):
+        await watcher.wait(0.001)
+    assert not ring._waiting
 
 
 async def test_the_loop_is_woken_once_however_many_watch(monkeypatch: pytest.MonkeyPatch) -> None:

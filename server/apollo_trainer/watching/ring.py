@@ -18,6 +18,9 @@ MAX_BYTES = 16 * 2**20
 # Between two statuses: one that changes with every step is not told with every step. And for each
 # watcher, as telling one takes some 65 us: statuses are to take a seventieth of a core at most.
 STATUS_SECONDS, SECONDS_A_WATCHER = 0.05, 0.005
+# Watchers that are woken together, and the pause before the next ones: the interpreter is one, and
+# a thousand of them in a row would keep the training thread waiting for as long.
+AT_ONCE, PAUSE_SECONDS = 8, 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,6 @@ class Ring:
 
     Attributes:
         end: number of the next update.
-        grown: set, and another one in its place, when there are more.
     """
 
     def __init__(self, board: StatusBoard):
@@ -42,7 +44,9 @@ class Ring:
         self._bytes = self._watchers = 0
         self._roused = self._resting = False
         self._told = b""
-        self.end, self.closed, self.grown = 0, False, asyncio.Event()
+        self._waiting = dict[asyncio.Future[None], None]()
+        self._due = deque[asyncio.Future[None]]()
+        self.end, self.closed = 0, False
 
     @property
     def first(self) -> int:
@@ -115,8 +119,20 @@ class Ring:
             self._bytes -= len(self._updates.popleft().data)
 
     def _tell(self) -> None:
-        grown, self.grown = self.grown, asyncio.Event()
-        grown.set()
+        waking = bool(self._due)
+        self._due += self._waiting
+        self._waiting.clear()
+        if not waking:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wakes the next of those that are due."""
+        for _ in range(min(AT_ONCE, len(self._due))):
+            watcher = self._due.popleft()
+            if not watcher.done():
+                watcher.set_result(None)
+        if self._due:
+            self._loop.call_later(PAUSE_SECONDS, self._wake)
 
     # --- watchers ---------------------------------------------------------------------------
 
@@ -128,6 +144,15 @@ class Ring:
         self._look()
         status = pb.WatchStatusResponse(status=self._board.snapshot())
         return Watcher(self, Update(None, status.SerializeToString()))
+
+    async def grown(self) -> None:
+        """Until there are more updates, or none comes any more."""
+        more = self._loop.create_future()
+        self._waiting[more] = None
+        try:
+            await more
+        finally:
+            self._waiting.pop(more, None)
 
     def unsubscribe(self) -> None:
         """One watcher fewer."""
@@ -177,7 +202,7 @@ class Watcher:
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._ring.grown.wait()
+                await self._ring.grown()
 
 
 def _said(status: pb.ServerStatus) -> bytes:
