@@ -124,7 +124,7 @@ async def test_many_watchers_are_woken_a_few_at_a_time_and_all_of_them() -> None
     assert sum(map(bool, found.values())) == ring_module.AT_ONCE
     board.publish(step(2))
     await asyncio.gather(*watching)
-    assert found == dict.fromkeys(range(100), [1, 2])
+    assert found == {number: [1, 2] for number in range(100)}
 
 
 async def test_who_stops_waiting_leaves_nothing_behind() -> None:
