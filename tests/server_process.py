@@ -61,14 +61,17 @@ class ServerProcess:
     def wait_attached(self) -> status_pb2.ServerStatus:
         """Waits for the engine; returns the status."""
 
+        found = list[status_pb2.ServerStatus]()
+
         def attached() -> bool:
             status = self.status()
-            return status is not None and status.attachment == ATTACHED
+            if status is None or status.attachment != ATTACHED:
+                return False
+            found.append(status)
+            return True
 
         wait_until(attached, "the attachment")
-        status = self.status()
-        assert status
-        return status
+        return found[0]
 
     def wait_for_steps(self, count: int) -> None:
         """Waits until the attached server has taken so many steps more than it has now."""

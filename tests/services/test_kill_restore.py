@@ -41,6 +41,19 @@ def die_in_a_step() -> None:
     apollo.step_parameter = killed
 
 
+def die_in_a_probe() -> None:
+    """In the server's process: it dies by SIGKILL when vLLM's weights hold a probe's change."""
+    from apollo_trainer.weights.sidecar import Sidecar
+
+    probe = Sidecar.probe
+
+    def killed(*arguments: Any) -> Any:
+        probe(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Sidecar.probe = killed  # type: ignore[assignment]
+
+
 @pytest.fixture
 def server(model_folder: Path) -> Iterator[ServerProcess]:
     with served(model_folder, APOLLO_LEASE_SECONDS="1") as started:
@@ -84,6 +97,21 @@ def test_killed_right_after_its_answer_a_restore_and_an_undo_stay_whole(
             assert status.weight_version == result.weight_version
             assert "Runs are refused" not in status.attachment_detail
             assert learn(client, 3) == losses
+
+
+def test_killed_in_a_probe_vllm_goes_on_as_soon_as_after_any_kill(server: ServerProcess) -> None:
+    values, engine = server.engine.model.values, server.engine.engine
+    loaded = values()
+    server.end()
+    server.start(die_in_a_probe)
+    server.wait_ended()
+    assert engine.leases.active and not same(values(), loaded)
+    began = time.monotonic()
+    server.start()
+    server.wait_attached()
+    assert same(values(), loaded)
+    # Its lease is the setting's, 1 s here; the rest is the next attachment.
+    assert time.monotonic() - began < 15
 
 
 def test_killed_in_the_first_write_of_a_live_run_it_attaches_again(server: ServerProcess) -> None:

@@ -103,7 +103,11 @@ async def test_the_more_watch_the_longer_it_is_between_two_statuses(
     assert rests == [seconds]
 
 
-async def test_many_watchers_are_woken_a_few_at_a_time_and_all_of_them() -> None:
+@pytest.mark.parametrize("seconds", [1.0, 0.01])
+async def test_watchers_are_woken_one_after_the_other_and_all_of_them(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr(ring_module, "ROUND_SECONDS", seconds)
     board, found = new_board(), dict[int, list[int]]()
     ring = Ring(board)
     watchers = [ring.subscribe() for _ in range(100)]
@@ -121,7 +125,7 @@ async def test_many_watchers_are_woken_a_few_at_a_time_and_all_of_them() -> None
     # The loop hears of it, wakes the first, and these run.
     for _ in range(4):
         await asyncio.sleep(0)
-    assert sum(map(bool, found.values())) == ring_module.AT_ONCE
+    assert sum(map(bool, found.values())) == (1 if seconds == 1 else 10)
     board.publish(step(2))
     await asyncio.gather(*watching)
     assert found == {number: [1, 2] for number in range(100)}

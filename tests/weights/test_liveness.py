@@ -10,7 +10,6 @@ import torch
 from transformers import OPTConfig
 
 from apollo_grpc.errors import FailedPrecondition, Unavailable
-from apollo_trainer.weights import liveness
 from apollo_trainer.weights.attach import Checks, attach
 from apollo_trainer.weights.sidecar import Sidecar
 from examples.byte_model import write_model
@@ -158,12 +157,11 @@ def test_what_passes_is_tried_again_and_refuses_nothing(start_engine, sidecar, m
         attach(sidecar, engine.engine.epoch)
 
 
-def test_a_pause_that_ran_out_proves_nothing(start_engine, sidecar, monkeypatch):
+def test_a_pause_that_ran_out_proves_nothing(start_engine, sidecar):
     engine = start_engine(keeps_copies=("*mlp*",))
-    monkeypatch.setattr(liveness, "LEASE_SECONDS", 1e-3)
     before = engine.model.values()
-    with pytest.raises(Unavailable):
-        attach(sidecar, engine.engine.epoch)
+    with pytest.raises(Unavailable, match="lease_seconds"):
+        attach(sidecar, engine.engine.epoch, checks=Checks(lease_seconds=1e-3))
     assert same_bytes(engine, before)
 
 

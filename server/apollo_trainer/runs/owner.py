@@ -179,6 +179,7 @@ class ModelOwner:
             all_values=settings.check_all_values,
             # An engine that was out of sight for a moment is not paused for it again.
             liveness=settings.probe_weights and epoch != self._probed_epoch,
+            lease_seconds=settings.lease_seconds,
         )
 
     def _let_go(self) -> None:

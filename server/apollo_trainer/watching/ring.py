@@ -7,6 +7,7 @@ and what the ring has let go of by then is lost to it, and counted.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ MAX_BYTES = 16 * 2**20
 # Between two statuses: one that changes with every step is not told with every step. And for each
 # watcher, as telling one takes some 65 us: statuses are to take a seventieth of a core at most.
 STATUS_SECONDS, SECONDS_A_WATCHER = 0.05, 0.005
-# Watchers that are woken together, and the pause before the next ones: the interpreter is one, and
-# a thousand of them in a row would keep the training thread waiting for as long.
-AT_ONCE, PAUSE_SECONDS = 8, 0.002
+# The pause between two watchers that are woken, in which the training thread has the interpreter:
+# it asks for it after each operation, and a thousand in a row would keep it waiting for as long.
+# Shorter ones are one, to the event loop. And how long all of them may take.
+PAUSE_SECONDS, ROUND_SECONDS = 0.001, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Ring:
         self._told = b""
         self._waiting = dict[asyncio.Future[None], None]()
         self._due = deque[asyncio.Future[None]]()
+        self._at_once = 1
         self.end, self.closed = 0, False
 
     @property
@@ -122,12 +125,13 @@ class Ring:
         waking = bool(self._due)
         self._due += self._waiting
         self._waiting.clear()
+        self._at_once = math.ceil(len(self._due) * PAUSE_SECONDS / ROUND_SECONDS)
         if not waking:
             self._wake()
 
     def _wake(self) -> None:
         """Wakes the next of those that are due."""
-        for _ in range(min(AT_ONCE, len(self._due))):
+        for _ in range(min(self._at_once, len(self._due))):
             watcher = self._due.popleft()
             if not watcher.done():
                 watcher.set_result(None)

@@ -129,11 +129,13 @@ class Checks:
         values: that the weights of an engine that nobody trained are those of its directory.
         all_values: of every weight, not of blocks of each.
         liveness: that vLLM computes with what is written, by a probe that pauses it.
+        lease_seconds: of that pause, as the setting of that name.
     """
 
     values: bool = True
     all_values: bool = False
     liveness: bool = True
+    lease_seconds: float = 10.0
 
 
 def attach(
@@ -186,16 +188,28 @@ def attach(
         producer,
     )
     _require_no_copies(attachment)
+    tokens = probe_tokens(model, attachment.max_model_len)
+    # Before any value is read: while a dead server's probe is not put back, some are others.
+    scores = _scores_when_resumed(sidecar, attachment.epoch, tokens)
     compared = 0
     # Once trained, the weights are ahead of the directory, and rightly so.
     if manifest.as_loaded and checks.values:
         directory, reader = Path(attachment.directory), attachment.checkpoint()
         compared = require_checkpoint_values(directory, reader, checks.all_values)
-    tokens = probe_tokens(model, attachment.max_model_len)
-    _verify(attachment, sidecar, tokens)
+    _verify(attachment, tokens, scores)
     if checks.liveness:
-        probed = Probed(attachment.epoch, model, views, mappings, tokens, attachment.allowed)
-        attachment.liveness = probe_liveness(sidecar, probed)
+        attachment.liveness = probe_liveness(
+            sidecar,
+            Probed(
+                attachment.epoch,
+                model,
+                views,
+                mappings,
+                tokens,
+                attachment.allowed,
+                checks.lease_seconds,
+            ),
+        )
     log.info(
         "attached to %s: %d parameters, %d values compared with the directory, "
         "log-probabilities within %.2g nats, %d kinds of tensor seen to be live in %.2f s, %.2f s",
@@ -243,9 +257,8 @@ def _require_no_copies(attachment: Attachment) -> None:
         )
 
 
-def _verify(attachment: Attachment, sidecar: Sidecar, tokens: list[int]) -> None:
-    """The training model against vLLM on the same tokens."""
-    engine = _scores_when_resumed(sidecar, attachment.epoch, tokens)
+def _verify(attachment: Attachment, tokens: list[int], engine: list[float]) -> None:
+    """The training model against vLLM's scores of the same tokens."""
     ours = log_probabilities(attachment.model, tokens)
     noise, dtype = noise_of(attachment.model, tokens, ours), weights_dtype(attachment.model)
     attachment.logprob_difference = require_agreement(ours, engine, dtype, noise)

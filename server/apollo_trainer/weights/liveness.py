@@ -49,7 +49,6 @@ log = logging.getLogger(__name__)
 FAR = 10.0
 # Rows of each tensor, and noise in units of its values: as little as shows it, then more.
 STRENGTHS = ((4, 2.0), (16, 4.0), (64, 8.0), (256, 16.0))
-LEASE_SECONDS = 30.0
 POLL_SECONDS = 5e-4
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # Somebody else paused vLLM, or scored with it, meanwhile: another attempt may find it free.
@@ -82,6 +81,8 @@ class Probed:
         mappings: of the buffers that they lie in.
         token_ids: what both sides scored last.
         allowed: how far apart rounding brought their scores, as `verify.allowed`.
+        lease_seconds: that one change and both scores of it may take; vLLM goes on by itself,
+            with the bytes put back, so long after this process was killed.
     """
 
     epoch: str
@@ -90,6 +91,7 @@ class Probed:
     mappings: Mapping[int, mapping.Mapping]
     token_ids: list[int]
     allowed: torch.Tensor
+    lease_seconds: float
 
 
 def probe_liveness(sidecar: Sidecar, probed: Probed) -> Liveness:
@@ -152,7 +154,11 @@ class _Probe:
                 self._engine_with([])
             ours, engine = self._both_with(self._changes(views, rows, deviation))
             if time.monotonic() >= self._until:
-                raise Unavailable("The pause ran out while vLLM's weights were probed.")
+                raise Unavailable(
+                    f"The pause of {self._probed.lease_seconds:g} s ran out while vLLM's weights "
+                    "were probed; they are as they were. Is the machine busy, or the setting "
+                    "lease_seconds too short for this model?"
+                )
             if not ours.isfinite().all():
                 break
             if self._came_along(kind, ours, engine):
@@ -227,10 +233,10 @@ class _Probe:
 
     def _engine_with(self, changes: list[pb.WeightChange]) -> torch.Tensor:
         """vLLM's scores [T - 1] with these changes, and with no others."""
-        self._until = time.monotonic() + LEASE_SECONDS
         probed = self._probed
+        self._until = time.monotonic() + probed.lease_seconds
         scores = self._sidecar.probe(
-            probed.epoch, self._lease_id, LEASE_SECONDS, probed.token_ids, changes
+            probed.epoch, self._lease_id, probed.lease_seconds, probed.token_ids, changes
         )
         if len(scores) != len(self._before):
             raise refusal("LOGPROBS_DISAGREE", f"vLLM scored {len(scores)} tokens of a probe.")
