@@ -46,8 +46,9 @@ class ForkServer:
             env=environment,
             start_new_session=True,
         )
-        self._told, self._started = threading.Condition(), list[int]()
-        self.ended: dict[int, int] = {}
+        self._told, self._started = threading.Condition(), list[Program]()
+        # By process id, of those that run: the system gives the ids of ended ones to others.
+        self._running: dict[int, Program] = {}
         self._asking = threading.Lock()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -57,9 +58,10 @@ class ForkServer:
             answer = json.loads(line)
             with self._told:
                 if "started" in answer:
-                    self._started.append(answer["started"])
+                    program = self._running[answer["started"]] = Program(self, answer["started"])
+                    self._started.append(program)
                 else:
-                    self.ended[answer["ended"]] = answer["status"]
+                    self._running.pop(answer["ended"]).returncode = answer["status"]
                 self._told.notify_all()
 
     def start(
@@ -86,25 +88,25 @@ class ForkServer:
             self._process.stdin.flush()
             with self._told:
                 assert self._told.wait_for(lambda: self._started, 120), "the fork server is stuck"
-                return Program(self, self._started.pop())
+                return self._started.pop()
 
-    def wait(self, pid: int, seconds: float | None) -> int | None:
+    def wait(self, program: Program, seconds: float | None) -> int | None:
         """A program's exit status; None where it has not ended by then."""
         with self._told:
-            self._told.wait_for(lambda: pid in self.ended, seconds)
-            return self.ended.get(pid)
+            self._told.wait_for(lambda: program.returncode is not None, seconds)
+            return program.returncode
 
 
 class Program:
-    """A running program, as `subprocess.Popen` has one: the leader of a session of its own."""
+    """A running program, as `subprocess.Popen` has one: the leader of a session of its own.
+
+    Attributes:
+        returncode: its exit status, a negative signal where one ended it; None while it runs.
+    """
 
     def __init__(self, server: ForkServer, pid: int):
         self._server, self.pid = server, pid
-
-    @property
-    def returncode(self) -> int | None:
-        """Its exit status, a negative signal where one ended it; None while it runs."""
-        return self._server.ended.get(self.pid)
+        self.returncode: int | None = None
 
     def poll(self) -> int | None:
         """The same."""
@@ -112,7 +114,7 @@ class Program:
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit status. Raises subprocess.TimeoutExpired."""
-        status = self._server.wait(self.pid, timeout)
+        status = self._server.wait(self, timeout)
         if status is None:
             raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
         return status
