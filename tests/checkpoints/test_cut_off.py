@@ -65,7 +65,9 @@ def test_a_killed_sync_whose_config_is_aside_is_settled_without_a_server(
         AutoModelForCausalLM.from_pretrained(live.folder)
     status, told = recover_offline(live.folder, tmp_path / "log")
     assert status == 0, told
-    assert "is whole, of generation 1" in told
+    # Nothing else is told; Python warns of a module that the fork server had imported before.
+    (line,) = [line for line in told.splitlines() if "runpy" not in line]
+    assert "is whole, of generation 1" in line
     assert {float(v) for p in live.loaded().values() for v in p.detach().unique()} == {2.0}
     assert settled_here(live.folder) == 0
 
