@@ -29,7 +29,6 @@ from apollo_trainer.training.step import StepPolicy, take_step
 from examples.byte_model import small_qwen3
 
 BASE = "one by one, one update"
-KEPT = StepPolicy(release=False)
 
 
 def main() -> None:
@@ -78,10 +77,8 @@ def _rows(model: Any, samples: list[TokenizedSample]) -> dict[str, Callable[[], 
 
     return {
         BASE: one_by_one,
-        "one by one, an update a sample, gradients released": each(StepPolicy()),
-        "one by one, an update a sample, gradients kept": each(KEPT),
-        "in one forward, one update, gradients released": step(StepPolicy()),
-        "in one forward, one update, gradients kept": step(KEPT),
+        "one by one, an update a sample": each(StepPolicy()),
+        "in one forward, one update": step(StepPolicy()),
         "in micro-batches of 96 tokens, one update": step(StepPolicy(token_budget=96)),
     }
 

@@ -149,22 +149,18 @@ class _FullGradients:
 class _FullGradientsEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_FullGradients.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     FULL_GRADIENTS_UNSPECIFIED: _FullGradients.ValueType  # 0
-    FULL_GRADIENTS_ACCUMULATION: _FullGradients.ValueType  # 1
-    """The step has more than one micro-batch."""
-    FULL_GRADIENTS_TIED_PARAMETERS: _FullGradients.ValueType  # 2
-    """The model ties parameters to each other."""
-    FULL_GRADIENTS_REQUESTED: _FullGradients.ValueType  # 3
-    """The server's setting keep_gradients asks for it."""
+    FULL_GRADIENTS_LONG_STEP: _FullGradients.ValueType  # 4
+    """The step learns more tokens than the smaller sides of matrices are long: factors would be
+    larger.
+    """
 
 class FullGradients(_FullGradients, metaclass=_FullGradientsEnumTypeWrapper): ...
 
 FULL_GRADIENTS_UNSPECIFIED: FullGradients.ValueType  # 0
-FULL_GRADIENTS_ACCUMULATION: FullGradients.ValueType  # 1
-"""The step has more than one micro-batch."""
-FULL_GRADIENTS_TIED_PARAMETERS: FullGradients.ValueType  # 2
-"""The model ties parameters to each other."""
-FULL_GRADIENTS_REQUESTED: FullGradients.ValueType  # 3
-"""The server's setting keep_gradients asks for it."""
+FULL_GRADIENTS_LONG_STEP: FullGradients.ValueType  # 4
+"""The step learns more tokens than the smaller sides of matrices are long: factors would be
+larger.
+"""
 global___FullGradients = FullGradients
 
 @typing.final
@@ -903,8 +899,8 @@ class Step(google.protobuf.message.Message):
     micro_batches: builtins.int
     """Forward passes that the step was divided into by the server's token budget."""
     full_gradients: global___FullGradients.ValueType
-    """Why all gradients, as large as the model, were held at once. Unspecified: each was released
-    as soon as it was used.
+    """Why gradients as large as their parameters were made. Unspecified: those of matrices were
+    kept as two thin factors each.
     """
     dry_run: builtins.bool
     """Nothing of the step was written: the run is a dry run. The norms and the changed fraction are

@@ -98,11 +98,6 @@ class Settings(BaseSettings):
     token_budget: int = Field(
         default=1024, ge=1, description="continuation tokens of one micro-batch, padding included"
     )
-    keep_gradients: bool = Field(
-        default=False,
-        description="hold all gradients of a step at once, which takes as much memory as the "
-        "weights and saves a backward pass; otherwise each is released once it was used",
-    )
     undo_mebibytes: int = Field(
         default=512,
         ge=0,

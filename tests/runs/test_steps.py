@@ -173,7 +173,7 @@ def test_a_run_tells_each_samples_loss_before_and_after(
     assert order.index("evaluated") < order.index("step")
 
 
-def test_a_step_says_when_it_held_all_gradients(
+def test_a_step_says_when_it_made_gradients(
     start_engine: Any, start_trainer: Any, all_events: Events
 ) -> None:
     start_engine()
@@ -182,7 +182,10 @@ def test_a_step_says_when_it_held_all_gradients(
     samples = [sample(70, 71, 72, 73), sample(80, 81, 82, 83)]
     (step,) = steps_of(all_events(trainer.submit(samples=samples, samples_per_step=2)))
     assert step.micro_batches == 2
-    assert step.full_gradients == pb.FULL_GRADIENTS_ACCUMULATION
+    assert step.full_gradients == pb.FULL_GRADIENTS_UNSPECIFIED
+    long = [sample(*range(70, 110))]
+    (step,) = steps_of(all_events(trainer.submit(samples=long)))
+    assert step.full_gradients == pb.FULL_GRADIENTS_LONG_STEP
     (one,) = steps_of(all_events(trainer.submit(samples=samples[:1])))
     assert one.micro_batches == 1
 
@@ -198,14 +201,16 @@ def test_a_run_is_cancelled_between_two_micro_batches_and_its_step_not_written(
     before = hashes(engine, trainer)
     take_step, seen = steps_module.take_step, []
 
-    def counting(model: Any, optimizer: Any, samples: Any, policy: Any, before_batch: Any) -> Any:
+    def counting(
+        model: Any, optimizer: Any, samples: Any, policy: Any, before_batch: Any, passes: Any
+    ) -> Any:
         def look() -> None:
             seen.append(len(seen))
             if len(seen) == 2:
                 trainer.queue.cancel(log.run_id)
             before_batch()
 
-        return take_step(model, optimizer, samples, policy, look)
+        return take_step(model, optimizer, samples, policy, look, passes)
 
     monkeypatch.setattr(steps_module, "take_step", counting)
     many = [sample(70, 71, 72, 73 + n) for n in range(8)]
@@ -225,15 +230,13 @@ FORBIDDEN = [
 ]
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["released", "kept"])
 def test_what_forbids_a_write_is_told_as_what_it_is_and_touches_no_byte(
     start_engine: Any,
     start_trainer: Any,
     all_events: Events,
     monkeypatch: pytest.MonkeyPatch,
-    keep: bool,
 ) -> None:
-    engine, trainer = start_engine(), start_trainer(keep_gradients=keep)
+    engine, trainer = start_engine(), start_trainer()
     trainer.wait_for(ATTACHED)
     all_events(trainer.submit())
     checkpoints, before = trainer.owner.session().checkpoints, hashes(engine, trainer)

@@ -20,11 +20,7 @@ from apollo_trainer.training.step import StepPolicy, StepResult, take_step
 Make = Callable[[str], Any]
 ONE = TokenizedSample((3, 50, 7, 99), (140, 2, 77, 30))
 OTHER = TokenizedSample((11, 12), (13, 14), 2.0)
-HOW = {
-    "released": StepPolicy(),
-    "kept": StepPolicy(release=False),
-    "accumulated": StepPolicy(token_budget=1),
-}
+HOW = {"at once": StepPolicy(), "in micro-batches": StepPolicy(token_budget=1)}
 KINDS: dict[str, dict[str, Any]] = {
     "channel": {"rank": 8},
     "mini": {"rank": 1, "variant": "mini"},
@@ -85,8 +81,13 @@ def test_a_gradient_that_is_not_finite_behind_a_finite_loss_writes_nothing(
     """Also where it comes in the middle of the backward pass, after other layers' gradients."""
     model = make_model("qwen3")
     optimizer = started(model)
-    spoiled = model.model.layers[layer].mlp.down_proj.weight
-    hook = spoiled.register_hook(lambda gradient: gradient * bad)
+    spoiled = model.model.layers[layer].mlp.down_proj
+
+    def spoil(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * bad)
+
+    hook = spoiled.register_forward_hook(spoil)
     assert refused(model, optimizer, HOW[how]).reason == "NONFINITE_GRADIENT"
     hook.remove()
     assert take_step(model, optimizer, [ONE], HOW[how]).optimizer_step == 3

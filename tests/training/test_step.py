@@ -13,10 +13,11 @@ import torch
 import apollo_trainer.training.step as step_module
 from apollo_grpc.errors import Cancelled, FailedPrecondition, Unavailable
 from apollo_trainer.optim import Apollo, apollo
+from apollo_trainer.optim.factored import Factored, Gradient
 from apollo_trainer.training.guard import Guard
+from apollo_trainer.training.incomplete import StepIncomplete
 from apollo_trainer.training.loss import continuation_loss
 from apollo_trainer.training.out_of_memory import OutOfMemory
-from apollo_trainer.training.release import StepIncomplete
 from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import StepPolicy, take_step
 
@@ -24,9 +25,6 @@ Make = Callable[[str], Any]
 ONE = TokenizedSample((3, 50, 7, 99), (140, 2, 77, 30))
 OTHER = TokenizedSample((11, 12), (13, 14), 2.0)
 PICKY = TokenizedSample((60, 61, 62), (63, 64, 65), 0.5, (1.0, 0.0, 3.0))
-
-
-RELEASE = pytest.mark.parametrize("release", [True, False], ids=["released", "kept"])
 
 
 def optimizer_of(model: Any, **options: Any) -> Apollo:
@@ -88,14 +86,16 @@ def test_samples_of_one_step_make_the_gradient_of_their_weighted_token_mean(
     expected = gradient_of_weighted_mean(model, samples)
     step = optimizer.step
 
-    def look_and_step() -> None:
-        seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
-        step()
+    def look_and_step(gradients: dict[torch.Tensor, Gradient]) -> None:
+        seen.update(gradients)
+        step(gradients=gradients)
 
     monkeypatch.setattr(optimizer, "step", look_and_step)
-    result = take_step(model, optimizer, samples, StepPolicy(release=False))
-    for name, gradient in expected.items():
-        torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6)
+    result = take_step(model, optimizer, samples)
+    for name, parameter in model.named_parameters():
+        gradient = seen[parameter]
+        made = gradient.dense() if isinstance(gradient, Factored) else gradient
+        torch.testing.assert_close(made, expected[name], rtol=1e-4, atol=1e-6)
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
     assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
     assert result.tokens == 9
@@ -134,49 +134,21 @@ def test_gradients_are_released_and_stale_ones_do_not_count(make_model: Make) ->
     assert same(values(clean), values(stale))
 
 
-def test_gradients_are_released_one_by_one_unless_a_step_needs_them_all(make_model: Make) -> None:
+def test_a_step_says_when_it_made_gradients(make_model: Make) -> None:
     model = make_model("qwen3")
     optimizer = optimizer_of(model)
+    long = TokenizedSample((3, 50), tuple(range(100, 140)))
     cases = [
         ([ONE], StepPolicy(), 1, ""),
         ([ONE, OTHER, PICKY], StepPolicy(), 1, ""),
         ([ONE, OTHER], StepPolicy(guard=Guard(9.0, 9e9, 1.0)), 1, ""),
-        ([ONE, OTHER, PICKY], StepPolicy(token_budget=4), 3, "ACCUMULATION"),
-        ([ONE], StepPolicy(release=False), 1, "REQUESTED"),
+        ([ONE, OTHER, PICKY], StepPolicy(token_budget=4), 3, ""),
+        ([long], StepPolicy(), 1, "LONG_STEP"),
     ]
     for samples, policy, batches, why in cases:
         result = take_step(model, optimizer, samples, policy)
         assert (result.micro_batches, result.full_gradients) == (batches, why)
         assert result.skipped_tensors == 0
-
-
-def test_only_one_gradient_lives_at_a_time(
-    make_model: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, seen = make_model("qwen3"), []
-    optimizer = optimizer_of(model)
-    step_param = optimizer.step_param
-
-    def count(param: torch.Tensor) -> bool:
-        seen.append(sum(p.grad is not None for p in model.parameters()))
-        return step_param(param)
-
-    monkeypatch.setattr(optimizer, "step_param", count)
-    take_step(model, optimizer, [ONE, OTHER])
-    assert seen == [1] * len(list(model.parameters()))
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "qwen3_moe", "gemma2"])
-def test_released_gradients_make_the_same_bits_as_kept_ones(make_model: Make, family: str) -> None:
-    models, results = [make_model(family) for _ in range(2)], []
-    for model, release in zip(models, (True, False), strict=True):
-        optimizer = optimizer_of(model, lr=1e-3)
-        policy = StepPolicy(release=release)
-        results.append([take_step(model, optimizer, [ONE, OTHER], policy) for _ in range(3)])
-    assert same(values(models[0]), values(models[1]))
-    for released, kept in zip(*results, strict=True):
-        for name in ("loss", "grad_norm", "update_norm", "changed_fraction", "optimizer_step"):
-            assert getattr(released, name) == pytest.approx(getattr(kept, name), rel=1e-12)
 
 
 def test_micro_batches_make_the_gradient_of_one(make_model: Make) -> None:
@@ -197,7 +169,6 @@ def test_two_tensors_over_one_memory_are_stepped_with_the_sum_of_their_gradients
     tied, apart = make_model("qwen3"), make_model("qwen3")
     apart.lm_head.weight = torch.nn.Parameter(apart.model.embed_tokens.weight.detach())
     results = [take_step(m, optimizer_of(m, lr=1e-3), [ONE]) for m in (tied, apart)]
-    assert [r.full_gradients for r in results] == ["", "TIED_PARAMETERS"]
     assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=1e-5)
     for name, tensor in values(tied).items():
         torch.testing.assert_close(values(apart)[name], tensor, rtol=1e-5, atol=1e-7)
@@ -219,9 +190,8 @@ def test_what_is_raised_between_micro_batches_ends_the_step_unwritten(make_model
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@RELEASE
 def test_a_write_that_breaks_is_told_as_incomplete_and_the_next_step_works(
-    make_model: Make, monkeypatch: pytest.MonkeyPatch, release: bool
+    make_model: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model("qwen3")
     optimizer = optimizer_of(model)
@@ -232,7 +202,7 @@ def test_a_write_that_breaks_is_told_as_incomplete_and_the_next_step_works(
 
     monkeypatch.setattr(apollo, "step_parameter", break_off)
     with pytest.raises(StepIncomplete) as caught:
-        take_step(model, optimizer, [ONE], StepPolicy(release=release))
+        take_step(model, optimizer, [ONE])
     assert caught.value.reason == "STEP_INCOMPLETE"
     assert "secret" not in caught.value.message
     monkeypatch.undo()
@@ -246,11 +216,7 @@ FORBIDDEN = {
     "no room for a copy": OSError(28, "No space left on device"),
     "no memory for a copy": MemoryError(),
 }
-POLICIES = {
-    "released": StepPolicy(),
-    "kept": StepPolicy(release=False),
-    "accumulated": StepPolicy(token_budget=4),
-}
+POLICIES = {"at once": StepPolicy(), "in micro-batches": StepPolicy(token_budget=4)}
 
 
 def state_of(optimizer: Apollo) -> dict[str, torch.Tensor]:
@@ -284,7 +250,7 @@ def test_what_forbids_a_write_is_told_as_it_is_and_no_byte_is_touched(
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_a_copy_that_fails_for_a_later_tensor_is_a_half_step_only_where_one_was_written(
+def test_a_copy_that_fails_for_a_later_tensor_leaves_all_as_it_was(
     make_model: Make, policy: StepPolicy
 ) -> None:
     model, asked = make_model("qwen3"), []
@@ -296,10 +262,9 @@ def test_a_copy_that_fails_for_a_later_tensor_is_a_half_step_only_where_one_was_
             raise OSError(28, "No space left on device")
 
     optimizer.before_param_write = forbid_the_second
-    with pytest.raises((OSError, StepIncomplete)) as caught:
+    with pytest.raises(OSError, match="No space"):
         take_step(model, optimizer, [ONE, OTHER], policy)
-    assert isinstance(caught.value, StepIncomplete) != same(values(model), before)
-    assert isinstance(caught.value, StepIncomplete) == (policy is POLICIES["released"])
+    assert same(values(model), before) and not optimizer.wrote
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)

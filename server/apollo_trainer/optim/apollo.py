@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from apollo_trainer.optim import cpu, cuda, named_state
 from apollo_trainer.optim.change import Change
 from apollo_trainer.optim.cuda import FusedStepper, Work
-from apollo_trainer.optim.open_step import OpenStep
+from apollo_trainer.optim.factored import Gradient, norm_of
+from apollo_trainer.optim.open_step import OpenStep, Path, PreparedStep
 from apollo_trainer.optim.options import (
     CHOICES,
     Compat,
     Impl,
+    StepSettings,
     Variant,
     check_choices,
     check_group,
@@ -136,6 +138,7 @@ class Apollo(Optimizer):
         self.weights = 0
         self._slot_of: dict[Tensor, Slot] = {}
         self._open: OpenStep | None = None
+        self._prepared: PreparedStep | None = None
         self._skipped_before = 0
         self._skipped: dict[torch.device, Tensor] = {}
         self._steppers: dict[torch.device, FusedStepper] = {}
@@ -173,13 +176,23 @@ class Apollo(Optimizer):
             slot.aliases.append(tensor)
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(
+        self, closure: None = None, gradients: Mapping[Tensor, Gradient] | None = None
+    ) -> None: ...
 
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        gradients: Mapping[Tensor, Gradient] | None = None,
+    ) -> float | None:
         """Steps every parameter that has a gradient; returns what `closure` returned.
+
+        Args:
+            gradients: by parameter, or by a tensor tied to one, instead of each one's `grad`; those
+                of matrices may be factors.
 
         Raises ValueError on an invalid group setting, and then changes nothing.
         """
@@ -189,7 +202,7 @@ class Apollo(Optimizer):
                 loss = closure()
         self.begin_step()
         try:
-            self._step_slots(self._slots)
+            self._step_slots(self._slots, gradients)
         except BaseException:
             self.abandon_step()
             raise
@@ -206,12 +219,9 @@ class Apollo(Optimizer):
         self._refuse_while_open("begin a step")
         self.wrote = False
         number = self.step_count + 1
-        settings = [
-            settings_for(group, number, self.variant, self.compat) for group in self.param_groups
-        ]
-        self._open = OpenStep(settings, Change() if self.measure else None)
+        self._open = OpenStep(self._settings(number), Change() if self.measure else None)
         for stepper in self._steppers.values():
-            stepper.begin(number, settings)
+            stepper.begin(number, self._open.settings)
 
     def step_param(self, param: Tensor) -> bool:
         """Steps one parameter in the open step. Returns True where its gradient may be released.
@@ -251,33 +261,83 @@ class Apollo(Optimizer):
         self._open = None
 
     @torch.no_grad()
-    def _step_slots(self, slots: Collection[Slot]) -> bool:
-        """Steps those that have a gradient; returns whether any had."""
-        opened = self._opened("a step")
-        on_cpu, on_cuda = list[Job](), dict[torch.device, list[Work]]()
-        with_grad = [(slot, grad) for slot in slots if (grad := slot.gradient()) is not None]
-        paths = [self._path(slot, grad) for slot, grad in with_grad]
-        if slots:
-            self.before_write()
-        for slot, _ in with_grad:
-            self.before_param_write(slot.param)
-        self.wrote = self.wrote or bool(with_grad)
-        for (slot, grad), path in zip(with_grad, paths, strict=True):
+    def prepare(self, gradients: Mapping[Tensor, Gradient]) -> Tensor:
+        """Sets aside what `step` needs for these gradients, and then allocates nothing itself.
+
+        Returns the norm of them all, float64, 0-dim, not finite where one is not; nothing waits for
+        a device. Holds the gradients until the next `step` or `forget`.
+        """
+        self._refuse_while_open("prepare a step")
+        self._prepared = None
+        number = self.step_count + 1
+        prepared = self._prepare(self._slots, gradients, self._settings(number))
+        squares = [self._steppers[d].squares(each) for d, each in prepared.on_cuda.items()]
+        norms = [norm_of(grad) for _, grad, path in prepared.works if path != "cuda"]
+        squares += [norm.to(torch.float64).square() for norm in norms]
+        self._prepared = prepared
+        if not squares:
+            return torch.zeros((), dtype=torch.float64)
+        return torch.stack([each.to(squares[0].device) for each in squares]).sum().sqrt()
+
+    def forget(self) -> None:
+        """Lets go of what `prepare` holds."""
+        self._prepared = None
+
+    def _settings(self, number: int) -> list[StepSettings]:
+        return [settings_for(g, number, self.variant, self.compat) for g in self.param_groups]
+
+    def _prepare(
+        self,
+        slots: Collection[Slot],
+        gradients: Mapping[Tensor, Gradient] | None,
+        settings: list[StepSettings],
+    ) -> PreparedStep:
+        found = [(slot, slot.gradient(gradients)) for slot in slots]
+        works = [(slot, g, self._path(slot, g)) for slot, g in found if g is not None]
+        on_cuda = dict[torch.device, list[Work]]()
+        for slot, grad, path in works:
             if path == "cuda":
                 work = Work(slot, grad, self.state[slot.param])
                 on_cuda.setdefault(slot.param.device, []).append(work)
-            elif path == "cpu":
+        kernels = {
+            device: self._stepper(device).prepare(each, settings, self.rounding, self.measure)
+            for device, each in on_cuda.items()
+        }
+        return PreparedStep(gradients, works, kernels)
+
+    def _take_prepared(
+        self, slots: Collection[Slot], gradients: Mapping[Tensor, Gradient] | None
+    ) -> PreparedStep:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and gradients is not None and prepared.gradients is gradients:
+            return prepared
+        return self._prepare(slots, gradients, self._opened("a step").settings)
+
+    @torch.no_grad()
+    def _step_slots(
+        self, slots: Collection[Slot], gradients: Mapping[Tensor, Gradient] | None = None
+    ) -> bool:
+        """Steps those that have a gradient; returns whether any had."""
+        opened, on_cpu = self._opened("a step"), list[Job]()
+        prepared = self._take_prepared(slots, gradients)
+        if slots:
+            self.before_write()
+        for slot, _, _ in prepared.works:
+            self.before_param_write(slot.param)
+        self.wrote = self.wrote or bool(prepared.works)
+        for slot, grad, path in prepared.works:
+            if path == "cpu":
                 on_cpu.append(self._job(slot, grad, opened))
-            else:
+            elif path == "reference":
                 self._count_skipped(step_parameter(self._job(slot, grad, opened)))
             opened.done.add(slot.name)
         if on_cpu:
             self._count_skipped(torch.stack(cpu.step_parameters(on_cpu)).sum())
-        for device, works in on_cuda.items():
-            self._step_cuda(device, works, opened)
-        return bool(with_grad)
+        for device, each in prepared.on_cuda.items():
+            self._step_cuda(device, each, opened)
+        return bool(prepared.works)
 
-    def _path(self, slot: Slot, grad: Tensor) -> Literal["reference", "cpu", "cuda"]:
+    def _path(self, slot: Slot, grad: Gradient) -> Path:
         if self.impl == "reference" or self.compat is not None:
             return "reference"
         if cuda.fits(slot, grad):
@@ -328,19 +388,20 @@ class Apollo(Optimizer):
         if dtypes and self._compiles and self.impl != "reference" and self.compat is None:
             _compile_loops(dtypes, self.variant, self.rounding)
 
-    def _job(self, slot: Slot, grad: Tensor, opened: OpenStep) -> Job:
+    def _job(self, slot: Slot, grad: Gradient, opened: OpenStep) -> Job:
         settings = opened.settings[slot.group]
         rounding = Rounding(self.rounding, slot.rounding_key, settings.number)
         return Job(slot, grad, self.state[slot.param], settings, rounding, opened.change)
 
-    def _step_cuda(self, device: torch.device, works: list[Work], opened: OpenStep) -> None:
+    def _stepper(self, device: torch.device) -> FusedStepper:
         if device not in self._steppers:
             self._steppers[device] = FusedStepper(device, self.variant == "mini")
-            self._steppers[device].begin(self.step_count + 1, opened.settings)
-        stepper = self._steppers[device]
-        skipped, change = stepper.step(
-            works, opened.settings, self.rounding, opened.change is not None
-        )
+            if self._open is not None:
+                self._steppers[device].begin(self.step_count + 1, self._open.settings)
+        return self._steppers[device]
+
+    def _step_cuda(self, device: torch.device, prepared: cuda.Prepared, opened: OpenStep) -> None:
+        skipped, change = self._stepper(device).step(prepared)
         self._count_skipped(skipped)
         if opened.change is not None and change is not None:
             opened.change.add_sums(*change.unbind())
@@ -362,6 +423,11 @@ class Apollo(Optimizer):
                 f"Cannot {what} while a step is open; nothing was changed. Call end_step() or "
                 "abandon_step() first."
             )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it was given: parameters, and tensors tied to them."""
+        return [tensor for slot in self._slots for tensor in (slot.param, *slot.aliases)]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Releases or zeroes the gradients, those of tied tensors included."""
@@ -454,5 +520,13 @@ def _compile_loops(
         optimizer = Apollo(
             cpu.throwaway(dtypes), rank=rank, variant=variant, rounding=rounding, impl="fused"
         )
+        # Of factors, and of several passes, a gradient comes in float32.
+        wide = {
+            p: p.grad.float()
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
         for optimizer.measure in (False, True):
             optimizer.step()
+            optimizer.step(gradients=wide)

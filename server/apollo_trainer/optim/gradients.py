@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from apollo_trainer.optim.apollo import Apollo
+from apollo_trainer.optim.factored import Gradient
 
 
-def has_ties(optimizer: Apollo) -> bool:
-    """Whether a parameter is reached through two tensors, whose gradients must both be there."""
-    return any(slot.aliases for slot in optimizer._slots)
+def summed_gradients(
+    optimizer: Apollo, given: Mapping[Tensor, Gradient] | None = None
+) -> dict[Tensor, Gradient]:
+    """What each parameter is stepped with; those without a gradient are not in it.
 
-
-def summed_gradient(optimizer: Apollo, param: Tensor) -> Tensor | None:
-    """What a parameter is stepped with, of its shape; None where it has no gradient.
-
-    Raises KeyError where the tensor is no parameter of this optimizer.
+    Args:
+        given: gradients by tensor, instead of the tensors' own.
     """
-    return optimizer._slot_of[param].gradient()
+    found = {slot.param: slot.gradient(given) for slot in optimizer._slots}
+    return {param: gradient for param, gradient in found.items() if gradient is not None}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apollo_trainer.optim.factored import Factored, Gradient, total
 from apollo_trainer.optim.philox import Key, derive_key
 from apollo_trainer.optim.rounding import RoundingMode
 
@@ -40,22 +41,27 @@ class Slot:
         self.projection_key = derive_key(seed, self.name, "projection")
         self.rounding_key = derive_key(seed, self.name, "rounding")
 
-    def gradient(self) -> Tensor | None:
-        """The gradient over this memory, or None where there is none.
+    def gradient(self, given: Mapping[Tensor, Gradient] | None = None) -> Gradient | None:
+        """The gradient over this memory, or None where there is none; those of ties are summed.
 
-        Those of several tensors are summed in float32, and the sum is of their dtype.
+        Args:
+            given: gradients by tensor, instead of the tensors' own.
         """
-        grads = [t.grad for t in (self.param, *self.aliases) if t.grad is not None]
+        tensors = (self.param, *self.aliases)
+        found = (t.grad if given is None else given.get(t) for t in tensors)
+        grads = [grad for grad in found if grad is not None]
         for grad in grads:
-            if grad.is_sparse:
+            if isinstance(grad, Tensor) and grad.is_sparse:
                 raise RuntimeError(
                     f"{self.name}: the gradient is sparse; nothing was changed. Use dense "
                     "gradients, such as nn.Embedding(sparse=False)."
                 )
-        if len(grads) < 2:
-            return grads[0] if grads else None
-        total = sum((g.to(torch.float32) for g in grads[1:]), grads[0].to(torch.float32))
-        return total.to(grads[0].dtype)
+        if not grads:
+            return None
+        whole = total(grads)
+        if self.rank is None and isinstance(whole, Factored):
+            return whole.dense(self.param.dtype)
+        return whole
 
 
 def new_state(slot: Slot, mode: RoundingMode) -> dict[str, Tensor]:

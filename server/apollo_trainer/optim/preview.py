@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from apollo_trainer.optim.apollo import Apollo
+from apollo_trainer.optim.factored import Gradient
 from apollo_trainer.optim.options import GROUP_OPTIONS
 
 
@@ -47,15 +48,14 @@ class Previewer:
         }
 
     @torch.no_grad()
-    def of(self, param: Tensor, gradient: Tensor) -> Preview:
+    def of(self, param: Tensor, gradient: Gradient) -> Preview:
         """The next step of a parameter with this gradient, of its shape.
 
         Raises KeyError where the tensor is no parameter, or tied to another that is one.
         """
         copied = param.detach().clone()
         twin = self._twin(param, copied)
-        copied.grad = gradient.detach()
-        twin.step()
+        twin.step(gradients={copied: gradient})
         update_norm, fraction = twin.last_update_norm, twin.last_changed_fraction
         assert update_norm is not None and fraction is not None
         weight_norm: Tensor = torch.linalg.vector_norm(param.detach(), dtype=torch.float64)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from apollo_trainer.optim.change import Change
+from apollo_trainer.optim.factored import Factored, Factors, Gradient, Projection
 from apollo_trainer.optim.options import StepSettings
 from apollo_trainer.optim.parameters import Slot
 from apollo_trainer.optim.projection import draw_apollo_torch_projection, draw_projection
@@ -33,10 +34,13 @@ _TILE_DEVICE = 2**24
 
 @dataclass(frozen=True)
 class Job:
-    """One parameter in one step; `grad` has the parameter's shape, any float dtype and strides."""
+    """One parameter in one step.
+
+    `grad` has the parameter's shape, any float dtype and strides; factors are of matrices alone.
+    """
 
     slot: Slot
-    grad: Tensor
+    grad: Gradient
     state: dict[str, Tensor]
     settings: StepSettings
     rounding: Rounding
@@ -59,8 +63,8 @@ def step_parameter(job: Job) -> Tensor:
 
 def _step_matrices(job: Job) -> Tensor:
     """Algorithm 1 for a matrix [a, b], or for each matrix of a stack [E, a, b]."""
-    G = _as_stack(job.grad)
-    R, G_norms = _project(G, _projection(job, G), job.slot.rank or 0)
+    G = _factors_or_stack(job.grad)
+    R, G_norms = _project(G, _projection(job), job.slot.rank or 0, job.grad.shape)
     m, v = _next_moments(job.settings, job.state["m"], job.state["v"], R)
     step = job.state["step"].view(-1) + 1
     s = _scaling_factors(job, m, v, step, R)
@@ -77,8 +81,9 @@ def _step_matrices(job: Job) -> Tensor:
     return finite.all().logical_not()
 
 
-def _projection(job: Job, G: Tensor) -> Tensor:
-    slot, window, width = job.slot, job.settings.window, min(G.shape[-2:])
+def _projection(job: Job) -> Tensor:
+    slot, window, G = job.slot, job.settings.window, job.grad
+    width = min(G.shape[-2:])
     rank = slot.rank or 0
     if job.settings.compat == "apollo-torch":
         tall = G.shape[-2] >= G.shape[-1]
@@ -86,17 +91,23 @@ def _projection(job: Job, G: Tensor) -> Tensor:
     return draw_projection(slot.projection_key, window, rank, width, G.device)
 
 
-def _project(G: Tensor, P: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _project(
+    G: Tensor | list[Factors], P: Tensor, rank: int, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
     """Returns R = P G [B, r, n] and the channel norms |G_j| [B, n], reading G [B, a, b] once.
 
     All the matrices of a stack share P: the paper's argument is about one matrix at a time.
     """
+    m, n = sorted(shape[-2:])
+    R = torch.empty((len(G), rank, n), dtype=torch.float32, device=P.device)
+    norms = torch.empty((len(G), n), dtype=torch.float32, device=P.device)
+    if isinstance(G, list):
+        for b, factors in enumerate(G):
+            Projection(factors, P).project(slice(0, n), R[b], norms[b])
+        return R, norms
     large = G if G.shape[-2] >= G.shape[-1] else G.mT
-    count, n, m = large.shape
-    R = torch.empty((count, rank, n), dtype=torch.float32, device=G.device)
-    norms = torch.empty((count, n), dtype=torch.float32, device=G.device)
-    for b in range(count):
-        for rows in row_tiles(n, m, G.device):
+    for b in range(len(G)):
+        for rows in row_tiles(n, m, P.device):
             tile = large[b, rows].to(torch.float32, memory_format=torch.contiguous_format)
             tile = tile.contiguous()
             R[b, :, rows] = P @ tile.mT
@@ -168,7 +179,7 @@ def rate(job: Job, step: Tensor) -> Tensor:
     return second.sqrt().div(first).mul(lr)
 
 
-def _write_matrices(job: Job, G: Tensor, factors: Tensor, active: Tensor) -> None:
+def _write_matrices(job: Job, G: Tensor | list[Factors], factors: Tensor, active: Tensor) -> None:
     """Writes W - lr alpha G diag(s) - lr lambda W. `factors` [B, n or 1] hold lr alpha s."""
     W, low = _as_stack(job.slot.param), job.state.get("low")
     count, a, b = W.shape
@@ -176,7 +187,7 @@ def _write_matrices(job: Job, G: Tensor, factors: Tensor, active: Tensor) -> Non
     for e in range(count):
         for rows in row_tiles(a, b, W.device):
             f = factors[e, rows].unsqueeze(-1) if along_rows else factors[e]
-            update = G[e, rows].to(torch.float32) * f
+            update = _rows(G[e], rows) * f
             half = _as_stack(low)[e, rows] if low is not None else None
             first = (e * a + rows.start) * b
             _write_tile(job, W[e, rows], half, update, active[e], first)
@@ -184,6 +195,7 @@ def _write_matrices(job: Job, G: Tensor, factors: Tensor, active: Tensor) -> Non
 
 def _step_elements(job: Job) -> Tensor:
     """Adam with decoupled decay (AdamW), for every parameter that is not projected."""
+    assert isinstance(job.grad, Tensor)
     W, G, m, v = (_as_rows(t) for t in (job.slot.param, job.grad, job.state["m"], job.state["v"]))
     low = _as_rows(job.state["low"]) if "low" in job.state else None
     finite: Tensor = torch.linalg.vector_norm(G, dtype=torch.float32).isfinite()
@@ -225,6 +237,18 @@ def row_tiles(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     size = max(1, elements // max(1, width))
     for start in range(0, rows, size):
         yield slice(start, min(rows, start + size))
+
+
+def _rows(matrix: Tensor | Factors, rows: slice) -> Tensor:
+    """Some rows of a gradient, float32."""
+    if isinstance(matrix, Tensor):
+        return matrix[rows].to(torch.float32)
+    left, right = matrix
+    return left[:, rows].mT @ right
+
+
+def _factors_or_stack(grad: Gradient) -> Tensor | list[Factors]:
+    return list(grad.matrices()) if isinstance(grad, Factored) else _as_stack(grad)
 
 
 def _as_stack(t: Tensor) -> Tensor:

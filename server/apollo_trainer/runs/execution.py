@@ -28,9 +28,7 @@ from apollo_trainer.weights.written import require_written_is_live
 log = logging.getLogger(__name__)
 _FULL_GRADIENTS = {
     "": pb.FULL_GRADIENTS_UNSPECIFIED,
-    "ACCUMULATION": pb.FULL_GRADIENTS_ACCUMULATION,
-    "TIED_PARAMETERS": pb.FULL_GRADIENTS_TIED_PARAMETERS,
-    "REQUESTED": pb.FULL_GRADIENTS_REQUESTED,
+    "LONG_STEP": pb.FULL_GRADIENTS_LONG_STEP,
 }
 
 

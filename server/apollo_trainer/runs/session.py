@@ -25,6 +25,7 @@ from apollo_trainer.config import Settings
 from apollo_trainer.optim import Apollo
 from apollo_trainer.runs.model_checkpoints import ModelCheckpoints
 from apollo_trainer.runs.state_saver import CapturedState, StateSaver
+from apollo_trainer.training.captured import CapturedPasses
 from apollo_trainer.training.options import OptimizerOptions, StateShape
 from apollo_trainer.training.samples import SampleLimits
 from apollo_trainer.weights.attach import Attachment
@@ -61,6 +62,7 @@ class Session:
         state_path: where that state is kept on disk.
         tokenizer: of the served model; None where its directory has none.
         checkpoints: the ways back to what the model was.
+        passes: of the model, as CUDA graphs; None where it is on no GPU.
         other_weights: why the state does not belong to the live weights; empty when it does.
         on_disk: whether a state on disk is one that a killed server could go on with.
         captured_step: of the last copy that was taken to be saved; -1 where that is of no use.
@@ -80,6 +82,7 @@ class Session:
     limits: SampleLimits
     settings: Settings
     checkpoints: ModelCheckpoints
+    passes: CapturedPasses | None = None
     other_weights: str = ""
     on_disk: bool = False
     captured_step: int = 0

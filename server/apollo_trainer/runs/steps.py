@@ -9,7 +9,7 @@ from apollo_trainer.runs.coherence import coherence_of, engine_is_gone
 from apollo_trainer.runs.events import EventLog
 from apollo_trainer.runs.run import PreparedRun
 from apollo_trainer.runs.session import Session
-from apollo_trainer.training.release import StepIncomplete
+from apollo_trainer.training.incomplete import StepIncomplete
 from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import StepPolicy, StepResult, take_step
 from apollo_trainer.weights.sidecar import Sidecar
@@ -49,7 +49,6 @@ class RunSteps:
             token_budget=settings.token_budget,
             guard=run.guard,
             dry_run=run.dry_run,
-            release=not settings.keep_gradients,
         )
         self.written, self._writing = 0, False
         self.step_held_seconds = 0.0
@@ -99,8 +98,9 @@ class RunSteps:
         try:
             with self._session.checkpoints.recording(optimizer):
                 return take_step(
-                    attachment.model, optimizer, samples, self._policy, self._require_going
-                )
+                    attachment.model, optimizer, samples, self._policy, self._require_going,
+                    self._session.passes,
+                )  # fmt: skip
         except StepIncomplete as error:
             if not attachment.alive:
                 raise engine_lost(self.written) from error

@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from apollo_trainer.optim import Apollo
-from apollo_trainer.optim.gradients import summed_gradient
+from apollo_trainer.optim.factored import Gradient
 from apollo_trainer.optim.preview import Preview, Previewer
 
 
 class Inspection:
-    """Takes parameters in any order, each once and with its whole gradient.
+    """Prepares the optimizer's step, which it is then to take with the same mapping or to forget.
+
+    Nothing waits for the device until it is read.
 
     Args:
+        gradients: by parameter, those of tied tensors summed.
         previews: also find what the update would be: a copy of one parameter at a time.
     """
 
-    def __init__(self, optimizer: Apollo, *, previews: bool):
-        self._optimizer = optimizer
-        self._previewer = Previewer(optimizer) if previews else None
-        self._norms: list[Tensor] = []
+    def __init__(self, optimizer: Apollo, gradients: Mapping[Tensor, Gradient], *, previews: bool):
+        self._norm = optimizer.prepare(gradients)
+        previewer = Previewer(optimizer) if previews else None
         self._previews: list[Preview] = []
+        if previewer:
+            self._previews = [previewer.of(*each) for each in gradients.items()]
 
-    @torch.no_grad()
-    def add(self, param: Tensor) -> None:
-        """Looks at one parameter; nothing waits for the device."""
-        gradient = summed_gradient(self._optimizer, param)
-        if gradient is None:
-            return
-        self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
-        if self._previewer:
-            self._previews.append(self._previewer.of(param, gradient))
-
-    def grad_norm(self) -> float:
-        """Norm of the whole gradient; not finite where any element is not."""
-        return math.hypot(*torch.stack(self._norms).tolist()) if self._norms else 0.0
+    def grad_norm(self) -> Tensor:
+        """Norm of the whole gradient, float64, 0-dim; not finite where any element is not."""
+        return self._norm
 
     def update_norm(self) -> float:
         """Norm of what the update would add to the weights, as stored."""

@@ -66,8 +66,8 @@ def _refusal(batches: Sequence[MicroBatch], token_budget: int) -> OutOfMemory:
     )
     if len(batches) > 1:
         todo += (
-            f" The step has {len(batches)} micro-batches, whose gradients are summed at 4 bytes a "
-            "weight: a step of one micro-batch holds one gradient at a time."
+            f" The step has {len(batches)} micro-batches, whose gradients it holds until it is "
+            "written: give a step fewer samples."
         )
     return OutOfMemory(
         f"The step ran out of memory; nothing of it was written. Its largest micro-batch has "

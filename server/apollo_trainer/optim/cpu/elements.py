@@ -22,6 +22,7 @@ _Piece = tuple[Tensor, Tensor, int]  # of a parameter and its gradient; the firs
 def step_elements(job: Job, loops: ModuleType) -> Stepping:
     """Adam with decoupled decay (AdamW), for every parameter that is not projected."""
     adam = _Adam(job, loops)
+    assert isinstance(job.grad, Tensor)
     pieces = list(_pieces(job.slot.param.detach(), job.grad, 0))
     norms = yield from _few([partial(adam.norm, piece) for piece in pieces])
     finite: Tensor = torch.linalg.vector_norm(torch.tensor(norms, dtype=torch.float32)).isfinite()

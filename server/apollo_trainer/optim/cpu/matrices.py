@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
@@ -13,17 +13,20 @@ import torch
 from torch import Tensor
 
 from apollo_trainer.optim.cpu.memory import CHUNK, TILE, Array, Memory, Tile, scratch, tiles
+from apollo_trainer.optim.cpu.product import Product
 from apollo_trainer.optim.cpu.threads import Stepping, Task
 from apollo_trainer.optim.cpu.writing import Writer
+from apollo_trainer.optim.factored import Factored, Projection
 from apollo_trainer.optim.projection import normal_quantiles
 from apollo_trainer.optim.reference import Job, bias_corrections, limit, rate
 
 
 def step_matrices(job: Job, loops: ModuleType) -> Stepping:
     """Algorithm 1 for a matrix [a, b], or for each matrix of a stack [E, a, b]."""
-    G, state, settings = Memory.of(job.grad), job.state, Writer(job, loops)
+    state, settings = job.state, Writer(job, loops)
+    G = Product(job.grad) if isinstance(job.grad, Factored) else Memory.of(job.grad)
     projected = _Projected(job, settings, loops)
-    yield projected.tasks(G.larger_first())
+    yield projected.tasks(G)
     step = state["step"].view(-1) + 1
     s, G_norms = projected.scaling_factors(), torch.from_numpy(projected.norms)
     X_norm: Tensor = torch.linalg.vector_norm(s * G_norms, dim=-1)
@@ -70,17 +73,32 @@ class _Projected:
         self.norms = np.empty((count, n), np.float32)
         self._sums = np.empty((2, count, n), np.float32)
 
-    def tasks(self, G: Memory) -> list[Task]:
+    def tasks(self, G: Memory | Product) -> list[Task]:
         """What fills R, the channel norms of G, and the sums that the factors are made of."""
-        count, n, m = G.view.shape
-        return [partial(self._project, G, t) for t in tiles(range(count), n, TILE // m)]
+        count, _, n = self._R.shape
+        project = (
+            partial(self._project_factors, G.projections(torch.from_numpy(self._P)))
+            if isinstance(G, Product)
+            else partial(self._project, G.larger_first())
+        )
+        return [partial(project, t) for t in tiles(range(count), n, TILE // self._P.shape[1])]
 
     def _project(self, G: Memory, tile: Tile) -> None:
         (e, rows), (X, at, distance) = tile, G.floats(tile, self._loops)
-        size, (rank, m), R = rows.stop - rows.start, self._P.shape, self._R[e]
+        size, m, R = rows.stop - rows.start, self._P.shape[1], self._R[e]
         self._loops.row_norms(X, at, distance, size, m, self.norms[e, rows])
         tall = torch.from_numpy(X).as_strided((size, m), (distance, 1), at)
         torch.mm(torch.from_numpy(self._P), tall.mT, out=torch.from_numpy(R[:, rows]))
+        self._sum_channels(tile)
+
+    def _project_factors(self, projections: Sequence[Projection], tile: Tile) -> None:
+        e, rows = tile
+        R, norms = torch.from_numpy(self._R[e]), torch.from_numpy(self.norms[e, rows])
+        projections[e].project(rows, R, norms)
+        self._sum_channels(tile)
+
+    def _sum_channels(self, tile: Tile) -> None:
+        (e, rows), R, rank = tile, self._R[tile[0]], len(self._P)
         self._loops.channel_sums(
             R.reshape(-1), self._m[e], self._v[e], rank, R.shape[1], rows.start,
             *self._settings.moments, *(c[e] for c in self._corrections), self._settings.eps,
@@ -111,7 +129,7 @@ def _quantiles() -> Array:
     return quantiles
 
 
-def _write(G: Memory, W: Memory, factors: Array, settings: Writer, tile: Tile) -> Any:
+def _write(G: Memory | Product, W: Memory, factors: Array, settings: Writer, tile: Tile) -> Any:
     """Writes some rows of W; `factors` [E, n] hold lr alpha s."""
     (e, rows), (_, a, b) = tile, W.view.shape
     ones = np.ones(b if a >= b else rows.stop - rows.start, np.float32)

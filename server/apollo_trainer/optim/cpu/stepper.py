@@ -18,6 +18,7 @@ from apollo_trainer.optim.cpu.elements import step_elements
 from apollo_trainer.optim.cpu.matrices import step_matrices
 from apollo_trainer.optim.cpu.memory import BITS
 from apollo_trainer.optim.cpu.threads import run
+from apollo_trainer.optim.factored import Gradient
 from apollo_trainer.optim.parameters import Slot
 from apollo_trainer.optim.reference import Job
 
@@ -25,7 +26,7 @@ from apollo_trainer.optim.reference import Job
 FEW_WEIGHTS = 2**20
 
 
-def fits(slot: Slot, grad: Tensor) -> bool:
+def fits(slot: Slot, grad: Gradient) -> bool:
     """Whether the loops take this parameter; the reference path takes all others."""
     p = slot.param
     on_cpu = p.device.type == "cpu" and grad.device.type == "cpu"

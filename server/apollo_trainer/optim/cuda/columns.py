@@ -5,33 +5,41 @@ from __future__ import annotations
 
 import triton.language as tl
 
-# Columns of `desc`.
+# Columns of `desc`: what stays from step to step.
 W_PTR = tl.constexpr(0)
-G_PTR = tl.constexpr(1)
-M_PTR = tl.constexpr(2)
-V_PTR = tl.constexpr(3)
-LOW_PTR = tl.constexpr(4)
-NORM_PTR = tl.constexpr(5)
-STEP_PTR = tl.constexpr(6)
-ROWS = tl.constexpr(7)
-COLS = tl.constexpr(8)
-W_ROW = tl.constexpr(9)
-W_COL = tl.constexpr(10)
-G_ROW = tl.constexpr(11)
-G_COL = tl.constexpr(12)
-FIRST = tl.constexpr(13)  # number of its first element within the parameter
-P_KEY = tl.constexpr(14)
-ROUND_KEY = tl.constexpr(16)
-P_OFFSET = tl.constexpr(18)
-R_OFFSET = tl.constexpr(19)
-S_OFFSET = tl.constexpr(20)
-PART_OFFSET = tl.constexpr(21)
-PARTS = tl.constexpr(22)
-SLOT = tl.constexpr(23)
-STACKED = tl.constexpr(24)
-GROUP = tl.constexpr(25)
-ALPHA = tl.constexpr(26)  # the bits of a float64
-FIELDS = tl.constexpr(27)
+M_PTR = tl.constexpr(1)
+V_PTR = tl.constexpr(2)
+LOW_PTR = tl.constexpr(3)
+NORM_PTR = tl.constexpr(4)
+STEP_PTR = tl.constexpr(5)
+ROWS = tl.constexpr(6)
+COLS = tl.constexpr(7)
+W_ROW = tl.constexpr(8)
+W_COL = tl.constexpr(9)
+FIRST = tl.constexpr(10)  # number of its first element within the parameter
+P_KEY = tl.constexpr(11)
+ROUND_KEY = tl.constexpr(13)
+P_OFFSET = tl.constexpr(15)
+R_OFFSET = tl.constexpr(16)
+S_OFFSET = tl.constexpr(17)
+PART_OFFSET = tl.constexpr(18)
+PARTS = tl.constexpr(19)
+SLOT = tl.constexpr(20)
+STACKED = tl.constexpr(21)
+GROUP = tl.constexpr(22)
+ALPHA = tl.constexpr(23)  # the bits of a float64
+INDEX = tl.constexpr(24)  # within a stack
+# What changes with every gradient. Of factors, G_PTR and G_ROW tell of the left one.
+G_PTR = tl.constexpr(25)
+G_ROW = tl.constexpr(26)
+G_COL = tl.constexpr(27)
+RIGHT_PTR = tl.constexpr(28)
+RIGHT_ROW = tl.constexpr(29)
+TOKENS = tl.constexpr(30)  # of a matrix, or of all the experts of a stack
+ENDS_PTR = tl.constexpr(31)  # 0 for a matrix
+C_WIDTH = tl.constexpr(32)
+C_OFFSET = tl.constexpr(33)
+FIELDS = tl.constexpr(34)
 
 # Columns of `settings` (float64), a row a parameter group.
 LR = tl.constexpr(0)

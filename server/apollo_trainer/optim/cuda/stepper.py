@@ -21,8 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_trainer.optim.cuda import tables
-from apollo_trainer.optim.cuda.tables import Kind, Sizes, Wave, Work, is_aligned, plan
+from apollo_trainer.optim.cuda import kinds
+from apollo_trainer.optim.cuda.kinds import Kind, Work, layout
+from apollo_trainer.optim.cuda.scratch import SHARE, Step, set_aside
+from apollo_trainer.optim.cuda.tables import Wave, plan
+from apollo_trainer.optim.factored import Factored, Gradient, norm_of
 from apollo_trainer.optim.options import StepSettings
 from apollo_trainer.optim.parameters import Slot
 from apollo_trainer.optim.projection import normal_quantiles
@@ -33,7 +36,16 @@ try:
     import triton
     import triton.language as tl
 
-    from apollo_trainer.optim.cuda import adam, draw, project, scale, write
+    from apollo_trainer.optim.cuda import (
+        adam,
+        change,
+        draw,
+        factors,
+        norms,
+        project,
+        scale,
+        write,
+    )
 
     _TYPES: dict[torch.dtype, Any] = {
         torch.bfloat16: tl.bfloat16,
@@ -45,46 +57,38 @@ except ImportError:
 
 # Triton's own switch: kernels then run in Python, on a CPU's tensors, to be looked into.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SQUARES_PROGRAMS = 10  # for a matrix: as many tiles as 200 tokens have
 W_DTYPES = (torch.bfloat16, torch.float32)
 G_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
-def fits(slot: Slot, grad: Tensor) -> bool:
+def fits(slot: Slot, grad: Gradient) -> bool:
     """Whether the kernels take this parameter; the reference path takes all others."""
     p = slot.param
     if triton is None or not (p.is_cuda or INTERPRETED):
         return False
     if p.dtype not in W_DTYPES or grad.dtype not in G_DTYPES:
         return False
+    if isinstance(grad, Factored):
+        return slot.rank is not None and _factors_fit(grad)
     return slot.rank is not None or (p.is_contiguous() and grad.is_contiguous())
 
 
-@dataclass(frozen=True)
-class _Scratch:
-    """What the kernels of one wave hand on to each other."""
-
-    P: Tensor  # bfloat16
-    R: Tensor  # float32, as all below
-    squares: Tensor
-    factors: Tensor
-    parts: Tensor
+def _factors_fit(grad: Factored) -> bool:
+    if grad.dtype not in W_DTYPES or grad.right.dtype != grad.dtype:
+        return False
+    if grad.ends is not None and not (grad.ends.dtype == torch.int32 and grad.ends.is_contiguous()):
+        return False
+    return grad.left.stride(-1) == grad.right.stride(-1) == 1
 
 
 @dataclass(frozen=True)
-class _Step:
-    """What one call of `step` shares among its waves, an entry or two a matrix."""
+class Prepared:
+    """What one step of some parameters works with; it is of no use once they were stepped."""
 
-    flags: Tensor  # int32: not finite, not zero
-    slot_flags: Tensor  # int32, one a parameter: skipped
-    rates: Tensor  # float32: lr alpha s, and whether it is stepped
-    corrections: Tensor  # float32: 1 / (1 - beta ** t) of both moments
-    rounding: RoundingMode
-    measure: bool
-
-    def of(self, wave: Wave) -> tuple[Tensor, Tensor, Tensor]:
-        """Flags, rates and corrections of a wave."""
-        part = slice(2 * wave.first, 2 * (wave.first + len(wave.matrices)))
-        return self.flags[part], self.rates[part], self.corrections[part]
+    waves: list[Wave]
+    step: Step
+    dense: list[Tensor]  # gradients that are no factors
 
 
 class FusedStepper:
@@ -119,38 +123,53 @@ class FusedStepper:
             self._settings, host = flat, torch.tensor(flat, dtype=torch.float64)
             self._settings_on_device = self._upload(host)
 
-    def step(
+    def prepare(
         self,
         works: Sequence[Work],
         settings: Sequence[StepSettings],
         rounding: RoundingMode,
         measure: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Steps all parameters given; `rounding` is of 16-bit weights.
-
-        Returns how many tensors were skipped (int64, 0-dim), and, where measured, the sum of
-        squares of the stored change and the number of changed elements (float64 [2]).
-        """
-        key = tuple((id(w.slot), w.grad.dtype, w.grad.stride(), is_aligned(w.grad)) for w in works)
+    ) -> Prepared:
+        """Sets aside all that a step of these parameters needs; `rounding` is of 16-bit weights."""
+        key = tuple((id(w.slot), *layout(w.grad)) for w in works)
         if key not in self._waves:
             self._waves[key] = plan(works)
         waves = self._waves[key]
         grads = {id(w.slot): w.grad for w in works}
         for wave in waves:
             self._describe(wave, grads, settings)
-        step = self._shared(waves, len(works), rounding, measure)
-        # A context of its own: the memory that Triton asks for is no setting of the caller's.
-        changes = contextvars.copy_context().run(self._launch, waves, step)
-        total = torch.stack([c.sum(0) for c in changes]).sum(0) if measure and changes else None
-        return step.slot_flags.sum(dtype=torch.int64), total
+        normal_quantiles(self.device)
+        step = set_aside(waves, len(works), rounding, measure, self.device)
+        dense = [work.grad for work in works if isinstance(work.grad, Tensor)]
+        return Prepared(waves, step, dense)
 
-    def _shared(
-        self, waves: list[Wave], slots: int, rounding: RoundingMode, measure: bool
-    ) -> _Step:
-        count = 2 * sum(len(wave.matrices) for wave in waves)
-        flags = torch.zeros(count + slots, dtype=torch.int32, device=self.device)
-        rates, corrections = torch.empty((2, count), dtype=torch.float32, device=self.device)
-        return _Step(flags[:count], flags[count:], rates, corrections, rounding, measure)
+    def squares(self, prepared: Prepared) -> Tensor:
+        """The sum of squares of all gradients, float64, 0-dim; not finite where one is not."""
+        parts = [self._squares(wave).sum() for wave in prepared.waves if wave.kind.factored]
+        dense = [norm_of(grad) for grad in prepared.dense]
+        if dense:
+            parts.append(torch.stack(dense).to(torch.float64).square_().sum())
+        total: Tensor = sum(parts, torch.zeros((), dtype=torch.float64, device=self.device))
+        return total
+
+    def _squares(self, wave: Wave) -> Tensor:
+        kind, programs = wave.kind, SQUARES_PROGRAMS
+        out = torch.empty(len(wave.matrices), programs, device=self.device)
+        norms.squares[(len(wave.matrices), programs)](
+            wave.desc, out, G_TYPE=_TYPES[kind.g_dtype], ALIGNED=kind.aligned, **kind.gram
+        )
+        return out.sum(dtype=torch.float64)
+
+    def step(self, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
+        """Steps what was prepared, once.
+
+        Returns how many tensors were skipped (int64, 0-dim), and, where measured, the sum of
+        squares of the stored change and the number of changed elements (float64 [2]).
+        """
+        waves, step = prepared.waves, prepared.step
+        # A context of its own: the memory that Triton asks for is no setting of the caller's.
+        contextvars.copy_context().run(self._launch, waves, step)
+        return step.skipped, step.sums[-1] if step.measure and waves else None
 
     def _upload(self, host: Tensor) -> Tensor:
         # Pinned, so that the copy is enqueued; the allocator keeps the memory until it was made.
@@ -159,7 +178,7 @@ class FusedStepper:
         return host.to(self.device, non_blocking=True)
 
     def _describe(
-        self, wave: Wave, grads: dict[int, Tensor], settings: Sequence[StepSettings]
+        self, wave: Wave, grads: dict[int, Gradient], settings: Sequence[StepSettings]
     ) -> None:
         desc = wave.locate(grads, settings)
         if desc is not None:
@@ -167,41 +186,34 @@ class FusedStepper:
         if not wave.tiles:
             wave.tiles = {k: self._upload(v) for k, v in wave.tile_tables().items()}
 
-    def _launch(self, waves: list[Wave], step: _Step) -> list[Tensor]:
-        """Launches all waves; returns what each measured."""
+    def _launch(self, waves: list[Wave], step: Step) -> None:
+        """Launches all waves. Nothing is allocated from here on: the first of them writes."""
         if triton is not None:
-            triton.set_allocator(self._workspace)
-        changes = [self._adam(wave, step) for wave in waves if wave.kind.rank is None]
-        projected = [wave for wave in waves if wave.kind.rank is not None]
-        scratch = self._scratch(projected)
-        for wave in projected:
-            self._project(wave, scratch, step)
-            changes.append(self._write(wave, scratch, step))
-        return changes
-
-    def _workspace(self, size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device=self.device)
-
-    def _scratch(self, waves: list[Wave]) -> _Scratch:
-        """Scratch that holds any of the waves."""
-        largest = Sizes()
+            triton.set_allocator(step.workspace)
         for wave in waves:
-            largest.cover(wave.sizes)
-        P = torch.empty(largest.p, dtype=torch.bfloat16, device=self.device)
-        R, squares, factors, parts = (
-            torch.empty(size, dtype=torch.float32, device=self.device)
-            for size in (largest.r, largest.channels, largest.channels, 3 * largest.parts)
-        )
-        return _Scratch(P, R, squares, factors, parts)
+            if wave.kind.rank is None:
+                self._adam(wave, step)
+        for wave in waves:
+            if wave.kind.rank is not None:
+                self._project(wave, step)
+                self._write(wave, step)
+        change.count[(1,)](step.slot_flags, len(step.slot_flags), step.skipped, BLOCK=512)
+        if len(step.changes):
+            shares = len(step.sums) - 1
+            change.add_up[(shares,)](step.changes, len(step.changes), SHARE, step.sums, BLOCK=512)
+            change.add_up[(1,)](step.sums, shares, shares, step.sums[-1], BLOCK=512)
 
-    def _project(self, wave: Wave, scratch: _Scratch, step: _Step) -> None:
+    def _project(self, wave: Wave, step: Step) -> None:
         kind, tiles = wave.kind, wave.tiles
         flags, _, corrections = step.of(wave)
         draw.draw_projections[(len(tiles["draw"]),)](
-            wave.desc, tiles["draw"], normal_quantiles(self.device), scratch.P, corrections,
+            wave.desc, tiles["draw"], normal_quantiles(self.device), step.P, corrections,
             self._number, self._settings_on_device, RANK=kind.rank, RANK_PADDED=kind.padded,
-            BLOCK=tables.BLOCK_DRAW, num_warps=tables.DRAW_WARPS,
+            BLOCK=kinds.BLOCK_DRAW, num_warps=kinds.DRAW_WARPS,
         )  # fmt: skip
+        if kind.factored:
+            self._project_factors(wave, step, flags)
+            return
         along_k = 1 if kind.row_channels else 2
         unit = 0 if kind.g_unit == 0 else 1 if kind.g_unit == along_k else 2
         kernel: Any = project.project
@@ -210,56 +222,62 @@ class FusedStepper:
             kernel = project.project_aligned
             options = {"LANES": kind.lanes}
         kernel[(len(tiles["project"]),)](
-            wave.desc, tiles["project"], scratch.P, scratch.R, scratch.squares, flags,
+            wave.desc, tiles["project"], step.P, step.R, step.squares, flags,
             RANK_PADDED=kind.padded, ROW_CHANNELS=kind.row_channels, G_UNIT=unit,
             **kind.projection, **options,
         )  # fmt: skip
 
-    def _write(self, wave: Wave, scratch: _Scratch, step: _Step) -> Tensor:
+    def _project_factors(self, wave: Wave, step: Step, flags: Tensor) -> None:
+        kind = wave.kind
+        options = {
+            "RANK_PADDED": kind.padded, "ROW_CHANNELS": kind.row_channels,
+            "G_TYPE": _TYPES[kind.g_dtype], "ALIGNED": kind.aligned, "BLOCK_R": kind.c_rows,
+        }  # fmt: skip
+        for portion in wave.portions:
+            factors.gram[(portion.matrices, portion.programs)](
+                wave.desc, step.P, step.C, portion.first, **options, **kind.gram
+            )
+            factors.project_factors[(portion.tiles,)](
+                wave.desc, wave.tiles["project"], step.C, step.R, step.squares, flags,
+                portion.first_tile, **options, **kind.projection,
+            )  # fmt: skip
+
+    def _write(self, wave: Wave, step: Step) -> None:
         kind, tiles, settings = wave.kind, wave.tiles, self._settings_on_device
         flags, rates, corrections = step.of(wave)
-        changes = self._changes(tiles["write"], step)
         scale.moments[(len(tiles["moments"]),)](
-            wave.desc, tiles["moments"], settings, scratch.R, scratch.squares, scratch.factors,
-            scratch.parts, flags, corrections, 1.0 / math.sqrt(kind.rank or 1), RANK=kind.rank,
+            wave.desc, tiles["moments"], settings, step.R, step.squares, step.factors,
+            step.parts, flags, corrections, 1.0 / math.sqrt(kind.rank or 1), RANK=kind.rank,
             RANK_PADDED=kind.padded, TILE=kind.projection["BLOCK_N"], MINI=self.mini,
-            BLOCK_R=min(tables.BLOCK_R, kind.padded), BLOCK_N=tables.BLOCK_MOMENTS,
-            num_warps=tables.MOMENTS_WARPS,
+            BLOCK_R=min(kinds.BLOCK_R, kind.padded), BLOCK_N=kinds.BLOCK_MOMENTS,
+            num_warps=kinds.MOMENTS_WARPS,
         )  # fmt: skip
         scale.limit[(len(wave.matrices),)](
-            wave.desc, settings, scratch.parts, flags, rates, step.slot_flags, NORM_FLOOR,
+            wave.desc, settings, step.parts, flags, rates, step.slot_flags, NORM_FLOOR,
             MINI=self.mini, BLOCK=256,
         )  # fmt: skip
         write.write[(len(tiles["write"]),)](
-            wave.desc, tiles["write"], settings, scratch.factors, rates, self._number, changes,
-            W_TYPE=_TYPES[kind.w_dtype], G_TYPE=_TYPES[kind.g_dtype],
+            wave.desc, tiles["write"], settings, step.factors, rates, self._number,
+            step.changes_of(wave), W_TYPE=_TYPES[kind.w_dtype], G_TYPE=_TYPES[kind.g_dtype],
             ROW_CHANNELS=kind.row_channels, W_UNIT=kind.w_unit, G_UNIT=kind.g_unit,
-            ALIGNED=kind.aligned, MINI=self.mini, STOCHASTIC=step.rounding == "stochastic",
-            SPLIT=_splits(kind, step), MEASURE=step.measure, BLOCK_ROWS=tables.BLOCK_ROWS,
-            BLOCK_COLS=tables.BLOCK_COLS, REPEATS=tables.REPEATS, STAGES=tables.WRITE_STAGES,
-            num_warps=tables.WRITE_WARPS,
+            ALIGNED=kind.aligned, FACTORED=kind.factored, MINI=self.mini,
+            STOCHASTIC=step.rounding == "stochastic", SPLIT=_splits(kind, step),
+            MEASURE=step.measure, **kind.writing,
         )  # fmt: skip
-        return changes
 
-    def _adam(self, wave: Wave, step: _Step) -> Tensor:
+    def _adam(self, wave: Wave, step: Step) -> None:
         kind, tiles = wave.kind, wave.tiles["elements"]
         flags, _, _ = step.of(wave)
-        changes = self._changes(tiles, step)
-        types = {"G_TYPE": _TYPES[kind.g_dtype], "BLOCK": tables.BLOCK_ELEMENTS}
+        types = {"G_TYPE": _TYPES[kind.g_dtype], "BLOCK": kinds.BLOCK_ELEMENTS}
         adam.adam_check[(len(tiles),)](wave.desc, tiles, flags, **types)
         adam.adam_write[(len(tiles),)](
-            wave.desc, tiles, self._settings_on_device, flags, self._number, changes,
-            W_TYPE=_TYPES[kind.w_dtype], STOCHASTIC=step.rounding == "stochastic",
-            SPLIT=_splits(kind, step), MEASURE=step.measure, **types,
+            wave.desc, tiles, self._settings_on_device, flags, self._number,
+            step.changes_of(wave), W_TYPE=_TYPES[kind.w_dtype],
+            STOCHASTIC=step.rounding == "stochastic", SPLIT=_splits(kind, step),
+            MEASURE=step.measure, **types,
         )  # fmt: skip
         adam.adam_count[(len(wave.matrices),)](wave.desc, flags, step.slot_flags)
-        return changes
-
-    def _changes(self, tiles: Tensor, step: _Step) -> Tensor:
-        return torch.empty(
-            (len(tiles) if step.measure else 0, 2), dtype=torch.float64, device=self.device
-        )
 
 
-def _splits(kind: Kind, step: _Step) -> bool:
+def _splits(kind: Kind, step: Step) -> bool:
     return step.rounding == "split16" and kind.w_dtype == torch.bfloat16

@@ -7,102 +7,34 @@ of `desc` (int64, `columns.py`) says where that matrix lies. Many small matrices
 
 from __future__ import annotations
 
-import struct
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from apollo_trainer.optim.cuda.kinds import (
+    BLOCK_DRAW,
+    BLOCK_ELEMENTS,
+    BLOCK_MOMENTS,
+    Kind,
+    Work,
+    kind_of,
+)
+from apollo_trainer.optim.cuda.rows import TOKENS, Matrix, kept_columns, moving_columns
+from apollo_trainer.optim.factored import Gradient
 from apollo_trainer.optim.options import StepSettings
-from apollo_trainer.optim.parameters import Slot
 
 # Scratch of one wave of matrices: their R must not need memory in proportion to the model. Smaller
 # waves leave the device idle between their launches.
 WAVE_BYTES = 512 * 2**20
-# Tiles and launches that were fastest on an H200; docs/LOG.md tells what else was tried.
-BLOCK_DRAW, DRAW_WARPS = 16384, 16
-BLOCK_ELEMENTS = 1024
-BLOCK_MOMENTS, BLOCK_R, MOMENTS_WARPS = 64, 16, 4
-BLOCK_ROWS, BLOCK_COLS, REPEATS, WRITE_WARPS, WRITE_STAGES = 16, 128, 8, 2, 2
-PROJECT = {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-PROJECT_WIDE = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
-PROJECT_ANY = {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-
-
-@dataclass(frozen=True)
-class Work:
-    """One parameter in one fused step."""
-
-    slot: Slot
-    grad: Tensor
-    state: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a launch is compiled for; parameters of one kind share launches.
-
-    `*_unit`: 1 where the elements of a row are neighbours, 2 those of a column, 0 neither.
-    """
-
-    w_dtype: torch.dtype
-    g_dtype: torch.dtype
-    rank: int | None
-    row_channels: bool = True
-    w_unit: int = 1
-    g_unit: int = 1
-    aligned: bool = False
-
-    @property
-    def padded(self) -> int:
-        """Rows of P that tensor cores want: a power of two from 16 on."""
-        return max(16, 1 << ((self.rank or 0) - 1).bit_length())
-
-    @property
-    def by_descriptor(self) -> bool:
-        """Whether `project_aligned` takes it. A box of the copy engine has at most 256 rows."""
-        return self.aligned and self.g_dtype == torch.bfloat16 and self.padded <= 256
-
-    @property
-    def projection(self) -> dict[str, int]:
-        """Tile and launch of the projection."""
-        if not self.by_descriptor:
-            return PROJECT_ANY
-        return PROJECT_WIDE if self.padded > 64 else PROJECT
-
-    @property
-    def lanes(self) -> int:
-        """Partial sums of a channel's squares that the threads of a program keep."""
-        return min(2 * self.projection["num_warps"], self.projection["BLOCK_K"])
-
-    def projected(self, n: int) -> int:
-        """Elements of R for n channels; R is kept in whole tiles."""
-        tile = self.projection["BLOCK_N"]
-        return self.padded * tile * -(-n // tile) if self.rank is not None else 0
-
-
-@dataclass
-class Matrix:
-    """A matrix, or a tensor that is not projected, as a row of `desc`."""
-
-    slot: Slot
-    state: dict[str, Tensor]
-    index: int  # within a stack
-    slot_number: int
-    rows: int
-    cols: int
-
-    @property
-    def n(self) -> int:
-        """The larger side: the number of channels."""
-        return max(self.rows, self.cols)
-
-    @property
-    def k(self) -> int:
-        """The smaller side."""
-        return min(self.rows, self.cols)
+# Of the products of a wave's factors: those of 2000 tokens take 16 MB a matrix.
+PORTION_BYTES = 128 * 2**20
+# Programs that share the tiles of a matrix's products. Only the device knows an expert's tokens:
+# one that has none costs as many programs.
+MOST_PROGRAMS = 32
 
 
 @dataclass
@@ -113,6 +45,7 @@ class Sizes:
     r: int = 0
     channels: int = 0
     parts: int = 0
+    c: int = 0
 
     def take(self, kind: Kind, matrix: Matrix) -> tuple[int, int, int, int, int]:
         """Offsets of P, R, the channels, the parts, and how many parts there are."""
@@ -132,6 +65,18 @@ class Sizes:
 
 
 @dataclass
+class Portion:
+    """Matrices of a wave whose products are in scratch at the same time."""
+
+    first: int  # of its matrices within the wave
+    first_tile: int  # of `project`
+    matrices: int = 0
+    tiles: int = 0
+    programs: int = 1  # for each matrix's products
+    size: int = 0  # elements of C
+
+
+@dataclass
 class Wave:
     """Matrices of one kind that are launched together, and their tables on the device."""
 
@@ -139,53 +84,103 @@ class Wave:
     first: int  # number of its first matrix within the step
     matrices: list[Matrix] = field(default_factory=list)
     sizes: Sizes = field(default_factory=Sizes)
-    located: tuple[tuple[int, ...], tuple[float, ...]] = ((), ())
+    portions: list[Portion] = field(default_factory=list)
+    kept: tuple[object, ...] = ()  # what `rows` was made of
+    given: tuple[object, ...] = ()  # of which gradients `desc` tells
+    rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    groups: list[list[Matrix]] = field(default_factory=list)  # by parameter
     desc: Tensor | None = None
     tiles: dict[str, Tensor] = field(default_factory=dict)
 
     def locate(
-        self, grads: Mapping[int, Tensor], settings: Sequence[StepSettings]
+        self, grads: Mapping[int, Gradient], settings: Sequence[StepSettings]
     ) -> Tensor | None:
         """Returns a new `desc`, on the CPU, where a tensor lies elsewhere than in the last step."""
-        rank = self.kind.rank
-        pointers = tuple(
-            tensor.data_ptr()
-            for m in self.matrices
-            for tensor in (grads[id(m.slot)], m.slot.param, m.state["m"])
+        if not self.groups:
+            self.groups = [list(group) for _, group in groupby(self.matrices, lambda m: id(m.slot))]
+        heads = [group[0] for group in self.groups]
+        kept = tuple(
+            (m.slot.param.data_ptr(), m.state["m"].data_ptr(), self._alpha(m, settings))
+            for m in heads
         )
-        alphas = tuple(
-            settings[m.slot.group].alpha(m.k, rank) if rank is not None else 1.0
-            for m in self.matrices
-        )
-        if self.located == (pointers, alphas):
+        given = tuple(moving_columns(m.slot, grads[id(m.slot)]) for m in heads)
+        if (kept, given) == (self.kept, self.given):
             return None
-        self.located, self.sizes = (pointers, alphas), Sizes()
+        if kept != self.kept:
+            self._keep(settings)
+        self.kept, self.given = kept, given
+        return torch.cat((self.rows, self._moving(given)), 1)
+
+    def _alpha(self, m: Matrix, settings: Sequence[StepSettings]) -> float:
+        rank = self.kind.rank
+        return settings[m.slot.group].alpha(m.k, rank) if rank is not None else 1.0
+
+    def _keep(self, settings: Sequence[StepSettings]) -> None:
+        """Fills the columns that gradients do not change."""
+        self.sizes = Sizes()
         rows = [
-            _row(m, grads[id(m.slot)], alpha, self.sizes.take(self.kind, m))
-            for m, alpha in zip(self.matrices, alphas, strict=True)
+            kept_columns(m, self._alpha(m, settings), self.sizes.take(self.kind, m))
+            for m in self.matrices
         ]
-        return torch.tensor(rows, dtype=torch.int64)
+        self.rows = torch.tensor(rows, dtype=torch.int64)
+
+    def _moving(self, given: tuple[tuple[int, ...], ...]) -> Tensor:
+        """The columns that gradients change."""
+        offsets = [0] * len(given)
+        if self.kind.factored:
+            offsets = self._divide([where[TOKENS] for where in given], [w[-1] for w in given])
+        table = [(*where, offset) for where, offset in zip(given, offsets, strict=True)]
+        counts = torch.tensor([len(group) for group in self.groups])
+        columns = torch.tensor(table, dtype=torch.int64).repeat_interleave(counts, 0)
+        skip, moving = columns[:, 0], columns[:, 1:]
+        moving[:, 0] += skip * self.rows[:, -1]
+        return moving
+
+    def _divide(self, tokens: Sequence[int], widths: Sequence[int]) -> list[int]:
+        """Divides the wave into portions; returns where each parameter's products begin in one."""
+        self.portions, self.sizes.c = [], 0
+        offsets, first, tile, block_n = [], 0, 0, self.kind.projection["BLOCK_N"]
+        for group, count, width in zip(self.groups, tokens, widths, strict=True):
+            need = self.kind.products(count, width)
+            if not self.portions or 4 * (self.portions[-1].size + need) > PORTION_BYTES:
+                self.portions.append(Portion(first, tile))
+            portion, tiles = self.portions[-1], len(group) * -(-group[0].n // block_n)
+            offsets.append(portion.size)
+            portion.matrices += len(group)
+            portion.tiles += tiles
+            portion.programs = max(portion.programs, self.kind.product_tiles(count))
+            portion.programs = min(portion.programs, MOST_PROGRAMS)
+            portion.size += need
+            first, tile = first + len(group), tile + tiles
+            self.sizes.c = max(self.sizes.c, portion.size)
+        return offsets
+
+    def tile_counts(self) -> Iterator[tuple[str, list[int]]]:
+        """How many tiles each matrix has for each kernel."""
+        if self.kind.rank is None:
+            yield "elements", [-(-m.cols // BLOCK_ELEMENTS) for m in self.matrices]
+            return
+        block_n, padded, writing = (
+            self.kind.projection["BLOCK_N"],
+            self.kind.padded,
+            self.kind.writing,
+        )
+        rows, cols = writing["BLOCK_ROWS"] * writing["REPEATS"], writing["BLOCK_COLS"]
+        yield "draw", [-(-padded * m.k // BLOCK_DRAW) for m in self.matrices]
+        yield "project", [-(-m.n // block_n) for m in self.matrices]
+        yield "moments", [-(-m.n // BLOCK_MOMENTS) for m in self.matrices]
+        yield "write", [-(-m.rows // rows) * -(-m.cols // cols) for m in self.matrices]
 
     def tile_tables(self) -> dict[str, Tensor]:
         """Tables of (matrix, tile), int32 [tiles, 2], on the CPU, for each kernel."""
-        if self.kind.rank is None:
-            return {"elements": _table([-(-m.cols // BLOCK_ELEMENTS) for m in self.matrices])}
-        block_n, padded = self.kind.projection["BLOCK_N"], self.kind.padded
-        block_rows = BLOCK_ROWS * REPEATS
-        counts = {
-            "draw": [-(-padded * m.k // BLOCK_DRAW) for m in self.matrices],
-            "project": [-(-m.n // block_n) for m in self.matrices],
-            "moments": [-(-m.n // BLOCK_MOMENTS) for m in self.matrices],
-            "write": [-(-m.rows // block_rows) * -(-m.cols // BLOCK_COLS) for m in self.matrices],
-        }
-        return {name: _table(count) for name, count in counts.items()}
+        return {name: _table(counts) for name, counts in self.tile_counts()}
 
 
 def plan(works: Sequence[Work]) -> list[Wave]:
     """Sorts parameters into kinds, and each kind into waves of bounded scratch."""
     kinds: dict[Kind, list[Matrix]] = defaultdict(list)
     for number, work in enumerate(works):
-        kinds[_kind(work)] += _matrices(work, number)
+        kinds[kind_of(work)] += _matrices(work, number)
     waves: list[Wave] = []
     first = 0
     for kind, matrices in kinds.items():
@@ -201,59 +196,12 @@ def plan(works: Sequence[Work]) -> list[Wave]:
     return waves
 
 
-def is_aligned(t: Tensor) -> bool:
-    """Whether vectors of eight elements begin at every eighth one of every row."""
-    if t.ndim < 2:
-        return False
-    sizes = (*t.shape[-2:], *t.stride()[:-1])
-    return t.data_ptr() % 16 == 0 and all(size % 8 == 0 for size in sizes)
-
-
 def _matrices(work: Work, number: int) -> list[Matrix]:
     slot, state, p = work.slot, work.state, work.slot.param
     if slot.rank is None:
         return [Matrix(slot, state, 0, number, 1, p.numel())] if p.numel() else []
     rows, cols = p.shape[-2:]
     return [Matrix(slot, state, e, number, rows, cols) for e in range(p[..., 0, 0].numel())]
-
-
-def _kind(work: Work) -> Kind:
-    p, g, rank = work.slot.param, work.grad, work.slot.rank
-    if rank is None:
-        return Kind(p.dtype, g.dtype, None)
-    w_unit, g_unit = (_unit(t) for t in (p, g))
-    aligned = w_unit == g_unit == 1 and all(is_aligned(t) for t in (p, g))
-    return Kind(p.dtype, g.dtype, rank, p.shape[-2] >= p.shape[-1], w_unit, g_unit, aligned)
-
-
-def _unit(t: Tensor) -> int:
-    return 1 if t.stride(-1) == 1 else 2 if t.stride(-2) == 1 else 0
-
-
-def _row(matrix: Matrix, grad: Tensor, alpha: float, offsets: tuple[int, ...]) -> list[int]:
-    """A row of `desc`, its entries in the order of `columns.py`."""
-    slot, state = matrix.slot, matrix.state
-    p, e = slot.param, matrix.index
-    stacked = slot.rank is not None and p.ndim == 3
-
-    def at(t: Tensor | None) -> int:
-        if t is None:
-            return 0
-        skip = e * t.stride(0) if stacked else 0
-        return t.data_ptr() + skip * t.element_size()
-
-    strides = (*p.stride()[-2:], *grad.stride()[-2:]) if slot.rank is not None else (0, 1, 0, 1)
-    first = e * matrix.rows * matrix.cols
-    return [
-        *(at(p), at(grad), at(state["m"]), at(state["v"]), at(state.get("low"))),
-        *(at(state.get("norm")), at(state["step"]), matrix.rows, matrix.cols, *strides, first),
-        *(*slot.projection_key, *slot.rounding_key, *offsets),
-        *(matrix.slot_number, int(stacked), slot.group, _bits(alpha)),
-    ]
-
-
-def _bits(value: float) -> int:
-    return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
 def _table(counts: list[int]) -> Tensor:

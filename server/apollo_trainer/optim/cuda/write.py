@@ -26,6 +26,7 @@ from apollo_trainer.optim.cuda.columns import (
     W_ROW,
 )
 from apollo_trainer.optim.cuda.draw import bits16, bits16_of_blocks
+from apollo_trainer.optim.cuda.factors import both, product
 from apollo_trainer.optim.cuda.round import join_halves, round_up, split_halves, within_range
 
 
@@ -33,12 +34,14 @@ from apollo_trainer.optim.cuda.round import join_halves, round_up, split_halves,
 def write(desc, tiles, settings, factors, rates, number, changes,
           W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ROW_CHANNELS: tl.constexpr,
           W_UNIT: tl.constexpr, G_UNIT: tl.constexpr, ALIGNED: tl.constexpr,
-          MINI: tl.constexpr, STOCHASTIC: tl.constexpr, SPLIT: tl.constexpr,
-          MEASURE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-          REPEATS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+          FACTORED: tl.constexpr, MINI: tl.constexpr, STOCHASTIC: tl.constexpr,
+          SPLIT: tl.constexpr, MEASURE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+          BLOCK_COLS: tl.constexpr, BLOCK_T: tl.constexpr, REPEATS: tl.constexpr,
+          STAGES: tl.constexpr):  # fmt: skip
     """W <- W (1 - lr lambda) - lr alpha G diag(s), rounded: the second read of G.
 
     *_UNIT: 1 where the elements of a row are neighbours, 2 those of a column, 0 neither.
+    FACTORED: a tile of G is the product of its factors' columns, and is in no memory.
     """
     matrix = tl.load(tiles + 2 * tl.program_id(0)).to(tl.int64)
     tile = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int64)
@@ -52,6 +55,8 @@ def write(desc, tiles, settings, factors, rates, number, changes,
         W, G = tl.multiple_of(W, 16), tl.multiple_of(G, 16)
         rows, cols = tl.multiple_of(rows, 8), tl.multiple_of(cols, 8)
         w_row, g_row = tl.multiple_of(w_row, 8), tl.multiple_of(g_row, 8)
+    if FACTORED:
+        U, u_row, V, v_row, count = both(d, G_TYPE, ALIGNED)
     rate = tl.load(rates + 2 * matrix)
     # A matrix that is not stepped has no rows to write.
     rows = tl.where(tl.load(rates + 2 * matrix + 1) > 0.5, rows, 0)
@@ -79,7 +84,11 @@ def write(desc, tiles, settings, factors, rates, number, changes,
         else:
             g_at = G + a[:, None] * g_row + b[None, :] * g_col
         stored = tl.load(at, mask=mask, other=0.0)
-        g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
+        if FACTORED:
+            g = product(U, u_row, a, rows, V, v_row, b, cols, count, G_TYPE, BLOCK_ROWS, BLOCK_COLS,
+                        BLOCK_T)  # fmt: skip
+        else:
+            g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
         if MINI:
             update = g * rate
         elif ROW_CHANNELS:

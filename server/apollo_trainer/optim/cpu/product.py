@@ -1,0 +1,30 @@
+"""A gradient on a CPU that exists as its factors, tile by tile where it is written."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apollo_trainer.optim.cpu.memory import Rows, Tile, scratch
+from apollo_trainer.optim.factored import Factored, Projection
+
+
+class Product:
+    """G [E, a, b] of its factors; what `Memory` is for a gradient that was made."""
+
+    def __init__(self, grad: Factored) -> None:
+        self._matrices = list(grad.matrices())
+
+    def projections(self, P: Tensor) -> list[Projection]:
+        """For each matrix what projects it by P, float32 [r, m]."""
+        return [Projection(factors, P) for factors in self._matrices]
+
+    def rows(self, tile: Tile) -> Rows:
+        """Some rows as bit patterns of float32, in memory of this thread."""
+        (left, right), rows = self._matrices[tile[0]], tile[1]
+        height, width = rows.stop - rows.start, right.shape[1]
+        product = scratch("product", height * width, np.float32)
+        out = torch.from_numpy(product).view(height, width)
+        torch.mm(left[:, rows].mT, right, out=out)
+        return product.view(np.uint32), 0, width

@@ -1,0 +1,146 @@
+"""What a launch is compiled for, and the tiles that are the fastest for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apollo_trainer.optim.factored import Factored, Gradient
+from apollo_trainer.optim.parameters import Slot
+
+# Tiles and launches that were fastest on an H200; docs/LOG.md tells what else was tried.
+BLOCK_DRAW, DRAW_WARPS = 16384, 16
+BLOCK_ELEMENTS = 1024
+BLOCK_MOMENTS, BLOCK_R, MOMENTS_WARPS = 64, 16, 4
+PROJECT = {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+PROJECT_WIDE = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+PROJECT_ANY = {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+WRITE = {"BLOCK_ROWS": 16, "BLOCK_COLS": 128, "REPEATS": 8, "STAGES": 2, "num_warps": 2}
+# Of factors, for bfloat16 on tensor cores and for float32 beside them; of these, only the tile of
+# the write was measured. BLOCK_T counts tokens.
+GRAM = {"BLOCK_T": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+GRAM_ANY = {"BLOCK_T": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+FACTORS = {"BLOCK_N": 128, "BLOCK_T": 64, "num_warps": 4, "num_stages": 3}
+FACTORS_ANY = {"BLOCK_N": 64, "BLOCK_T": 32, "num_warps": 4, "num_stages": 2}
+WRITE_FACTORS = {"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "REPEATS": 1, "STAGES": 1, "num_warps": 4}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One parameter in one fused step."""
+
+    slot: Slot
+    grad: Gradient
+    state: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a launch is compiled for; parameters of one kind share launches.
+
+    `*_unit`: 1 where the elements of a row are neighbours, 2 those of a column, 0 neither.
+    """
+
+    w_dtype: torch.dtype
+    g_dtype: torch.dtype
+    rank: int | None
+    row_channels: bool = True
+    w_unit: int = 1
+    g_unit: int = 1
+    aligned: bool = False
+    factored: bool = False
+
+    @property
+    def padded(self) -> int:
+        """Rows of P that tensor cores want: a power of two from 16 on."""
+        return max(16, 1 << ((self.rank or 0) - 1).bit_length())
+
+    @property
+    def by_descriptor(self) -> bool:
+        """Whether `project_aligned` takes it. A box of the copy engine has at most 256 rows."""
+        whole = self.aligned and not self.factored
+        return whole and self.g_dtype == torch.bfloat16 and self.padded <= 256
+
+    @property
+    def projection(self) -> dict[str, int]:
+        """Tile and launch of the projection."""
+        if self.factored:
+            return FACTORS if self.g_dtype == torch.bfloat16 else FACTORS_ANY
+        if not self.by_descriptor:
+            return PROJECT_ANY
+        return PROJECT_WIDE if self.padded > 64 else PROJECT
+
+    @property
+    def gram(self) -> dict[str, int]:
+        """Tile and launch of what is summed over the smaller side."""
+        return GRAM if self.g_dtype == torch.bfloat16 else GRAM_ANY
+
+    @property
+    def c_rows(self) -> int:
+        """Rows of P in a tile of C."""
+        return min(self.padded, self.gram["BLOCK_T"])
+
+    @property
+    def writing(self) -> dict[str, int]:
+        """Tile and launch of the write; BLOCK_T is read for factors alone."""
+        if self.factored:
+            return {**WRITE_FACTORS, "BLOCK_T": 32, "num_stages": 4}
+        return {**WRITE, "BLOCK_T": 0}
+
+    @property
+    def lanes(self) -> int:
+        """Partial sums of a channel's squares that the threads of a program keep."""
+        return min(2 * self.projection["num_warps"], self.projection["BLOCK_K"])
+
+    def projected(self, n: int) -> int:
+        """Elements of R for n channels; R is kept in whole tiles."""
+        tile = self.projection["BLOCK_N"]
+        return self.padded * tile * -(-n // tile) if self.rank is not None else 0
+
+    def products(self, tokens: int, width: int) -> int:
+        """Elements of C for so many tokens."""
+        return (self.padded + tokens) * width
+
+    def product_tiles(self, tokens: int) -> int:
+        """Tiles of C for so many tokens, those below its diagonal included."""
+        across = -(-tokens // self.gram["BLOCK_T"])
+        return across * (self.padded // self.c_rows + across)
+
+
+def kind_of(work: Work) -> Kind:
+    """The kind of a parameter and its gradient."""
+    p, g, rank = work.slot.param, work.grad, work.slot.rank
+    if rank is None:
+        return Kind(p.dtype, g.dtype, None)
+    row_channels, w_unit = p.shape[-2] >= p.shape[-1], _unit(p)
+    aligned = w_unit == 1 and is_aligned(p) and is_aligned(g)
+    if isinstance(g, Factored):
+        return Kind(p.dtype, g.dtype, rank, row_channels, w_unit, 1, aligned, True)
+    aligned = aligned and _unit(g) == 1
+    return Kind(p.dtype, g.dtype, rank, row_channels, w_unit, _unit(g), aligned)
+
+
+def layout(g: Gradient) -> tuple[object, ...]:
+    """What of a gradient decides its kind and its tables."""
+    if isinstance(g, Factored):
+        return True, g.dtype, is_aligned(g)
+    return False, g.dtype, g.stride(), is_aligned(g)
+
+
+def is_aligned(g: Gradient) -> bool:
+    """Whether vectors of eight elements begin at every eighth one of every row."""
+    if isinstance(g, Factored):
+        return all(
+            t.data_ptr() % 16 == 0 and t.shape[1] % 8 == t.stride(0) % 8 == 0
+            for t in (g.left, g.right)
+        )
+    if g.ndim < 2:
+        return False
+    sizes = (*g.shape[-2:], *g.stride()[:-1])
+    return g.data_ptr() % 16 == 0 and all(size % 8 == 0 for size in sizes)
+
+
+def _unit(t: Tensor) -> int:
+    return 1 if t.stride(-1) == 1 else 2 if t.stride(-2) == 1 else 0

@@ -1,0 +1,154 @@
+"""Micro-batches as tensors of few shapes: widths are rounded up, so that many share one shape.
+
+What is padded is masked and has no weight, as in `frozen_context.py`; losses and gradients are
+those of the micro-batch, but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from apollo_trainer.training.batch import MicroBatch, rows_of
+from apollo_trainer.training.frozen_context import PADDING_ID, caches_of, for_backward
+from apollo_trainer.training.loss import IGNORED
+
+_STEPS_AN_OCTAVE = 8
+_SMALLEST = 16
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The shape of a micro-batch.
+
+    Attributes:
+        contexts: distinct frozen contexts; 0 where there is none.
+        selects: whether rows of contexts are selected for the samples; else one is another's.
+    """
+
+    samples: int
+    contexts: int
+    context_width: int
+    learned_width: int
+    selects: bool
+
+    @staticmethod
+    def of(batch: MicroBatch) -> Bucket:
+        """The bucket of a micro-batch: at most an eighth wider than it."""
+        contexts = len(batch.contexts) if batch.context_width else 0
+        selects = contexts > 0 and batch.context_rows != tuple(range(contexts))
+        return Bucket(
+            len(batch.samples), contexts, _rounded_up(batch.context_width),
+            _rounded_up(batch.learned_width), selects,
+        )  # fmt: skip
+
+    def fields(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Names and shapes of what `Inputs` has, all int64 but for the weights."""
+        rows, context, learned = self.samples, self.context_width, self.learned_width
+        yield "context_ids", (self.contexts, context)
+        yield "context_mask", (self.contexts, context)
+        yield "context_positions", (self.contexts, context)
+        yield "context_rows", (1, rows if self.selects else 0)
+        yield "ids", (rows, learned)
+        yield "mask", (rows, context + learned)
+        yield "positions", (rows, learned)
+        yield "targets", (rows, learned)
+
+
+def _rounded_up(width: int) -> int:
+    if width == 0:
+        return 0
+    step = max(_SMALLEST, (1 << (width - 1).bit_length()) // (2 * _STEPS_AN_OCTAVE))
+    return -(-width // step) * step
+
+
+class Inputs:
+    """A micro-batch's tensors on a device, filled again and again."""
+
+    def __init__(self, bucket: Bucket, device: torch.device):
+        self.bucket = bucket
+        sizes = [rows * width for _, (rows, width) in bucket.fields()]
+        self._numbers = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        self.weights = torch.zeros(bucket.samples, bucket.learned_width, device=device)
+        parts = torch.split(self._numbers, sizes)
+        named = zip(bucket.fields(), parts, strict=True)
+        self.tensors = {name: part.view(shape) for (name, shape), part in named}
+
+    def fill(self, batch: MicroBatch, divisor: float) -> None:
+        """Copies a micro-batch of this bucket in; the copy is enqueued."""
+        rows = _numbers(batch, self.bucket)
+        numbers = [x for name, _ in self.bucket.fields() for row in rows[name] for x in row]
+        weights = _weights(batch, self.bucket.learned_width, divisor)
+        for target, host in (
+            (self._numbers, torch.tensor(numbers)),
+            (self.weights, torch.tensor(weights, dtype=torch.float32)),
+        ):
+            # Pinned memory is kept by the allocator until the copy was made.
+            pinned = host.pin_memory() if target.is_cuda else host
+            target.copy_(pinned, non_blocking=True)
+
+
+def _numbers(batch: MicroBatch, bucket: Bucket) -> dict[str, list[list[int]]]:
+    """Rows of each field."""
+    width, learned = bucket.context_width, bucket.learned_width
+    contexts = batch.contexts if bucket.contexts else ()
+    lengths = [len(batch.contexts[row]) for row in batch.context_rows]
+    pairs = list(rows_of(batch))
+    return {
+        "context_ids": [[PADDING_ID] * (width - len(c)) + list(c) for c in contexts],
+        "context_mask": [[0] * (width - len(c)) + [1] * len(c) for c in contexts],
+        "context_positions": [[0] * (width - len(c)) + list(range(len(c))) for c in contexts],
+        "context_rows": [list(batch.context_rows) if bucket.selects else []],
+        "ids": [_padded(inputs, learned, PADDING_ID) for inputs, _ in pairs],
+        "mask": [[0] * (width - n) + [1] * (n + learned) for n in lengths],
+        # Positions of padding stay within the sample's own: a table of positions ends there.
+        "positions": [
+            [n + min(place, len(inputs) - 1) for place in range(learned)]
+            for n, (inputs, _) in zip(lengths, pairs, strict=True)
+        ],
+        "targets": [_padded(targets, learned, IGNORED) for _, targets in pairs],
+    }
+
+
+def _padded(ids: tuple[int, ...], width: int, padding: int) -> list[int]:
+    return [*ids, *(padding,) * (width - len(ids))]
+
+
+def _weights(batch: MicroBatch, width: int, divisor: float) -> list[list[float]]:
+    rows = []
+    for sample in batch.samples:
+        factors = sample.token_weights or (1.0,) * len(sample.continuation_ids)
+        # Divided before it is a float32, which holds no very small weight.
+        weights = [sample.weight * factor / divisor for factor in factors]
+        rows.append([*weights, *(0.0,) * (width - len(weights))])
+    return rows
+
+
+def losses(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """What `batch_loss` gives: the weighted loss with gradient, a scalar, and float32 [samples]."""
+    t, bucket = inputs.tensors, inputs.bucket
+    caches: dict[str, Any] = {}
+    if bucket.contexts:
+        with torch.no_grad():
+            answer = model(
+                t["context_ids"], attention_mask=t["context_mask"],
+                position_ids=t["context_positions"], use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+        caches = {name: for_backward(cache) for name, cache in caches_of(answer).items()}
+        if bucket.selects:
+            for cache in caches.values():
+                cache.batch_select_indices(t["context_rows"][0])
+    logits = model(
+        t["ids"], attention_mask=t["mask"], position_ids=t["positions"],
+        use_cache=bool(caches), **caches,
+    ).logits  # fmt: skip
+    targets = t["targets"]
+    each = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED
+    ).view_as(targets)
+    return (each * inputs.weights).sum(), each.detach().sum(1)

@@ -1,0 +1,63 @@
+"""RMS norms as one kernel: found in every family that has them, and no others taken for one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from apollo_trainer.training.loss import continuation_loss
+from apollo_trainer.training.norms import fuse_norms
+from apollo_trainer.training.samples import TokenizedSample
+
+Make = Callable[[str], Any]
+SAMPLE = TokenizedSample((3, 50, 7, 99), (140, 2, 77))
+# Layers have two, those of Qwen3 two more for queries and keys; Gemma's add one to the weight.
+COUNTS = {"qwen3": 9, "mistral": 5, "mixtral": 5, "gpt2": 0, "opt": 0, "gemma2": 0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", COUNTS)
+def test_a_model_says_the_same_with_its_norms_fused(
+    make_model: Make, family: str, dtype: torch.dtype
+) -> None:
+    plain = make_model(family).to(dtype)
+    fused = copy.deepcopy(plain)
+    assert fuse_norms(fused) == COUNTS[family]
+    losses = [continuation_loss(model, SAMPLE) for model in (plain, fused)]
+    rel = 1e-5 if dtype == torch.float32 else 0.02
+    assert losses[1].loss_sum == pytest.approx(losses[0].loss_sum, rel=rel)
+    torch.autograd.backward([loss.weighted for loss in losses])
+    for one, other in zip(plain.parameters(), fused.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        scale = float(one.grad.float().norm())
+        assert float((one.grad.float() - other.grad.float()).norm()) <= 5 * rel * scale
+
+
+def test_weights_that_change_are_seen(make_model: Make) -> None:
+    model = make_model("qwen3")
+    fuse_norms(model)
+    before = continuation_loss(model, SAMPLE).loss_sum
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    assert continuation_loss(model, SAMPLE).loss_sum != pytest.approx(before)
+
+
+class AlmostOne(nn.Module):
+    """Norms by the mean of absolute values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x / (x.abs().mean(-1, keepdim=True) + self.eps)
+
+
+def test_what_computes_something_else_is_left_alone() -> None:
+    for module in (AlmostOne(), nn.LayerNorm(8), nn.Linear(8, 1, bias=False), nn.Embedding(8, 1)):
+        assert fuse_norms(module) == 0
