@@ -40,7 +40,7 @@ def gradients(model: Any, weighted: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "opt", "mistral", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "opt", "qwen3_moe"])
 def test_losses_and_gradients_are_those_of_the_micro_batch(
     make_model: Make, family: str, case: str
 ) -> None:

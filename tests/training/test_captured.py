@@ -32,7 +32,7 @@ def optimizer_of(model: Any, lr: float = 1e-3) -> Apollo:
 
 
 @pytest.mark.parametrize("samples", [[ONE], [ONE, OTHER]], ids=["one", "two"])
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "opt", "mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "opt"])
 def test_fifty_steps_lose_what_they_lose_without(
     make_model: Make, family: str, samples: list[TokenizedSample]
 ) -> None:
@@ -45,6 +45,15 @@ def test_fifty_steps_lose_what_they_lose_without(
         assert passes is None or (len(passes) == 1 and not passes.refusal)
     assert losses[1] == pytest.approx(losses[0], rel=0.02, abs=0.01)
     assert losses[1][-1] < losses[1][0]
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_what_attends_to_a_window_runs_as_it_is(make_model: Make, family: str) -> None:
+    """Its window is shorter than the bucket: padding would be counted as places."""
+    model = on_gpu(make_model, family)
+    optimizer, passes = optimizer_of(model), CapturedPasses(model)
+    losses = [take_step(model, optimizer, [ONE], passes=passes).loss for _ in range(20)]
+    assert not len(passes) and not passes.refusal and losses[-1] < losses[0]
 
 
 def test_two_buckets_and_micro_batches_take_turns(make_model: Make) -> None:

@@ -24,9 +24,8 @@ from apollo_trainer.config import Settings
 from apollo_trainer.optim import Apollo
 from apollo_trainer.runs.model_checkpoints import ModelCheckpoints
 from apollo_trainer.runs.session import KeptState, Session, new_optimizer, weights_are_others
-from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.captured import CapturedPasses, speed_up
 from apollo_trainer.training.context_check import require_frozen_context
-from apollo_trainer.training.norms import fuse_norms
 from apollo_trainer.training.options import StateShape
 from apollo_trainer.training.samples import SampleLimits
 from apollo_trainer.weights.attach import Attachment
@@ -71,7 +70,7 @@ def open_session(
     optimizer.before_param_write = checkpoints.watch
     passes = None
     if embedding.is_cuda:
-        fuse_norms(attachment.model)
+        speed_up(attachment.model)
         passes = CapturedPasses(attachment.model)
     session = Session(
         attachment, optimizer, shape, state_path, tokenizer, limits, settings, checkpoints, passes

@@ -1,7 +1,8 @@
 """Micro-batches as tensors of few shapes: widths are rounded up, so that many share one shape.
 
-What is padded is masked and has no weight, as in `frozen_context.py`; losses and gradients are
-those of the micro-batch, but for rounding.
+Contexts run padded on their right: no token of theirs sees that, so that they need no mask. Their
+keys and values are then moved to the right, next to those of the continuation. Losses and gradients
+are those of the micro-batch, but for rounding, unless a model attends to less than all before it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from apollo_trainer.training.attention import mark_span
 from apollo_trainer.training.batch import MicroBatch, rows_of
 from apollo_trainer.training.frozen_context import PADDING_ID, caches_of, for_backward
 from apollo_trainer.training.loss import IGNORED
@@ -51,11 +53,9 @@ class Bucket:
         """Names and shapes of what `Inputs` has, all int64 but for the weights."""
         rows, context, learned = self.samples, self.context_width, self.learned_width
         yield "context_ids", (self.contexts, context)
-        yield "context_mask", (self.contexts, context)
-        yield "context_positions", (self.contexts, context)
         yield "context_rows", (1, rows if self.selects else 0)
+        yield "lengths", (rows, 1)
         yield "ids", (rows, learned)
-        yield "mask", (rows, context + learned)
         yield "positions", (rows, learned)
         yield "targets", (rows, learned)
 
@@ -100,12 +100,10 @@ def _numbers(batch: MicroBatch, bucket: Bucket) -> dict[str, list[list[int]]]:
     lengths = [len(batch.contexts[row]) for row in batch.context_rows]
     pairs = list(rows_of(batch))
     return {
-        "context_ids": [[PADDING_ID] * (width - len(c)) + list(c) for c in contexts],
-        "context_mask": [[0] * (width - len(c)) + [1] * len(c) for c in contexts],
-        "context_positions": [[0] * (width - len(c)) + list(range(len(c))) for c in contexts],
+        "context_ids": [_padded(context, width, PADDING_ID) for context in contexts],
         "context_rows": [list(batch.context_rows) if bucket.selects else []],
+        "lengths": [[length] for length in lengths],
         "ids": [_padded(inputs, learned, PADDING_ID) for inputs, _ in pairs],
-        "mask": [[0] * (width - n) + [1] * (n + learned) for n in lengths],
         # Positions of padding stay within the sample's own: a table of positions ends there.
         "positions": [
             [n + min(place, len(inputs) - 1) for place in range(learned)]
@@ -135,16 +133,15 @@ def losses(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
     caches: dict[str, Any] = {}
     if bucket.contexts:
         with torch.no_grad():
-            answer = model(
-                t["context_ids"], attention_mask=t["context_mask"],
-                position_ids=t["context_positions"], use_cache=True, logits_to_keep=1,
-            )  # fmt: skip
+            answer = model(t["context_ids"], use_cache=True, logits_to_keep=1)
         caches = {name: for_backward(cache) for name, cache in caches_of(answer).items()}
         if bucket.selects:
             for cache in caches.values():
                 cache.batch_select_indices(t["context_rows"][0])
+        for cache in caches.values():
+            _move_right(cache, t["lengths"])
     logits = model(
-        t["ids"], attention_mask=t["mask"], position_ids=t["positions"],
+        t["ids"], attention_mask=_mask(inputs), position_ids=t["positions"],
         use_cache=bool(caches), **caches,
     ).logits  # fmt: skip
     targets = t["targets"]
@@ -152,3 +149,25 @@ def losses(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
         logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED
     ).view_as(targets)
     return (each * inputs.weights).sum(), each.detach().sum(1)
+
+
+def _move_right(cache: Any, lengths: Tensor) -> None:
+    """Keys and values [rows, heads, width, size] of each row's first places become its last."""
+    width = cache.layers[0].keys.shape[2]
+    places = (torch.arange(width, device=lengths.device) + lengths) % width
+    for layer in cache.layers:
+        at = places[:, None, :, None].expand_as(layer.keys)
+        layer.keys, layer.values = layer.keys.gather(2, at), layer.values.gather(2, at)
+
+
+def _mask(inputs: Inputs) -> Tensor:
+    """What each token of a continuation sees, bool [samples, 1, learned_width, both widths]."""
+    lengths, context = inputs.tensors["lengths"], inputs.bucket.context_width
+    keys = torch.arange(context + inputs.bucket.learned_width, device=lengths.device)
+    own = keys[context:] - context
+    causal = own <= own[:, None]
+    seen = (keys[:context] >= context - lengths)[:, None, :].expand(-1, len(own), -1)
+    mask = torch.cat([seen, causal.expand(len(lengths), -1, -1)], dim=2).unsqueeze(1)
+    if len(lengths) == 1:
+        mark_span(mask, context - lengths[0])
+    return mask

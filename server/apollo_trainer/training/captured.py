@@ -20,17 +20,30 @@ import torch
 from torch import Tensor
 
 from apollo_trainer.optim.factored import norm_of
+from apollo_trainer.training.attention import use_grouped_attention
 from apollo_trainer.training.batch import MicroBatch, Mixing
 from apollo_trainer.training.bucketed import Bucket, Inputs, losses
+from apollo_trainer.training.frozen_context import FrozenContexts
 from apollo_trainer.training.gradients import Collected, StepGradients
+from apollo_trainer.training.loss import batch_loss
 from apollo_trainer.training.mixing import mixing_of
+from apollo_trainer.training.norms import fuse_norms
 from apollo_trainer.training.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 # Of the losses and of the gradient's norm: rounding stays below, what was not computed does not.
 TOLERANCE = 0.05
 _WARM_UPS = 2
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention_size")
 _MOST = 16
+
+
+def speed_up(model: Any) -> None:
+    """Fewer and faster kernels for a model on a GPU, where it computes what they do."""
+    from apollo_trainer.training.rotary import fuse_rotary
+
+    norms, rotary, grouped = fuse_norms(model), fuse_rotary(model), use_grouped_attention(model)
+    log.info("kernels: %d RMS norms, rotary %s, grouped attention %s", norms, bool(rotary), grouped)
 
 
 @dataclass
@@ -91,13 +104,19 @@ class CapturedPasses:
 
     def _capture(self, bucket: Bucket, batch: MicroBatch, divisor: float) -> None:
         if mixing_of(self._model) is not Mixing.PADDED:
-            self._refuse("its samples cannot be padded")
+            self._refuse("this model's samples cannot be padded")
+            return
+        if bucket.context_width + bucket.learned_width > _window(self._model):
+            # A window counts the places between, which the padding would be.
+            self._refused.add(bucket)
+            log.info("no graph of %s: it is wider than what the model attends to", bucket)
             return
         self._make_room()
         inputs = Inputs(bucket, self._model.device)
         inputs.fill(batch, divisor)
         try:
-            said = self._warmed_up(inputs)
+            said = self._as_it_is(batch, divisor)
+            self._warm_up(inputs)
             held = self._captured(inputs)
             held.graph.replay()
             if _agree(said, self._said(held.sums, held.collected)):
@@ -110,16 +129,21 @@ class CapturedPasses:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def _warmed_up(self, inputs: Inputs) -> list[float]:
-        """Runs the passes as they are, and what they said."""
+    def _as_it_is(self, batch: MicroBatch, divisor: float) -> list[float]:
+        """What the micro-batch says that is not padded."""
+        gradients = StepGradients(self._model.parameters())
+        with gradients.collecting():
+            loss = batch_loss(self._model, batch, FrozenContexts(self._model), divisor)
+            torch.autograd.backward([loss.weighted])
+        return self._said(loss.sums, gradients.collected())
+
+    def _warm_up(self, inputs: Inputs) -> None:
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        said = [math.nan]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
-                said = self._said(*self._pass(inputs))
+                self._pass(inputs)
         torch.cuda.current_stream().wait_stream(side)
-        return said
 
     def _captured(self, inputs: Inputs) -> _Graph:
         graph = torch.cuda.CUDAGraph()
@@ -160,6 +184,13 @@ class CapturedPasses:
         self._graphs.clear()
         self.refusal = f"Steps run without CUDA graphs, and slower: {why}."
         log.warning("%s", self.refusal)
+
+
+def _window(model: Any) -> float:
+    """Places that each layer of a model attends to at least."""
+    config = model.config.get_text_config()
+    found = [getattr(config, name, None) for name in _WINDOWS]
+    return min((w for w in found if isinstance(w, int) and w > 0), default=math.inf)
 
 
 def _agree(said: list[float], again: list[float]) -> bool:

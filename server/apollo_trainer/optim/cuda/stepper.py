@@ -57,7 +57,7 @@ except ImportError:
 
 # Triton's own switch: kernels then run in Python, on a CPU's tensors, to be looked into.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SQUARES_PROGRAMS = 10  # for a matrix: as many tiles as 200 tokens have
+SQUARES_PROGRAMS = 64  # for a matrix at most: as many tiles as 512 tokens have
 W_DTYPES = (torch.bfloat16, torch.float32)
 G_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -153,7 +153,9 @@ class FusedStepper:
         return total
 
     def _squares(self, wave: Wave) -> Tensor:
-        kind, programs = wave.kind, SQUARES_PROGRAMS
+        kind = wave.kind
+        across = -(-wave.most_tokens // kind.gram["BLOCK_T"])
+        programs = min(across * across, SQUARES_PROGRAMS)
         out = torch.empty(len(wave.matrices), programs, device=self.device)
         norms.squares[(len(wave.matrices), programs)](
             wave.desc, out, G_TYPE=_TYPES[kind.g_dtype], ALIGNED=kind.aligned, **kind.gram

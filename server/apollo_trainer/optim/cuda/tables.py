@@ -85,6 +85,7 @@ class Wave:
     matrices: list[Matrix] = field(default_factory=list)
     sizes: Sizes = field(default_factory=Sizes)
     portions: list[Portion] = field(default_factory=list)
+    most_tokens: int = 0  # of its factors
     kept: tuple[object, ...] = ()  # what `rows` was made of
     given: tuple[object, ...] = ()  # of which gradients `desc` tells
     rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -138,7 +139,7 @@ class Wave:
 
     def _divide(self, tokens: Sequence[int], widths: Sequence[int]) -> list[int]:
         """Divides the wave into portions; returns where each parameter's products begin in one."""
-        self.portions, self.sizes.c = [], 0
+        self.portions, self.sizes.c, self.most_tokens = [], 0, max(tokens)
         offsets, first, tile, block_n = [], 0, 0, self.kind.projection["BLOCK_N"]
         for group, count, width in zip(self.groups, tokens, widths, strict=True):
             need = self.kind.products(count, width)

@@ -125,9 +125,9 @@ def write(desc, tiles, settings, factors, rates, number, changes,
         tl.store(at, rounded, mask=mask)
         if MEASURE:
             difference = tl.where(mask, rounded.to(tl.float32) - stored.to(tl.float32), 0.0)
-            squared += tl.sum(tl.sum((difference * difference).to(tl.float64), 1), 0)
+            squared += tl.sum(tl.sum(difference * difference, 1), 0).to(tl.float64)
             # A difference of zero with other bits is -0 for +0: too rare to count apart.
-            changed += tl.sum(tl.sum((difference != 0).to(tl.float64), 1), 0)
+            changed += tl.sum(tl.sum((difference != 0).to(tl.int32), 1), 0).to(tl.float64)
     if MEASURE:
         out = changes + 2 * tl.program_id(0).to(tl.int64)
         tl.store(out, squared)
