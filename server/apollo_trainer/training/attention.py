@@ -1,8 +1,8 @@
 """Attention of few queries to many keys, as a continuation over a frozen context has it.
 
 torch's fast kernels take grouped queries only where there is no mask, so that transformers copies
-keys and values, once for each query head of a group. Here the query heads of a group are rows of one
-head instead. And where the mask says no more than that keys begin at a place and that queries are
+keys and values, once for each query head of a group. Here the query heads of a group are rows of
+one head instead. And where the mask says no more than that keys begin at a place and that queries are
 the last of them, FlashAttention's kernel is told so, and no mask is read at all.
 """
 
