@@ -105,6 +105,12 @@ def _apollo_torch_row(rank: int, variant: str) -> Contender:
     return Contender(name, make, "apollo-torch", rank, _refresh_apollo_torch)
 
 
+def apollo_torch(rank: int) -> Contender:
+    """The published optimizer, channel by channel. Raises Unavailable where it is not installed."""
+    _apollo_torch_class()
+    return _apollo_torch_row(rank, "channel")
+
+
 def _refresh_apollo_torch(optimizer: Optimizer) -> None:
     for entry in optimizer.state.values():
         if "projector" in entry:

@@ -33,8 +33,8 @@ SAID = re.compile(
 class Stack:
     """Both services over one model directory; ends them when left."""
 
-    def __init__(self, model: Path, folder: Path):
-        self.model, self._folder = model, folder
+    def __init__(self, model: Path, folder: Path, options: tuple[str, ...] = VLLM):
+        self.model, self._folder, self._options = model, folder, options
         state = folder / "state"
         self.sidecar = f"unix:{state}/sidecar.sock"
         self._environment = os.environ | {
@@ -51,7 +51,9 @@ class Stack:
             self._port = int(probe.getsockname()[1])
         served = ("--model", str(self.model), "--port", str(self._port), "--host", "127.0.0.1")
         self.server = self._start("server", "apollo_trainer.main")
-        self.vllm = self._start("vllm", "vllm.entrypoints.openai.api_server", *served, *VLLM)
+        self.vllm = self._start(
+            "vllm", "vllm.entrypoints.openai.api_server", *served, *self._options
+        )
         try:
             self._wait()
         except BaseException:
@@ -131,6 +133,10 @@ class Stack:
     def server_says(self) -> list[str]:
         """Lines of the training server's log on what it attached and probed."""
         return re.findall(r"attached [^\n]*|no change of [^\n]*", self._log("server"))
+
+    def server_log(self) -> list[str]:
+        """Lines of the training server's log."""
+        return self._log("server").splitlines()
 
     def engine_says(self) -> list[str]:
         """Lines of vLLM's log on compilation, CUDA graphs, attention and the sidecar."""

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from apollo_trainer.optim import cpu, cuda, named_state
 from apollo_trainer.optim.change import Change
 from apollo_trainer.optim.cuda import FusedStepper, Work
-from apollo_trainer.optim.factored import Gradient, norm_of
+from apollo_trainer.optim.factored import Factored, Gradient, norm_of
 from apollo_trainer.optim.open_step import OpenStep, Path, PreparedStep
 from apollo_trainer.optim.options import (
     CHOICES,
@@ -379,14 +379,22 @@ class Apollo(Optimizer):
         return wanted and self._path(slot, slot.param) == "reference"
 
     def compile_loops(self) -> None:
-        """Compiles what steps on a CPU need, some seconds at the first call in a process.
+        """Compiles what steps need, some seconds at the first call in a process.
 
         On any thread, also while another steps: throwaway parameters are stepped, none of its own.
         """
+        if self.impl == "reference" or self.compat is not None:
+            return
         on_cpu = {s.param.dtype for s in self._slots if s.param.device.type == "cpu"}
-        dtypes = frozenset(on_cpu)
-        if dtypes and self._compiles and self.impl != "reference" and self.compat is None:
-            _compile_loops(dtypes, self.variant, self.rounding)
+        if on_cpu and self._compiles:
+            _compile_loops(frozenset(on_cpu), self.variant, self.rounding)
+        kinds = {
+            (s.param.device, s.param.dtype, s.rank)
+            for s in self._slots
+            if s.rank is not None and cuda.fits(s, s.param)
+        }
+        for device, dtype, rank in kinds:
+            _compile_kernels(device, dtype, rank, self.variant, self.rounding)
 
     def _job(self, slot: Slot, grad: Gradient, opened: OpenStep) -> Job:
         settings = opened.settings[slot.group]
@@ -530,3 +538,23 @@ def _compile_loops(
         for optimizer.measure in (False, True):
             optimizer.step()
             optimizer.step(gradients=wide)
+
+
+@lru_cache
+def _compile_kernels(
+    device: torch.device, dtype: torch.dtype, rank: int, variant: Variant, rounding: RoundingMode
+) -> None:
+    """The kernels for aligned matrices whose gradients are factors, and for vectors."""
+    side = 128 * -(-rank // 128)
+    shapes = {"tall": (2 * side, side), "wide": (side, 2 * side), "vector": (side,)}
+    params = {n: torch.zeros(s, dtype=dtype, device=device) for n, s in shapes.items()}
+    optimizer = Apollo(params.items(), rank=rank, variant=variant, rounding=rounding, impl="fused")
+    optimizer.measure = True
+    gradients: dict[Tensor, Gradient] = {
+        p: torch.zeros_like(p)
+        if p.ndim == 1
+        else Factored(*(torch.zeros(32, n, dtype=dtype, device=device) for n in p.shape))
+        for p in params.values()
+    }
+    optimizer.prepare(gradients)
+    optimizer.step(gradients=gradients)

@@ -2,8 +2,8 @@
 
 torch's fast kernels take grouped queries only where there is no mask, so that transformers copies
 keys and values, once for each query head of a group. Here the query heads of a group are rows of
-one head instead. And where the mask says no more than that keys begin at a place and that queries are
-the last of them, FlashAttention's kernel is told so, and no mask is read at all.
+one head instead. And where the mask says no more than that keys begin at a place and that queries
+are the last of them, FlashAttention's kernel is told so, and no mask is read at all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_by_group"
-_SPAN = "apollo_span"
+_SPAN, _CAUSAL = "apollo_span", "apollo_causal"
 _LARGEST_HEAD = 256
 
 
@@ -42,6 +42,8 @@ def grouped_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Query [B, H, T, D], key and value [B, H / group, S, D], mask [B, 1, T, S]: [B, T, H, D]."""
+    if getattr(attention_mask, _CAUSAL, False):
+        attention_mask = None
     span = getattr(attention_mask, _SPAN, None)
     if span is not None and _is_fast(query, key, value):
         return _over_span(query, key, value, span, scaling), None
@@ -61,6 +63,16 @@ def grouped_attention(
         scale=scaling,
     )
     return attended.view(rows, heads, width, -1).transpose(1, 2).contiguous(), None
+
+
+def causal_mask(width: int, device: torch.device) -> Tensor:
+    """A mask [1, 1, T, T] that says no more than that tokens follow each other.
+
+    transformers makes one by itself, without this mark, where a graph is captured.
+    """
+    mask = torch.ones(1, 1, width, width, dtype=torch.bool, device=device).tril()
+    setattr(mask, _CAUSAL, True)
+    return mask
 
 
 def mark_span(mask: Tensor, first: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from apollo_trainer.training.attention import mark_span
+from apollo_trainer.training.attention import causal_mask, mark_span
 from apollo_trainer.training.batch import MicroBatch, rows_of
 from apollo_trainer.training.frozen_context import PADDING_ID, caches_of, for_backward
 from apollo_trainer.training.loss import IGNORED
@@ -133,7 +133,13 @@ def losses(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
     caches: dict[str, Any] = {}
     if bucket.contexts:
         with torch.no_grad():
-            answer = model(t["context_ids"], use_cache=True, logits_to_keep=1)
+            answer = model(
+                t["context_ids"],
+                attention_mask=causal_mask(bucket.context_width, inputs.weights.device),
+                position_ids=torch.arange(bucket.context_width, device=inputs.weights.device)[None],
+                use_cache=True,
+                logits_to_keep=1,
+            )
         caches = {name: for_backward(cache) for name, cache in caches_of(answer).items()}
         if bucket.selects:
             for cache in caches.values():
