@@ -15,6 +15,7 @@ import json
 import random
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,8 +26,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # contenders is a script's
+import contenders
+
 from apollo_client import ApolloClient
-from benchmarks import contenders, machine
+from benchmarks import machine
 from benchmarks.gpu import stack
 from benchmarks.gpu.models import SHAPES, VOCABULARY, write_shape
 from benchmarks.gpu.stack import Stack

@@ -22,7 +22,7 @@ _QWEN3 = {
     "vocab_size": VOCABULARY,
     "head_dim": 128,
     "num_key_value_heads": 8,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 40_960,
     "rope_theta": 1e6,
     "bos_token_id": None,
     "eos_token_id": 0,

@@ -187,6 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     for line in described(settings, os.environ, given):
         log.info("setting %s", line)
+    # Kernels that were compiled outlive the process, beside the state and in no home folder.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(settings.state_dir / "kernels"))
     try:
         asyncio.run(_serve(settings))
     except ApolloError as error:

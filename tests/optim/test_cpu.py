@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from apollo_trainer.optim import Apollo, cpu
+from apollo_trainer.optim.ahead import compile_ahead
 
 SHAPES = {
     "tall": (96, 40),
@@ -325,7 +326,7 @@ def signatures() -> dict[str, int]:
 def test_what_was_compiled_ahead_is_all_that_a_step_needs(dtype, rounding):
     shapes = {**SHAPES, "large": (1100, 1000)}
     weights, optimizer = run("auto", shapes, [], dtype, rounding=rounding)
-    optimizer.compile_loops()
+    compile_ahead(optimizer)
     before = {name: weight.clone() for name, weight in weights.items()}
     compiled = signatures()
     for name, weight in weights.items():

@@ -310,3 +310,36 @@ def test_what_the_announcement_raises_leaves_all_parameters_unwritten():
         optimizer.step()
     assert all(torch.equal(p, torch.ones(4)) for p in params.values())
     assert optimizer.step_count == 0
+
+
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+def test_a_prepared_step_is_the_step_and_tells_the_norm_before(impl):
+    plain, prepared = model(), model()
+    first, second = (Apollo(p.items(), lr=1e-3, rank=8, impl=impl) for p in (plain, prepared))
+    for step in range(3):
+        grads = {name: random(tuple(p.shape), 30 + step) for name, p in plain.items()}
+        first.step(gradients={plain[name]: g for name, g in grads.items()})
+        given = {prepared[name]: g for name, g in grads.items()}
+        before = {name: p.detach().clone() for name, p in prepared.items()}
+        norm = float(second.prepare(given))
+        assert norm == pytest.approx(
+            math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
+        )
+        assert all(torch.equal(prepared[n], before[n]) for n in before), "nothing is written yet"
+        second.step(gradients=given)
+    assert all(torch.equal(plain[n], prepared[n]) for n in plain)
+    assert second.step_count == 3
+
+
+def test_what_was_prepared_for_others_or_forgotten_is_not_stepped():
+    params = model()
+    optimizer = Apollo(params.items(), lr=1e-3, rank=8)
+    wrong = {p: torch.full_like(p, torch.nan) for p in params.values()}
+    assert not optimizer.prepare(wrong).isfinite()
+    optimizer.step(gradients={p: torch.ones_like(p) for p in params.values()})
+    optimizer.prepare(wrong)
+    optimizer.forget()
+    give_gradients(params, 0)
+    optimizer.step()
+    assert optimizer.skipped_nonfinite == 0
+    assert all(p.isfinite().all() for p in params.values())

@@ -141,3 +141,36 @@ def test_an_evaluation_tells_it_too(make_model: Make) -> None:
     in_the_forward(model, ask_the_allocator)
     with pytest.raises(OutOfMemory):
         evaluate(model, [ONE, OTHER])
+
+
+class Passes:
+    """Graphs that hold memory, which a step needs that runs as it is."""
+
+    def __init__(self, graphs: int):
+        self.graphs, self.asked = graphs, 0
+
+    def take(self, *_: Any, **__: Any) -> None:
+        self.asked += 1
+
+    def let_go(self) -> bool:
+        held, self.graphs = bool(self.graphs), 0
+        return held
+
+
+def test_graphs_give_up_their_memory_before_a_step_is_refused(make_model: Make) -> None:
+    model, passes = make_model("qwen3"), Passes(2)
+    optimizer = Apollo(model.named_parameters(), rank=8)
+
+    def fail_while_they_hold_it(*_: Any) -> None:
+        if passes.graphs:
+            no_memory_on_the_device()
+
+    in_the_forward(model, fail_while_they_hold_it)
+    for _ in range(2):
+        take_step(model, optimizer, [ONE], passes=passes)  # type: ignore[arg-type]
+    assert (optimizer.step_count, passes.graphs, passes.asked) == (2, 0, 2)
+    in_the_forward(model, no_memory_on_the_device)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(OutOfMemory):
+        take_step(model, optimizer, [ONE], passes=passes)  # type: ignore[arg-type]
+    assert all(map(torch.equal, before, model.parameters()))

@@ -7,7 +7,6 @@ Algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from functools import lru_cache
 from typing import Any, overload
 
 import torch
@@ -17,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from apollo_trainer.optim import cpu, cuda, named_state
 from apollo_trainer.optim.change import Change
 from apollo_trainer.optim.cuda import FusedStepper, Work
-from apollo_trainer.optim.factored import Factored, Gradient, norm_of
+from apollo_trainer.optim.factored import Gradient, norm_of
 from apollo_trainer.optim.open_step import OpenStep, Path, PreparedStep
 from apollo_trainer.optim.options import (
     CHOICES,
@@ -378,23 +377,12 @@ class Apollo(Optimizer):
         wanted = slot.param.is_cuda or self._compiles
         return wanted and self._path(slot, slot.param) == "reference"
 
-    def compile_loops(self) -> None:
-        """Compiles what steps need, some seconds at the first call in a process.
-
-        On any thread, also while another steps: throwaway parameters are stepped, none of its own.
-        """
-        if self.impl == "reference" or self.compat is not None:
-            return
-        on_cpu = {s.param.dtype for s in self._slots if s.param.device.type == "cpu"}
-        if on_cpu and self._compiles:
-            _compile_loops(frozenset(on_cpu), self.variant, self.rounding)
+    def compiled_kinds(self) -> set[tuple[Path, torch.device, torch.dtype, int | None]]:
+        """Of parameters that are stepped by compiled code: how, and what it is compiled for."""
         kinds = {
-            (s.param.device, s.param.dtype, s.rank)
-            for s in self._slots
-            if s.rank is not None and cuda.fits(s, s.param)
+            (self._path(s, s.param), s.param.device, s.param.dtype, s.rank) for s in self._slots
         }
-        for device, dtype, rank in kinds:
-            _compile_kernels(device, dtype, rank, self.variant, self.rounding)
+        return {kind for kind in kinds if kind[0] != "reference"}
 
     def _job(self, slot: Slot, grad: Gradient, opened: OpenStep) -> Job:
         settings = opened.settings[slot.group]
@@ -517,44 +505,3 @@ class Apollo(Optimizer):
             for slot in self._slots
             for part, tensor in self.state[slot.param].items()
         }
-
-
-@lru_cache
-def _compile_loops(
-    dtypes: frozenset[torch.dtype], variant: Variant, rounding: RoundingMode
-) -> None:
-    """What any order of calls compiles is the same; a second thread waits for numba's own lock."""
-    for rank in (2, None):
-        optimizer = Apollo(
-            cpu.throwaway(dtypes), rank=rank, variant=variant, rounding=rounding, impl="fused"
-        )
-        # Of factors, and of several passes, a gradient comes in float32.
-        wide = {
-            p: p.grad.float()
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        }
-        for optimizer.measure in (False, True):
-            optimizer.step()
-            optimizer.step(gradients=wide)
-
-
-@lru_cache
-def _compile_kernels(
-    device: torch.device, dtype: torch.dtype, rank: int, variant: Variant, rounding: RoundingMode
-) -> None:
-    """The kernels for aligned matrices whose gradients are factors, and for vectors."""
-    side = 128 * -(-rank // 128)
-    shapes = {"tall": (2 * side, side), "wide": (side, 2 * side), "vector": (side,)}
-    params = {n: torch.zeros(s, dtype=dtype, device=device) for n, s in shapes.items()}
-    optimizer = Apollo(params.items(), rank=rank, variant=variant, rounding=rounding, impl="fused")
-    optimizer.measure = True
-    gradients: dict[Tensor, Gradient] = {
-        p: torch.zeros_like(p)
-        if p.ndim == 1
-        else Factored(*(torch.zeros(32, n, dtype=dtype, device=device) for n in p.shape))
-        for p in params.values()
-    }
-    optimizer.prepare(gradients)
-    optimizer.step(gradients=gradients)

@@ -14,6 +14,7 @@ from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.apollo_state_header import Covered
 from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
+from apollo_trainer.optim.ahead import compile_ahead
 from apollo_trainer.runs.events import EventLog, duration
 from apollo_trainer.runs.run import PreparedRun
 from apollo_trainer.runs.session import Session
@@ -147,7 +148,7 @@ class Execution:
         self._tell_started()
         self._evaluate(after_training=False)
         # Begun at the attachment; what is left of it must not be waited for with vLLM paused.
-        self.session.optimizer.compile_loops()
+        compile_ahead(self.session.optimizer)
         steps = self._steps = RunSteps(
             self.session, self.sidecar, self.log, self.run, self._require_going, self._warn
         )

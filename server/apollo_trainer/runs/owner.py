@@ -16,6 +16,7 @@ from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.recover import settle_directory
 from apollo_trainer.checkpoints.state_folder import place_under
 from apollo_trainer.config import Settings
+from apollo_trainer.optim.ahead import compile_ahead
 from apollo_trainer.runs.open_session import open_session
 from apollo_trainer.runs.session import KeptState, Session
 from apollo_trainer.runs.state_saver import StateSaver
@@ -165,7 +166,7 @@ class ModelOwner:
                 self._session, self._kept = session, None
         if still_there:
             self._show(session)
-            self._compiling = threading.Thread(target=session.optimizer.compile_loops)
+            self._compiling = threading.Thread(target=compile_ahead, args=[session.optimizer])
             self._compiling.start()
         else:
             self._refuse(

@@ -155,7 +155,8 @@ class Session:
         refused = self.checkpoints.poison.refusal or self.other_weights
         if status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED:
             told = f"Runs are refused: {refused}" if refused else ""
-            status.attachment_detail = " ".join(filter(None, (ATTACHED, self.found, told)))
+            slow = self.passes.refusal if self.passes else ""
+            status.attachment_detail = " ".join(filter(None, (ATTACHED, self.found, slow, told)))
         status.optimizer_loaded = not self.other_weights
         status.optimizer_step = self.optimizer.step_count
         status.state_size_bytes = self.optimizer.state_size_bytes()

@@ -36,6 +36,8 @@ TOLERANCE = 0.05
 _WARM_UPS = 2
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention_size")
 _MOST = 16
+# Of what is free on the card and what graphs hold: the rest is for steps that run as they are.
+_SHARE = 0.5
 
 
 def speed_up(model: Any) -> None:
@@ -54,6 +56,7 @@ class _Graph:
     graph: torch.cuda.CUDAGraph
     sums: Tensor
     collected: Collected
+    size: int  # bytes of the device that it holds
 
 
 class CapturedPasses:
@@ -111,7 +114,6 @@ class CapturedPasses:
             self._refused.add(bucket)
             log.info("no graph of %s: it is wider than what the model attends to", bucket)
             return
-        self._make_room()
         inputs = Inputs(bucket, self._model.device)
         inputs.fill(batch, divisor)
         try:
@@ -120,7 +122,7 @@ class CapturedPasses:
             held = self._captured(inputs)
             held.graph.replay()
             if _agree(said, self._said(held.sums, held.collected)):
-                self._graphs[bucket] = held
+                self._keep(bucket, held)
             else:
                 self._refuse("a graph said something else than the passes")
         except Exception as error:
@@ -146,11 +148,11 @@ class CapturedPasses:
         torch.cuda.current_stream().wait_stream(side)
 
     def _captured(self, inputs: Inputs) -> _Graph:
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
         # Other threads copy weights meanwhile; what they ask of the device is no part of this.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             sums, collected = self._pass(inputs)
-        return _Graph(inputs, graph, sums, collected)
+        return _Graph(inputs, graph, sums, collected, torch.cuda.memory_reserved() - before)
 
     def _pass(self, inputs: Inputs) -> tuple[Tensor, Collected]:
         gradients = StepGradients(self._model.parameters())
@@ -175,10 +177,23 @@ class CapturedPasses:
         else:
             self._refuse(f"{type(error).__name__}: {error}")
 
-    def _make_room(self) -> None:
-        """Lets go of the bucket that came least often, where there are many."""
-        if len(self._graphs) >= _MOST:
-            del self._graphs[min(self._graphs, key=lambda bucket: self._uses[bucket])]
+    def _keep(self, bucket: Bucket, held: _Graph) -> None:
+        """Keeps a graph, and lets go of those that came least often where they hold too much."""
+        self._graphs[bucket] = held
+        free, _ = torch.cuda.mem_get_info()
+        sizes = {each: graph.size for each, graph in self._graphs.items()}
+        most = _SHARE * (free + sum(sizes.values()))
+        while len(sizes) > _MOST or (sum(sizes.values()) > most and len(sizes) > 1):
+            least = min(sizes.keys() - {bucket}, key=lambda each: self._uses[each])
+            del sizes[least], self._graphs[least]
+
+    def let_go(self) -> bool:
+        """Frees the memory of all graphs; returns whether there were any."""
+        held = bool(self._graphs)
+        self._graphs.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        return held
 
     def _refuse(self, why: str) -> None:
         self._graphs.clear()

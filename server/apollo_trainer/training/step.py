@@ -28,7 +28,7 @@ from apollo_trainer.training.incomplete import telling_incomplete
 from apollo_trainer.training.inspection import Inspection
 from apollo_trainer.training.loss import batch_loss, total_weight
 from apollo_trainer.training.mixing import mixing_of
-from apollo_trainer.training.out_of_memory import refusing_out_of_memory
+from apollo_trainer.training.out_of_memory import OutOfMemory, refusing_out_of_memory
 from apollo_trainer.training.samples import TokenizedSample
 
 TOKEN_BUDGET = 1024
@@ -107,13 +107,23 @@ def take_step(
     the weights and the optimizer are as before the step.
     """
     step = _Step(model, optimizer, samples, policy, before_batch, passes)
-    optimizer.zero_grad()
     try:
-        with refusing_out_of_memory(step.batches, policy.token_budget):
+        return _taken(step)
+    except OutOfMemory:
+        if passes is None or not passes.let_go():
+            raise
+    # Graphs of other steps held what this one needs.
+    return _taken(_Step(model, optimizer, samples, policy, before_batch))
+
+
+def _taken(step: _Step) -> StepResult:
+    step.optimizer.zero_grad()
+    try:
+        with refusing_out_of_memory(step.batches, step.policy.token_budget):
             return step.take()
     finally:
-        optimizer.zero_grad()
-        optimizer.forget()
+        step.optimizer.zero_grad()
+        step.optimizer.forget()
 
 
 @dataclass
