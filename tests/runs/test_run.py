@@ -9,8 +9,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.requests.samples import SampleLimits
 from apollo_trainer.runs.run import PreparedRun, prepare_run
-from apollo_trainer.training.samples import SampleLimits
 
 LIMITS = SampleLimits(vocabulary=100, max_tokens=20, max_samples=50)
 

@@ -1,4 +1,4 @@
-"""Tiny seeded models, in fp32 and on the CPU, and the byte tokenizer."""
+"""Tiny seeded models, in fp32 and on the CPU."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3NextConfig,
 )
-
-from examples.byte_model import byte_tokenizer
 
 # Wider than the default, so that losses differ by more than rounding does.
 SHARED = {"vocab_size": 259, "initializer_range": 0.2, "eos_token_id": 0, "bos_token_id": None}
@@ -121,8 +119,3 @@ def make_model() -> Callable[[str], Any]:
         return AutoModelForCausalLM.from_config(CONFIGS[family]()).float().eval()
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    return byte_tokenizer()

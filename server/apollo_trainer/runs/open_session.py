@@ -22,12 +22,12 @@ from apollo_trainer.checkpoints.apollo_state_header import (
 )
 from apollo_trainer.config import Settings
 from apollo_trainer.optim import Apollo
+from apollo_trainer.requests.samples import SampleLimits
 from apollo_trainer.runs.model_checkpoints import ModelCheckpoints
 from apollo_trainer.runs.session import KeptState, Session, new_optimizer, weights_are_others
 from apollo_trainer.training.captured import CapturedPasses, speed_up
 from apollo_trainer.training.context_check import require_frozen_context
 from apollo_trainer.training.options import StateShape
-from apollo_trainer.training.samples import SampleLimits
 from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.fingerprint import fingerprint
 from apollo_trainer.weights.verify import probe_tokens

@@ -23,6 +23,7 @@ from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.apollo_state_header import Covered
 from apollo_trainer.config import Settings
+from apollo_trainer.requests.options import read_options
 from apollo_trainer.runs.events import EventLog, now, stopping
 from apollo_trainer.runs.execution import Execution
 from apollo_trainer.runs.journal import FOLDER
@@ -35,7 +36,7 @@ from apollo_trainer.runs.retention import Retention
 from apollo_trainer.runs.run import PreparedRun, prepare_run
 from apollo_trainer.runs.session import Session
 from apollo_trainer.runs.status_board import StatusBoard
-from apollo_trainer.training.options import OptimizerOptions, StateShape, read_options
+from apollo_trainer.training.options import OptimizerOptions, StateShape
 
 log = logging.getLogger(__name__)
 SECONDS_A_DAY = 86400

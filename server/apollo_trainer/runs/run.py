@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 
 from apollo_grpc.errors import FieldViolation, InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.training.guard import NO_LIMITS, Guard, read_guard
-from apollo_trainer.training.options import OptimizerOptions, read_options
-from apollo_trainer.training.samples import SampleLimits, TokenizedSample, each_tokenized
+from apollo_trainer.requests.guard import read_guard
+from apollo_trainer.requests.options import read_options
+from apollo_trainer.requests.samples import SampleLimits, each_tokenized
+from apollo_trainer.training.guard import NO_LIMITS, Guard
+from apollo_trainer.training.options import OptimizerOptions
+from apollo_trainer.training.samples import TokenizedSample
 
 MAX_EPOCHS = 100_000
 MAX_SAMPLES_PER_STEP = 4096

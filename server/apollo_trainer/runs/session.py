@@ -23,11 +23,11 @@ from apollo_trainer.checkpoints.apollo_state_header import (
 )
 from apollo_trainer.config import Settings
 from apollo_trainer.optim import Apollo
+from apollo_trainer.requests.samples import SampleLimits
 from apollo_trainer.runs.model_checkpoints import ModelCheckpoints
 from apollo_trainer.runs.state_saver import CapturedState, StateSaver
 from apollo_trainer.training.captured import CapturedPasses
 from apollo_trainer.training.options import OptimizerOptions, StateShape
-from apollo_trainer.training.samples import SampleLimits
 from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.fingerprint import fingerprint
 

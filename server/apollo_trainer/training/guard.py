@@ -5,11 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from apollo_grpc.errors import FailedPrecondition, FieldViolation, InvalidArgument
-from apollo_grpc.v1 import training_pb2 as pb
-
-FIELD = "spec.guard"
-LIMITS = ("max_loss", "max_grad_norm", "max_update_ratio")
+from apollo_grpc.errors import FailedPrecondition
 
 
 class UpdateRefused(FailedPrecondition):
@@ -53,21 +49,6 @@ class Guard:
 
 
 NO_LIMITS = Guard()
-
-
-def read_guard(guard: pb.Guard) -> Guard:
-    """The limits of a request. Raises InvalidArgument with the path of each wrong field."""
-    given = {n: getattr(guard, n) for n in LIMITS if guard.HasField(n)}  # type: ignore[arg-type]
-    wrong = [
-        FieldViolation(f"{FIELD}.{name}", f"is {value:g}; it must be finite and above 0")
-        for name, value in given.items()
-        if not (math.isfinite(value) and value > 0)
-    ]
-    if wrong:
-        raise InvalidArgument(
-            f"{wrong[0].field}: {wrong[0].description}", violations=wrong, reason="GUARD_INVALID"
-        )
-    return Guard(**given)
 
 
 def _check(name: str, what: str, measured: float, limit: float | None) -> None:

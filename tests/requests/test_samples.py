@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.training.samples import SampleLimits, TokenizedSample, tokenize_samples
+from apollo_trainer.requests.samples import SampleLimits, tokenize_samples
+from apollo_trainer.training.samples import TokenizedSample
 from examples.byte_model import byte_tokenizer
 
 LIMITS = SampleLimits(vocabulary=259, max_tokens=20, max_samples=4)
