@@ -13,6 +13,7 @@ import gc
 import logging
 import math
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +43,12 @@ _SHARE = 0.5
 
 def speed_up(model: Any) -> None:
     """Fewer and faster kernels for a model on a GPU, where it computes what they do."""
-    from apollo_trainer.training.rotary import fuse_rotary
+    norms, grouped, rotary = fuse_norms(model), use_grouped_attention(model), False
+    with suppress(ImportError):
+        from apollo_trainer.training.rotary import fuse_rotary
 
-    norms, rotary, grouped = fuse_norms(model), fuse_rotary(model), use_grouped_attention(model)
-    log.info("kernels: %d RMS norms, rotary %s, grouped attention %s", norms, bool(rotary), grouped)
+        rotary = fuse_rotary(model) > 0
+    log.info("kernels: %d RMS norms, rotary %s, grouped attention %s", norms, rotary, grouped)
 
 
 @dataclass
@@ -118,6 +121,9 @@ class CapturedPasses:
         inputs.fill(batch, divisor)
         try:
             said = self._as_it_is(batch, divisor)
+            if not all(map(math.isfinite, said)):
+                # It tells nothing about the model: the weights may be restored, and are tried then.
+                return
             self._warm_up(inputs)
             held = self._captured(inputs)
             held.graph.replay()
