@@ -22,7 +22,7 @@ test: install ## Test each promise once, with a real vLLM, sockets, kills (some 
 test-all: install ## Run every test that needs no GPU, before an issue is called done
 	@$(PYTEST)
 
-soak: install ## Kill the processes again and again, at random instants (about an hour)
+soak: install ## Kill the processes again and again, at random instants (about half an hour)
 	@$(BIN)/python -m pytest -n 3 -m soak -rP
 	@SOAK_MALFORMED=10000 $(BIN)/python -m pytest -s --timeout 3600 tests/services/test_malformed.py
 

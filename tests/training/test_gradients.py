@@ -38,8 +38,8 @@ def whole(gradient: Gradient) -> Tensor:
     return gradient.dense() if isinstance(gradient, Factored) else gradient
 
 
-def gradients_of(model: Any, mixing: Mixing, budget: int, found: StepGradients | None) -> None:
-    """Backward passes over SAMPLES, with or without something that collects the gradients."""
+def run_passes(model: Any, mixing: Mixing, budget: int) -> None:
+    """Backward passes over SAMPLES."""
     contexts = FrozenContexts(model)
     for batch in plan_batches(SAMPLES, budget, mixing):
         loss = batch_loss(model, batch, contexts, 5.0)
@@ -48,13 +48,13 @@ def gradients_of(model: Any, mixing: Mixing, budget: int, found: StepGradients |
 
 def expect_autograds(model: Any, mixing: Mixing, budget: int) -> dict[str, Gradient]:
     """Compares; returns the collected gradients by name."""
-    gradients_of(model, mixing, budget, None)
+    run_passes(model, mixing, budget)
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     for parameter in model.parameters():
         parameter.grad = None
     collected = StepGradients(model.parameters())
     with collected.collecting():
-        gradients_of(model, mixing, budget, collected)
+        run_passes(model, mixing, budget)
     assert all(parameter.grad is None for parameter in model.parameters())
     found = collected.settle()
     names = {name: found[p] for name, p in model.named_parameters() if p in found}

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from apollo_trainer.training.attention import causal_mask, mark_span
 from apollo_trainer.training.batch import MicroBatch, rows_of
-from apollo_trainer.training.frozen_context import PADDING_ID, caches_of, for_backward
-from apollo_trainer.training.loss import IGNORED
+from apollo_trainer.training.frozen_context import caches_of, for_backward, padded
+from apollo_trainer.training.loss import targets_of, weighed
 
 _STEPS_AN_OCTAVE = 8
 _SMALLEST = 16
@@ -81,9 +80,9 @@ class Inputs:
 
     def fill(self, batch: MicroBatch, divisor: float) -> None:
         """Copies a micro-batch of this bucket in; the copy is enqueued."""
-        rows = _numbers(batch, self.bucket)
+        targets, weights = targets_of(batch, self.bucket.learned_width, divisor)
+        rows = {**_numbers(batch, self.bucket), "targets": targets}
         numbers = [x for name, _ in self.bucket.fields() for row in rows[name] for x in row]
-        weights = _weights(batch, self.bucket.learned_width, divisor)
         for target, host in (
             (self._numbers, torch.tensor(numbers)),
             (self.weights, torch.tensor(weights, dtype=torch.float32)),
@@ -93,38 +92,23 @@ class Inputs:
             target.copy_(pinned, non_blocking=True)
 
 
-def _numbers(batch: MicroBatch, bucket: Bucket) -> dict[str, list[list[int]]]:
-    """Rows of each field."""
+def _numbers(batch: MicroBatch, bucket: Bucket) -> dict[str, list[tuple[int, ...]]]:
+    """Rows of each field, but for the targets."""
     width, learned = bucket.context_width, bucket.learned_width
     contexts = batch.contexts if bucket.contexts else ()
     lengths = [len(batch.contexts[row]) for row in batch.context_rows]
     pairs = list(rows_of(batch))
     return {
-        "context_ids": [_padded(context, width, PADDING_ID) for context in contexts],
-        "context_rows": [list(batch.context_rows) if bucket.selects else []],
-        "lengths": [[length] for length in lengths],
-        "ids": [_padded(inputs, learned, PADDING_ID) for inputs, _ in pairs],
+        "context_ids": [padded(context, width) for context in contexts],
+        "context_rows": [batch.context_rows if bucket.selects else ()],
+        "lengths": [(length,) for length in lengths],
+        "ids": [padded(inputs, learned) for inputs, _ in pairs],
         # Positions of padding stay within the sample's own: a table of positions ends there.
         "positions": [
-            [n + min(place, len(inputs) - 1) for place in range(learned)]
+            tuple(n + min(place, len(inputs) - 1) for place in range(learned))
             for n, (inputs, _) in zip(lengths, pairs, strict=True)
         ],
-        "targets": [_padded(targets, learned, IGNORED) for _, targets in pairs],
     }
-
-
-def _padded(ids: tuple[int, ...], width: int, padding: int) -> list[int]:
-    return [*ids, *(padding,) * (width - len(ids))]
-
-
-def _weights(batch: MicroBatch, width: int, divisor: float) -> list[list[float]]:
-    rows = []
-    for sample in batch.samples:
-        factors = sample.token_weights or (1.0,) * len(sample.continuation_ids)
-        # Divided before it is a float32, which holds no very small weight.
-        weights = [sample.weight * factor / divisor for factor in factors]
-        rows.append([*weights, *(0.0,) * (width - len(weights))])
-    return rows
 
 
 def losses(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -150,11 +134,7 @@ def losses(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
         t["ids"], attention_mask=_mask(inputs), position_ids=t["positions"],
         use_cache=bool(caches), **caches,
     ).logits  # fmt: skip
-    targets = t["targets"]
-    each = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED
-    ).view_as(targets)
-    return (each * inputs.weights).sum(), each.detach().sum(1)
+    return weighed(logits, t["targets"], inputs.weights)
 
 
 def _move_right(cache: Any, lengths: Tensor) -> None:

@@ -13,7 +13,8 @@ import gc
 import logging
 import math
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,11 +140,10 @@ class CapturedPasses:
 
     def _as_it_is(self, batch: MicroBatch, divisor: float) -> list[float]:
         """What the micro-batch says that is not padded."""
-        gradients = StepGradients(self._model.parameters())
-        with gradients.collecting():
+        with self._collecting() as collected:
             loss = batch_loss(self._model, batch, FrozenContexts(self._model), divisor)
             torch.autograd.backward([loss.weighted])
-        return self._said(loss.sums, gradients.collected())
+        return self._said(loss.sums, collected)
 
     def _warm_up(self, inputs: Inputs) -> None:
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -161,11 +161,17 @@ class CapturedPasses:
         return _Graph(inputs, graph, sums, collected, torch.cuda.memory_reserved() - before)
 
     def _pass(self, inputs: Inputs) -> tuple[Tensor, Collected]:
-        gradients = StepGradients(self._model.parameters())
-        with gradients.collecting():
+        with self._collecting() as collected:
             weighted, sums = losses(self._model, inputs)
             torch.autograd.backward([weighted])
-        return sums, gradients.collected()
+        return sums, collected
+
+    @contextmanager
+    def _collecting(self) -> Iterator[Collected]:
+        """Around passes of the model: what they leave."""
+        gradients = StepGradients(self._model.parameters())
+        with gradients.collecting():
+            yield gradients.held
 
     @torch.no_grad()
     def _said(self, sums: Tensor, collected: Collected) -> list[float]:

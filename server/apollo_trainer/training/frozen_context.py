@@ -79,7 +79,8 @@ def batch_logits(model: Any, batch: MicroBatch, contexts: FrozenContexts) -> Ten
     """
     caches = contexts.rows_for(batch)
     inputs = [inputs for inputs, _ in rows_of(batch)]
-    ids = _pad(inputs, batch.learned_width, model.device)
+    rows = [padded(ids, batch.learned_width) for ids in inputs]
+    ids = torch.tensor(rows, device=model.device)
     layout = _continuation_layout(batch, inputs, model.device)
     logits: Tensor = model(ids, use_cache=bool(caches), **caches, **layout).logits
     return logits
@@ -131,6 +132,6 @@ def _continuation_layout(
     return {"attention_mask": mask, "position_ids": positions}
 
 
-def _pad(rows: list[TokenIds], width: int, device: Any) -> Tensor:
-    padded = [row + (PADDING_ID,) * (width - len(row)) for row in rows]
-    return torch.tensor(padded, device=device)
+def padded(ids: TokenIds, width: int) -> TokenIds:
+    """Token ids with padding on their right."""
+    return ids + (PADDING_ID,) * (width - len(ids))

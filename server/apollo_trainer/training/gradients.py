@@ -47,7 +47,8 @@ class StepGradients:
         params: leaves, each once.
 
     Attributes:
-        held: what was collected and is not settled.
+        held: what was collected and is not settled; a graph's, which makes it anew with each
+            replay, is taken again and again.
     """
 
     def __init__(self, params: Iterable[Tensor]):
@@ -106,11 +107,6 @@ class StepGradients:
         if held is not None:
             part = held.to(torch.promote_types(held.dtype, torch.float32)).add_(part)
         self.held.sums[id(param)] = part
-
-    def collected(self) -> Collected:
-        """What the passes left, to be taken again and again where a graph makes it anew."""
-        held, self.held = self.held, Collected()
-        return held
 
     @torch.no_grad()
     def replay(self, collected: Collected, *, copy: bool) -> None:

@@ -53,19 +53,35 @@ def batch_loss(
     """
     began = time.perf_counter()
     logits = batch_logits(model, batch, contexts)
-    targets, weights = _targets(batch, divisor, logits.device)
+    targets, weights = targets_of(batch, batch.learned_width, divisor)
+    weighted, sums = weighed(
+        logits,
+        torch.tensor(targets, device=logits.device),
+        torch.tensor(weights, dtype=torch.float32, device=logits.device),
+    )
+    return BatchLoss(weighted, sums, time.perf_counter() - began)
+
+
+def weighed(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of weight times loss, with gradient, and each sample's sum of losses, float32, detached.
+
+    Args:
+        logits: [samples, T, V].
+        targets: int64 [samples, T]; IGNORED has no loss.
+        weights: float32 [samples, T].
+    """
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED
     ).view_as(targets)
-    weighted = (losses * weights).sum()
-    return BatchLoss(weighted, losses.detach().sum(1), time.perf_counter() - began)
+    return (losses * weights).sum(), losses.detach().sum(1)
 
 
-def _targets(
-    batch: MicroBatch, divisor: float, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is learned, and its weights: [samples, learned_width]; padding is ignored, weight 0."""
-    width = batch.learned_width
+def targets_of(
+    batch: MicroBatch, width: int, divisor: float
+) -> tuple[list[tuple[int, ...]], list[tuple[float, ...]]]:
+    """What each sample learns, and its weights, in rows of `width`; padding has no weight."""
     targets, weights = [], []
     for sample in batch.samples:
         learned, padding = sample.continuation_ids, width - len(sample.continuation_ids)
@@ -73,10 +89,7 @@ def _targets(
         targets.append((*learned, *(IGNORED,) * padding))
         # Divided before it is a float32, which holds no very small weight.
         weights.append((*(sample.weight * f / divisor for f in factors), *(0.0,) * padding))
-    return (
-        torch.tensor(targets, device=device),
-        torch.tensor(weights, dtype=torch.float32, device=device),
-    )
+    return targets, weights
 
 
 def total_weight(sample: TokenizedSample) -> float:

@@ -29,7 +29,7 @@ from apollo_trainer.optim.cuda.columns import (
     ROWS,
     TOKENS,
 )
-from apollo_trainer.optim.cuda.project import _leave
+from apollo_trainer.optim.cuda.project import leave
 
 
 @triton.jit
@@ -105,19 +105,19 @@ def gram(desc, P, C, first, RANK_PADDED: tl.constexpr, ROW_CHANNELS: tl.constexp
         s = (tile % across) * BLOCK_T + tl.arange(0, BLOCK_T)
         if block < RANK_PADDED // BLOCK_R:
             r = block * BLOCK_R + tl.arange(0, BLOCK_R)
-            q = _over_k(p, k, r, RANK_PADDED, B, b_row, s, count, k, G_TYPE, BLOCK_R, BLOCK_T,
-                        BLOCK_K)  # fmt: skip
+            q = over_k(p, k, r, RANK_PADDED, B, b_row, s, count, k, G_TYPE, BLOCK_R, BLOCK_T,
+                       BLOCK_K)  # fmt: skip
             tl.store(out + r[:, None] * width + s[None, :], q, mask=(s < stored)[None, :])
         elif block - RANK_PADDED // BLOCK_R <= tile % across:
             t = (block - RANK_PADDED // BLOCK_R) * BLOCK_T + tl.arange(0, BLOCK_T)
-            inner = _over_k(B, b_row, t, count, B, b_row, s, count, k, G_TYPE, BLOCK_T, BLOCK_T,
+            inner = over_k(B, b_row, t, count, B, b_row, s, count, k, G_TYPE, BLOCK_T, BLOCK_T,
                             BLOCK_K)  # fmt: skip
             mask = (t < count)[:, None] & (s < stored)[None, :]
             tl.store(out + (RANK_PADDED + t)[:, None] * width + s[None, :], inner, mask=mask)
 
 
 @triton.jit
-def _over_k(X, x_row, i, x_count, B, b_row, s, count, k, G_TYPE: tl.constexpr,
+def over_k(X, x_row, i, x_count, B, b_row, s, count, k, G_TYPE: tl.constexpr,
             BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Rows i of X times rows s of B, transposed."""
     acc = tl.zeros((BLOCK_I, BLOCK_T), tl.float32)
@@ -167,7 +167,7 @@ def project_factors(desc, tiles, C, R, squares, flags, first, RANK_PADDED: tl.co
         square += tl.sum(acc * a.to(tl.float32), 0)
     # Rounding may leave a sum of zero below it. What is not finite shows as infinity.
     square = tl.where(tl.abs(square) < float("inf"), tl.maximum(square, 0.0), float("inf"))
-    _leave(square, d, matrix, j, n, squares, flags)
+    leave(square, d, matrix, j, n, squares, flags)
 
 
 @triton.jit

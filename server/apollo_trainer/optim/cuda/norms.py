@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from apollo_trainer.optim.cuda.columns import COLS, FIELDS, ROWS
-from apollo_trainer.optim.cuda.factors import _over_k, both
+from apollo_trainer.optim.cuda.factors import both, over_k
 
 
 @triton.jit
@@ -34,9 +34,9 @@ def squares(desc, out, G_TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_T: tl.
         i, j = tile // across, tile % across
         if i <= j:
             t, s = i * BLOCK_T + tl.arange(0, BLOCK_T), j * BLOCK_T + tl.arange(0, BLOCK_T)
-            left = _over_k(U, u_row, t, count, U, u_row, s, count, rows, G_TYPE, BLOCK_T, BLOCK_T,
+            left = over_k(U, u_row, t, count, U, u_row, s, count, rows, G_TYPE, BLOCK_T, BLOCK_T,
                            BLOCK_K)  # fmt: skip
-            right = _over_k(V, v_row, t, count, V, v_row, s, count, cols, G_TYPE, BLOCK_T, BLOCK_T,
+            right = over_k(V, v_row, t, count, V, v_row, s, count, cols, G_TYPE, BLOCK_T, BLOCK_T,
                             BLOCK_K)  # fmt: skip
             total += tl.sum(left * right) * tl.where(i == j, 1.0, 2.0)
     tl.store(out + matrix * programs + first, total)

@@ -54,7 +54,7 @@ def project(desc, tiles, P, R, squares, flags, RANK_PADDED: tl.constexpr,
         else:
             acc = tl.dot(p.to(tl.float32), g.to(tl.float32), acc, input_precision="ieee")
     _store(acc, R, d, tiles, RANK_PADDED, BLOCK_N)
-    _leave(square, d, matrix, j, n, squares, flags)
+    leave(square, d, matrix, j, n, squares, flags)
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def project_aligned(desc, tiles, P, R, squares, flags, RANK_PADDED: tl.constexpr
             sums += tl.sum(tl.reshape(g32 * g32, (BLOCK_K // LANES, LANES, BLOCK_N)), 0)
     _store(acc, R, d, tiles, RANK_PADDED, BLOCK_N)
     square = tl.sum(sums, 1 if G_UNIT == 1 else 0)
-    _leave(square, d, matrix, first + tl.arange(0, BLOCK_N), n, squares, flags)
+    leave(square, d, matrix, first + tl.arange(0, BLOCK_N), n, squares, flags)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _store(acc, R, d, tiles, RANK_PADDED: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _leave(square, d, matrix, j, n, squares, flags):
+def leave(square, d, matrix, j, n, squares, flags):
     """Stores the squares of channels j, and what they tell about the matrix."""
     tl.store(squares + tl.load(d + S_OFFSET) + j, square, mask=j < n)
     # Squares of NaN and infinity stay such; so a flag of each kind says all about the matrix.

@@ -161,14 +161,10 @@ class Wave:
         if self.kind.rank is None:
             yield "elements", [-(-m.cols // BLOCK_ELEMENTS) for m in self.matrices]
             return
-        block_n, padded, writing = (
-            self.kind.projection["BLOCK_N"],
-            self.kind.padded,
-            self.kind.writing,
-        )
+        kind, writing = self.kind, self.kind.writing
         rows, cols = writing["BLOCK_ROWS"] * writing["REPEATS"], writing["BLOCK_COLS"]
-        yield "draw", [-(-padded * m.k // BLOCK_DRAW) for m in self.matrices]
-        yield "project", [-(-m.n // block_n) for m in self.matrices]
+        yield "draw", [-(-kind.padded * m.k // BLOCK_DRAW) for m in self.matrices]
+        yield "project", [-(-m.n // kind.projection["BLOCK_N"]) for m in self.matrices]
         yield "moments", [-(-m.n // BLOCK_MOMENTS) for m in self.matrices]
         yield "write", [-(-m.rows // rows) * -(-m.cols // cols) for m in self.matrices]
 
