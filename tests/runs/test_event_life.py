@@ -317,4 +317,4 @@ def test_very_many_steps_leave_a_short_journal(open_books: Any, state_dir: Path)
     assert read_journal(folder, "a").begun == 15_000
     finish(log)
     wait_until(lambda: log.life is Life.CLOSED, "the end")
-    assert not list(folder.iterdir())
+    wait_until(lambda: not list(folder.iterdir()), "its files' end")
