@@ -202,25 +202,27 @@ class Apollo(Optimizer):
         self.begin_step()
         try:
             self._step_slots(self._slots, gradients)
+            self.end_step()
         except BaseException:
             self.abandon_step()
             raise
-        self.end_step()
         return loss
 
     def begin_step(self) -> None:
         """Opens a step and fixes its settings; `step_param` and `end_step` follow.
 
         The three together are bit-equal to `step()`, in any order of the parameters. Raises
-        ValueError on an invalid group setting and RuntimeError where a step is open; neither
-        opens one.
+        ValueError on an invalid group setting, RuntimeError where a step is open, and what a
+        device without memory raises; none of them opens one.
         """
         self._refuse_while_open("begin a step")
         self.wrote = False
         number = self.step_count + 1
-        self._open = OpenStep(self._settings(number), Change() if self.measure else None)
+        settings = self._settings(number)
         for stepper in self._steppers.values():
-            stepper.begin(number, self._open.settings)
+            stepper.begin(number, settings)
+        # A device without memory for the settings must not leave a step open.
+        self._open = OpenStep(settings, Change() if self.measure else None)
 
     def step_param(self, param: Tensor) -> bool:
         """Steps one parameter in the open step. Returns True where its gradient may be released.

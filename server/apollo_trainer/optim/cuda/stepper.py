@@ -120,8 +120,8 @@ class FusedStepper:
             )
         )
         if flat != self._settings:
-            self._settings, host = flat, torch.tensor(flat, dtype=torch.float64)
-            self._settings_on_device = self._upload(host)
+            self._settings_on_device = self._upload(torch.tensor(flat, dtype=torch.float64))
+            self._settings = flat
 
     def prepare(
         self,
@@ -184,6 +184,8 @@ class FusedStepper:
     ) -> None:
         desc = wave.locate(grads, settings)
         if desc is not None:
+            # Where the upload fails, the next step must not find an earlier one's.
+            wave.desc = None
             wave.desc = self._upload(desc)
         if not wave.tiles:
             wave.tiles = {k: self._upload(v) for k, v in wave.tile_tables().items()}

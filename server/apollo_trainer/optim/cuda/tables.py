@@ -96,7 +96,7 @@ class Wave:
     def locate(
         self, grads: Mapping[int, Gradient], settings: Sequence[StepSettings]
     ) -> Tensor | None:
-        """Returns a new `desc`, on the CPU, where a tensor lies elsewhere than in the last step."""
+        """Returns a new `desc`, on the CPU, where there is none or a tensor lies elsewhere."""
         if not self.groups:
             self.groups = [list(group) for _, group in groupby(self.matrices, lambda m: id(m.slot))]
         heads = [group[0] for group in self.groups]
@@ -105,7 +105,7 @@ class Wave:
             for m in heads
         )
         given = tuple(moving_columns(m.slot, grads[id(m.slot)]) for m in heads)
-        if (kept, given) == (self.kept, self.given):
+        if self.desc is not None and (kept, given) == (self.kept, self.given):
             return None
         if kept != self.kept:
             self._keep(settings)

@@ -66,8 +66,8 @@ def write(desc, tiles, settings, factors, rates, number, changes,
     b = first_col + tl.arange(0, BLOCK_COLS)
     settings += tl.load(d + GROUP) * SETTINGS
     decay = tl.load(settings + DECAY).to(tl.float32)
-    squared = tl.zeros((), tl.float64)
-    changed = tl.zeros((), tl.float64)
+    squared = tl.zeros((BLOCK_ROWS,), tl.float32)
+    changed = tl.zeros((BLOCK_ROWS,), tl.int32)
     for repeat in tl.range(0, REPEATS, num_stages=STAGES):
         a = first_row + repeat * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask = (a < rows)[:, None] & (b < cols)[None, :]
@@ -125,10 +125,10 @@ def write(desc, tiles, settings, factors, rates, number, changes,
         tl.store(at, rounded, mask=mask)
         if MEASURE:
             difference = tl.where(mask, rounded.to(tl.float32) - stored.to(tl.float32), 0.0)
-            squared += tl.sum(tl.sum(difference * difference, 1), 0).to(tl.float64)
+            squared += tl.sum(difference * difference, 1)
             # A difference of zero with other bits is -0 for +0: too rare to count apart.
-            changed += tl.sum(tl.sum((difference != 0).to(tl.int32), 1), 0).to(tl.float64)
+            changed += tl.sum((difference != 0).to(tl.int32), 1)
     if MEASURE:
         out = changes + 2 * tl.program_id(0).to(tl.int64)
-        tl.store(out, squared)
-        tl.store(out + 1, changed)
+        tl.store(out, tl.sum(squared.to(tl.float64), 0))
+        tl.store(out + 1, tl.sum(changed, 0).to(tl.float64))
