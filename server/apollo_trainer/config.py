@@ -96,7 +96,7 @@ class Settings(BaseSettings):
         default=0, ge=0, description="steps between two saves in a run; 0: not by steps"
     )
     token_budget: int = Field(
-        default=1024, ge=1, description="continuation tokens of one micro-batch, padding included"
+        default=2048, ge=1, description="continuation tokens of one micro-batch, padding included"
     )
     undo_mebibytes: int = Field(
         default=512,

@@ -30,7 +30,7 @@ from apollo_grpc.v1 import (
     training_pb2,
     training_pb2_grpc,
 )
-from apollo_trainer import recover_command
+from apollo_trainer import memory_command, recover_command
 from apollo_trainer.config import Settings, described, unknown_names
 from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.runs.engine_watch import EngineWatch, no_engine
@@ -166,7 +166,8 @@ async def _serve(settings: Settings) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `apollo-training-server`; exits with 2 for wrong settings, 1 when refused.
 
-    `recover DIRECTORY` in place of settings settles a cut-off sync, and serves nothing.
+    `recover DIRECTORY` in place of settings settles a cut-off sync, `memory DIRECTORY` tells what a
+    step needs of a GPU; both serve nothing.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
@@ -176,8 +177,9 @@ def main(arguments: list[str] | None = None) -> None:
         for name in unknown:
             print(f"apollo-training-server: {name}: is no setting; see --help", file=sys.stderr)
         sys.exit(2)
-    if given[:1] == [recover_command.NAME]:
-        sys.exit(recover_command.command("apollo-training-server", given[1:]))
+    for each in (recover_command, memory_command):
+        if given[:1] == [each.NAME]:
+            sys.exit(each.command("apollo-training-server", given[1:]))
     try:
         settings: Any = CliApp.run(Settings, cli_args=given)
     except ValidationError as error:

@@ -13,11 +13,14 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     JambaConfig,
+    Llama4TextConfig,
     Mamba2Config,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
+    Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
@@ -56,12 +59,50 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: Gemma2Config(
         **SHARED, **ATTENTION | {"num_hidden_layers": 4}, **SLIDING, pad_token_id=0
     ),
+    # A cap that bends the scores of so small a model, and that its own code alone knows of.
+    "gemma2_capped": lambda: Gemma2Config(
+        **SHARED,
+        **ATTENTION | {"num_hidden_layers": 4},
+        **SLIDING,
+        pad_token_id=0,
+        attn_logit_softcapping=2.0,
+        attn_implementation="eager",
+    ),
     "gemma3": lambda: Gemma3TextConfig(
         **SHARED,
         **ATTENTION | {"num_hidden_layers": 4},
         **SLIDING,
         pad_token_id=0,
         layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "qwen2": lambda: Qwen2Config(
+        **SHARED,
+        **HYBRID | {"num_hidden_layers": 4},
+        **SLIDING,
+        use_sliding_window=True,
+        max_window_layers=2,
+    ),
+    # Sinks and windows. Each token goes to all experts: rounding sends none to another.
+    "gpt_oss": lambda: GptOssConfig(
+        **SHARED,
+        **ATTENTION | {"num_hidden_layers": 4},
+        **EXPERTS | {"num_experts_per_tok": 4},
+        **SLIDING,
+        num_local_experts=4,
+        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    # Chunks, and every second layer without positions.
+    "llama4": lambda: Llama4TextConfig(
+        **SHARED,
+        **ATTENTION | {"num_hidden_layers": 4},
+        **EXPERTS,
+        num_local_experts=2,
+        interleave_moe_layer_step=2,
+        intermediate_size_mlp=48,
+        attention_chunk_size=6,
+        no_rope_layers=[1, 0, 1, 0],
+        pad_token_id=0,
     ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **SHARED, **ATTENTION, **EXPERTS, num_experts=4, moe_intermediate_size=16

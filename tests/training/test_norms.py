@@ -61,3 +61,25 @@ class AlmostOne(nn.Module):
 def test_what_computes_something_else_is_left_alone() -> None:
     for module in (AlmostOne(), nn.LayerNorm(8), nn.Linear(8, 1, bias=False), nn.Embedding(8, 1)):
         assert fuse_norms(module) == 0
+
+
+class Gated(nn.Module):
+    """An RMS norm that may be given a gate, as those of Mamba 2 are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        x = x if gate is None else x * nn.functional.silu(gate)
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def test_a_norm_that_is_given_a_gate_takes_it() -> None:
+    torch.manual_seed(0)
+    (x, gate), plain = torch.randn(2, 3, 8), Gated()
+    fused = copy.deepcopy(plain)
+    assert fuse_norms(fused) == 1
+    torch.testing.assert_close(fused(x), plain(x))
+    torch.testing.assert_close(fused(x, gate), plain(x, gate))
+    torch.testing.assert_close(fused(x, gate=gate), plain(x, gate))

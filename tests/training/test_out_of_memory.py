@@ -92,17 +92,15 @@ def test_the_error_names_what_to_lower_with_the_numbers(make_model: Make) -> Non
     with pytest.raises(OutOfMemory) as caught:
         take_step(model, optimizer, [ONE, OTHER], StepPolicy(token_budget=100))
     assert caught.value.reason == "OUT_OF_MEMORY"
-    assert "8 continuation tokens (2 samples of up to 4" in caught.value.message
-    assert "token budget is 100" in caught.value.message
-    assert "below 8, or samples_per_step below 2" in caught.value.message
+    assert "4 continuation tokens (1 samples of up to 4" in caught.value.message
+    assert "token budget is 4." in caught.value.message
     assert caught.value.metadata == {
-        "largest_micro_batch_tokens": "8",
-        "samples": "2",
+        "largest_micro_batch_tokens": "4",
+        "samples": "1",
         "context_tokens": "3",
-        "token_budget": "100",
+        "token_budget": "4",
     }
-    with pytest.raises(OutOfMemory, match=r"2 micro-batches, whose .* until it is written"):
-        take_step(model, optimizer, [ONE, OTHER], StepPolicy(token_budget=4))
+    assert "2 micro-batches, whose gradients" in caught.value.message
     with pytest.raises(OutOfMemory, match="Shorten the sample of 4 continuation and 4 context"):
         take_step(model, optimizer, [ONE])
 
@@ -174,3 +172,16 @@ def test_graphs_give_up_their_memory_before_a_step_is_refused(make_model: Make) 
     with pytest.raises(OutOfMemory):
         take_step(model, optimizer, [ONE], passes=passes)  # type: ignore[arg-type]
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_what_a_step_needs_and_what_is_free_are_told_where_they_are_known(make_model: Make) -> None:
+    model = make_model("qwen3")
+    in_the_forward(model, ask_the_allocator)
+    with pytest.raises(OutOfMemory) as caught:
+        take_step(model, Apollo(model.named_parameters(), rank=8), [ONE])
+    error = caught.value.with_needs(7_800_000_000, 5_200_000_000)
+    assert error.message.startswith(caught.value.message)
+    assert error.message.endswith("It needs 7.8 GB of the device, and 5.2 GB are free.")
+    numbers = {"needed_bytes": "7800000000", "free_bytes": "5200000000"}
+    assert error.metadata == caught.value.metadata | numbers
+    assert error.reason == "OUT_OF_MEMORY"

@@ -137,13 +137,15 @@ def test_gradients_are_released_and_stale_ones_do_not_count(make_model: Make) ->
 def test_a_step_says_when_it_made_gradients(make_model: Make) -> None:
     model = make_model("qwen3")
     optimizer = optimizer_of(model)
-    long = TokenizedSample((3, 50), tuple(range(100, 140)))
+    short = TokenizedSample((60, 61, 62), (63, 64), 0.5)
+    long = TokenizedSample((3, 50), tuple(range(100, 113)))
     cases = [
         ([ONE], StepPolicy(), 1, ""),
-        ([ONE, OTHER, PICKY], StepPolicy(), 1, ""),
-        ([ONE, OTHER], StepPolicy(guard=Guard(9.0, 9e9, 1.0)), 1, ""),
-        ([ONE, OTHER, PICKY], StepPolicy(token_budget=4), 3, ""),
+        ([short, OTHER], StepPolicy(), 1, ""),
+        ([short, OTHER], StepPolicy(guard=Guard(9.0, 9e9, 1.0)), 1, ""),
+        ([short, OTHER], StepPolicy(token_budget=2), 2, ""),
         ([long], StepPolicy(), 1, "LONG_STEP"),
+        ([short] * 8, StepPolicy(token_budget=2), 8, "LONG_STEP"),
     ]
     for samples, policy, batches, why in cases:
         result = take_step(model, optimizer, samples, policy)

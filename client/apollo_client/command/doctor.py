@@ -16,6 +16,7 @@ import typer
 
 from apollo_client.aio import AsyncApolloClient
 from apollo_client.command.children import attached, end
+from apollo_client.command.gpu_memory import told_memory
 from apollo_client.command.outcome import REFUSED, reported_errors
 from apollo_client.command.up import require_startable, trainer_child, vllm_child
 from apollo_grpc.locations import private_folder, socket_address, state_folder
@@ -44,6 +45,8 @@ class Diagnosis:
         refused: name and reason of each that is none; the model's own where it is refused whole.
         max_logprob_difference: in nats, between vLLM and transformers; None if not compared.
         detail: the verdict in words.
+        memory: what a step needs of a GPU, as `apollo-training-server memory` tells it; None where
+            nobody asked, and there is no GPU here.
     """
 
     model: str
@@ -54,6 +57,7 @@ class Diagnosis:
     refused: list[dict[str, str]] = field(default_factory=list)
     max_logprob_difference: float | None = None
     detail: str = ""
+    memory: dict[str, Any] | None = None
 
     def take(self, status: status_pb2.ServerStatus) -> None:
         """Fills in what the training server found."""
@@ -97,15 +101,34 @@ def command(
     all_values: Annotated[
         bool, typer.Option("--all-values", help="Compare every weight, not blocks of each.")
     ] = False,
+    step: Annotated[
+        str, typer.Option(help="Length of a training step: CONTEXT+CONTINUATION tokens.")
+    ] = "",
+    gpu_memory_gb: Annotated[
+        float, typer.Option(help="Of the GPU, in 10^9 bytes, where it is another than this one.")
+    ] = 0.0,
+    memory_only: Annotated[
+        bool, typer.Option("--memory-only", help="Tell of the GPU's memory; start nothing.")
+    ] = False,
 ) -> None:
     """Tell whether MODEL can be trained while vLLM serves it; nothing of it is changed.
 
     Serves it with vLLM, maps its weights, compares both sides, and changes a few bytes for a moment
     to see that both compute with them, in a folder of its own: a server that runs already is left
-    alone. What follows MODEL goes to vLLM. Exit status 0 when the
-    model is supported, 1 when not.
+    alone. What follows MODEL goes to vLLM. Before anything is started it tells what training needs
+    of the GPU, and how much of it vLLM may take. Exit status 0 when the model is supported, 1 when
+    not.
     """
-    require_startable(model)
+    asked = bool(memory_only or step or gpu_memory_gb)
+    if not memory_only:
+        require_startable(model)
+    told = None
+    if asked or shutil.which("nvidia-smi"):
+        told = told_memory(model, step, gpu_memory_gb, as_json=as_json, required=asked)
+    if memory_only:
+        if as_json:
+            print(json.dumps(told))
+        raise typer.Exit(0)
     with reported_errors():
         private_folder(state_folder())
         folder = Path(tempfile.mkdtemp(prefix="doctor-", dir=state_folder()))
@@ -113,6 +136,7 @@ def command(
             diagnosis = asyncio.run(_examine(model, folder, context.args, all_values))
         finally:
             shutil.rmtree(folder)
+    diagnosis.memory = told
     print(json.dumps(asdict(diagnosis)) if as_json else "\n".join(diagnosis.lines()))
     raise typer.Exit(0 if diagnosis.supported else REFUSED)
 

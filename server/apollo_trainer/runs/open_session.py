@@ -27,7 +27,9 @@ from apollo_trainer.runs.model_checkpoints import ModelCheckpoints
 from apollo_trainer.runs.session import KeptState, Session, new_optimizer, weights_are_others
 from apollo_trainer.training.captured import CapturedPasses, speed_up
 from apollo_trainer.training.context_check import require_frozen_context
+from apollo_trainer.training.needs import CANNOT
 from apollo_trainer.training.options import StateShape
+from apollo_trainer.training.twin import twin_of
 from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.fingerprint import fingerprint
 from apollo_trainer.weights.verify import probe_tokens
@@ -68,13 +70,14 @@ def open_session(
     tokenizer = _tokenizer(attachment.directory)
     checkpoints = ModelCheckpoints(attachment, state_path.parent, settings)
     optimizer.before_param_write = checkpoints.watch
-    passes = None
+    passes = twin = None
     if embedding.is_cuda:
         speed_up(attachment.model)
-        passes = CapturedPasses(attachment.model)
+        passes, twin = CapturedPasses(attachment.model), _twin(attachment.model)
     session = Session(
-        attachment, optimizer, shape, state_path, tokenizer, limits, settings, checkpoints, passes
-    )
+        attachment, optimizer, shape, state_path, tokenizer, limits, settings, checkpoints, passes,
+        twin,
+    )  # fmt: skip
     if kept and came_back:
         vars(session).update(kept.carried, came_back=True)
         checkpoints.poison.why = kept.mixed
@@ -86,6 +89,14 @@ def open_session(
     if on_disk:
         _compare(session, StateOf.read(on_disk[1]))
     return session
+
+
+def _twin(model: Any) -> Any | None:
+    try:
+        return twin_of(model)
+    except CANNOT as error:
+        log.info("it is not known what a step needs of the device: %s", error)
+        return None
 
 
 def _compare(session: Session, state: StateOf) -> None:

@@ -52,7 +52,7 @@ class ModelOwner:
         self._kept: KeptState | None = None
         self._found_epoch, self._attach_queued = "", False
         self._probed_epoch = ""
-        self._compiling: threading.Thread | None = None
+        self._beside: threading.Thread | None = None
         self._thread = threading.Thread(target=self._work, name="training", daemon=True)
         self._thread.start()
 
@@ -166,8 +166,8 @@ class ModelOwner:
                 self._session, self._kept = session, None
         if still_there:
             self._show(session)
-            self._compiling = threading.Thread(target=compile_ahead, args=[session.optimizer])
-            self._compiling.start()
+            self._beside = threading.Thread(target=self._look_ahead, args=[session])
+            self._beside.start()
         else:
             self._refuse(
                 Unavailable("vLLM went while its weights were mapped.", reason="ENGINE_LOST")
@@ -242,6 +242,13 @@ class ModelOwner:
 
         self._board.update(change)
 
+    def _look_ahead(self, session: Session) -> None:
+        """Beside the training thread: nothing of it is needed for a run."""
+        compile_ahead(session.optimizer)
+        session.find_needs()
+        if session.needs and session is self._session:
+            self._board.update(session.show)
+
     # --- work between two runs --------------------------------------------------------------
 
     def between_runs(self, work: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
@@ -274,8 +281,8 @@ class ModelOwner:
             self._jobs.put(self._save_at_end)
             self._jobs.put(None)
         self._thread.join()
-        if self._compiling:
-            self._compiling.join()
+        if self._beside:
+            self._beside.join()
         self.saver.stop()
 
     def _save_at_end(self) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import status_pb2
@@ -27,7 +29,11 @@ from apollo_trainer.requests.samples import SampleLimits
 from apollo_trainer.runs.model_checkpoints import ModelCheckpoints
 from apollo_trainer.runs.state_saver import CapturedState, StateSaver
 from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.memory import StepMemory
+from apollo_trainer.training.needs import CANNOT, told
 from apollo_trainer.training.options import OptimizerOptions, StateShape
+from apollo_trainer.training.out_of_memory import OutOfMemory
+from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.fingerprint import fingerprint
 
@@ -63,6 +69,7 @@ class Session:
         tokenizer: of the served model; None where its directory has none.
         checkpoints: the ways back to what the model was.
         passes: of the model, as CUDA graphs; None where it is on no GPU.
+        twin: of the model, without memory, to tell of a step's memory; None likewise.
         other_weights: why the state does not belong to the live weights; empty when it does.
         on_disk: whether a state on disk is one that a killed server could go on with.
         captured_step: of the last copy that was taken to be saved; -1 where that is of no use.
@@ -72,6 +79,7 @@ class Session:
         from_disk: whether the ledger may know of steps that the state lacks.
         moved: whether the live weights are not those that it was saved beside, to this engine.
         found: sentences on what was found at the attachment, for whoever asks for the status.
+        needs: sentences on what steps need of the device; empty until they are known.
     """
 
     attachment: Attachment
@@ -83,6 +91,7 @@ class Session:
     settings: Settings
     checkpoints: ModelCheckpoints
     passes: CapturedPasses | None = None
+    twin: Any | None = None
     other_weights: str = ""
     on_disk: bool = False
     captured_step: int = 0
@@ -92,6 +101,7 @@ class Session:
     from_disk: bool = False
     moved: bool = False
     found: str = ""
+    needs: str = ""
 
     def require_accepted(self, options: OptimizerOptions) -> None:
         """Raises FailedPrecondition when a run would go on with a state of other weights."""
@@ -154,12 +164,40 @@ class Session:
         """Puts the optimizer into a status."""
         refused = self.checkpoints.poison.refusal or self.other_weights
         if status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED:
-            told = f"Runs are refused: {refused}" if refused else ""
+            refusal = f"Runs are refused: {refused}" if refused else ""
             slow = self.passes.refusal if self.passes else ""
-            status.attachment_detail = " ".join(filter(None, (ATTACHED, self.found, slow, told)))
+            sentences = (ATTACHED, self.found, self.needs, slow, refusal)
+            status.attachment_detail = " ".join(filter(None, sentences))
         status.optimizer_loaded = not self.other_weights
         status.optimizer_step = self.optimizer.step_count
         status.state_size_bytes = self.optimizer.state_size_bytes()
+
+    def find_needs(self) -> None:
+        """Finds out what steps need of the device, in some seconds of computing. Any thread."""
+        if self.twin is None:
+            return
+        try:
+            free, _ = torch.cuda.mem_get_info()
+            sentences = told(self._step_memory(), self.limits.max_tokens, free)
+        except CANNOT as error:
+            log.info("it is not known what a step needs of the device: %s", error)
+            return
+        self.needs = " ".join(sentences)
+        for sentence in sentences:
+            log.info("%s", sentence)
+
+    def with_needs(self, error: OutOfMemory, samples: Sequence[TokenizedSample]) -> OutOfMemory:
+        """The refusal of a step of these samples, with what it needs where that can be known."""
+        if self.twin is None:
+            return error
+        try:
+            needed = self._step_memory().step_bytes(samples)
+        except CANNOT:
+            return error
+        return error.with_needs(needed, torch.cuda.mem_get_info()[0])
+
+    def _step_memory(self) -> StepMemory:
+        return StepMemory(self.twin, self.shape, self.settings.token_budget)
 
     def capture(self, *, running: bool) -> CapturedState:
         """A copy of the Apollo state, to be put on disk by whoever has the time.

@@ -10,6 +10,7 @@ from apollo_trainer.runs.events import EventLog
 from apollo_trainer.runs.run import PreparedRun
 from apollo_trainer.runs.session import Session
 from apollo_trainer.training.incomplete import StepIncomplete
+from apollo_trainer.training.out_of_memory import OutOfMemory
 from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import StepPolicy, StepResult, take_step
 from apollo_trainer.weights.sidecar import Sidecar
@@ -101,6 +102,8 @@ class RunSteps:
                     attachment.model, optimizer, samples, self._policy, self._require_going,
                     self._session.passes,
                 )  # fmt: skip
+        except OutOfMemory as error:
+            raise self._session.with_needs(error, samples) from error
         except StepIncomplete as error:
             if not attachment.alive:
                 raise engine_lost(self.written) from error

@@ -1,8 +1,9 @@
 """Micro-batches as tensors of few shapes: widths are rounded up, so that many share one shape.
 
-Contexts run padded on their right: no token of theirs sees that, so that they need no mask. Their
-keys and values are then moved to the right, next to those of the continuation. Losses and gradients
-are those of the micro-batch, but for rounding, unless a model attends to less than all before it.
+Contexts run padded on their right: no token of theirs sees that, so that it needs no mask. Their
+keys and values are then moved to the right, next to those of the continuation: a row's real tokens
+are neighbours in either forward, and the model's own masks count its windows and chunks rightly.
+Losses and gradients are those of the micro-batch, but for rounding.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from apollo_trainer.training.attention import causal_mask, mark_span
+from apollo_trainer.training.apart import Contexts, attending_apart
 from apollo_trainer.training.batch import MicroBatch, rows_of
-from apollo_trainer.training.frozen_context import caches_of, for_backward, padded
+from apollo_trainer.training.frozen_context import padded
 from apollo_trainer.training.loss import targets_of, weighed
 
-_STEPS_AN_OCTAVE = 8
+_STEPS_AN_OCTAVE = 16
 _SMALLEST = 16
 
 
@@ -40,7 +42,7 @@ class Bucket:
 
     @staticmethod
     def of(batch: MicroBatch) -> Bucket:
-        """The bucket of a micro-batch: at most an eighth wider than it."""
+        """The bucket of a micro-batch: at most a sixteenth wider, or 15 tokens."""
         contexts = len(batch.contexts) if batch.context_width else 0
         selects = contexts > 0 and batch.context_rows != tuple(range(contexts))
         return Bucket(
@@ -111,49 +113,81 @@ def _numbers(batch: MicroBatch, bucket: Bucket) -> dict[str, list[tuple[int, ...
     }
 
 
-def losses(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """What `batch_loss` gives: the weighted loss with gradient, a scalar, and float32 [samples]."""
-    t, bucket = inputs.tensors, inputs.bucket
-    caches: dict[str, Any] = {}
-    if bucket.contexts:
-        with torch.no_grad():
-            answer = model(
-                t["context_ids"],
-                attention_mask=causal_mask(bucket.context_width, inputs.weights.device),
-                position_ids=torch.arange(bucket.context_width, device=inputs.weights.device)[None],
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        caches = {name: for_backward(cache) for name, cache in caches_of(answer).items()}
-        if bucket.selects:
-            for cache in caches.values():
-                cache.batch_select_indices(t["context_rows"][0])
-        for cache in caches.values():
-            _move_right(cache, t["lengths"])
-    logits = model(
-        t["ids"], attention_mask=_mask(inputs), position_ids=t["positions"],
-        use_cache=bool(caches), **caches,
-    ).logits  # fmt: skip
+def losses(model: Any, inputs: Inputs, *, apart: bool = False) -> tuple[Tensor, Tensor]:
+    """What `batch_loss` gives: the weighted loss with gradient, a scalar, and float32 [samples].
+
+    Args:
+        apart: contexts are kept apart from what continues them; for grouped attention on a GPU.
+
+    Raises NotApart where the model does not allow that.
+    """
+    if apart:
+        return _losses_apart(model, inputs)
+    cache = _contexts_of(model, inputs)
+    return _continued(
+        model, inputs, attention_mask=_seen(inputs), use_cache=cache is not None,
+        past_key_values=cache,
+    )  # fmt: skip
+
+
+def _losses_apart(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    contexts, t = Contexts(), inputs.tensors
+    with attending_apart(contexts):
+        if inputs.bucket.contexts:
+            _read(model, inputs, contexts)
+            lengths = t["lengths"].flatten()
+            rows = t["context_rows"][0] if inputs.bucket.selects else _numbered(lengths)
+            contexts.go_on(rows, lengths)
+        return _continued(model, inputs, past_key_values=contexts, use_cache=True)
+
+
+def _continued(model: Any, inputs: Inputs, **how: Any) -> tuple[Tensor, Tensor]:
+    t = inputs.tensors
+    logits = model(t["ids"], position_ids=t["positions"], **how).logits
     return weighed(logits, t["targets"], inputs.weights)
+
+
+def _numbered(like: Tensor) -> Tensor:
+    return torch.arange(len(like), device=like.device)
+
+
+@torch.no_grad()
+def _read(model: Any, inputs: Inputs, cache: Any) -> None:
+    """Runs the contexts, padding on their right, into a cache."""
+    ids = inputs.tensors["context_ids"]
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    model(ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def _contexts_of(model: Any, inputs: Inputs) -> Any:
+    """Keys and values of each sample's context, all of them: masks alone tell of windows.
+
+    transformers' own cache for windows would hold a context's last places, which padding has.
+    """
+    t, bucket = inputs.tensors, inputs.bucket
+    if not bucket.contexts:
+        return None
+    cache: Any = DynamicCache()
+    _read(model, inputs, cache)
+    if bucket.selects:
+        cache.batch_select_indices(t["context_rows"][0])
+    _move_right(cache, t["lengths"])
+    return cache
 
 
 def _move_right(cache: Any, lengths: Tensor) -> None:
     """Keys and values [rows, heads, width, size] of each row's first places become its last."""
-    width = cache.layers[0].keys.shape[2]
-    places = (torch.arange(width, device=lengths.device) + lengths) % width
     for layer in cache.layers:
-        at = places[:, None, :, None].expand_as(layer.keys)
-        layer.keys, layer.values = layer.keys.gather(2, at), layer.values.gather(2, at)
+        width = layer.keys.shape[2]
+        places = (torch.arange(width, device=lengths.device) + lengths) % width
+        keys, values = (
+            t.gather(2, places[:, None, :, None].expand_as(t)) for t in (layer.keys, layer.values)
+        )
+        layer.keys, layer.values = keys, values
 
 
-def _mask(inputs: Inputs) -> Tensor:
-    """What each token of a continuation sees, bool [samples, 1, learned_width, both widths]."""
+def _seen(inputs: Inputs) -> Tensor:
+    """1 at all but the padding on a context's left: int64 [samples, both widths]."""
     lengths, context = inputs.tensors["lengths"], inputs.bucket.context_width
-    keys = torch.arange(context + inputs.bucket.learned_width, device=lengths.device)
-    own = keys[context:] - context
-    causal = own <= own[:, None]
-    seen = (keys[:context] >= context - lengths)[:, None, :].expand(-1, len(own), -1)
-    mask = torch.cat([seen, causal.expand(len(lengths), -1, -1)], dim=2).unsqueeze(1)
-    if len(lengths) == 1:
-        mark_span(mask, context - lengths[0])
-    return mask
+    places = torch.arange(context + inputs.bucket.learned_width, device=lengths.device)
+    return (places >= context - lengths).long()

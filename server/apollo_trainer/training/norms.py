@@ -14,21 +14,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+try:
+    from apollo_trainer.training.kernels import rms_norm
+except ImportError:  # no Triton
+    rms_norm = None  # type: ignore[assignment]
+
 # Two roundings to bfloat16 apart, where one of them rounds once.
 _ROUNDING = 2.0**-7
 
 
 @torch.no_grad()
 def fuse_norms(model: Any) -> int:
-    """Lets a model's RMS norms compute by torch's kernel; returns how many there are."""
-    found = [module for module in model.modules() if _is_rms_norm(module)]
-    for module in found:
-        module.forward = partial(_fused, module, _eps(module))
+    """Lets a model's RMS norms compute by one kernel; returns how many there are."""
+    found = [(module, _eps(module)) for module in model.modules() if _is_rms_norm(module)]
+    for module, eps in found:
+        module.forward = partial(_instead_of, module, module.forward, eps)
     return len(found)
 
 
+def _instead_of(
+    module: Any, own: Any, eps: float | None, x: Tensor, *rest: Any, **named: Any
+) -> Any:
+    """Some norms are given a gate as well."""
+    return own(x, *rest, **named) if rest or named else _fused(module, eps, x)
+
+
 def _fused(module: Any, eps: float | None, x: Tensor) -> Tensor:
-    return F.rms_norm(x, module.weight.shape, module.weight, eps)
+    weight = module.weight
+    if x.is_cuda and eps is not None and rms_norm is not None and rms_norm.fits(x, weight):
+        return rms_norm.rms_norm(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def _eps(module: nn.Module) -> float | None:

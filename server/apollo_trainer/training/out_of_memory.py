@@ -25,6 +25,14 @@ class OutOfMemory(ResourceExhausted):
 
     default_reason = "OUT_OF_MEMORY"
 
+    def with_needs(self, needed: int, free: int) -> OutOfMemory:
+        """The same, with what the step needs of the device and what is free there, in bytes."""
+        return OutOfMemory(
+            f"{self.message} It needs {needed / 1e9:.1f} GB of the device, and {free / 1e9:.1f} GB "
+            "are free.",
+            metadata={**self.metadata, "needed_bytes": str(needed), "free_bytes": str(free)},
+        )
+
 
 @contextmanager
 def refusing_out_of_memory(
@@ -59,11 +67,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _refusal(batches: Sequence[MicroBatch], token_budget: int) -> OutOfMemory:
     largest = max(batches, key=lambda b: (b.learned_tokens, len(b.samples) * b.context_width))
     rows, learned, context = len(largest.samples), largest.learned_width, largest.context_width
-    todo = (
-        f"Lower the token budget below {largest.learned_tokens}, or samples_per_step below {rows}."
-        if rows > 1
-        else f"Shorten the sample of {learned} continuation and {context + 1} context tokens."
-    )
+    todo = f"Shorten the sample of {learned} continuation and {context + 1} context tokens."
     if len(batches) > 1:
         todo += (
             f" The step has {len(batches)} micro-batches, whose gradients it holds until it is "

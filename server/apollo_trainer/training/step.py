@@ -7,9 +7,10 @@ verdict, and nothing is allocated for it after.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,8 @@ from apollo_trainer.training.mixing import mixing_of
 from apollo_trainer.training.out_of_memory import OutOfMemory, refusing_out_of_memory
 from apollo_trainer.training.samples import TokenizedSample
 
-TOKEN_BUDGET = 1024
+log = logging.getLogger(__name__)
+TOKEN_BUDGET = 2048
 _MANY = 0.1  # part of the weights whose whole gradients are worth a word
 FullGradients = Literal["", "LONG_STEP"]
 
@@ -42,7 +44,8 @@ class StepPolicy:
 
     Attributes:
         token_budget: continuation tokens of one micro-batch, padding included; of context tokens
-            it may hold 16 times as many. A single sample may be larger.
+            it may hold 16 times as many. A single sample may be larger. Where there is no memory
+            for that many, a step is taken in smaller ones.
         dry_run: find everything, write nothing.
     """
 
@@ -106,14 +109,25 @@ def take_step(
     StepIncomplete. After StepIncomplete part of the step is in the weights; after any other error
     the weights and the optimizer are as before the step.
     """
-    step = _Step(model, optimizer, samples, policy, before_batch, passes)
-    try:
-        return _taken(step)
-    except OutOfMemory:
-        if passes is None or not passes.let_go():
-            raise
-    # Graphs of other steps held what this one needs.
-    return _taken(_Step(model, optimizer, samples, policy, before_batch))
+    while True:
+        step = _Step(model, optimizer, samples, policy, before_batch, passes)
+        try:
+            return _taken(step)
+        except OutOfMemory:
+            if passes is not None and passes.let_go():
+                # Graphs of other steps held what this one needs.
+                passes = None
+                continue
+            half = _half(step.batches)
+            if not half:
+                raise
+            log.warning("no memory for micro-batches of %d tokens: half are tried", 2 * half)
+            policy, passes = replace(policy, token_budget=half), None
+
+
+def _half(batches: Sequence[MicroBatch]) -> int:
+    """Half the tokens of the largest micro-batch that can be divided; 0 where none can."""
+    return max((b.learned_tokens for b in batches if len(b.samples) > 1), default=0) // 2
 
 
 def _taken(step: _Step) -> StepResult:
@@ -158,7 +172,7 @@ class _Step:
         self.batches = plan_batches(self.samples, self.policy.token_budget, mixing)
         self.contexts = FrozenContexts(self.model)
         self.weight = sum(total_weight(sample) for sample in self.samples)
-        self.collected = StepGradients(self.optimizer.tensors)
+        self.collected = StepGradients(self.optimizer.tensors, len(self.batches))
 
     def take(self) -> StepResult:
         """Everything that may refuse, and then the write."""

@@ -94,6 +94,23 @@ def test_a_folder_without_a_model_is_wrong_input(tmp_path):
     assert "config.json" in done.output
 
 
+def test_the_memory_alone_is_told_without_starting_anything(tiny_model):
+    asked = ["--memory-only", "--step", "20+10", "--gpu-memory-gb", "24"]
+    done = CliRunner().invoke(app, ["doctor", str(tiny_model), *asked, "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert (told["step"], told["total_bytes"]) == ("20 + 10", 24_000_000_000)
+    assert 0 < told["gpu_memory_utilization"] < 1
+    done = CliRunner().invoke(app, ["doctor", str(tiny_model), *asked])
+    assert "--gpu-memory-utilization" in done.stdout
+
+
+def test_a_wrong_length_of_a_step_starts_nothing(tiny_model):
+    done = CliRunner().invoke(app, ["doctor", str(tiny_model), "--step", "17"])
+    assert done.exit_code == 1
+    assert "no length of a step" in done.output
+
+
 def test_the_json_has_the_documented_names():
     names = {"supported", "architecture", "parameters", "views", "refused"}
     assert names | {"max_logprob_difference"} <= set(json.loads(json.dumps(asdict(Diagnosis("m")))))

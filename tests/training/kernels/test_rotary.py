@@ -21,7 +21,7 @@ SAMPLE = TokenizedSample((3, 50, 7, 99), (140, 2, 77))
 def test_losses_and_gradients_are_the_same(
     make_model: Make, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from apollo_trainer.training.rotary import fuse_rotary
+    from apollo_trainer.training.kernels.rotary import fuse_rotary
 
     plain = make_model(family).cuda()
     fused = copy.deepcopy(plain)
@@ -39,7 +39,7 @@ def test_losses_and_gradients_are_the_same(
 
 
 def test_what_turns_neighbours_or_has_no_rotation_is_left_alone(make_model: Make) -> None:
-    from apollo_trainer.training.rotary import _agrees, fuse_rotary
+    from apollo_trainer.training.kernels.rotary import _agrees, fuse_rotary
 
     assert fuse_rotary(make_model("gpt2").cuda()) == 0
 
