@@ -4,7 +4,8 @@
     python benchmarks/bench_apollo.py --device cpu --threads 2 --only 'rank 64|AdamW'
 
 A GPU steps the shapes of Qwen3-4B in bfloat16, a CPU about 1e8 parameters in bfloat16 and in
-float32, all with synthetic gradients. Writes a JSON file under benchmarks/results/.
+float32, all with synthetic gradients: whole ones, or the factors that 200 learned tokens leave.
+Writes a JSON file under benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from measure import (
     drop_gradients,
     free,
     give_gradients,
+    gradient_bytes,
     make_weights,
+    measure_factors,
     measure_layers,
     measure_steps,
     state_bytes,
@@ -76,18 +79,21 @@ def _rows(
         return []
     weights = make_weights(TABLES[args.shapes](), DTYPES[dtype], device)
     parameters = sum(p.numel() for p in weights.values())
-    # The gradient is read twice, the weights are read and written once.
-    floor_bytes = 4 * DTYPES[dtype].itemsize * parameters
+    weight_bytes = DTYPES[dtype].itemsize * parameters
     effort = Effort(args.steps, args.warmup, args.seconds)
     rows = []
     for contender in chosen:
+        gradients = gradient_bytes(weights, contender.tokens)
         row = {
             "name": contender.name,
             "family": contender.family,
             "rank": contender.rank,
             "dtype": dtype,
             "parameters": parameters,
-            "floor_ms": floor_bytes / bandwidth * 1e3,
+            "tokens": contender.tokens,
+            "gradient_bytes": gradients,
+            # The gradients are read twice, the weights are read and written once.
+            "floor_ms": 2 * (gradients + weight_bytes) / bandwidth * 1e3,
             **_measured(contender, weights, effort, device),
         }
         print(f"{dtype} {contender.name}: {row.get('skipped') or format(row['ms'], '.2f') + ' ms'}")
@@ -112,13 +118,14 @@ def _measured(
 def _measure(
     contender: Contender, weights: Weights, effort: Effort, device: torch.device
 ) -> dict[str, Any]:
-    optimizer = contender.make(weights)
+    optimizer, renew = contender.make(weights), contender.refresh
+    refresh = None if renew is None else lambda: renew(optimizer)
     if contender.layers:
         row = measure_layers(optimizer, weights, effort, device)
+    elif contender.tokens:
+        row = measure_factors(optimizer, weights, contender.tokens, refresh, effort, device)
     else:
         give_gradients(weights)
-        renew = contender.refresh
-        refresh = None if renew is None else lambda: renew(optimizer)
         row = measure_steps(optimizer.step, refresh, effort, device)
     row["state_bytes"] = state_bytes(optimizer)
     if isinstance(optimizer, Apollo):

@@ -19,6 +19,7 @@ from apollo_trainer.optim import Apollo
 
 WINDOW = 200  # steps between two projections, the default of both
 RANKS = ((1, "mini"), (64, "channel"), (256, "channel"))
+TOKENS = 200  # whose factors are a matrix's gradient
 
 
 class Unavailable(Exception):
@@ -27,7 +28,10 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Contender:
-    """One row. `refresh` makes every later step draw a new projection."""
+    """One row. `refresh` makes every later step draw a new projection.
+
+    With `tokens` the gradients of matrices are factors of so many.
+    """
 
     name: str
     make: Callable[[Weights], Optimizer]
@@ -35,6 +39,7 @@ class Contender:
     rank: int | None = None
     refresh: Callable[[Optimizer], None] | None = None
     layers: bool = False
+    tokens: int = 0
 
 
 def contenders() -> list[Contender]:
@@ -48,7 +53,7 @@ def contenders() -> list[Contender]:
         rows.append(_apollo_torch_row(rank, variant))
     for impl in ("reference", "fused"):
         rows += [_apollo_row(rank, variant, impl) for rank, variant in RANKS]
-    return [*rows, _layers_row()]
+    return [*rows, _factors_row(64), _factors_row(256), _layers_row()]
 
 
 def _torch(kind: Callable[..., Optimizer], weights: Weights, **options: Any) -> Optimizer:
@@ -75,6 +80,11 @@ def _apollo(weights: Weights, rank: int, variant: Any, impl: Any) -> Apollo:
 def _refresh(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         group["proj_refresh"] = 1
+
+
+def _factors_row(rank: int) -> Contender:
+    row = _apollo_row(rank, "channel", "fused")
+    return replace(row, name=f"Apollo factors {_label(rank, 'channel')}", tokens=TOKENS)
 
 
 def _layers_row() -> Contender:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +15,8 @@ import torch
 from shapes import Shapes
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from apollo_trainer.optim.factored import Factored, Gradient
 
 Weights = dict[str, nn.Parameter]
 WEIGHT_STD, GRADIENT_STD = 0.02, 1e-3
@@ -48,6 +51,29 @@ def give_gradients(weights: Weights) -> None:
     for p in weights.values():
         if p.grad is None:
             p.grad = torch.empty_like(p).normal_(0.0, GRADIENT_STD)
+
+
+def make_factors(weights: Weights, tokens: int) -> dict[Tensor, Gradient]:
+    """Gradients as large as those of `give_gradients`, those of matrices as factors of tokens."""
+    std = (GRADIENT_STD / math.sqrt(tokens)) ** 0.5
+
+    def random(std: float, like: Tensor, *shape: int) -> Tensor:
+        return like.new_empty(shape).normal_(0.0, std)
+
+    return {
+        p: Factored(*(random(std, p, tokens, side) for side in p.shape))
+        if p.ndim == 2
+        else random(GRADIENT_STD, p, *p.shape)
+        for p in weights.values()
+    }
+
+
+def gradient_bytes(weights: Weights, tokens: int) -> int:
+    """Of all gradients; those of matrices as factors of so many tokens, 0: as they are."""
+    return sum(
+        p.itemsize * tokens * sum(p.shape) if tokens and p.ndim == 2 else p.nbytes
+        for p in weights.values()
+    )
 
 
 def drop_gradients(weights: Weights) -> None:
@@ -128,6 +154,32 @@ def measure_steps(
 
 def _spread(times: list[float]) -> dict[str, float]:
     return {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times)}
+
+
+def measure_factors(
+    optimizer: Any,
+    weights: Weights,
+    tokens: int,
+    refresh: Callable[[], None] | None,
+    effort: Effort,
+    device: torch.device,
+) -> dict[str, Any]:
+    """A step from factors, as training takes it: their norm, which a guard judges, and the write.
+
+    `ms_prepare` is the norm and what is set aside for the write, within `ms`.
+    """
+    drop_gradients(weights)
+    gradients = make_factors(weights, tokens)
+
+    def one_step() -> None:
+        optimizer.prepare(gradients)
+        optimizer.step(gradients=gradients)
+
+    row = measure_steps(one_step, refresh, effort, device)
+    times = time_calls(lambda: optimizer.prepare(gradients), row["steps"], device)
+    row["ms_prepare"] = statistics.median(times)
+    optimizer.forget()
+    return row
 
 
 def measure_layers(

@@ -4,7 +4,9 @@
     python benchmarks/quality.py --report benchmarks/results/quality-<device>-<day>.json
 
 The first trains all runs and writes a JSON file, also after every run: started again with the same
---out it goes on. The second draws docs/quality-*.svg and writes docs/quality.md from such a file.
+--out it goes on. The second draws docs/quality-*.svg and writes docs/quality.md from such a file,
+with --longer and --losses also from those of longer runs and of gpu/bench_losses.py, which draws
+its own picture.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ def main() -> None:
     """Trains the grid and the fine-tuning runs, or writes the report of a result."""
     args = _arguments()
     if args.report:
-        longer = json.loads(args.longer.read_text()) if args.longer else None
-        written = write_report(json.loads(args.report.read_text()), longer, args.docs)
+        others = [json.loads(f.read_text()) if f else None for f in (args.longer, args.losses)]
+        written = write_report(json.loads(args.report.read_text()), *others, docs=args.docs)
         print("Written: " + ", ".join(str(path) for path in written))
         return
     torch.set_num_threads(args.threads)
@@ -141,6 +143,7 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--report", type=Path, help="write the report of this JSON file, and train nothing")
     add("--longer", type=Path, help="with --report: a JSON file of the same runs with more steps")
+    add("--losses", type=Path, help="with --report: a JSON file of gpu/bench_losses.py")
     add("--docs", type=Path, default=ROOT / "docs", help="where the report goes")
     add("--out", type=Path, help="the JSON file")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from losses_report import losses_part
 from quality_charts import charts
 from quality_summary import Cell, best_cells, by_variant, cells, difference, gain, mean_of
 
@@ -31,16 +32,23 @@ QUESTIONS = (
 )
 
 
-def write_report(result: Result, longer: Result | None, docs: Path) -> list[Path]:
-    """Writes the page and the charts; returns their paths. `longer` is a result of more steps."""
+def write_report(
+    result: Result, longer: Result | None, losses: Result | None, docs: Path
+) -> list[Path]:
+    """Writes the page and the charts; returns their paths.
+
+    Args:
+        longer: a result of more steps.
+        losses: of the fast passes beside plain ones.
+    """
     docs.mkdir(parents=True, exist_ok=True)
-    contents = {**charts(result), "quality.md": _page(result, longer)}
+    contents = {**charts(result), "quality.md": _page(result, longer, losses)}
     for name, content in contents.items():
         (docs / name).write_text(content)
     return [docs / name for name in contents]
 
 
-def _page(result: Result, longer: Result | None) -> str:
+def _page(result: Result, longer: Result | None, losses: Result | None) -> str:
     parts = [
         "# What Apollo learns beside AdamW",
         _setting(result),
@@ -57,6 +65,8 @@ def _page(result: Result, longer: Result | None) -> str:
         parts += [f"## The same for {longer['plan']['steps']} steps", _longer(longer)]
     if "fine_tune" in result:
         parts += _fine_part(result["fine_tune"])
+    if losses is not None:
+        parts += losses_part(losses)
     return "\n\n".join(parts) + "\n"
 
 

@@ -22,6 +22,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("ms/1e9", _scaled("ms_per_1e9", 1, 2)),
     ("/floor", _scaled("ratio_to_floor", 1, 2)),
     ("/apollo-torch", _scaled("ratio_to_apollo_torch", 1, 3)),
+    ("prepare ms", _scaled("ms_prepare", 1, 2)),
     ("alone ms", _scaled("ms_alone", 1, 2)),
     ("refresh ms", _scaled("ms_refresh", 1, 2)),
     ("window ms", _scaled("ms_window_average", 1, 2)),
@@ -30,10 +31,11 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("peak MB", _scaled("peak_extra_bytes", 1e-6, 1)),
 )
 NOTES = """\
-ms: median of the timed steps, none of which draws a new projection. alone: from an idle device
-until it is idle again. refresh: a step that draws one. window: the average over one projection's
-steps, computed from both. state: exact. peak: the most that the steps added to the memory in use
-before them."""
+ms: median of the timed steps, none of which draws a new projection. prepare: what of it is the norm
+of gradients that are factors, and memory for the write. alone: from an idle device until it is
+idle again. refresh: a step that draws one. window: the average over one projection's steps,
+computed from both. state: exact. peak: the most that the steps added to the memory in use before
+them."""
 
 
 def complete(rows: list[Row], window: int) -> None:
@@ -62,11 +64,20 @@ def table(result: dict[str, Any]) -> str:
     lines = [_heading(result)]
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["dtype"] == dtype]
-        lines += ["", f"{dtype}: floor {rows[0]['floor_ms']:.2f} ms"]
+        lines += ["", f"{dtype}: floor {_floors(rows)}"]
         lines.append(f"{'':{WIDTH}}" + "".join(f"{name:>14}" for name, _ in COLUMNS))
         lines += [_line(row) for row in rows]
     lines += [_layer_line(row) for row in result["rows"] if "peak_allowed_bytes" in row]
     return "\n".join([*lines, "", NOTES])
+
+
+def _floors(rows: list[Row]) -> str:
+    """Of whole gradients, and of factors; each row's ratio is to its own."""
+    floors = {row["tokens"]: row["floor_ms"] for row in rows}
+    return ", ".join(
+        f"{ms:.2f} ms" + (f" with factors of {tokens} tokens" if tokens else "")
+        for tokens, ms in floors.items()
+    )
 
 
 def _heading(result: dict[str, Any]) -> str:

@@ -22,6 +22,15 @@ class Series:
     name: str
     points: Sequence[tuple[float, float | None]]
     dashed: bool = False
+    dots: bool = True
+
+
+@dataclass(frozen=True)
+class Band:
+    """An area behind the lines; its points are x, and the lowest and highest y there."""
+
+    name: str
+    points: Sequence[tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,12 @@ class Axis:
         return self.ticks or tuple(self.low + (self.high - self.low) * n / 5 for n in range(6))
 
 
-def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
+def line_chart(
+    title: str, x: Axis, y: Axis, series: Sequence[Series], bands: Sequence[Band] = ()
+) -> str:
     """A chart with its legend on the right. What lies outside an axis is drawn at its edge."""
-    drawn = [_line(s, x, y, n) for n, s in enumerate(series)]
+    drawn = [_band(b, x, y, n) for n, b in enumerate(bands, len(series))]
+    drawn += [_line(s, x, y, n) for n, s in enumerate(series)]
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
@@ -69,6 +81,17 @@ def line_chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
     )
 
 
+def below_one_another(charts: Sequence[str]) -> str:
+    """Several charts as one picture."""
+    size = f'width="{WIDTH}" height="{HEIGHT}"'
+    placed = [
+        chart.replace("<svg ", f'<svg y="{HEIGHT * n}" {size} ', 1)
+        for n, chart in enumerate(charts)
+    ]
+    view = f'viewBox="0 0 {WIDTH} {HEIGHT * len(charts)}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {view}>\n{"".join(placed)}</svg>\n'
+
+
 def _place(x: Axis, y: Axis, point: tuple[float, float]) -> tuple[float, float]:
     across, up = x.at(point[0]), y.at(point[1])
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
@@ -76,23 +99,38 @@ def _place(x: Axis, y: Axis, point: tuple[float, float]) -> tuple[float, float]:
 
 
 def _line(series: Series, x: Axis, y: Axis, number: int) -> str:
-    colour, legend = COLOURS[number % len(COLOURS)], TOP + 12 + 20 * number
+    colour = COLOURS[number % len(COLOURS)]
     style = f'stroke="{colour}" stroke-width="2" fill="none"'
     style += ' stroke-dasharray="6 4"' if series.dashed else ""
     places = [_place(x, y, (px, py)) for px, py in series.points if py is not None]
-    path = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
-    left = WIDTH - RIGHT + 18
     return "\n".join(
         [
-            f'<polyline points="{path}" {style}/>',
+            f'<polyline points="{_path(places)}" {style}/>',
             *(
                 f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.4" fill="{colour}"/>'
                 for px, py in places
+                if series.dots
             ),
-            f'<line x1="{left}" y1="{legend}" x2="{left + 24}" y2="{legend}" {style}/>',
-            _text(left + 30, legend + 4, series.name),
+            _legend(series.name, number, style),
         ]
     )
+
+
+def _band(band: Band, x: Axis, y: Axis, number: int) -> str:
+    below = [_place(x, y, (px, low)) for px, low, _ in band.points]
+    above = [_place(x, y, (px, high)) for px, _, high in reversed(band.points)]
+    area = f'<polygon points="{_path([*below, *above])}" fill="#bbb"/>'
+    return area + "\n" + _legend(band.name, number, 'stroke="#bbb" stroke-width="10"')
+
+
+def _path(places: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
+
+
+def _legend(name: str, number: int, style: str) -> str:
+    left, height = WIDTH - RIGHT + 18, TOP + 12 + 20 * number
+    line = f'<line x1="{left}" y1="{height}" x2="{left + 24}" y2="{height}" {style}/>'
+    return line + "\n" + _text(left + 30, height + 4, name)
 
 
 def _x_mark(axis: Axis, value: float) -> str:

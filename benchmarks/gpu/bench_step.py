@@ -3,9 +3,11 @@
     python -m benchmarks.gpu.bench_step qwen3-4b
 
 Writes a model directory of that shape, starts vLLM as it starts by default and the training server,
-and trains. A step's time is that between two step events, as the server stamps them. Then both end,
-and the same samples are learned by plain transformers with apollo-torch (where it is installed):
-all gradients kept, one sample a step, context frozen. Memory is the card's, as its driver tells it.
+and trains. A step's time is that between two step events, as the server stamps them. Each case but
+the first has a training server of its own, started over the kernels that the first one kept, so
+that its memory is its own too: the card's, as its driver tells it. At last both end, and the same
+samples are learned by plain transformers with apollo-torch (where it is installed): all gradients
+kept, one sample a step, context frozen.
 """
 
 from __future__ import annotations
@@ -15,24 +17,23 @@ import json
 import random
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # contenders is a script's
-import contenders
 
 from apollo_client import ApolloClient
+from apollo_trainer.config import Settings
+from apollo_trainer.memory_command import memory_of
+from apollo_trainer.training.needs import StepShape
 from benchmarks import machine
 from benchmarks.gpu import stack
 from benchmarks.gpu.models import SHAPES, VOCABULARY, write_shape
+from benchmarks.gpu.plain import plain
 from benchmarks.gpu.stack import Stack
 
 MAX_MODEL_LEN = 6656
@@ -44,13 +45,15 @@ CASES = {
     "32 samples of 64 + 64": (64, 64, 32),
 }
 STEPS, WARM_UP = 24, 8
+FULL_SPEED = 1.1  # of the median
 
 
 def main() -> None:
     """Measures, prints and writes the file."""
     parser = argparse.ArgumentParser(description="Times training steps beside vLLM.")
     parser.add_argument("shape", choices=sorted(SHAPES))
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--no-plain", action="store_true", help="leave out the plain code")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     device = torch.device("cuda")
@@ -60,7 +63,9 @@ def main() -> None:
         model = write_shape(asked.shape, Path(folder) / "model", seed=1)
         torch.cuda.empty_cache()
         result["product"] = product(model, Path(folder), asked.cases)
-        result["plain"] = plain(model, [c for c in asked.cases if CASES[c][2] == 1])
+        if not asked.no_plain:
+            alone = [case for case in asked.cases if CASES[case][2] == 1]
+            result["plain"] = plain(model, {c: samples(*CASES[c], seed=7)[0] for c in alone})
     path = asked.out or machine.result_path(f"bench_step-{asked.shape}", device)
     machine.write_json(path, result)
     print(json.dumps(result, indent=1))
@@ -71,87 +76,100 @@ def product(model: Path, folder: Path, cases: list[str]) -> dict[str, Any]:
     at = stack.VLLM.index("--max-model-len") + 1
     options = (*stack.VLLM[:at], str(MAX_MODEL_LEN), *stack.VLLM[at + 1 :])
     with Stack(model, folder, options) as running:
-        attached = used_gb()
-        client, rows, first = running.client, {}, time.perf_counter()
-        for event in client.train(samples(*CASES[cases[0]], seed=99), lr=1e-6):
-            if event.HasField("step"):
-                first = time.perf_counter() - first
-        for case in cases:
-            rows[case] = {**steps_of(client, case), "gb_beyond_attached": used_gb() - attached}
+        rows = dict[str, Any]()
+        for number, case in enumerate(cases):
+            # Each case's memory is its own; compiled kernels are there from the second on.
+            attach = {"attach_seconds": running.restart_server()} if number else {}
+            attached, run = used_gb(), taken(running.client, case)
+            memory = {
+                "gb_attached": attached,
+                "gb_beyond_attached": used_gb() - attached,
+                "gb_told": told_gb(model, case),
+            }
+            rows[case] = {**steps_of(run, case), **memory, **attach, **start_of(run)}
             print(case, rows[case], flush=True)
-        kernels = [line for line in running.server_log() if "kernels" in line or "graph" in line]
-        return {"first_step_seconds": first, "gb_used": attached, "cases": rows, "log": kernels}
+        words = ("kernels", "graph", " GB")
+        said = [line for line in running.server_log() if any(word in line for word in words)]
+        return {"cases": rows, "log": said}
 
 
-def steps_of(client: ApolloClient, case: str) -> dict[str, Any]:
-    """A run of one case; milliseconds between step events."""
+@dataclass(frozen=True)
+class Taken:
+    """A run's steps, and when Train was called, it began and each step was done; milliseconds."""
+
+    called: float
+    began: float
+    stamps: list[float]
+    steps: list[Any]
+    failure: str = ""
+
+    @property
+    def took(self) -> list[float]:
+        """Milliseconds of each step."""
+        return [b - a for a, b in pairwise([self.began, *self.stamps])]
+
+    @property
+    def warm(self) -> list[float]:
+        """Those of the steps that count."""
+        return self.took[WARM_UP:]
+
+
+def taken(client: ApolloClient, case: str) -> Taken:
+    """A run of one case."""
     context, continuation, count = CASES[case]
-    stamps, steps = [], []
     learned = samples(context, continuation, count, seed=7)
+    called, began, stamps, steps, failure = 1e3 * time.time(), 0.0, [], [], ""
     for event in client.train(learned, lr=1e-6, epochs=STEPS, samples_per_step=count):
+        stamp = event.event_time.ToNanoseconds() / 1e6
+        if event.HasField("started"):
+            began = stamp
         if event.HasField("step"):
-            stamps.append(event.event_time.ToNanoseconds() / 1e6)
+            stamps.append(stamp)
             steps.append(event.step)
         if event.HasField("finished"):
-            assert not event.finished.failure.message, event.finished.failure.message
-    gaps = [b - a for a, b in pairwise(stamps)]
-    warm = gaps[WARM_UP - 1 :]
+            failure = event.finished.failure.message
+    return Taken(called, began, stamps, steps, failure)
+
+
+def steps_of(run: Taken, case: str) -> dict[str, Any]:
+    """Milliseconds of a run's steps.
+
+    Passes are captured when their shape comes for the second time: in the second step, or in the
+    first where that has several micro-batches. Of a run that failed: why.
+    """
+    if run.failure:
+        return {"failed": run.failure, "steps_taken": len(run.steps)}
+    count, warm, took = CASES[case][2], run.warm, run.took
+    micro_batches = run.steps[-1].micro_batches
     return {
         "ms": statistics.median(warm), "ms_min": min(warm), "ms_max": max(warm),
-        "ms_at_first": gaps[: WARM_UP - 1],
+        "ms_first": took[0], "ms_capturing": took[1 if micro_batches == 1 else 0],
+        "ms_at_first": took[:WARM_UP],
         "samples_per_second": 1e3 * count / statistics.median(warm),
-        "loss_first": steps[0].loss, "loss_last": steps[-1].loss,
-        "micro_batches": steps[-1].micro_batches,
+        "loss_first": run.steps[0].loss, "loss_last": run.steps[-1].loss,
+        "micro_batches": micro_batches,
     }  # fmt: skip
 
 
-def plain(model: Path, cases: list[str]) -> dict[str, Any]:
-    """The way of the script that the product replaces: the context once, then the rest over it."""
-    try:
-        contender = contenders.apollo_torch(rank=64)
-    except contenders.Unavailable as missing:
-        return {"unavailable": str(missing)}
-    served = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).cuda().eval()
-    torch.cuda.reset_peak_memory_stats()
-    optimizer, before = (
-        contender.make(dict(served.named_parameters())),
-        torch.cuda.memory_allocated(),
-    )
-    rows = {}
-    for case in cases:
-        context, continuation, _ = CASES[case]
-        (sample,) = samples(context, continuation, 1, seed=7)
-        rows[case] = timed(lambda sample=sample: plain_step(served, optimizer, sample))
-        peak = torch.cuda.max_memory_allocated() - before
-        rows[case]["gb_beyond_weights"] = peak / 1e9
-        print("plain", case, rows[case], flush=True)
-    return rows
+def start_of(run: Taken) -> dict[str, float]:
+    """Seconds from the call of Train to the end of the first step, and of one at full speed."""
+    if run.failure:
+        return {}
+    usual = statistics.median(run.warm)
+    done = zip(run.stamps, run.took, strict=True)
+    full = next(stamp for stamp, took in done if took <= FULL_SPEED * usual)
+    return {
+        "first_step_seconds": (run.stamps[0] - run.called) / 1e3,
+        "full_speed_seconds": (full - run.called) / 1e3,
+        "ms_at_full_speed": usual,
+    }
 
 
-def plain_step(model: Any, optimizer: Any, sample: dict[str, list[int]]) -> None:
-    """One context-frozen step with all gradients."""
-    context, continuation = sample["context_ids"], sample["continuation_ids"]
-    ids = torch.tensor([context[:-1]], device="cuda")
-    with torch.no_grad():
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-    inputs = torch.tensor([[context[-1], *continuation[:-1]]], device="cuda")
-    logits = model(inputs, past_key_values=cache, use_cache=True).logits[0]
-    targets = torch.tensor(continuation, device="cuda")
-    torch.nn.functional.cross_entropy(logits.float(), targets).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def timed(step: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds of a step by the clock, the device waited for."""
-    times = []
-    for number in range(10):
-        began = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        if number >= 3:
-            times.append(1e3 * (time.perf_counter() - began))
-    return {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times)}
+def told_gb(model: Path, case: str) -> float:
+    """What is told in advance that a step of this case needs beside weights and state."""
+    context, continuation, count = CASES[case]
+    shape = StepShape(context, continuation, count)
+    return memory_of(model, shape, None, Settings()).step_bytes / 1e9
 
 
 def samples(context: int, continuation: int, count: int, seed: int) -> list[dict[str, list[int]]]:

@@ -45,6 +45,14 @@ SHAPES: dict[str, Callable[[], Any]] = {
         num_attention_heads=32,
         tie_word_embeddings=True,
     ),
+    "qwen3-8b": lambda: Qwen3Config(
+        **_QWEN3,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        tie_word_embeddings=False,
+    ),
     "qwen3-moe-1b": lambda: Qwen3MoeConfig(
         **_QWEN3,
         hidden_size=1024,

@@ -20,6 +20,7 @@ from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import status_pb2
 
 START_SECONDS = 420
+SERVER = "apollo_trainer.main"
 # Room for the training server on the same card.
 VLLM = ("--max-model-len", "1024", "--gpu-memory-utilization", "0.35", "--moe-backend", "triton")
 # What vLLM's log says of how it computes.
@@ -50,7 +51,7 @@ class Stack:
             probe.bind(("127.0.0.1", 0))
             self._port = int(probe.getsockname()[1])
         served = ("--model", str(self.model), "--port", str(self._port), "--host", "127.0.0.1")
-        self.server = self._start("server", "apollo_trainer.main")
+        self.server = self._start("server", SERVER)
         self.vllm = self._start(
             "vllm", "vllm.entrypoints.openai.api_server", *served, *self._options
         )
@@ -107,15 +108,18 @@ class Stack:
 
     def _end(self) -> None:
         for child in (self.server, self.vllm):
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                try:
-                    os.killpg(child.pid, number)
-                    child.wait(20)
-                    break
-                except ProcessLookupError:
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
+            _end(child)
+
+    def restart_server(self) -> float:
+        """Ends the training server and starts it over the same state folder; vLLM lives on.
+
+        Returns seconds from its start until it is attached.
+        """
+        _end(self.server)
+        began = time.perf_counter()
+        self.server = self._start("server", SERVER)
+        self._wait()
+        return time.perf_counter() - began
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """The token ids that vLLM decodes."""
@@ -141,3 +145,15 @@ class Stack:
     def engine_says(self) -> list[str]:
         """Lines of vLLM's log on compilation, CUDA graphs, attention and the sidecar."""
         return sorted({match[0].strip() for match in SAID.finditer(self._log("vllm"))})
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+            child.wait(20)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
