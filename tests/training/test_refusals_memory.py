@@ -204,7 +204,9 @@ def test_whichever_allocation_fails_before_the_write(
     phases = refuse_each(pair[0], AT_ONCE, stride)
     assert phases >= {"forward", "backward", "preparing"}
     if stride == 1:
-        assert phases >= {"collecting", "summing", "judging"}
+        assert phases >= {"collecting", "summing"}
+        # The last of all; on a GPU there are fewer where a table needs no upload again.
+        assert "judging" in phases or case.device == "cuda"
         # Two tied tensors have two gradients.
         assert "settling" in phases or case.family != "qwen3"
     pair[1].step()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -12,6 +14,8 @@ from apollo_trainer.optim.apollo import Apollo
 from apollo_trainer.optim.factored import Factored, Gradient
 from apollo_trainer.optim.options import Variant
 from apollo_trainer.optim.rounding import RoundingMode
+
+_OfGradient = Callable[[Tensor], Gradient]
 
 
 def compile_ahead(optimizer: Apollo) -> None:
@@ -50,17 +54,34 @@ def compile_loops(dtype: torch.dtype, variant: Variant, rounding: RoundingMode) 
 def compile_kernels(
     device: torch.device, dtype: torch.dtype, rank: int, variant: Variant, rounding: RoundingMode
 ) -> None:
-    """The kernels for aligned matrices whose gradients are factors, and for vectors."""
+    """The kernels for aligned matrices and for vectors; several at once, on threads of their own.
+
+    Gradients come as factors, as they are made, and in float32 where they are sums.
+    """
     side = 128 * -(-rank // 128)
-    shapes = {"tall": (2 * side, side), "wide": (side, 2 * side), "vector": (side,)}
-    params = {n: torch.zeros(s, dtype=dtype, device=device) for n, s in shapes.items()}
-    optimizer = Apollo(params.items(), rank=rank, variant=variant, rounding=rounding, impl="fused")
-    optimizer.measure = True
-    gradients: dict[Tensor, Gradient] = {
-        p: torch.zeros_like(p)
-        if p.ndim == 1
-        else Factored(*(torch.zeros(32, n, dtype=dtype, device=device) for n in p.shape))
-        for p in params.values()
-    }
-    optimizer.prepare(gradients)
-    optimizer.step(gradients=gradients)
+    shapes = ((2 * side, side), (side, 2 * side), (side,))
+    kinds: list[_OfGradient] = [_factors, torch.zeros_like, _wide]
+
+    def compile_one(shape: tuple[int, ...], of_gradient: _OfGradient) -> None:
+        with torch.cuda.device(device):
+            param = torch.zeros(shape, dtype=dtype, device=device)
+            optimizer = Apollo(
+                [("one", param)], rank=rank, variant=variant, rounding=rounding, impl="fused"
+            )
+            optimizer.measure = True
+            gradients = {param: of_gradient(param)}
+            optimizer.prepare(gradients)
+            optimizer.step(gradients=gradients)
+
+    jobs = [(s, kind) for s in shapes for kind in kinds if len(s) == 2 or kind is not _factors]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, *zip(*jobs, strict=True)))
+
+
+def _factors(param: Tensor) -> Factored:
+    sides = (torch.zeros(32, n, dtype=param.dtype, device=param.device) for n in param.shape)
+    return Factored(*sides)
+
+
+def _wide(param: Tensor) -> Tensor:
+    return torch.zeros_like(param, dtype=torch.float32)

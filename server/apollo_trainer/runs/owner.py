@@ -52,7 +52,7 @@ class ModelOwner:
         self._kept: KeptState | None = None
         self._found_epoch, self._attach_queued = "", False
         self._probed_epoch = ""
-        self._beside: threading.Thread | None = None
+        self._compiling: threading.Thread | None = None
         self._thread = threading.Thread(target=self._work, name="training", daemon=True)
         self._thread.start()
 
@@ -148,6 +148,7 @@ class ModelOwner:
             self._probed_epoch = epoch
             self.saver.flush()
             session = open_session(attachment, self._settings, self._kept)
+            self._look_ahead(session)
             self.attached(session)
         except ApolloError as error:
             self._refuse(error)
@@ -166,8 +167,6 @@ class ModelOwner:
                 self._session, self._kept = session, None
         if still_there:
             self._show(session)
-            self._beside = threading.Thread(target=self._look_ahead, args=[session])
-            self._beside.start()
         else:
             self._refuse(
                 Unavailable("vLLM went while its weights were mapped.", reason="ENGINE_LOST")
@@ -243,11 +242,12 @@ class ModelOwner:
         self._board.update(change)
 
     def _look_ahead(self, session: Session) -> None:
-        """Beside the training thread: nothing of it is needed for a run."""
-        compile_ahead(session.optimizer)
-        session.find_needs()
-        if session.needs and session is self._session:
-            self._board.update(session.show)
+        """Compiles what steps need; on a GPU before there is a run, which would wait for it."""
+        self._compiling = threading.Thread(target=compile_ahead, args=[session.optimizer])
+        self._compiling.start()
+        if session.twin is not None:
+            session.find_needs()
+            self._compiling.join()
 
     # --- work between two runs --------------------------------------------------------------
 
@@ -281,8 +281,8 @@ class ModelOwner:
             self._jobs.put(self._save_at_end)
             self._jobs.put(None)
         self._thread.join()
-        if self._beside:
-            self._beside.join()
+        if self._compiling:
+            self._compiling.join()
         self.saver.stop()
 
     def _save_at_end(self) -> None:

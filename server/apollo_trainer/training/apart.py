@@ -78,10 +78,16 @@ class Contexts(Cache):
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=_Layer)
         self._continued: tuple[Tensor, Tensor] | None = None
+        self._asked = set[int]()
 
     def go_on(self, rows: Tensor, lengths: Tensor) -> None:
         """What follows continues them; int64 [samples] each, see `Frozen`."""
         self._continued = (rows, lengths)
+
+    def require_asked(self) -> None:
+        """Raises NotApart where a layer did not ask for its contexts, and went on without them."""
+        if self._continued is not None and len(self._asked) < len(self.layers):
+            raise NotApart("a layer attends by code of its own")
 
     def of(self, layer: int, key: Tensor) -> Frozen | None:
         """What a layer's new keys [samples, heads, T, size] continue; None while it is made.
@@ -91,6 +97,7 @@ class Contexts(Cache):
         if self._continued is None:
             return None
         kept: Any = self.layers[layer]
+        self._asked.add(layer)
         if kept.keys is None:
             raise NotApart("a layer has no keys")
         heads, size = kept.keys.shape[1], kept.keys.shape[3]

@@ -185,7 +185,7 @@ def grouped_attention(
         attn_mask=mask.repeat(1, 1, group, 1),
         scale=scaling,
     )
-    return attended.view(rows, heads, width, -1).transpose(1, 2).contiguous(), None
+    return attended.reshape(rows, heads, width, -1).transpose(1, 2).contiguous(), None
 
 
 def _apart(

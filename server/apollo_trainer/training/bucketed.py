@@ -138,7 +138,9 @@ def _losses_apart(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
             lengths = t["lengths"].flatten()
             rows = t["context_rows"][0] if inputs.bucket.selects else _numbered(lengths)
             contexts.go_on(rows, lengths)
-        return _continued(model, inputs, past_key_values=contexts, use_cache=True)
+        found = _continued(model, inputs, past_key_values=contexts, use_cache=True)
+    contexts.require_asked()
+    return found
 
 
 def _continued(model: Any, inputs: Inputs, **how: Any) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 # Of the losses and of the gradient's norm: rounding stays below, what was not computed does not.
 TOLERANCE = 0.05
 _WARM_UPS = 2
-_COMPILED = (32, 512)  # tokens of contexts
 # Of a refused bucket: it is tried again when so much more memory is free than it was then.
 _MORE = 1.25
 _MOST = 16
@@ -112,17 +111,16 @@ class CapturedPasses:
         return f"{shapes} run without CUDA graphs, and slower: {'; '.join(whys)}."
 
     def compile(self) -> None:
-        """Runs a few tokens, with a context that is taken whole and with one in parts."""
-        for length in _COMPILED:
-            sample = TokenizedSample((1,) * (length + 1), (1,) * 16)
-            (batch,) = plan_batches([sample], length, Mixing.PADDED)
-            inputs = Inputs(Bucket.of(batch), self._model.device)
-            inputs.fill(batch, 1.0)
-            try:
-                self._pass(inputs)
-            except Exception as error:
-                # Whoever captures finds out what it forbids.
-                log.info("no kernels are compiled ahead: %s: %s", type(error).__name__, error)
+        """Runs a few tokens, which compiles what passes are made of."""
+        sample = TokenizedSample((1,) * 33, (1,) * 16)
+        (batch,) = plan_batches([sample], 1, Mixing.PADDED)
+        inputs = Inputs(Bucket.of(batch), self._model.device)
+        inputs.fill(batch, 1.0)
+        try:
+            self._pass(inputs)
+        except Exception as error:
+            # Whoever captures finds out what it forbids.
+            log.info("no kernels are compiled ahead: %s: %s", type(error).__name__, error)
         _free_unused()
 
     def take(
@@ -261,6 +259,7 @@ class CapturedPasses:
             self._refuse_one(bucket, why, self._free())
         else:
             told = "" if isinstance(error, _SaysOtherwise) else f"{type(error).__name__}: "
+            log.info("what forbids a graph", exc_info=error)
             self._refuse(f"{told}{error}")
 
     def _keep(self, bucket: Bucket, held: _Graph) -> None:

@@ -32,9 +32,9 @@ from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.twin import Kernels
 
 META = torch.device("meta")
-# What a device takes beside tensors, as measured on an H200: once for the kernels' code and the
-# workspaces of cuBLAS, and for each kernel of a CUDA graph.
-CODE_BYTES, KERNEL_BYTES = 360_000_000, 20_000
+# What a device takes beside tensors, as measured on an H200: kernels' code that is not there from
+# the attachment on, and for each graph cuBLAS's workspaces and each kernel's part.
+CODE_BYTES, WORKSPACE_BYTES, KERNEL_BYTES = 50_000_000, 2 * 2**25, 20_000
 # None of it decides how much memory a step takes.
 _SETTINGS = StepSettings(1, 0, 200, 1e-5, (0.9, 0.999), 1e-8, 0.01, None, 1.01, "channel", None)
 
@@ -116,7 +116,8 @@ class StepMemory:
         allocator, inputs, gradients = CachingAllocator(), Inputs(bucket, META), self._gradients()
         with Kernels(), Allocations(allocator) as seen:
             self._pass(gradients, lambda: losses(self._model, inputs, apart=apart)[0])
-        return _Graph(gradients.held, allocator.reserved + KERNEL_BYTES * seen.made)
+        size = allocator.reserved + WORKSPACE_BYTES + KERNEL_BYTES * seen.made
+        return _Graph(gradients.held, size)
 
     def _pass(self, gradients: StepGradients, loss: Callable[[], Tensor]) -> None:
         with gradients.collecting():

@@ -118,7 +118,11 @@ def _part(LENGTHS, sample, split, BLOCK_N: tl.constexpr):
     return length, split * share, tl.minimum((split + 1) * share, length)
 
 
-@triton.jit
+# The numbers of contexts and tokens lie anywhere in what is filled for a step.
+_anywhere = triton.jit(do_not_specialize_on_alignment=["CONTEXTS", "LENGTHS"])
+
+
+@_anywhere
 def attend_forward(Q, K, V, CK, CV, CONTEXTS, LENGTHS, SINKS, OUT, SUMS, width,
                    key_heads, scale, window, cap, q_b, q_h, q_s, k_b, k_h, k_s, v_b,
                    v_h, v_s, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s, TYPE: tl.constexpr,
@@ -173,7 +177,7 @@ def attend_forward(Q, K, V, CK, CV, CONTEXTS, LENGTHS, SINKS, OUT, SUMS, width,
     tl.store(OUT + at[:, None] * SIZE + d[None, :], acc.to(OUT.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def attend_join(PARTS, SUMS, OUT, WHOLE, width, key_heads, parts,
                 GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
                 BLOCK_M: tl.constexpr):  # fmt: skip
@@ -194,6 +198,7 @@ def attend_join(PARTS, SUMS, OUT, WHOLE, width, key_heads, parts,
         skip = split * samples * width * key_heads * GROUP
         of_part = tl.load(SUMS + skip + row, mask=real, other=float("-inf"))
         x = tl.load(PARTS + (skip + at)[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
+        x = x.to(tl.float32)
         largest = tl.maximum(m, of_part)
         weight, shrink = tl.exp2(of_part - largest), tl.exp2(m - largest)
         acc = acc * shrink[:, None] + x * weight[:, None]
@@ -236,7 +241,7 @@ def _queries(acc, q, do, of_row, delta, K, k_s, V, v_s, t, begin, end, shift, sc
     return acc
 
 
-@triton.jit
+@_anywhere
 def attend_back_queries(Q, K, V, CK, CV, CONTEXTS, LENGTHS, OUT, DO, SUMS, DELTA, DQ,
                         width, key_heads, scale, window, cap, q_b, q_h, q_s, k_b,
                         k_h, k_s, v_b, v_h, v_s, ck_b, ck_h, ck_s, cv_b, cv_h, cv_s,
@@ -386,7 +391,7 @@ class _Attention(torch.autograd.Function):
         size, n = q.shape[-1], shape.splits
         sizes = (shape.samples, shape.width, shape.heads, size)
         out, sums = q.new_empty(sizes), _floats(q, shape)
-        parts = out if n == 1 else torch.empty((n, *sizes), dtype=torch.float32, device=q.device)
+        parts = out if n == 1 else q.new_empty(n, *sizes)
         of_parts = sums if n == 1 else torch.empty((n, *sums.shape), device=q.device)
         tensors, strides = shape.context(q)
         grid = (shape.blocks, n, shape.samples * shape.key_heads)
@@ -429,7 +434,7 @@ class _Attention(torch.autograd.Function):
             **shape.stages(2),
         )  # fmt: skip
         of_sinks = None if sinks is None else _of_sinks(sinks, sums, delta, shape)
-        dq = dq[0] if n == 1 else dq.sum(0).to(q.dtype)
+        dq = dq[0] if n == 1 else dq.sum(0)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), of_sinks, None, None
 
 
