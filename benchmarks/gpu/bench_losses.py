@@ -26,7 +26,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3Config, Qwen3MoeConfig
 
 from apollo_trainer.optim import Apollo
-from apollo_trainer.training.captured import CapturedPasses, speed_up
+from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import take_step
 from benchmarks import machine

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from apollo_trainer.optim import Apollo
 from apollo_trainer.optim.ahead import compile_ahead
-from apollo_trainer.training.captured import CapturedPasses, speed_up
+from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import take_step
 from benchmarks.gpu.models import SHAPES, VOCABULARY

@@ -13,7 +13,9 @@ import torch
 from apollo_trainer.optim import Apollo
 from apollo_trainer.training.attention import NAME
 from apollo_trainer.training.batch import Mixing, plan_batches
-from apollo_trainer.training.captured import TOLERANCE, CapturedPasses, speed_up
+from apollo_trainer.training.capture import TOLERANCE, Capture
+from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.gradients import StepGradients
 from apollo_trainer.training.guard import Guard, UpdateRefused
 from apollo_trainer.training.loss import continuation_loss
@@ -142,7 +144,7 @@ def test_memory_that_was_freed_is_tried_again(
     tried = Mock(side_effect=torch.OutOfMemoryError)
     held = torch.empty(torch.cuda.mem_get_info()[0] // 2, dtype=torch.uint8, device="cuda")
     with monkeypatch.context() as patch:
-        patch.setattr(passes, "_captured", tried)
+        patch.setattr(passes._capture, "_captured", tried)
         for _ in range(4):
             take_step(model, optimizer, [ONE], passes=passes)
         assert tried.call_count == 1
@@ -213,9 +215,9 @@ def test_a_graph_that_says_something_else_is_not_used(
 ) -> None:
     model = on_gpu(make_model, "qwen3")
     optimizer, passes = optimizer_of(model), CapturedPasses(model)
-    said = CapturedPasses._said
+    said = Capture._said
     answers = iter(range(100))
-    monkeypatch.setattr(CapturedPasses, "_said", lambda *a: [x + next(answers) for x in said(*a)])
+    monkeypatch.setattr(Capture, "_said", lambda *a: [x + next(answers) for x in said(*a)])
     plain = [take_step(model, optimizer, [ONE], passes=passes).loss for _ in range(3)]
     assert "something else" in passes.refusal and plain[-1] < plain[0]
 

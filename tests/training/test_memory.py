@@ -15,7 +15,8 @@ from apollo_trainer.training import memory as told
 from apollo_trainer.training.allocator import Allocations, CachingAllocator
 from apollo_trainer.training.batch import Mixing, plan_batches
 from apollo_trainer.training.bucketed import Bucket, Inputs, losses
-from apollo_trainer.training.captured import CapturedPasses, speed_up
+from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.frozen_context import FrozenContexts
 from apollo_trainer.training.gradients import StepGradients
 from apollo_trainer.training.loss import batch_loss

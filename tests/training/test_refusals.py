@@ -15,7 +15,8 @@ from torch import Tensor
 
 from apollo_grpc.errors import Cancelled, FailedPrecondition
 from apollo_trainer.optim import Apollo
-from apollo_trainer.training.captured import CapturedPasses, speed_up
+from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.guard import Guard, UpdateRefused
 from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import StepPolicy, StepResult, take_step

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from apollo_trainer.training.attention import use_grouped_attention
-from apollo_trainer.training.captured import speed_up
+from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.memory import StepMemory
 from apollo_trainer.training.needs import StepShape
 from apollo_trainer.training.norms import fuse_norms

@@ -25,8 +25,9 @@ from apollo_trainer.optim import Apollo
 from apollo_trainer.requests.samples import SampleLimits
 from apollo_trainer.runs.model_checkpoints import ModelCheckpoints
 from apollo_trainer.runs.session import KeptState, Session, new_optimizer, weights_are_others
-from apollo_trainer.training.captured import CapturedPasses, speed_up
+from apollo_trainer.training.captured import CapturedPasses
 from apollo_trainer.training.context_check import require_frozen_context
+from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.needs import CANNOT
 from apollo_trainer.training.options import StateShape
 from apollo_trainer.training.twin import twin_of

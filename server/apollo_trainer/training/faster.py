@@ -1,0 +1,34 @@
+"""Fewer and faster kernels for a model on a GPU, where it computes what they do."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from typing import Any
+
+from apollo_trainer.training.attention import use_grouped_attention
+from apollo_trainer.training.batch import Mixing
+from apollo_trainer.training.capture import Capture
+from apollo_trainer.training.mixing import mixing_of
+from apollo_trainer.training.norms import fuse_norms
+
+log = logging.getLogger(__name__)
+
+
+def speed_up(model: Any) -> None:
+    """Has a model use them.
+
+    They are compiled here, in seconds where no compiled ones are kept, and not in a run.
+    """
+    norms, grouped, gated, rotary = fuse_norms(model), use_grouped_attention(model), 0, False
+    with suppress(ImportError):
+        from apollo_trainer.training.kernels.gated import fuse_gated
+        from apollo_trainer.training.kernels.rotary import fuse_rotary
+
+        gated, rotary = fuse_gated(model), fuse_rotary(model) > 0
+    if model.device.type == "cuda" and mixing_of(model) is Mixing.PADDED:
+        Capture(model).compile()
+    log.info(
+        "kernels: %d RMS norms, %d gated MLPs, rotary %s, grouped attention %s",
+        norms, gated, rotary, grouped,
+    )  # fmt: skip
