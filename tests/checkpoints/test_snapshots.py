@@ -133,9 +133,3 @@ def test_a_write_that_was_not_announced_ends_the_snapshot_not_the_training(
         store.create(copying, "one")
     assert caught.value.reason == "SNAPSHOT_OVERTAKEN"
     assert store.list() == []
-
-
-def test_a_copy_does_not_begin_in_the_middle_of_a_step(learner: Learner) -> None:
-    learner.optimizer.begin_step()
-    with pytest.raises(RuntimeError, match="while a step is open"):
-        SnapshotCopy(learner.parameters, learner.optimizer)

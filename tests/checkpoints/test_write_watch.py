@@ -47,10 +47,8 @@ def test_the_version_is_another_one_after_every_write_and_for_every_optimizer(
     written.grad = torch.randn(8, 8)
     one.step()
     seen.append(versions.of(written))
-    one.begin_step()
     assert versions.of(written) == seen[-1]
-    one.step_param(written)
-    one.abandon_step()
+    one.step()
     seen.append(versions.of(written))
     assert len(set(seen)) == 4
 

@@ -242,24 +242,6 @@ def test_the_number_of_threads_changes_no_bit(rounding):
         assert torch.equal(one[name], three[name]), name
 
 
-def test_one_by_one_is_bit_equal_to_all_at_once():
-    shapes = {**SHAPES, "large": (700, 900)}
-    grads = gradients(shapes, torch.bfloat16, 3)
-    whole, _ = run("fused", shapes, grads)
-    weights = weights_of(shapes, torch.bfloat16)
-    options = {"lr": 1e-2, "rank": 16, "proj_refresh": 3, "weight_decay": 0.1}
-    optimizer = Apollo(weights.items(), impl="fused", **options)
-    for step in grads:
-        optimizer.begin_step()
-        for name in reversed(shapes):
-            weights[name].grad = step[name]
-            assert optimizer.step_param(weights[name])
-            weights[name].grad = None
-        optimizer.end_step()
-    for name in shapes:
-        assert torch.equal(weights[name], whole[name]), name
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_measured_agrees(dtype):
     grads = gradients(SHAPES, dtype, 2)

@@ -219,28 +219,6 @@ def test_what_is_measured_agrees():
     )
 
 
-def test_one_by_one_is_bit_equal_to_all_at_once():
-    grads = gradients(SHAPES, torch.bfloat16, 3)
-    whole, _ = run("fused", SHAPES, grads)
-    generator = torch.Generator().manual_seed(1)
-    weights = {
-        n: torch.randn(s, generator=generator).mul(0.02).bfloat16().to(DEVICE)
-        for n, s in SHAPES.items()
-    }
-    optimizer = Apollo(
-        weights.items(), lr=1e-2, rank=16, proj_refresh=3, weight_decay=0.1, impl="fused"
-    )
-    for step in grads:
-        optimizer.begin_step()
-        for name in reversed(SHAPES):
-            weights[name].grad = step[name].to(DEVICE)
-            assert optimizer.step_param(weights[name])
-            weights[name].grad = None
-        optimizer.end_step()
-    for name in SHAPES:
-        assert torch.equal(weights[name].float().cpu(), whole[name]), name
-
-
 def test_a_state_resumes_on_the_other_path():
     grads = gradients(SHAPES, torch.float32, 6)
     whole, _ = run("fused", SHAPES, grads, torch.float32)

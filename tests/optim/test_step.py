@@ -1,4 +1,4 @@
-"""The step's protocol: warm-up, layer by layer, ties, gradients that are not finite, measures."""
+"""A step: warm-up, ties, gradients that are not finite, measures."""
 
 import math
 
@@ -23,89 +23,6 @@ def model(dtype=torch.bfloat16):
 def give_gradients(params, step):
     for i, p in enumerate(params.values()):
         p.grad = random(p.shape, 100 * step + i).to(p.dtype)
-
-
-def test_layer_by_layer_is_bit_equal_to_a_whole_step():
-    whole, layered = model(), model()
-    options = {"lr": 1e-3, "rank": 8, "proj_refresh": 2, "warmup_steps": 3}
-    first, second = Apollo(whole.items(), **options), Apollo(layered.items(), **options)
-    for step in range(5):
-        give_gradients(whole, step)
-        give_gradients(layered, step)
-        first.step()
-        second.begin_step()
-        for p in reversed(layered.values()):
-            assert second.step_param(p)
-            p.grad = None
-        second.end_step()
-    assert all(torch.equal(whole[n], layered[n]) for n in whole)
-    assert first.step_count == second.step_count == 5
-
-
-def test_steps_from_hooks_during_backward():
-    def build():
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 5))
-        return net, Apollo(net.named_parameters(), lr=1e-2, rank=4)
-
-    (whole, first), (hooked, second) = build(), build()
-    x = random((7, 12))
-    whole(x).square().sum().backward()
-    first.step()
-
-    def release(p):
-        assert second.step_param(p)
-        p.grad = None
-
-    for p in hooked.parameters():
-        p.register_post_accumulate_grad_hook(release)
-    second.begin_step()
-    hooked(x).square().sum().backward()
-    second.end_step()
-    for p, q in zip(whole.parameters(), hooked.parameters(), strict=True):
-        assert torch.equal(p, q)
-        assert q.grad is None
-
-
-def test_settings_are_fixed_when_the_step_begins():
-    params, expected = model(), model()
-    optimizer = Apollo(params.items(), lr=1e-3, rank=8)
-    give_gradients(params, 0)
-    optimizer.begin_step()
-    optimizer.param_groups[0]["lr"] = 1.0
-    for p in params.values():
-        optimizer.step_param(p)
-    optimizer.end_step()
-    give_gradients(expected, 0)
-    Apollo(expected.items(), lr=1e-3, rank=8).step()
-    assert all(torch.equal(params[n], expected[n]) for n in params)
-
-
-def test_the_protocol_refuses_misuse():
-    params = model()
-    optimizer = Apollo(params.items(), rank=8)
-    with pytest.raises(RuntimeError, match="no step is open"):
-        optimizer.step_param(params["a"])
-    with pytest.raises(RuntimeError, match="no step is open"):
-        optimizer.end_step()
-    give_gradients(params, 0)
-    optimizer.begin_step()
-    with pytest.raises(RuntimeError, match="while a step is open"):
-        optimizer.begin_step()
-    for call in (optimizer.state_dict, lambda: optimizer.load_state_dict({})):
-        with pytest.raises((RuntimeError, ValueError)):
-            call()
-    assert optimizer.step_param(params["a"])
-    with pytest.raises(RuntimeError, match="a: was stepped in this step already"):
-        optimizer.step_param(params["a"])
-    with pytest.raises(ValueError, match="no parameter of this optimizer"):
-        optimizer.step_param(torch.zeros(3))
-    params["b"].grad = None
-    assert not optimizer.step_param(params["b"])
-    optimizer.abandon_step()
-    assert optimizer.step_count == 0
-    optimizer.step()
-    assert optimizer.step_count == 1
 
 
 def test_warm_up_counts_from_where_the_group_says():
@@ -155,8 +72,7 @@ def test_the_same_tensor_twice_is_one_parameter():
     assert first.state_size_bytes() == second.state_size_bytes()
 
 
-@pytest.mark.parametrize("layered", [False, True])
-def test_tied_memory_steps_once_with_the_sum_of_its_gradients(layered):
+def test_tied_memory_steps_once_with_the_sum_of_its_gradients():
     memory = random((40, 16), 1, 0.02)
     alone = nn.Parameter(memory.clone())
     embedding, head = nn.Parameter(memory), nn.Parameter(memory)
@@ -166,13 +82,7 @@ def test_tied_memory_steps_once_with_the_sum_of_its_gradients(layered):
         embedding.grad, head.grad = random((40, 16), 10 + step), random((40, 16), 20 + step)
         alone.grad = embedding.grad + head.grad
         reference.step()
-        if layered:
-            optimizer.begin_step()
-            assert not optimizer.step_param(head)
-            assert not optimizer.step_param(embedding)
-            optimizer.end_step()
-        else:
-            optimizer.step()
+        optimizer.step()
     assert torch.equal(embedding, alone)
     assert torch.equal(head, alone)
     optimizer.zero_grad()

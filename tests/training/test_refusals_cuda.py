@@ -42,17 +42,17 @@ def test_nothing_is_allocated_while_a_gpu_writes(
     make_model: Make, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = shallow(make_model, case)[0]
-    optimizer, end, counts = trained.optimizer, trained.optimizer.end_step, list[int]()
+    optimizer, end, counts = trained.optimizer, trained.optimizer._end, list[int]()
 
     def count(*_: Any) -> None:
         counts.append(torch.cuda.memory_stats()["allocation.all.allocated"])
 
-    def end_step() -> None:
+    def count_and_end(change: Any) -> None:
         count()
-        end()
+        end(change)
 
     optimizer.before_param_write = count
-    monkeypatch.setattr(optimizer, "end_step", end_step)
+    monkeypatch.setattr(optimizer, "_end", count_and_end)
     for _ in range(2):
         counts.clear()
         trained.step()
@@ -93,7 +93,7 @@ ENTERED: dict[str, tuple[Any, str, StepPolicy]] = {
     "setting aside": (stepper_module, "set_aside", AT_ONCE),
     "squares": (FusedStepper, "squares", AT_ONCE),
     "previewing": (Previewer, "of", PREVIEWING),
-    "beginning": (Apollo, "begin_step", AT_ONCE),
+    "beginning": (FusedStepper, "begin", AT_ONCE),
 }
 
 

@@ -285,7 +285,8 @@ def test_a_stepper_without_memory_keeps_no_table_of_another_step(
         return upload(stepper, host)
 
     def tables(stepper: FusedStepper, number: int) -> list[Tensor | None]:
-        slots, settings = optimizer._slots, optimizer._settings(number)
+        optimizer.step_count = number - 1
+        slots, settings = optimizer._slots, optimizer._settings()
         pairs = zip(slots, grads[number - 1], strict=True)
         works = [Work(slot, grad, optimizer.state[slot.param]) for slot, grad in pairs]
         waves = stepper.prepare(works, settings, "stochastic", True).waves

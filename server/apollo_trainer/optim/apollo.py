@@ -6,7 +6,7 @@ Algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, overload
 
 import torch
@@ -17,7 +17,6 @@ from apollo_trainer.optim import cpu, cuda, named_state
 from apollo_trainer.optim.change import Change
 from apollo_trainer.optim.cuda import FusedStepper, Work
 from apollo_trainer.optim.factored import Gradient, norm_of
-from apollo_trainer.optim.open_step import OpenStep, Path, PreparedStep
 from apollo_trainer.optim.options import (
     CHOICES,
     Compat,
@@ -29,6 +28,7 @@ from apollo_trainer.optim.options import (
     settings_for,
 )
 from apollo_trainer.optim.parameters import Slot, named, new_state, sort_out
+from apollo_trainer.optim.prepared import Path, PreparedStep
 from apollo_trainer.optim.reference import Job, step_parameter
 from apollo_trainer.optim.rounding import Rounding, RoundingMode
 
@@ -84,8 +84,8 @@ class Apollo(Optimizer):
     Attributes:
         step_count: completed steps.
         weights: how many it steps; 'auto' goes by it on a CPU.
-        before_write: called before parameters are written; what it raises ends the step, with
-            those unwritten that it was called for.
+        before_write: called before parameters are written; what it raises ends the step, and
+            nothing of it is written.
         before_param_write: called likewise with each parameter that will be written, weights and
             state.
         wrote: whether the step that was begun last has begun to write, weights or state.
@@ -135,8 +135,6 @@ class Apollo(Optimizer):
         self.last_changed_fraction: Tensor | None = None
         self._slots: list[Slot] = []
         self.weights = 0
-        self._slot_of: dict[Tensor, Slot] = {}
-        self._open: OpenStep | None = None
         self._prepared: PreparedStep | None = None
         self._skipped_before = 0
         self._skipped: dict[torch.device, Tensor] = {}
@@ -145,7 +143,6 @@ class Apollo(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group and allocates its state. Raises ValueError, and then adds nothing."""
-        self._refuse_while_open("add a parameter group")
         own = sorted({*CHOICES, "seed"} & param_group.keys())
         if own:
             raise ValueError(f"{own[0]} belongs to the whole optimizer, not to a group.")
@@ -167,11 +164,9 @@ class Apollo(Optimizer):
         for slot in new:
             slot.set_seed(self.seed)
             self.weights += slot.param.numel()
-            self._slot_of[slot.param] = slot
             self.state[slot.param] = new_state(slot, self.rounding)
         self._slots += new
         for tensor, slot in ties:
-            self._slot_of[tensor] = slot
             slot.aliases.append(tensor)
 
     @overload
@@ -199,67 +194,9 @@ class Apollo(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.begin_step()
-        try:
-            self._step_slots(self._slots, gradients)
-            self.end_step()
-        except BaseException:
-            self.abandon_step()
-            raise
-        return loss
-
-    def begin_step(self) -> None:
-        """Opens a step and fixes its settings; `step_param` and `end_step` follow.
-
-        The three together are bit-equal to `step()`, in any order of the parameters. Raises
-        ValueError on an invalid group setting, RuntimeError where a step is open, and what a
-        device without memory raises; none of them opens one.
-        """
-        self._refuse_while_open("begin a step")
         self.wrote = False
-        number = self.step_count + 1
-        settings = self._settings(number)
-        for stepper in self._steppers.values():
-            stepper.begin(number, settings)
-        # A device without memory for the settings must not leave a step open.
-        self._open = OpenStep(settings, Change() if self.measure else None)
-
-    def step_param(self, param: Tensor) -> bool:
-        """Steps one parameter in the open step. Returns True where its gradient may be released.
-
-        False: it has no gradient, or it is tied to another tensor; `end_step` then steps it
-        with the sum of the gradients, which must be kept until then. Raises RuntimeError where
-        no step is open or the parameter was stepped in it, ValueError where it is not known.
-        """
-        opened = self._opened("step_param")
-        slot = self._slot_of.get(param)
-        if slot is None:
-            raise ValueError("step_param: the tensor is no parameter of this optimizer.")
-        if slot.name in opened.done:
-            raise RuntimeError(
-                f"{slot.name}: was stepped in this step already; nothing was changed. Step it "
-                "once, when its gradient is complete."
-            )
-        if slot.aliases:
-            opened.deferred[slot.name] = slot
-            return False
-        return self._step_slots([slot])
-
-    def end_step(self) -> None:
-        """Steps the tied parameters that waited, and counts the step."""
-        opened = self._opened("end_step")
-        self._step_slots(opened.deferred.values())
-        self.last_update_norm = self.last_changed_fraction = None
-        if opened.change is not None:
-            elements = sum(slot.param.numel() for slot in self._slots)
-            self.last_update_norm = opened.change.norm()
-            self.last_changed_fraction = opened.change.fraction(elements)
-        self._open = None
-        self.step_count += 1
-
-    def abandon_step(self) -> None:
-        """Closes the open step without counting it; parameters stepped in it stay stepped."""
-        self._open = None
+        self._step(gradients)
+        return loss
 
     @torch.no_grad()
     def prepare(self, gradients: Mapping[Tensor, Gradient]) -> Tensor:
@@ -268,10 +205,8 @@ class Apollo(Optimizer):
         Returns the norm of them all, float64, 0-dim, not finite where one is not; nothing waits for
         a device. Holds the gradients until the next `step` or `forget`.
         """
-        self._refuse_while_open("prepare a step")
         self._prepared = None
-        number = self.step_count + 1
-        prepared = self._prepare(self._slots, gradients, self._settings(number))
+        prepared = self._prepare(gradients, self._settings())
         squares = [self._steppers[d].squares(each) for d, each in prepared.on_cuda.items()]
         norms = [norm_of(grad) for _, grad, path in prepared.works if path != "cuda"]
         squares += [norm.to(torch.float64).square() for norm in norms]
@@ -284,16 +219,15 @@ class Apollo(Optimizer):
         """Lets go of what `prepare` holds."""
         self._prepared = None
 
-    def _settings(self, number: int) -> list[StepSettings]:
+    def _settings(self) -> list[StepSettings]:
+        """Of the next step, by group."""
+        number = self.step_count + 1
         return [settings_for(g, number, self.variant, self.compat) for g in self.param_groups]
 
     def _prepare(
-        self,
-        slots: Collection[Slot],
-        gradients: Mapping[Tensor, Gradient] | None,
-        settings: list[StepSettings],
+        self, gradients: Mapping[Tensor, Gradient] | None, settings: list[StepSettings]
     ) -> PreparedStep:
-        found = [(slot, slot.gradient(gradients)) for slot in slots]
+        found = [(slot, slot.gradient(gradients)) for slot in self._slots]
         works = [(slot, g, self._path(slot, g)) for slot, g in found if g is not None]
         on_cuda = dict[torch.device, list[Work]]()
         for slot, grad, path in works:
@@ -307,36 +241,52 @@ class Apollo(Optimizer):
         return PreparedStep(gradients, works, kernels)
 
     def _take_prepared(
-        self, slots: Collection[Slot], gradients: Mapping[Tensor, Gradient] | None
+        self, gradients: Mapping[Tensor, Gradient] | None, settings: list[StepSettings]
     ) -> PreparedStep:
         prepared, self._prepared = self._prepared, None
         if prepared is not None and gradients is not None and prepared.gradients is gradients:
             return prepared
-        return self._prepare(slots, gradients, self._opened("a step").settings)
+        return self._prepare(gradients, settings)
 
     @torch.no_grad()
-    def _step_slots(
-        self, slots: Collection[Slot], gradients: Mapping[Tensor, Gradient] | None = None
-    ) -> bool:
-        """Steps those that have a gradient; returns whether any had."""
-        opened, on_cpu = self._opened("a step"), list[Job]()
-        prepared = self._take_prepared(slots, gradients)
-        if slots:
+    def _step(self, gradients: Mapping[Tensor, Gradient] | None) -> None:
+        """Writes what is prepared, or what is found now, and counts the step."""
+        settings, change = self._settings(), Change() if self.measure else None
+        prepared = self._take_prepared(gradients, settings)
+        for device in prepared.on_cuda:
+            self._stepper(device).begin(self.step_count + 1, settings)
+        if self._slots:
             self.before_write()
         for slot, _, _ in prepared.works:
             self.before_param_write(slot.param)
-        self.wrote = self.wrote or bool(prepared.works)
+        self.wrote = bool(prepared.works)
+        self._write(prepared, settings, change)
+        self._end(change)
+
+    def _write(
+        self, prepared: PreparedStep, settings: list[StepSettings], change: Change | None
+    ) -> None:
+        on_cpu = list[Job]()
         for slot, grad, path in prepared.works:
             if path == "cpu":
-                on_cpu.append(self._job(slot, grad, opened))
+                on_cpu.append(self._job(slot, grad, settings, change))
             elif path == "reference":
-                self._count_skipped(step_parameter(self._job(slot, grad, opened)))
-            opened.done.add(slot.name)
+                self._count_skipped(step_parameter(self._job(slot, grad, settings, change)))
         if on_cpu:
             self._count_skipped(torch.stack(cpu.step_parameters(on_cpu)).sum())
         for device, each in prepared.on_cuda.items():
-            self._step_cuda(device, each, opened)
-        return bool(prepared.works)
+            skipped, changed = self._stepper(device).step(each)
+            self._count_skipped(skipped)
+            if change is not None and changed is not None:
+                change.add_sums(*changed.unbind())
+
+    def _end(self, change: Change | None) -> None:
+        self.last_update_norm = self.last_changed_fraction = None
+        if change is not None:
+            self.last_update_norm = change.norm()
+            elements = sum(slot.param.numel() for slot in self._slots)
+            self.last_changed_fraction = change.fraction(elements)
+        self.step_count += 1
 
     def _path(self, slot: Slot, grad: Gradient) -> Path:
         if self.impl == "reference" or self.compat is not None:
@@ -386,41 +336,23 @@ class Apollo(Optimizer):
         }
         return {kind for kind in kinds if kind[0] != "reference"}
 
-    def _job(self, slot: Slot, grad: Gradient, opened: OpenStep) -> Job:
-        settings = opened.settings[slot.group]
-        rounding = Rounding(self.rounding, slot.rounding_key, settings.number)
-        return Job(slot, grad, self.state[slot.param], settings, rounding, opened.change)
+    def _job(
+        self, slot: Slot, grad: Gradient, settings: list[StepSettings], change: Change | None
+    ) -> Job:
+        own = settings[slot.group]
+        rounding = Rounding(self.rounding, slot.rounding_key, own.number)
+        return Job(slot, grad, self.state[slot.param], own, rounding, change)
 
     def _stepper(self, device: torch.device) -> FusedStepper:
         if device not in self._steppers:
             self._steppers[device] = FusedStepper(device, self.variant == "mini")
-            if self._open is not None:
-                self._steppers[device].begin(self.step_count + 1, self._open.settings)
         return self._steppers[device]
-
-    def _step_cuda(self, device: torch.device, prepared: cuda.Prepared, opened: OpenStep) -> None:
-        skipped, change = self._stepper(device).step(prepared)
-        self._count_skipped(skipped)
-        if opened.change is not None and change is not None:
-            opened.change.add_sums(*change.unbind())
 
     def _count_skipped(self, skipped: Tensor) -> None:
         if skipped.device in self._skipped:
             self._skipped[skipped.device] += skipped
         else:
             self._skipped[skipped.device] = skipped.to(torch.int64)
-
-    def _opened(self, what: str) -> OpenStep:
-        if self._open is None:
-            raise RuntimeError(f"{what}: no step is open; call begin_step() first.")
-        return self._open
-
-    def _refuse_while_open(self, what: str) -> None:
-        if self._open is not None:
-            raise RuntimeError(
-                f"Cannot {what} while a step is open; nothing was changed. Call end_step() or "
-                "abandon_step() first."
-            )
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -452,7 +384,6 @@ class Apollo(Optimizer):
         Tensors are the live ones, not copies, called `m.<parameter>`, `v.<parameter>`,
         `step.<parameter>`, and where they exist `norm.<parameter>` and `low.<parameter>`.
         """
-        self._refuse_while_open("read the state")
         meta = {
             "seed": self.seed,
             "step_count": self.step_count,
@@ -488,7 +419,6 @@ class Apollo(Optimizer):
         self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
         """The settings of each group; raises as `load_named_state` does, and changes nothing."""
-        self._refuse_while_open("load a state")
         here = {"variant": self.variant, "rounding": self.rounding, "compat": self.compat}
         mine = self._named_tensors()
         return named_state.check(tensors, meta, here, self._slots, self.param_groups, mine)
