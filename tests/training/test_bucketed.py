@@ -40,6 +40,16 @@ CASES = {
 WINDOWED = ["mistral", "gemma2", "gemma2_capped", "gemma3", "qwen2", "gpt_oss", "llama4"]
 
 
+EQUAL = {
+    "one": CASES["one"],
+    "without a context": [TokenizedSample((3,), (140, 2, 77)), TokenizedSample((4,), (9, 8))],
+    "one context, equally long": [
+        TokenizedSample((3, 50, 7), (60, 61), 2.0),
+        TokenizedSample((3, 50, 8), (62, 63, 64)),
+    ],
+}
+
+
 def drawn(*lengths: tuple[int, int]) -> list[TokenizedSample]:
     """Samples of so many context and continuation tokens."""
     draw = random.Random(7)
@@ -98,6 +108,22 @@ def test_losses_and_gradients_are_those_of_the_micro_batch(
                 check(model, batch, inputs, divisor, apart=True)
         else:
             check(model, batch, inputs, divisor, apart=way == "apart")
+
+
+@pytest.mark.parametrize("case", ["one", "without a context", "one context, equally long"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_next", "mamba2"])
+def test_what_padding_changes_is_taken_in_its_own_widths(
+    make_model: Make, family: str, case: str
+) -> None:
+    samples = EQUAL[case] if family == "qwen3" else EQUAL[case][:1]
+    (batch,) = plan_batches(samples, 1000, Mixing.SAME_LENGTH)
+    bucket = Bucket.of(batch, exact=True)
+    assert (bucket.context_width, bucket.learned_width) == (
+        batch.context_width,
+        batch.learned_width,
+    )
+    model = make_model(family)
+    check(model, batch, Inputs(bucket, model.device), 3.0)
 
 
 def bucket_is_wider(inputs: Inputs) -> bool:

@@ -222,11 +222,39 @@ def test_a_graph_that_says_something_else_is_not_used(
     assert "something else" in passes.refusal and plain[-1] < plain[0]
 
 
+def test_a_model_that_padding_changes_is_captured_by_exact_lengths(make_model: Make) -> None:
+    losses = []
+    for captured in (False, True):
+        model = on_gpu(make_model, "qwen3_next", torch.bfloat16)
+        passes = CapturedPasses(model) if captured else None
+        optimizer = optimizer_of(model)
+        losses.append([take_step(model, optimizer, [ONE], passes=passes).loss for _ in range(20)])
+        assert passes is None or (len(passes) == 1 and not passes.refusal)
+    assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE, abs=TOLERANCE)
+
+
+def test_lengths_that_come_as_often_as_others_do_not_take_their_place(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apollo_trainer.training.captured._MOST", 2)
+    model = on_gpu(make_model, "qwen3")
+    optimizer, passes = optimizer_of(model, 0.0), CapturedPasses(model)
+    capture, captured = passes._capture.of, []
+    monkeypatch.setattr(passes._capture, "of", lambda *a: captured.append(a[0]) or capture(*a))
+    samples = [TokenizedSample((3, 4), tuple(range(10, 10 + n))) for n in (2, 20, 33)]
+    for sample in samples * 8:
+        take_step(model, optimizer, [sample], passes=passes)
+    assert len(captured) == len(passes) == 2
+    for _ in range(20):
+        take_step(model, optimizer, samples[2:], passes=passes)
+    assert len(captured) == 3 and len(passes) == 2
+
+
 def test_graphs_are_let_go_of(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apollo_trainer.training.captured._MOST", 2)
     model = on_gpu(make_model, "qwen3")
     optimizer, passes = optimizer_of(model, 0.0), CapturedPasses(model)
     samples = [TokenizedSample((3, 4), tuple(range(10, 10 + n))) for n in (2, 20, 33)]
-    for sample in (*samples, *samples, samples[2]):
+    for sample in (*samples, *samples, *samples[2:] * 3):
         take_step(model, optimizer, [sample], passes=passes)
     assert len(passes) == 2

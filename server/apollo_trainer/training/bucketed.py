@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from apollo_trainer.training.apart import Contexts, attending_apart
 from apollo_trainer.training.batch import MicroBatch, rows_of
-from apollo_trainer.training.frozen_context import padded
+from apollo_trainer.training.frozen_context import caches_of, for_backward, padded
 from apollo_trainer.training.loss import targets_of, weighed
 
 _STEPS_AN_OCTAVE = 16
@@ -32,6 +32,8 @@ class Bucket:
     Attributes:
         contexts: distinct frozen contexts; 0 where there is none.
         selects: whether rows of contexts are selected for the samples; else one is another's.
+        exact: widths are those of the micro-batch, whose contexts are equally long: for a model
+            that padding changes.
     """
 
     samples: int
@@ -39,16 +41,16 @@ class Bucket:
     context_width: int
     learned_width: int
     selects: bool
+    exact: bool = False
 
     @staticmethod
-    def of(batch: MicroBatch) -> Bucket:
+    def of(batch: MicroBatch, *, exact: bool = False) -> Bucket:
         """The bucket of a micro-batch: at most a sixteenth wider, or 15 tokens."""
         contexts = len(batch.contexts) if batch.context_width else 0
         selects = contexts > 0 and batch.context_rows != tuple(range(contexts))
-        return Bucket(
-            len(batch.samples), contexts, _rounded_up(batch.context_width),
-            _rounded_up(batch.learned_width), selects,
-        )  # fmt: skip
+        widths = (batch.context_width, batch.learned_width)
+        context, learned = widths if exact else map(_rounded_up, widths)
+        return Bucket(len(batch.samples), contexts, context, learned, selects, exact)
 
     def fields(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Names and shapes of what `Inputs` has, all int64 but for the weights."""
@@ -121,6 +123,8 @@ def losses(model: Any, inputs: Inputs, *, apart: bool = False) -> tuple[Tensor, 
 
     Raises NotApart where the model does not allow that.
     """
+    if inputs.bucket.exact:
+        return _losses_exact(model, inputs)
     if apart:
         return _losses_apart(model, inputs)
     cache = _contexts_of(model, inputs)
@@ -128,6 +132,19 @@ def losses(model: Any, inputs: Inputs, *, apart: bool = False) -> tuple[Tensor, 
         model, inputs, attention_mask=_seen(inputs), use_cache=cache is not None,
         past_key_values=cache,
     )  # fmt: skip
+
+
+def _losses_exact(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """By the model's own caches, masks and positions: there is no padding to tell of."""
+    t, caches = inputs.tensors, dict[str, Any]()
+    if inputs.bucket.contexts:
+        with torch.no_grad():
+            answer = model(t["context_ids"], use_cache=True, logits_to_keep=1)
+        caches = {name: for_backward(cache) for name, cache in caches_of(answer).items()}
+        for cache in caches.values() if inputs.bucket.selects else ():
+            cache.batch_select_indices(t["context_rows"][0])
+    logits = model(t["ids"], use_cache=bool(caches), **caches).logits
+    return weighed(logits, t["targets"], inputs.weights)
 
 
 def _losses_apart(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:

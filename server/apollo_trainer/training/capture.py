@@ -58,11 +58,15 @@ class Capture:
         self._model = model
         self._apart = True  # contexts are, until the model turns out not to allow it
 
-    def compile(self) -> None:
-        """Runs a few tokens, which compiles what passes are made of."""
+    def compile(self, *, exact: bool) -> None:
+        """Runs a few tokens, which compiles what passes are made of.
+
+        Args:
+            exact: as of a `Bucket`.
+        """
         sample = TokenizedSample((1,) * 33, (1,) * 16)
         (batch,) = plan_batches([sample], 1, Mixing.PADDED)
-        inputs = Inputs(Bucket.of(batch), self._model.device)
+        inputs = Inputs(Bucket.of(batch, exact=exact), self._model.device)
         inputs.fill(batch, 1.0)
         try:
             self._pass(inputs)

@@ -49,6 +49,7 @@ class CapturedPasses:
         self._graphs: dict[Bucket, Graph] = {}
         self._uses: Counter[Bucket] = Counter()
         self._refused: dict[Bucket, _Refused] = {}
+        self._let_go = set[Bucket]()  # for others, that came more often
         self._why = ""
 
     def __len__(self) -> int:
@@ -85,15 +86,22 @@ class CapturedPasses:
         return held.sums if alone else held.sums.clone()
 
     def _graph_of(self, batch: MicroBatch, divisor: float) -> Graph | None:
-        bucket = Bucket.of(batch)
+        bucket = Bucket.of(batch, exact=mixing_of(self._model) is not Mixing.PADDED)
         self._uses[bucket] += 1
-        wanted = self._uses[bucket] > 1 and bucket not in self._graphs
-        if wanted and not self._why and self._may_try(bucket):
+        if bucket not in self._graphs and self._is_worth_it(bucket) and self._may_try(bucket):
             self._refused.pop(bucket, None)
             self._try(bucket, batch, divisor)
         return self._graphs.get(bucket)
 
+    def _is_worth_it(self, bucket: Bucket) -> bool:
+        """Not where it takes the place of one that comes as often, which would be captured next."""
+        full = len(self._graphs) >= _MOST or bucket in self._let_go
+        least = min((self._uses[each] for each in self._graphs), default=0) if full else 0
+        return self._uses[bucket] > max(1, 2 * least)
+
     def _may_try(self, bucket: Bucket) -> bool:
+        if self._why:
+            return False
         refused = self._refused.get(bucket)
         if refused is None or refused.free == math.inf:
             return refused is None
@@ -106,10 +114,8 @@ class CapturedPasses:
         return free + unused - sum(graph.size for graph in self._graphs.values())
 
     def _try(self, bucket: Bucket, batch: MicroBatch, divisor: float) -> None:
-        if mixing_of(self._model) is not Mixing.PADDED:
-            self._refuse("this model's samples cannot be padded")
-            return
-        if bucket.context_width + bucket.learned_width >= (places := _places(self._model)):
+        padded = 0 if bucket.exact else bucket.context_width + bucket.learned_width
+        if padded >= (places := _places(self._model)):
             why = f"from {places:.0f} places on this model's attention counts their padding"
             self._refuse_one(bucket, why, math.inf)
             return
@@ -137,12 +143,14 @@ class CapturedPasses:
     def _keep(self, bucket: Bucket, held: Graph) -> None:
         """Keeps a graph, and lets go of those that came least often where they hold too much."""
         self._graphs[bucket] = held
+        self._let_go.discard(bucket)
         free, _ = torch.cuda.mem_get_info()
         sizes = {each: graph.size for each, graph in self._graphs.items()}
         most = _SHARE * (free + sum(sizes.values()))
         while len(sizes) > _MOST or (sum(sizes.values()) > most and len(sizes) > 1):
             least = min(sizes.keys() - {bucket}, key=lambda each: self._uses[each])
             del sizes[least], self._graphs[least]
+            self._let_go.add(least)
 
     def let_go(self) -> bool:
         """Frees the memory of all graphs; returns whether there were any."""

@@ -26,8 +26,8 @@ def speed_up(model: Any) -> None:
         from apollo_trainer.training.kernels.rotary import fuse_rotary
 
         gated, rotary = fuse_gated(model), fuse_rotary(model) > 0
-    if model.device.type == "cuda" and mixing_of(model) is Mixing.PADDED:
-        Capture(model).compile()
+    if model.device.type == "cuda":
+        Capture(model).compile(exact=mixing_of(model) is not Mixing.PADDED)
     log.info(
         "kernels: %d RMS norms, %d gated MLPs, rotary %s, grouped attention %s",
         norms, gated, rotary, grouped,

@@ -76,8 +76,7 @@ class StepMemory:
         The first one runs as it is, what follows as CUDA graphs where they can be: the larger.
         """
         batches = plan_batches(samples, self._budget, self._mixing)
-        captured = self.captured(batches) if self._mixing is Mixing.PADDED else 0
-        return CODE_BYTES + max(captured, self.as_it_is(batches))
+        return CODE_BYTES + max(self.captured(batches), self.as_it_is(batches))
 
     def as_it_is(self, batches: Sequence[MicroBatch]) -> int:
         """Bytes that a step of these micro-batches reserves without graphs."""
@@ -96,7 +95,8 @@ class StepMemory:
         """Bytes of the graphs of these micro-batches, and of what a step has beside them."""
         allocator, alone, graphs = CachingAllocator(), len(batches) == 1, dict[Bucket, _Graph]()
         gradients = self._gradients(len(batches))
-        for bucket in map(Bucket.of, batches):
+        for batch in batches:
+            bucket = Bucket.of(batch, exact=self._mixing is not Mixing.PADDED)
             if bucket not in graphs:
                 graphs[bucket] = self._graph(bucket)
             with Allocations(allocator):
