@@ -110,20 +110,29 @@ def test_losses_and_gradients_are_those_of_the_micro_batch(
             check(model, batch, inputs, divisor, apart=way == "apart")
 
 
-@pytest.mark.parametrize("case", ["one", "without a context", "one context, equally long"])
+@pytest.mark.parametrize("case", EQUAL)
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_next", "mamba2"])
 def test_what_padding_changes_is_taken_in_its_own_widths(
     make_model: Make, family: str, case: str
 ) -> None:
     samples = EQUAL[case] if family == "qwen3" else EQUAL[case][:1]
     (batch,) = plan_batches(samples, 1000, Mixing.SAME_LENGTH)
-    bucket = Bucket.of(batch, exact=True)
+    bucket = Bucket.of(batch, "none")
     assert (bucket.context_width, bucket.learned_width) == (
         batch.context_width,
         batch.learned_width,
     )
     model = make_model(family)
     check(model, batch, Inputs(bucket, model.device), 3.0)
+
+
+@pytest.mark.parametrize("lengths", [(21, 5), (1, 3), (4, 19), (16, 16), (17, 1)])
+def test_what_keeps_states_is_padded_on_its_left(
+    make_model: Make, lengths: tuple[int, int]
+) -> None:
+    model, (sample,) = make_model("qwen3_next"), drawn(lengths)
+    (batch,) = plan_batches([sample], 1000, Mixing.ONE)
+    check(model, batch, Inputs(Bucket.of(batch, "left"), model.device), 3.0)
 
 
 def bucket_is_wider(inputs: Inputs) -> bool:

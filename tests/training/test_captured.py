@@ -222,7 +222,7 @@ def test_a_graph_that_says_something_else_is_not_used(
     assert "something else" in passes.refusal and plain[-1] < plain[0]
 
 
-def test_a_model_that_padding_changes_is_captured_by_exact_lengths(make_model: Make) -> None:
+def test_a_model_that_keeps_states_is_captured(make_model: Make) -> None:
     losses = []
     for captured in (False, True):
         model = on_gpu(make_model, "qwen3_next", torch.bfloat16)

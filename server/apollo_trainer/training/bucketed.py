@@ -1,16 +1,16 @@
 """Micro-batches as tensors of few shapes: widths are rounded up, so that many share one shape.
 
-Contexts run padded on their right: no token of theirs sees that, so that it needs no mask. Their
-keys and values are then moved to the right, next to those of the continuation: a row's real tokens
-are neighbours in either forward, and the model's own masks count its windows and chunks rightly.
-Losses and gradients are those of the micro-batch, but for rounding.
+Where contexts are kept apart they run padded on their right: no token of theirs sees that, so that
+it needs no mask. Elsewhere they run padded on their left: a row's real tokens are then neighbours
+in either forward, the model's own masks count its windows and chunks rightly, and the states that
+it keeps begin where its tokens do. Losses and gradients are the micro-batch's, but for rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from apollo_trainer.training.batch import MicroBatch, rows_of
 from apollo_trainer.training.frozen_context import caches_of, for_backward, padded
 from apollo_trainer.training.loss import targets_of, weighed
 
+Padding = Literal["any", "left", "none"]
 _STEPS_AN_OCTAVE = 16
 _SMALLEST = 16
 
@@ -32,8 +33,9 @@ class Bucket:
     Attributes:
         contexts: distinct frozen contexts; 0 where there is none.
         selects: whether rows of contexts are selected for the samples; else one is another's.
-        exact: widths are those of the micro-batch, whose contexts are equally long: for a model
-            that padding changes.
+        padding: 'any' for a model that keeps keys and values alone, 'left' for one that keeps
+            states too, and 'none' for one that padding changes: widths are those of the
+            micro-batch, whose contexts are equally long.
     """
 
     samples: int
@@ -41,21 +43,22 @@ class Bucket:
     context_width: int
     learned_width: int
     selects: bool
-    exact: bool = False
+    padding: Padding = "any"
 
     @staticmethod
-    def of(batch: MicroBatch, *, exact: bool = False) -> Bucket:
+    def of(batch: MicroBatch, padding: Padding = "any") -> Bucket:
         """The bucket of a micro-batch: at most a sixteenth wider, or 15 tokens."""
         contexts = len(batch.contexts) if batch.context_width else 0
         selects = contexts > 0 and batch.context_rows != tuple(range(contexts))
         widths = (batch.context_width, batch.learned_width)
-        context, learned = widths if exact else map(_rounded_up, widths)
-        return Bucket(len(batch.samples), contexts, context, learned, selects, exact)
+        context, learned = widths if padding == "none" else map(_rounded_up, widths)
+        return Bucket(len(batch.samples), contexts, context, learned, selects, padding)
 
     def fields(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Names and shapes of what `Inputs` has, all int64 but for the weights."""
         rows, context, learned = self.samples, self.context_width, self.learned_width
         yield "context_ids", (self.contexts, context)
+        yield "context_lengths", (self.contexts, 1)
         yield "context_rows", (1, rows if self.selects else 0)
         yield "lengths", (rows, 1)
         yield "ids", (rows, learned)
@@ -104,6 +107,7 @@ def _numbers(batch: MicroBatch, bucket: Bucket) -> dict[str, list[tuple[int, ...
     pairs = list(rows_of(batch))
     return {
         "context_ids": [padded(context, width) for context in contexts],
+        "context_lengths": [(len(context),) for context in contexts],
         "context_rows": [batch.context_rows if bucket.selects else ()],
         "lengths": [(length,) for length in lengths],
         "ids": [padded(inputs, learned) for inputs, _ in pairs],
@@ -123,47 +127,34 @@ def losses(model: Any, inputs: Inputs, *, apart: bool = False) -> tuple[Tensor, 
 
     Raises NotApart where the model does not allow that.
     """
-    if inputs.bucket.exact:
-        return _losses_exact(model, inputs)
     if apart:
         return _losses_apart(model, inputs)
-    cache = _contexts_of(model, inputs)
-    return _continued(
-        model, inputs, attention_mask=_seen(inputs), use_cache=cache is not None,
-        past_key_values=cache,
-    )  # fmt: skip
-
-
-def _losses_exact(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """By the model's own caches, masks and positions: there is no padding to tell of."""
-    t, caches = inputs.tensors, dict[str, Any]()
-    if inputs.bucket.contexts:
-        with torch.no_grad():
-            answer = model(t["context_ids"], use_cache=True, logits_to_keep=1)
-        caches = {name: for_backward(cache) for name, cache in caches_of(answer).items()}
-        for cache in caches.values() if inputs.bucket.selects else ():
-            cache.batch_select_indices(t["context_rows"][0])
-    logits = model(t["ids"], use_cache=bool(caches), **caches).logits
-    return weighed(logits, t["targets"], inputs.weights)
+    caches = _caches(model, inputs)
+    layout: dict[str, Any] = {"use_cache": bool(caches)}
+    if inputs.bucket.padding != "none":
+        positions = inputs.tensors["positions"]
+        layout |= {"attention_mask": _seen(inputs), "position_ids": positions}
+    return _continued(model, inputs, **layout, **caches)
 
 
 def _losses_apart(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
     contexts, t = Contexts(), inputs.tensors
     with attending_apart(contexts):
         if inputs.bucket.contexts:
-            _read(model, inputs, contexts)
+            ids = t["context_ids"]
+            _read(model, ids, position_ids=_numbered(ids[0])[None], past_key_values=contexts)
             lengths = t["lengths"].flatten()
             rows = t["context_rows"][0] if inputs.bucket.selects else _numbered(lengths)
             contexts.go_on(rows, lengths)
-        found = _continued(model, inputs, past_key_values=contexts, use_cache=True)
+        layout = {"position_ids": t["positions"], "use_cache": True}
+        found = _continued(model, inputs, past_key_values=contexts, **layout)
     contexts.require_asked()
     return found
 
 
 def _continued(model: Any, inputs: Inputs, **how: Any) -> tuple[Tensor, Tensor]:
     t = inputs.tensors
-    logits = model(t["ids"], position_ids=t["positions"], **how).logits
-    return weighed(logits, t["targets"], inputs.weights)
+    return weighed(model(t["ids"], **how).logits, t["targets"], inputs.weights)
 
 
 def _numbered(like: Tensor) -> Tensor:
@@ -171,38 +162,28 @@ def _numbered(like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _read(model: Any, inputs: Inputs, cache: Any) -> None:
-    """Runs the contexts, padding on their right, into a cache."""
-    ids = inputs.tensors["context_ids"]
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    model(ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+def _read(model: Any, ids: Tensor, **layout: Any) -> Any:
+    return model(ids, use_cache=True, logits_to_keep=1, **layout)
 
 
-def _contexts_of(model: Any, inputs: Inputs) -> Any:
-    """Keys and values of each sample's context, all of them: masks alone tell of windows.
-
-    transformers' own cache for windows would hold a context's last places, which padding has.
-    """
+def _caches(model: Any, inputs: Inputs) -> dict[str, Any]:
+    """What each sample's context leaves, by argument."""
     t, bucket = inputs.tensors, inputs.bucket
     if not bucket.contexts:
-        return None
-    cache: Any = DynamicCache()
-    _read(model, inputs, cache)
-    if bucket.selects:
+        return {}
+    ids, layout = t["context_ids"], dict[str, Any]()
+    if bucket.padding != "none":
+        places = _numbered(ids[0]) - (bucket.context_width - t["context_lengths"])
+        ids = ids.gather(1, places.clamp(min=0))
+        layout = {"attention_mask": (places >= 0).long(), "position_ids": places.clamp(min=0)}
+    if bucket.padding == "any":
+        # A window's own cache copies a number of the host's, which no graph can.
+        layout["past_key_values"] = DynamicCache()
+    answer = _read(model, ids, **layout)
+    caches = {name: for_backward(cache) for name, cache in caches_of(answer).items()}
+    for cache in caches.values() if bucket.selects else ():
         cache.batch_select_indices(t["context_rows"][0])
-    _move_right(cache, t["lengths"])
-    return cache
-
-
-def _move_right(cache: Any, lengths: Tensor) -> None:
-    """Keys and values [rows, heads, width, size] of each row's first places become its last."""
-    for layer in cache.layers:
-        width = layer.keys.shape[2]
-        places = (torch.arange(width, device=lengths.device) + lengths) % width
-        keys, values = (
-            t.gather(2, places[:, None, :, None].expand_as(t)) for t in (layer.keys, layer.values)
-        )
-        layer.keys, layer.values = keys, values
+    return caches
 
 
 def _seen(inputs: Inputs) -> Tensor:

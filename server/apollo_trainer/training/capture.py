@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apollo_trainer.optim.factored import norm_of
 from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
-from apollo_trainer.training.bucketed import Bucket, Inputs, losses
+from apollo_trainer.training.bucketed import Bucket, Inputs, Padding, losses
 from apollo_trainer.training.frozen_context import FrozenContexts
 from apollo_trainer.training.gradients import Collected, StepGradients
 from apollo_trainer.training.loss import batch_loss
@@ -58,15 +58,11 @@ class Capture:
         self._model = model
         self._apart = True  # contexts are, until the model turns out not to allow it
 
-    def compile(self, *, exact: bool) -> None:
-        """Runs a few tokens, which compiles what passes are made of.
-
-        Args:
-            exact: as of a `Bucket`.
-        """
+    def compile(self, padding: Padding) -> None:
+        """Runs a few tokens, which compiles what passes are made of."""
         sample = TokenizedSample((1,) * 33, (1,) * 16)
         (batch,) = plan_batches([sample], 1, Mixing.PADDED)
-        inputs = Inputs(Bucket.of(batch, exact=exact), self._model.device)
+        inputs = Inputs(Bucket.of(batch, padding), self._model.device)
         inputs.fill(batch, 1.0)
         try:
             self._pass(inputs)
@@ -91,7 +87,7 @@ class Capture:
 
     def _agreeing(self, inputs: Inputs, said: list[float]) -> Graph:
         """A graph that says what the passes said. Raises what forbids that."""
-        if self._apart:
+        if self._apart and inputs.bucket.padding == "any":
             try:
                 return self._tried(inputs, said)
             except Exception as error:
@@ -134,8 +130,9 @@ class Capture:
         return Graph(inputs, graph, sums, collected, torch.cuda.memory_reserved() - before)
 
     def _pass(self, inputs: Inputs) -> tuple[Tensor, Collected]:
+        apart = self._apart and inputs.bucket.padding == "any"
         with self._collecting() as collected:
-            weighted, sums = losses(self._model, inputs, apart=self._apart)
+            weighted, sums = losses(self._model, inputs, apart=apart)
             torch.autograd.backward([weighted])
         return sums, collected
 

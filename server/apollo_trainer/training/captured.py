@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from apollo_trainer.training.batch import MicroBatch, Mixing
-from apollo_trainer.training.bucketed import Bucket
+from apollo_trainer.training.bucketed import Bucket, Padding
 from apollo_trainer.training.capture import Capture, Graph, SaysOtherwise, free_unused
 from apollo_trainer.training.gradients import StepGradients
 from apollo_trainer.training.mixing import mixing_of
@@ -49,6 +49,7 @@ class CapturedPasses:
         self._graphs: dict[Bucket, Graph] = {}
         self._uses: Counter[Bucket] = Counter()
         self._refused: dict[Bucket, _Refused] = {}
+        self._padding: Padding | None = None  # that the model takes, once it is known
         self._let_go = set[Bucket]()  # for others, that came more often
         self._why = ""
 
@@ -86,12 +87,17 @@ class CapturedPasses:
         return held.sums if alone else held.sums.clone()
 
     def _graph_of(self, batch: MicroBatch, divisor: float) -> Graph | None:
-        bucket = Bucket.of(batch, exact=mixing_of(self._model) is not Mixing.PADDED)
+        bucket = Bucket.of(batch, self._padding or self._find_padding())
         self._uses[bucket] += 1
         if bucket not in self._graphs and self._is_worth_it(bucket) and self._may_try(bucket):
             self._refused.pop(bucket, None)
             self._try(bucket, batch, divisor)
         return self._graphs.get(bucket)
+
+    def _find_padding(self) -> Padding:
+        padded = mixing_of(self._model) is Mixing.PADDED
+        self._padding = "any" if padded else "left"
+        return self._padding
 
     def _is_worth_it(self, bucket: Bucket) -> bool:
         """Not where it takes the place of one that comes as often, which would be captured next."""
@@ -114,7 +120,7 @@ class CapturedPasses:
         return free + unused - sum(graph.size for graph in self._graphs.values())
 
     def _try(self, bucket: Bucket, batch: MicroBatch, divisor: float) -> None:
-        padded = 0 if bucket.exact else bucket.context_width + bucket.learned_width
+        padded = bucket.context_width + bucket.learned_width if bucket.padding != "none" else 0
         if padded >= (places := _places(self._model)):
             why = f"from {places:.0f} places on this model's attention counts their padding"
             self._refuse_one(bucket, why, math.inf)
@@ -135,6 +141,9 @@ class CapturedPasses:
             free_unused()
             why = "there is no memory for a graph of them, which is tried again when more is free"
             self._refuse_one(bucket, why, self._free())
+        elif bucket.padding == "left":
+            log.info("padding changes what the model says, or cannot be told of: %s", error)
+            self._padding = "none"
         else:
             told = "" if isinstance(error, SaysOtherwise) else f"{type(error).__name__}: "
             log.info("what forbids a graph", exc_info=error)

@@ -96,7 +96,7 @@ class StepMemory:
         allocator, alone, graphs = CachingAllocator(), len(batches) == 1, dict[Bucket, _Graph]()
         gradients = self._gradients(len(batches))
         for batch in batches:
-            bucket = Bucket.of(batch, exact=self._mixing is not Mixing.PADDED)
+            bucket = Bucket.of(batch, "any" if self._mixing is Mixing.PADDED else "none")
             if bucket not in graphs:
                 graphs[bucket] = self._graph(bucket)
             with Allocations(allocator):
@@ -107,6 +107,8 @@ class StepMemory:
 
     def _graph(self, bucket: Bucket) -> _Graph:
         """As passes are captured: with contexts apart, unless the model does not allow that."""
+        if bucket.padding != "any":
+            return self._captured(bucket, apart=False)
         try:
             return self._captured(bucket, apart=True)
         except (RuntimeError, TypeError):
