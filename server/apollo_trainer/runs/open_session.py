@@ -72,12 +72,13 @@ def open_session(
     checkpoints = ModelCheckpoints(attachment, state_path.parent, settings)
     optimizer.before_param_write = checkpoints.watch
     passes = twin = None
+    slow = ""
     if embedding.is_cuda:
-        speed_up(attachment.model)
+        slow = speed_up(attachment.model)
         passes, twin = CapturedPasses(attachment.model), _twin(attachment.model)
     session = Session(
         attachment, optimizer, shape, state_path, tokenizer, limits, settings, checkpoints, passes,
-        twin,
+        twin, slow,
     )  # fmt: skip
     if kept and came_back:
         vars(session).update(kept.carried, came_back=True)

@@ -70,6 +70,7 @@ class Session:
         checkpoints: the ways back to what the model was.
         passes: of the model, as CUDA graphs; None where it is on no GPU.
         twin: of the model, without memory, to tell of a step's memory; None likewise.
+        slow: which of the model's kernels are slow; a sentence, or empty.
         other_weights: why the state does not belong to the live weights; empty when it does.
         on_disk: whether a state on disk is one that a killed server could go on with.
         captured_step: of the last copy that was taken to be saved; -1 where that is of no use.
@@ -92,6 +93,7 @@ class Session:
     checkpoints: ModelCheckpoints
     passes: CapturedPasses | None = None
     twin: Any | None = None
+    slow: str = ""
     other_weights: str = ""
     on_disk: bool = False
     captured_step: int = 0
@@ -165,7 +167,7 @@ class Session:
         refused = self.checkpoints.poison.refusal or self.other_weights
         if status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED:
             refusal = f"Runs are refused: {refused}" if refused else ""
-            slow = self.passes.refusal if self.passes else ""
+            slow = " ".join(filter(None, (self.slow, self.passes.refusal))) if self.passes else ""
             sentences = (ATTACHED, self.found, self.needs, slow, refusal)
             status.attachment_detail = " ".join(filter(None, sentences))
         status.optimizer_loaded = not self.other_weights

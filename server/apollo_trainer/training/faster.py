@@ -9,17 +9,19 @@ from typing import Any
 from apollo_trainer.training.attention import use_grouped_attention
 from apollo_trainer.training.batch import Mixing
 from apollo_trainer.training.capture import Capture
+from apollo_trainer.training.delta_rule import choose_delta_rule
 from apollo_trainer.training.mixing import mixing_of
 from apollo_trainer.training.norms import fuse_norms
 
 log = logging.getLogger(__name__)
 
 
-def speed_up(model: Any) -> None:
-    """Has a model use them.
+def speed_up(model: Any) -> str:
+    """Has a model use them; returns a sentence on what stays slow, empty where nothing does.
 
     They are compiled here, in seconds where no compiled ones are kept, and not in a run.
     """
+    told = choose_delta_rule(model)
     norms, grouped, gated, rotary = fuse_norms(model), use_grouped_attention(model), 0, False
     with suppress(ImportError):
         from apollo_trainer.training.kernels.gated import fuse_gated
@@ -32,3 +34,4 @@ def speed_up(model: Any) -> None:
         "kernels: %d RMS norms, %d gated MLPs, rotary %s, grouped attention %s",
         norms, gated, rotary, grouped,
     )  # fmt: skip
+    return told
