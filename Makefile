@@ -26,9 +26,10 @@ soak: install ## Kill the processes again and again, at random instants (about h
 	@$(BIN)/python -m pytest -n 3 -m soak -rP
 	@SOAK_MALFORMED=10000 $(BIN)/python -m pytest -s --timeout 3600 tests/services/test_malformed.py
 
-models: install ## Try some 75 model families with real vLLM, and write docs/models.md (about an hour)
+models: install ## Try some 75 model families and a real model with vLLM, and write docs/models.md (about an hour)
 	@rm -rf build/models
-	@$(BIN)/python -m pytest tests/vllm/test_families.py tests/vllm/sweep_models.py; tried=$$?; \
+	@.ci/real-model; $(BIN)/python -m pytest tests/vllm/test_families.py tests/vllm/sweep_models.py \
+		tests/vllm/sweep_real_model.py; tried=$$?; \
 		$(BIN)/python -m tests.vllm.models_table && exit $$tried
 
 reliability: install ## Enumerate the crashes of every sync protocol, and write docs/reliability.md

@@ -315,6 +315,7 @@ class WeightMap(google.protobuf.message.Message):
     PARAMETERS_FIELD_NUMBER: builtins.int
     VIEWS_FIELD_NUMBER: builtins.int
     REFUSED_FIELD_NUMBER: builtins.int
+    DERIVED_FIELD_NUMBER: builtins.int
     architecture: builtins.str
     """Class of the training model, as transformers names it."""
     parameters: builtins.int
@@ -323,6 +324,12 @@ class WeightMap(google.protobuf.message.Message):
     """Those that are views of vLLM's tensors."""
     @property
     def refused(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RefusedWeight]: ...
+    @property
+    def derived(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Those that vLLM keeps other values for, which it computes from them as it
+        loads: they stay as they are in the model directory, and are never trained.
+        """
+
     def __init__(
         self,
         *,
@@ -330,8 +337,9 @@ class WeightMap(google.protobuf.message.Message):
         parameters: builtins.int = ...,
         views: builtins.int = ...,
         refused: collections.abc.Iterable[global___RefusedWeight] | None = ...,
+        derived: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "parameters", b"parameters", "refused", b"refused", "views", b"views"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "derived", b"derived", "parameters", b"parameters", "refused", b"refused", "views", b"views"]) -> None: ...
 
 global___WeightMap = WeightMap
 

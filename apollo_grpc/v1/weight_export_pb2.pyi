@@ -387,6 +387,7 @@ class ParameterView(google.protobuf.message.Message):
     BUFFER_ID_FIELD_NUMBER: builtins.int
     OFFSET_BYTES_FIELD_NUMBER: builtins.int
     TENSOR_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
     name: builtins.str
     dtype: builtins.str
     buffer_id: builtins.int
@@ -399,6 +400,12 @@ class ParameterView(google.protobuf.message.Message):
     def stride(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """In elements."""
 
+    @property
+    def rows(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Which row of the parameter each row of the view is; empty where they are in
+        order.
+        """
+
     def __init__(
         self,
         *,
@@ -409,8 +416,9 @@ class ParameterView(google.protobuf.message.Message):
         buffer_id: builtins.int = ...,
         offset_bytes: builtins.int = ...,
         tensor: builtins.str = ...,
+        rows: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["buffer_id", b"buffer_id", "dtype", b"dtype", "name", b"name", "offset_bytes", b"offset_bytes", "shape", b"shape", "stride", b"stride", "tensor", b"tensor"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["buffer_id", b"buffer_id", "dtype", b"dtype", "name", b"name", "offset_bytes", b"offset_bytes", "rows", b"rows", "shape", b"shape", "stride", b"stride", "tensor", b"tensor"]) -> None: ...
 
 global___ParameterView = ParameterView
 
@@ -420,16 +428,20 @@ class RefusedParameter(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    COMPUTED_FIELD_NUMBER: builtins.int
     name: builtins.str
     reason: builtins.str
     """Why the parameter is not one view of the live weights."""
+    computed: builtins.bool
+    """All that vLLM's loader writes of it is computed, or put together from it."""
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         reason: builtins.str = ...,
+        computed: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "reason", b"reason"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["computed", b"computed", "name", b"name", "reason", b"reason"]) -> None: ...
 
 global___RefusedParameter = RefusedParameter
 

@@ -25,6 +25,14 @@ class NotAView(Exception):
     """The copies are not one strided view of the live weights; the message says why."""
 
 
+class Rearranged(NotAView):
+    """None of it is copied in an order that strides express; its rows may lie in another one."""
+
+
+class Computed(Rearranged):
+    """All that is written of it is computed, or put together from it."""
+
+
 @dataclass(frozen=True)
 class Box:
     """A copy as a box of the parameter's index space.

@@ -5,6 +5,9 @@ Every write to a live weight is recorded and skipped, so no weight memory is nee
 bytes stay as they are. Copies of meta tensors (clone, contiguous, to) are kept as views of their
 source, so an address within the source is never lost. What a loader computes is followed only so
 far that a refusal can say which source it came from.
+
+Of a loader that puts rows into another order, a second load of numbers in place of values tells
+which row went where: float64 tensors that are no meta tensors are such numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from torch.utils._pytree import tree_leaves
 # Ops whose result, on a meta tensor, is the same elements in the same order.
 _SAME_ELEMENTS = frozenset({"clone", "_to_copy", "contiguous", "detach_copy", "lift_fresh_copy"})
 _RESHAPES = frozenset({"view", "_unsafe_view"})
+# What scalars that a loader reads of sources are told apart by; a float64 holds 1 + n * 2**-40.
+_SCALAR_STEP = 2.0**-40
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,19 @@ class OtherWrite:
     origins: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True)
+class Numbered:
+    """Numbers that were written in place of values.
+
+    Attributes:
+        first: of each row of the target, int64 [rows]; the rest of a row counts on from there.
+    """
+
+    first: torch.Tensor
+    target: Region
+    dtype: torch.dtype
+
+
 class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, writes to `live` storages are recorded instead of done.
 
@@ -77,6 +95,7 @@ class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         rearranged: storages of sources whose elements the loader puts into an order that no
             strides of the source express.
+        numbered: what was written of numbers, where each row of a target counts on.
     """
 
     def __init__(self, live: Iterable[torch.UntypedStorage], sources: Iterable[torch.Tensor]):
@@ -89,6 +108,8 @@ class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.rearranged: set[int] = set()
         self.copies: list[Copy] = []
         self.other_writes: list[OtherWrite] = []
+        self.numbered: list[Numbered] = []
+        self._scalars: dict[float, torch.Tensor] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -110,10 +131,10 @@ class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _on_meta(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if name in _SAME_ELEMENTS:
             return torch.ops.aten.alias.default(args[0])
-        # Loaders compare or read scalars of a checkpoint; meta tensors hold no values. What is
-        # then written by value shows up as a write that is no copy, and refuses the parameter.
+        # Loaders compare or read scalars of a checkpoint; meta tensors hold no values. One that is
+        # written as it was read is a copy; what is computed from it refuses the parameter.
         if name == "_local_scalar_dense":
-            return 1.0
+            return self._scalar(args[0])
         if name == "equal":
             return True
         try:
@@ -140,26 +161,55 @@ class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 found |= self._origins.get(leaf.untyped_storage()._cdata, frozenset())
         return found
 
+    def _scalar(self, tensor: torch.Tensor) -> float:
+        """1, or a number near it that stands for the only element of a storage, and no other."""
+        if tensor.untyped_storage().nbytes() > tensor.element_size():
+            return 1.0
+        value = 1.0 + (len(self._scalars) + 1) * _SCALAR_STEP
+        self._scalars[value] = tensor
+        return value
+
     def _is_live(self, tensor: torch.Tensor) -> bool:
         return not tensor.is_meta and tensor.untyped_storage()._cdata in self._live
 
     def _record(
         self, name: str, args: Any, kwargs: dict[str, Any], written: list[torch.Tensor]
     ) -> None:
-        target = written[0]
-        source = args[1] if name == "copy_" else None
-        if isinstance(source, torch.Tensor) and self._is_source(source):
-            source = source.expand(target.shape)
+        target, source = written[0], self._copied(name, args)
+        one = source is not None and source.numel() == target.numel() == 1
+        if source is not None and self._is_source(source) and (one or name == "copy_"):
+            source = source.view(target.shape) if one else source.expand(target.shape)
             self.copies.append(Copy(Region.of(source), Region.of(target), target.dtype))
             return
-        origins, before = self._origins_of((args, kwargs)), len(self.copies)
+        if source is not None and (numbers := _numbers(source, target)):
+            self.numbered.append(numbers)
+            return
+        origins, before = self._origins_of((source, args, kwargs)), len(self.copies)
         for tensor in written:
             self.other_writes.append(
                 OtherWrite(name, Region.of(tensor), tensor.dtype, before, origins)
             )
 
+    def _copied(self, name: str, args: Any) -> torch.Tensor | None:
+        """The tensor whose elements are written as they are, one that was read as a scalar too."""
+        value = args[1] if name in ("copy_", "fill_") else None
+        if isinstance(value, float):
+            return self._scalars.get(value)
+        return value if isinstance(value, torch.Tensor) else None
+
     def _is_source(self, tensor: torch.Tensor) -> bool:
         return tensor.is_meta and tensor.untyped_storage()._cdata in self._sources
+
+
+def _numbers(source: torch.Tensor, target: torch.Tensor) -> Numbered | None:
+    """None for other values than numbers that count on along each row."""
+    numbered = source.dtype is torch.float64 and not source.is_meta
+    if not numbered or source.shape != target.shape or not source.ndim or not source.numel():
+        return None
+    rows = source.reshape(len(source), -1)
+    if not torch.equal(rows, rows[:, :1] + torch.arange(rows.shape[1], device=rows.device)):
+        return None
+    return Numbered(rows[:, 0].long().cpu(), Region.of(target), target.dtype)
 
 
 def _written_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:

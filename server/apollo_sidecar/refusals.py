@@ -44,6 +44,12 @@ _REFUSALS = (
     ),
     _Refusal(
         "QUANTIZED",
+        lambda c: "gguf" in (c.model_config.quantization, c.load_config.load_format),
+        "the weights are GGUF, whose blocks are quantised; serve safetensors made of it "
+        "(transformers: from_pretrained(FOLDER, gguf_file=NAME), then save_pretrained)",
+    ),
+    _Refusal(
+        "QUANTIZED",
         lambda c: c.model_config.quantization,
         "the weights are quantised (--quantization, or by the model's own config), which repacks "
         "them; serve an unquantised model",

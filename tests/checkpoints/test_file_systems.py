@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from apollo_trainer.checkpoints.preconditions import why_not_synced
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
+from apollo_trainer.checkpoints.state_folder import place_under
 from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, sync_directory
 from apollo_trainer.checkpoints.tensor_file import write_tensors
 from apollo_trainer.checkpoints.verify import verify_directory
@@ -133,6 +135,28 @@ def test_a_directory_that_alone_is_read_only_is_told_and_leaves_no_litter() -> N
     assert synced(folder, 2, SyncOptions()).method == SyncMethod.UNCHANGED
     assert generation_of(folder) == 2
     assert tree(DISK).keys() == before.keys()
+
+
+@with_private_mounts
+def test_what_takes_no_writes_is_told_before_a_sync_is_asked_for() -> None:
+    live = LiveDirectory(tmpfs() / "model", "tied", "1GB")
+
+    def why(states: Path | None = None) -> str:
+        return why_not_synced(place_under(live.folder, states), live.reader)
+
+    assert why() == ""
+    mount("--bind", live.folder, live.folder)
+    mount("-o", "remount,bind,ro", live.folder)
+    assert why().startswith(f"Nothing can be written to {live.folder}.")
+    assert "apollo checkpoint export" in why()
+    mount("-o", "remount,bind,rw", live.folder)
+    states = DISK / "states"
+    states.mkdir()
+    mount("--bind", states, states)
+    mount("-o", "remount,bind,ro", states)
+    assert f"{states}. " in why(states / "of-models")
+    assert "--checkpoint-dir" in why(states)
+    assert why() == ""
 
 
 @with_private_mounts

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import scan_cache_dir
 from safetensors.torch import load_file, save_file
 
 from apollo_grpc.errors import FailedPrecondition, Unavailable
@@ -180,6 +181,7 @@ def test_a_hub_cache_is_refused_and_its_adopted_copy_is_synced(tmp_path: Path) -
         (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
     error = refused(snapshot)
     assert error.reason == "HUB_CACHE"
+    assert error.message.startswith("me/model lies in a hub cache")
     # The copy holds the weights of before: what keeps the learned ones is named first.
     assert error.message.index("checkpoint export") < error.message.index("checkpoint adopt")
     assert "without what was learned" in error.message
@@ -191,6 +193,27 @@ def test_a_hub_cache_is_refused_and_its_adopted_copy_is_synced(tmp_path: Path) -
     synced(mine, 2, SyncOptions())
     assert generation_of(mine) == 2
     assert generation_of(blobs) == 1
+
+
+def test_the_hubs_own_tools_take_a_state_folder_for_no_revision(tmp_path: Path) -> None:
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--me--model" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    made(tmp_path / "plain").rename(snapshot)
+    place = place_of(snapshot)
+    with held(place):
+        (place.state / "snapshot.json").write_text("{}")
+    (repository,) = scan_cache_dir(cache).repos
+    # Another one would have no name in refs/, and be removed as one that nobody needs.
+    assert repository.size_on_disk == sum(path.stat().st_size for path in snapshot.iterdir())
+    assert [revision.commit_hash for revision in repository.revisions] == ["abc"]
+
+
+def test_a_folder_that_is_only_named_like_a_hub_cache_is_synced(tmp_path: Path) -> None:
+    (tmp_path / "models--mine").mkdir()
+    folder = made(tmp_path / "models--mine" / "model")
+    synced(folder, 2, SyncOptions())
+    assert generation_of(folder) == 2
 
 
 def test_links_and_folders_in_the_directory_are_kept(folder: Path) -> None:

@@ -86,6 +86,46 @@ def test_a_directory_that_holds_other_weights_is_refused(
     assert "VALUES_DIFFER" in detail
 
 
+def test_of_refused_parameters_three_are_named_and_log_and_status_have_all(
+    start_engine: Start,
+    start_trainer: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = start_engine()
+    # As vLLM's own loader words it, in one line of all its parameters.
+    known = ", ".join(repr(f"model.language_model.layers.{n}.weight") for n in range(109))
+    error = ValueError(f"There is no module named 'model' in Some. The available ones: {{{known}}}")
+
+    def load(tensors: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(engine.model, "load_weights", load)
+    status = start_trainer().wait_for(REFUSED)
+    names = [refused.name for refused in status.weight_map.refused]
+    assert len(names) == status.weight_map.parameters > 3
+    detail = status.attachment_detail
+    assert "There is no module named 'model' in Some" in detail
+    assert "PARAMETER_REFUSED" in detail
+    assert sum(name in detail for name in names) == 3
+    assert f"and {len(names) - 3} more" in detail
+    assert len(detail) < 600
+    assert all(known in refused.reason for refused in status.weight_map.refused)
+    assert all(f"{name}: " in caplog.text for name in names)
+
+
+def test_of_a_directory_that_changed_three_tensors_are_named_and_the_status_has_all(
+    start_engine: Start, start_trainer: Start, model_folder: Any
+) -> None:
+    start_engine()
+    file = model_folder / "model.safetensors"
+    changed = {name: tensor + 1 for name, tensor in load_file(file).items()}
+    save_file(changed, file, metadata={"format": "pt"})
+    status = start_trainer().wait_for(REFUSED)
+    assert {refused.name for refused in status.weight_map.refused} == set(changed)
+    assert sum(f"{name} (" in status.attachment_detail for name in changed) == 3
+
+
 def test_trained_weights_that_the_directory_does_not_hold_are_attached_again(
     attached: Any, start_trainer: Start, all_events: Events
 ) -> None:

@@ -93,6 +93,21 @@ def test_a_read_only_disk_is_told_and_training_goes_on(
     assert_all_works(engine, caller, model_folder)
 
 
+@with_private_mounts
+def test_a_read_only_directory_is_told_when_attached_and_an_export_keeps_what_was_learned(
+    start_engine: Any, start_server: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    mount("--bind", model_folder, model_folder)
+    mount("-o", "remount,bind,ro", model_folder)
+    engine, caller = start_engine(), start_server()
+    caller.wait_attached()
+    detail = caller.status().attachment_detail
+    assert f"A sync would be refused: Nothing can be written to {model_folder}" in detail
+    assert caller.train(optimizer=FAST)[-1].finished.state == pb.RUN_STATE_SUCCEEDED
+    list(caller.checkpoints.Export(cp.ExportRequest(directory=f"{tmp_path}/out"), timeout=30))
+    assert same(loaded(tmp_path / "out"), engine.model.values())
+
+
 def test_a_state_folder_elsewhere_is_used_for_all(
     start_engine: Any, start_server: Any, model_folder: Path, tmp_path: Path
 ) -> None:

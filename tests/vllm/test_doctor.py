@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import FalconConfig, Olmo2Config
+from transformers import MambaConfig, Olmo2Config
 
 from examples.byte_model import write_model
 from tests import programs
@@ -56,14 +56,15 @@ def test_a_family_that_nobody_tuned_for_is_supported(tmp_path):
     assert list((tmp_path / "state").iterdir()) == []
 
 
-def test_a_family_whose_loader_rearranges_is_refused_by_the_name_of_each_parameter(tmp_path):
-    model = write_model(tmp_path / "model", FalconConfig(**SMALL), seed=3)
+def test_a_family_whose_loader_computes_is_refused_by_the_name_of_each_parameter(tmp_path):
+    config = MambaConfig(**SMALL, state_size=16, pad_token_id=0)
+    model = write_model(tmp_path / "model", config, seed=3)
     done = doctor(tmp_path, model, *FAST)
     assert done.returncode == 1
     lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
     refused = [value for name, value in lines if name == "refused"]
     assert [line.partition(": ")[0] for line in refused] == [
-        f"transformer.h.{layer}.self_attention.query_key_value.weight" for layer in (0, 1)
+        f"backbone.layers.{layer}.mixer.A_log" for layer in (0, 1)
     ]
     assert all("values that it computes or puts together from it" in line for line in refused)
     assert ["supported", "no"] in lines

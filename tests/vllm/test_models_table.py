@@ -35,8 +35,15 @@ def test_what_works_has_figures_within_the_tolerance_and_what_does_not_has_a_rea
             continue
         tolerance = FAMILIES[record["family"]].tolerance_nats
         assert max(record["before"], record["after"]) < tolerance
-        assert record["views"] == record["parameters"] > 0
+        derived = record.get("derived", [])
+        assert record["views"] + len(derived) == record["parameters"] > len(derived)
         assert record["loss_last"] < 0.7 * record["loss_first"]
+
+
+def test_derived_parameters_are_counted_beside_the_views(result):
+    works = next(record for record in result["families"] if record["verdict"] == WORKS)
+    shown = page(result | {"families": [works | {"views": 28, "parameters": 29, "derived": ["a"]}]})
+    assert "| 28 of 29, 1 derived |" in shown
 
 
 def test_no_reason_is_a_mistake_of_the_servers_or_tells_of_a_folder(result):
@@ -50,6 +57,15 @@ def test_a_broken_family_is_shown_as_one(result):
     shown = page(result | {"families": [spoilt, *result["families"][1:]]})
     assert "## Broken" in shown
     assert "it \\| crashed" in shown
+
+
+def test_a_pretrained_model_has_its_place_where_it_could_be_fetched(result):
+    without = {name: part for name, part in result.items() if name != "pretrained"}
+    real = {"model": "Real", "elements": 1000, "parameters": 12, "before": 1e-5, "after": 2e-5}
+    assert "## Pretrained" not in page(without)
+    shown = page(without | {"pretrained": real})
+    assert shown.index("## Work") < shown.index("## Pretrained") < shown.index("## Refused")
+    assert "1.0e-05 nats before and 2.0e-05 after" in shown
 
 
 def test_records_that_are_not_all_there_make_no_page(tmp_path):

@@ -35,6 +35,7 @@ REFUSED = {
     "drafts of a model": ("SPECULATIVE_DRAFT", "--speculative-config"),
     "offload": ("WEIGHTS_OFFLOADED", "--cpu-offload-gb"),
     "quantised": ("QUANTIZED", "--quantization"),
+    "gguf": ("QUANTIZED", "GGUF"),
     "sleep mode": ("SLEEP_MODE", "--enable-sleep-mode"),
     "moving experts": ("EXPERTS_MOVED", "--enable-eplb"),
     "latent attention": ("LATENT_ATTENTION", "VLLM_MLA_DISABLE=1"),

@@ -111,6 +111,28 @@ def test_tied_embeddings_are_planned_once_and_named_as_tied(tmp_path, config):
     ]
 
 
+def test_experts_that_lie_stacked_in_the_directory_are_planned_so(tmp_path):
+    model = meta_model(str(write_model(tmp_path, FAMILIES["qwen3_moe"](), seed=2)))
+    apart, stacked = plan_checkpoint(model), plan_checkpoint(model, dict(model.named_parameters()))
+    names = {tensor.name for tensor in stacked.tensors}
+    assert names == stacked.roots.keys() != {tensor.name for tensor in apart.tensors}
+    assert plan_checkpoint(model, [tensor.name for tensor in apart.tensors]) == apart
+
+
+def test_a_tied_head_has_the_name_that_the_directory_has_for_it(tmp_path, config):
+    model = meta_model(str(write_model(tmp_path, config(), seed=1)))
+    held = {f"language_model.{tensor.name}" for tensor in plan_checkpoint(model).tensors}
+    plan = plan_checkpoint(model, held | {"language_model.lm_head.weight"})
+    assert plan.tied == {"language_model.lm_head.weight": "model.embed_tokens.weight"}
+    assert plan.untrained == ()
+    assert {tensor.name for tensor in plan.tensors} == held
+
+
+def test_names_that_no_plan_fits_leave_those_of_transformers(tmp_path, config):
+    model = meta_model(str(write_model(tmp_path, config(), seed=1)))
+    assert plan_checkpoint(model, {"blk.0.attn_q.weight"}) == plan_checkpoint(model)
+
+
 def test_the_request_carries_the_whole_plan(tmp_path, config):
     plan = plan_checkpoint(meta_model(str(write_model(tmp_path, config(), seed=1))))
     request = plan.request("e")

@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma3Config
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, Gemma2Config, Gemma3Config, Qwen3VLConfig
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.weights.checkpoint_plan import plan_checkpoint
+from apollo_trainer.weights.directory_names import held_names
 from apollo_trainer.weights.live_model import fill_with_views, meta_model
-from examples.byte_model import write_model
+from examples.byte_model import save_model, write_model
 
 IDS = torch.arange(40).view(2, 20) * 6 % 259
 GEMMA = {
@@ -147,3 +149,58 @@ def test_a_soft_cap_in_the_text_part_of_a_composite_model_is_computed(tmp_path, 
 def test_a_composite_model_whose_text_part_is_quantised_is_refused(tmp_path):
     quantised = composite(tmp_path, quantization_config={"quant_method": "fp8"})
     assert refused(meta_model, quantised).reason == "QUANTIZED"
+
+
+TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+WRAPPERS = {
+    "gemma3": (
+        lambda: Gemma3Config(
+            text_config=GEMMA | {"vocab_size": 259},
+            vision_config=TOWER | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        ),
+        ("vision_tower.", "multi_modal_projector."),
+    ),
+    # transformers has no class for the text of this one alone.
+    "qwen3_vl": (
+        lambda: Qwen3VLConfig(
+            text_config=GEMMA
+            | {"vocab_size": 259, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            vision_config={"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32},
+        ),
+        ("model.visual.",),
+    ),
+}
+
+
+def wrapper(directory, family):
+    torch.manual_seed(3)
+    config, towers = WRAPPERS[family]
+    original = AutoModelForImageTextToText.from_config(config()).eval()
+    save_model(directory, original)
+    return original, load_file(directory / "model.safetensors"), towers
+
+
+@pytest.mark.parametrize("family", sorted(WRAPPERS))
+def test_the_text_part_of_a_wrapper_computes_what_the_whole_does(tmp_path, family):
+    original, stored, _ = wrapper(tmp_path, family)
+    model = meta_model(str(tmp_path))
+    plan = plan_checkpoint(model, held_names(tmp_path))
+    fill_with_views(model, plan, {t.root: stored[t.name] for t in plan.tensors})
+    assert torch.equal(logits(model), logits(original))
+
+
+@pytest.mark.parametrize("family", sorted(WRAPPERS))
+def test_a_tower_is_no_part_of_the_model_and_its_names_are_told_as_untrained(tmp_path, family):
+    _, stored, towers = wrapper(tmp_path, family)
+    model = meta_model(str(tmp_path))
+    plan = plan_checkpoint(model, held_names(tmp_path))
+    rest = {name for name in stored if name.startswith(towers)}
+    assert set(plan.untrained) == rest != set()
+    assert {tensor.name for tensor in plan.tensors} == stored.keys() - rest
+    trained = sum(stored[name].numel() for name in stored.keys() - rest)
+    assert sum(parameter.numel() for parameter in model.parameters()) == trained
+
+
+def test_settings_of_a_wrapper_are_those_of_its_text_part(tmp_path):
+    config = meta_model(composite(tmp_path, sliding_window=48)).config
+    assert (config.sliding_window, config.hidden_size) == (48, GEMMA["hidden_size"])

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import weight_export_pb2 as pb
-from apollo_trainer.weights.manifest import MAX_ELEMENTS, Region, check_manifest, check_views
+from apollo_trainer.weights.manifest import (
+    MAX_ELEMENTS,
+    Region,
+    check_manifest,
+    check_views,
+    named,
+    shortened,
+)
 
 QUICK = settings(deadline=None, max_examples=150, derandomize=True)
 SIZE = 4096
@@ -57,6 +64,27 @@ def addresses(found):
             at = sum(i * s for i, s in zip(index, live.stride, strict=True))
             first = live.offset_bytes + at * live.dtype.itemsize
             yield from range(first, first + live.dtype.itemsize)
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [0, 1]])
+def test_rows_in_another_order_are_kept_with_the_view(rows):
+    found = view()
+    found.rows.extend(rows)
+    assert checked([found])["w"].rows == tuple(rows)
+    assert checked([view()])["w"].rows == ()
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 0], [0, 2], [1, 0, 2], [-1, 0]])
+def test_rows_that_are_no_order_of_the_parameters_are_refused(rows):
+    found = view()
+    found.rows.extend(rows)
+    assert refused([found]) == "MAP_INVALID"
+
+
+def test_a_scalar_has_no_rows():
+    found = view(shape=(), stride=())
+    found.rows.append(0)
+    assert refused([found]) == "MAP_INVALID"
 
 
 @st.composite
@@ -345,3 +373,19 @@ def test_a_view_outside_the_tensor_that_it_names_is_refused():
     check_views([there], regions, {"w": (2, 3)})
     there.tensor = "nowhere"
     assert refused([there], regions=regions) == "MAP_OUT_OF_BOUNDS"
+
+
+def test_three_names_are_told_and_of_more_their_number():
+    assert named(["a"]) == "a"
+    assert named(["a", "b", "c"]) == "a, b, c"
+    assert named(["a", "b", "c", "d", "e"]).startswith("a, b, c and 2 more (")
+    assert "doctor --json" in named(dict.fromkeys("abcd", "why"))
+
+
+def test_a_cause_that_others_worded_is_told_by_its_first_sentence():
+    assert shortened("no module named 'model.x' in Some. The available: {...}") == (
+        "no module named 'model.x' in Some"
+    )
+    assert shortened("one line\nand a traceback") == "one line"
+    assert shortened("vLLM's loader copies no part of it") == "vLLM's loader copies no part of it"
+    assert len(shortened("word " * 1000)) <= 200

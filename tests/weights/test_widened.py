@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma2Config, GPT2Config, Qwen3MoeConfig
+from transformers import Gemma2Config, GPT2Config, Mamba2Config, Qwen3MoeConfig
 
 from apollo_trainer.weights import widened
 from apollo_trainer.weights.verify import log_probabilities
@@ -28,6 +28,16 @@ CONFIGS = {
         **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
     ),
 }
+MAMBA = Mamba2Config(
+    vocab_size=259,
+    hidden_size=32,
+    num_hidden_layers=2,
+    state_size=8,
+    num_heads=2,
+    head_dim=32,
+    n_groups=1,
+    chunk_size=16,
+)
 TOKENS = list(range(5, 45))
 
 
@@ -65,8 +75,9 @@ def test_a_large_matrix_is_widened_in_parts(monkeypatch):
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
 
 
-def test_float32_is_measured_in_float64():
-    model = random_model(CONFIGS["gpt2"], seed=5, dtype=torch.float32).eval()
+@pytest.mark.parametrize("config", [CONFIGS["gpt2"], MAMBA], ids=["gpt2", "mamba2"])
+def test_float32_is_measured_in_float64(config):
+    model = random_model(config, seed=5, dtype=torch.float32).eval()
     with Widened(torch.float64):
         wide = log_probabilities(model, TOKENS)
     expected = log_probabilities(model.double(), TOKENS)

@@ -17,6 +17,7 @@ import typer
 from apollo_client.aio import AsyncApolloClient
 from apollo_client.command.children import attached, end
 from apollo_client.command.gpu_memory import told_memory
+from apollo_client.command.model_folder import model_folder
 from apollo_client.command.outcome import REFUSED, reported_errors
 from apollo_client.command.up import require_startable, trainer_child, vllm_child
 from apollo_grpc.locations import private_folder, socket_address, state_folder
@@ -27,6 +28,8 @@ START_SECONDS = 1800.0
 # Enough for the comparison; a long context would only ask for memory.
 MAX_MODEL_LEN = 1024
 LOG_LINES = 15
+# Of refused weights; a model of 109 would fill the screen with one reason.
+MAX_NAMED, MAX_REASON = 3, 200
 # As Python's tracebacks and vLLM's logger write it; a warning that quotes an error is none.
 _ERROR = re.compile(r"^(?:.*\] |\(\S+ pid=\d+\) )?((?:\w+\.)*\w*(?:Error|Exception): .+)$")
 # vLLM's words for an error that another process of its told first or tells next.
@@ -43,6 +46,7 @@ class Diagnosis:
         parameters: of the training model, tied ones once; 0 where it came to no trace.
         views: those that are views of vLLM's weights.
         refused: name and reason of each that is none; the model's own where it is refused whole.
+        derived: parameters that are none and stay as they are in the model directory.
         max_logprob_difference: in nats, between vLLM and transformers; None if not compared.
         detail: the verdict in words.
         memory: what a step needs of a GPU, as `apollo-training-server memory` tells it; None where
@@ -55,6 +59,7 @@ class Diagnosis:
     parameters: int = 0
     views: int = 0
     refused: list[dict[str, str]] = field(default_factory=list)
+    derived: list[str] = field(default_factory=list)
     max_logprob_difference: float | None = None
     detail: str = ""
     memory: dict[str, Any] | None = None
@@ -65,7 +70,7 @@ class Diagnosis:
         self.supported = status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED
         self.architecture = found.architecture or self.architecture
         self.parameters, self.views = found.parameters, found.views
-        self.detail = status.attachment_detail
+        self.detail, self.derived = status.attachment_detail, list(found.derived)
         self.refused = [{"name": r.name, "reason": r.reason} for r in found.refused]
         if self.supported:
             self.max_logprob_difference = status.logprob_difference
@@ -83,8 +88,12 @@ class Diagnosis:
             ("model", self.model),
             ("architecture", self.architecture or "unknown"),
             ("parameters", f"{self.views} of {self.parameters} are views of vLLM's weights"),
-            *(("refused", f"{r['name']}: {r['reason']}") for r in self.refused),
+            *(("refused", self._line(**refused)) for refused in self.refused[:MAX_NAMED]),
         ]
+        if (more := len(self.refused) - MAX_NAMED) > 0:
+            rows.append(("refused", f"and {more} more, all of which --json tells"))
+        if self.refused and self.detail != self.refused[0]["reason"]:
+            rows.append(("verdict", self.detail))
         if self.max_logprob_difference is not None:
             difference = f"log-probabilities within {self.max_logprob_difference:.1e} nats"
             rows.append(("agreement", difference))
@@ -93,10 +102,15 @@ class Diagnosis:
         rows.append(("supported", "yes" if self.supported else "no"))
         return [f"{name:<12} {value}" for name, value in rows]
 
+    def _line(self, name: str, reason: str) -> str:
+        """Of a tensor the reason is cut: a loader may tell all names that it knows instead."""
+        long = len(reason) > MAX_REASON and reason != self.detail
+        return f"{name}: {reason[: MAX_REASON - 3]}..." if long else f"{name}: {reason}"
+
 
 def command(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(help="A directory as Hugging Face lays it out.")],
+    model: Annotated[Path, typer.Argument(help="A directory, or a hub id that is in the cache.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     all_values: Annotated[
         bool, typer.Option("--all-values", help="Compare every weight, not blocks of each.")
@@ -120,8 +134,7 @@ def command(
     not.
     """
     asked = bool(memory_only or step or gpu_memory_gb)
-    if not memory_only:
-        require_startable(model)
+    model = model_folder(model) if memory_only else require_startable(model)
     told = None
     if asked or shutil.which("nvidia-smi"):
         told = told_memory(model, step, gpu_memory_gb, as_json=as_json, required=asked)

@@ -13,13 +13,12 @@ import typer
 
 from apollo_client.command.children import Child, Children
 from apollo_client.command.cores import split_cores
+from apollo_client.command.model_folder import model_folder, why_not_servable
 from apollo_client.command.outcome import WRONG_INPUT, fail, reported_errors
 from apollo_client.connection import find_server
 from apollo_grpc.locations import private_folder, sidecar_address, state_folder
 
 _NAME = "apollo"  # the plugin's, as vLLM knows it
-# Where the training server puts config.json while shards are of two generations.
-_ASIDE = ".config.json.apollo-aside"
 _VLLM = "vllm.entrypoints.openai.api_server"
 # No download, no report to anybody, unless the user's own environment says otherwise.
 _QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -28,7 +27,7 @@ _NEEDED = {"vllm": "'apollo-grpc[vllm]', or [cpu]", "transformers": "'apollo-grp
 
 def command(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(help="A directory as Hugging Face lays it out.")],
+    model: Annotated[Path, typer.Argument(help="A directory, or a hub id that is in the cache.")],
     host: Annotated[str, typer.Option(help="Where vLLM's HTTP API listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Its port.")] = 8000,
 ) -> None:
@@ -36,30 +35,31 @@ def command(
 
     What follows MODEL goes to vLLM: apollo up MODEL --max-model-len 4096
     """
-    require_startable(model)
+    folder = require_startable(model)
+    # A hub id is what callers will ask vLLM for; whatever the user says comes later, and counts.
+    named = [] if folder == model else ["--served-model-name", str(model)]
     with reported_errors():
         private_folder(state_folder())
         # An address of another server's would be trained in silence.
         address = context.obj.address or find_server().address
-        vllm = vllm_child(model, host, port, context.args, sidecar_address())
+        vllm = vllm_child(folder, host, port, [*named, *context.args], sidecar_address())
         trainer = trainer_child(address, sidecar_address())
         status = asyncio.run(Children(vllm, trainer, address).run())
     raise typer.Exit(status)
 
 
-def require_startable(model: Path) -> None:
-    """Ends the command where MODEL is no model directory, or what serves it is not installed."""
-    if (model / _ASIDE).is_file():
-        fail(
-            f"{model}: a sync was cut off, and its shards may be of two generations. Nothing was "
-            f"started; settle it first: apollo-training-server recover {model}",
-            WRONG_INPUT,
-        )
-    if not (model / "config.json").is_file():
-        fail(f"{model} is no model directory: it has no config.json.", WRONG_INPUT)
+def require_startable(model: Path) -> Path:
+    """The directory of MODEL.
+
+    Ends the command where there is none, or what serves it is not installed.
+    """
+    folder = model_folder(model)
+    if why := why_not_servable(folder):
+        fail(why, WRONG_INPUT)
     for module, extra in _NEEDED.items():
         if importlib.util.find_spec(module) is None:
             fail(f"{module} is not installed here: pip install {extra}.", WRONG_INPUT)
+    return folder
 
 
 def vllm_child(model: Path, host: str, port: int, arguments: list[str], sidecar: str) -> Child:

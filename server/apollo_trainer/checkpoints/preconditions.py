@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition
 from apollo_trainer.checkpoints.loaded_files import loaded_files, refuse_twins
 from apollo_trainer.checkpoints.shard_header import ShardHeader
-from apollo_trainer.checkpoints.state_folder import Place
+from apollo_trainer.checkpoints.state_folder import Place, hub_repository
 from apollo_trainer.checkpoints.tensor_file import read_header
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 
@@ -25,6 +26,7 @@ def why_not_synced(place: Place, reader: CheckpointReader) -> str:
         require_directory(place, place.directory)
         refuse_links(place)
         weight_headers(place, reader)
+        _refuse_read_only(place)
     except ApolloError as error:
         return error.message
     except OSError as error:
@@ -41,12 +43,28 @@ def require_directory(place: Place, asked: Path) -> None:
             "local copy of the model to sync it.",
             reason="NOT_A_DIRECTORY",
         )
-    if any(parent.name.startswith("models--") for parent in place.directory.parents):
+    if repository := hub_repository(place.directory):
+        model = repository.name.removeprefix("models--").replace("--", "/")
         raise FailedPrecondition(
-            f"{place.directory.name} lies in a hub cache, whose files other revisions share. "
-            + _WAYS_OUT,
+            f"{model} lies in a hub cache, whose files other revisions share. " + _WAYS_OUT,
             reason="HUB_CACHE",
         )
+
+
+def _refuse_read_only(place: Place) -> None:
+    """Raises FailedPrecondition where the directory or its state folder takes no writes.
+
+    Only to tell it in time: a sync itself asks the disk, which alone is sure.
+    """
+    existing = (folder for folder in (place.state, *place.state.parents) if place.ops.found(folder))
+    for folder in (place.directory, next(existing)):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise FailedPrecondition(
+                f"Nothing can be written to {folder}. Make it writable for the training server"
+                f"{'' if folder == place.directory else ', or name another with --checkpoint-dir'}"
+                "; `apollo checkpoint export FOLDER` writes what was learned elsewhere.",
+                reason="DIRECTORY_NOT_WRITABLE",
+            )
 
 
 def refuse_links(place: Place) -> None:

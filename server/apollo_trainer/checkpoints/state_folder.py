@@ -100,7 +100,16 @@ class Place:
 def place_of(directory: Path, ops: FileOps = FILES, state: Path | None = None) -> Place:
     """The place of a directory; of a link, that of the folder that it points to."""
     resolved = directory.resolve()
-    return Place(resolved, state or resolved.with_name(f".{resolved.name}.apollo"), ops)
+    # Among the snapshots, the hub's tools would take it for a revision that nobody refers to.
+    beside = hub_repository(resolved) or resolved.parent
+    return Place(resolved, state or beside / f".{resolved.name}.apollo", ops)
+
+
+def hub_repository(directory: Path) -> Path | None:
+    """The `models--ORG--NAME` of a hub cache whose snapshot a directory is; None for any other."""
+    snapshots = directory.parent
+    is_one = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    return snapshots.parent if is_one else None
 
 
 def place_under(directory: Path, states: Path | None) -> Place:

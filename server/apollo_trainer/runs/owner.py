@@ -6,7 +6,7 @@ import gc
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +22,8 @@ from apollo_trainer.runs.session import KeptState, Session
 from apollo_trainer.runs.state_saver import StateSaver
 from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.weights.attach import Checks, MapReport, attach
+from apollo_trainer.weights.fixed_values import told_derived
+from apollo_trainer.weights.manifest import Refusal
 from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger(__name__)
@@ -199,6 +201,8 @@ class ModelOwner:
 
     def _refuse(self, error: ApolloError) -> None:
         log.error("not attached: %s (%s)", error.message, error.reason)
+        if isinstance(error, Refusal) and error.tensors:
+            self._show_refused(error.tensors)
         gone = isinstance(error, Unavailable)
         if gone:
             with self._lock:
@@ -215,8 +219,18 @@ class ModelOwner:
             found = status.weight_map
             found.architecture = report.architecture
             found.parameters, found.views = report.parameters, report.views
-            for name, reason in report.refused:
-                found.refused.add(name=name, reason=reason)
+            found.derived.extend(report.derived)
+
+        self._board.update(change)
+
+    def _show_refused(self, tensors: Mapping[str, str]) -> None:
+        """All of them, where the message has a few: one a line, and for who asks for the status."""
+        for name, reason in tensors.items():
+            log.error("%s: %s", name, reason)
+
+        def change(status: status_pb2.ServerStatus) -> None:
+            for name, reason in tensors.items():
+                status.weight_map.refused.add(name=name, reason=reason)
 
         self._board.update(change)
 
@@ -226,7 +240,10 @@ class ModelOwner:
             warnings.append(f"A sync would be refused: {not_synced}")
         for warning in filter(None, warnings):
             log.warning("%s", warning)
-        session.found = " ".join(filter(None, (str(session.attachment.liveness or ""), *warnings)))
+        attachment = session.attachment
+        derived = told_derived(attachment.derived)
+        found = (attachment.plan.parts(), derived, str(attachment.liveness or ""))
+        session.found = " ".join(filter(None, (*found, *warnings)))
 
         def change(status: status_pb2.ServerStatus) -> None:
             status.attachment = status_pb2.ATTACHMENT_STATE_ATTACHED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,17 @@ from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_trainer.weights import manifest as manifests
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, plan_checkpoint
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
-from apollo_trainer.weights.fixed_values import fill_fixed_values
+from apollo_trainer.weights.directory_names import held_names
+from apollo_trainer.weights.fixed_values import (
+    derived_parameters,
+    fill_fixed_values,
+    fix_parameters,
+)
 from apollo_trainer.weights.live_model import fill_with_views, meta_model
 from apollo_trainer.weights.liveness import Liveness, Probed, probe_liveness
 from apollo_trainer.weights.mapping import Mapping, MemoryUse, map_buffers, measure
 from apollo_trainer.weights.producer import Producer
+from apollo_trainer.weights.row_order import reorder_outputs
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.values import require_checkpoint_values
 from apollo_trainer.weights.verify import (
@@ -34,7 +41,6 @@ from apollo_trainer.weights.verify import (
 )
 
 log = logging.getLogger(__name__)
-MAX_NAMED = 5
 # The sidecar grants no longer lease.
 LONGEST_LEASE_SECONDS = 60.0
 RESUMED_POLL_SECONDS = 0.1
@@ -48,13 +54,13 @@ class MapReport:
         architecture: class of the transformers model.
         parameters: of that model, tied ones once.
         views: how many of them are views of vLLM's tensors.
-        refused: name and reason of each that is none.
+        derived: those that are none and stay as they are in the model directory.
     """
 
     architecture: str
     parameters: int
     views: int
-    refused: list[tuple[str, str]]
+    derived: list[str]
 
 
 @dataclass
@@ -66,6 +72,7 @@ class Attachment:
         directory: the model directory that vLLM serves.
         model: transformers model whose parameters are the live weights.
         plan: how parameters make checkpoint tensors.
+        derived: parameters that vLLM computes other values of; they are buffers here.
         producer: the process that owns the memory.
         logprob_difference: between both sides when attached, in nats.
         allowed: how far apart rounding brings right scores, as `verify.allowed`; as last measured.
@@ -82,6 +89,7 @@ class Attachment:
     plan: CheckpointPlan
     mappings: dict[int, Mapping]
     producer: Producer
+    derived: list[str] = field(default_factory=list)
     logprob_difference: float = 0.0
     allowed: torch.Tensor = field(default_factory=lambda: torch.tensor(FLOOR_NATS))
     liveness: Liveness | None = None
@@ -166,17 +174,20 @@ def attach(
             "the folder that holds the model.",
         )
     model = meta_model(manifest.model)
-    plan = plan_checkpoint(model)
+    plan = plan_checkpoint(model, held_names(Path(manifest.model)))
     answer = sidecar.trace(plan.request(manifest.epoch))
-    refused = [(parameter.name, parameter.reason) for parameter in answer.refused]
-    traced(MapReport(type(model).__name__, len(plan.roots), len(answer.views), refused))
+    derived = derived_parameters(plan, {each.name for each in answer.refused if each.computed})
+    traced(MapReport(type(model).__name__, len(plan.roots), len(answer.views), derived))
+    refused = {each.name: each.reason for each in answer.refused if each.name not in derived}
     _require_all_views(refused, len(plan.roots))
+    plan = fix_parameters(model, plan, derived)
     views = manifests.check_views(list(answer.views), regions, plan.roots)
     # Only now: what is refused above was never mapped.
     mappings = map_buffers(manifest.buffers)
     tensors = {name: mappings[live.buffer_id].view(live) for name, live in views.items()}
     fill_with_views(model, plan, tensors)
-    fill_fixed_values(model, plan, Path(manifest.model))
+    fill_fixed_values(model, plan, Path(manifest.model), derived)
+    plan = reorder_outputs(model, plan, views)
     attachment = Attachment(
         manifest.epoch,
         manifest.model,
@@ -186,6 +197,7 @@ def attach(
         plan,
         mappings,
         producer,
+        derived,
     )
     _require_no_copies(attachment)
     tokens = probe_tokens(model, attachment.max_model_len)
@@ -224,14 +236,18 @@ def attach(
     return attachment
 
 
-def _require_all_views(refused: list[tuple[str, str]], total: int) -> None:
+def _require_all_views(refused: dict[str, str], total: int) -> None:
+    """The commonest reason stands for all: a user reads one cause, and mends one at a time."""
     if not refused:
         return
-    named = "; ".join(f"{name}: {reason}" for name, reason in refused[:MAX_NAMED])
-    more = f"; and {len(refused) - MAX_NAMED} more" if len(refused) > MAX_NAMED else ""
+    causes = Counter(refused.values())
+    ((cause, _),) = causes.most_common(1)
+    others = f" (one of {len(causes)} reasons)" if len(causes) > 1 else ""
     raise manifests.refusal(
         "PARAMETER_REFUSED",
-        f"{len(refused)} of {total} parameters are no views of vLLM's weights ({named}{more}).",
+        f"{len(refused)} of {total} parameters are no views of vLLM's weights, because "
+        f"{manifests.shortened(cause)}{others}: {manifests.named(refused)}.",
+        refused,
     )
 
 

@@ -31,6 +31,14 @@ class CheckpointReader:
         root = planned.root if planned else self._plan.tied.get(name)
         return self._parameters[root] if root else None
 
+    def tied_to(self, name: str) -> set[str]:
+        """Other names of a weight that several modules share; empty for one that is not tied."""
+        planned, tied = self._planned.get(name), self._plan.tied
+        root = planned.root if planned else tied.get(name)
+        seconds = {second for second, first in tied.items() if first == root}
+        firsts = {tensor.name for tensor in self._plan.tensors if tensor.root == root}
+        return (seconds | firsts) - {name} if seconds else set()
+
     def outline(self, name: str) -> torch.Tensor | None:
         """Shape and dtype of what `read` returns, as a tensor without values."""
         if planned := self._planned.get(name):

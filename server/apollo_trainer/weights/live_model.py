@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
-from apollo_trainer.weights.checkpoint_plan import CheckpointPlan
+from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, tied_parameters
 from apollo_trainer.weights.manifest import refusal
 
 
 def meta_model(directory: str) -> Any:
-    """The model of a directory without its weights.
+    """The text model of a directory without its weights, and without its towers.
 
     Raises FailedPrecondition when transformers has no class for it, or it is quantised.
     """
@@ -25,12 +30,34 @@ def meta_model(directory: str) -> Any:
         capped = getattr(text, "attn_logit_softcapping", None)
         chosen = {"attn_implementation": "eager"} if capped else {}
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **chosen)  # type: ignore[no-untyped-call]
+            return _text_model(config, **chosen)
     except (OSError, ValueError, KeyError) as error:
         raise refusal(
             "MODEL_UNSUPPORTED",
             f"transformers cannot build the model that vLLM serves ({type(error).__name__}).",
         ) from error
+
+
+def _text_model(config: Any, **chosen: str) -> Any:
+    text = config.get_text_config()
+    if text is config or type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM.from_config(text, **chosen)  # type: ignore[no-untyped-call]
+    model = AutoModelForImageTextToText.from_config(config, **chosen)  # type: ignore[no-untyped-call]
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if head is None or not isinstance(decoder.config, type(text)):
+        raise ValueError("what of the model is its text part cannot be told")
+    _remove_towers(model, {*decoder.parameters(), *head.parameters()})
+    return model
+
+
+def _remove_towers(module: torch.nn.Module, kept: set[torch.nn.Parameter]) -> None:
+    """A tower would have optimizer state and no gradient, and vLLM may not have loaded it."""
+    for name, child in list(module.named_children()):
+        parameters = set(child.parameters())
+        if parameters and not parameters & kept:
+            setattr(module, name, None)
+        else:
+            _remove_towers(child, kept)
 
 
 def fill_with_views(model: Any, plan: CheckpointPlan, views: dict[str, torch.Tensor]) -> None:
@@ -43,7 +70,8 @@ def fill_with_views(model: Any, plan: CheckpointPlan, views: dict[str, torch.Ten
     Raises FailedPrecondition when a parameter or buffer is left without memory.
     """
     parameters = {name: torch.nn.Parameter(view) for name, view in views.items()}
-    parameters |= {name: parameters[first] for name, first in plan.tied.items()}
+    tied = tied_parameters(model)
+    parameters |= {name: parameters[first] for name, first in tied.items() if first in parameters}
     model.load_state_dict(parameters, strict=False, assign=True)
     model.tie_weights()
     _give_buffers_memory(model)

@@ -6,8 +6,10 @@ A wrong manifest is refused as a whole: a view out of bounds writes into someone
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,8 @@ DTYPES = {
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
 }
 MAX_ELEMENTS = 2**48
+MAX_NAMED = 3
+MAX_CAUSE = 200
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class LiveView:
 
     Attributes:
         tensor: vLLM's tensor that holds it.
+        rows: which row of the parameter each of the view's is; empty where they are in order.
     """
 
     name: str
@@ -37,6 +42,7 @@ class LiveView:
     buffer_id: int
     offset_bytes: int
     tensor: str
+    rows: tuple[int, ...] = ()
 
     @property
     def end_bytes(self) -> int:
@@ -59,9 +65,43 @@ class Region(NamedTuple):
     alias_group: int
 
 
-def refusal(reason: str, message: str) -> FailedPrecondition:
-    """The error that keeps a model from being trained; nothing was written."""
-    return FailedPrecondition(f"{message} Nothing was written.", reason=reason)
+class Refusal(FailedPrecondition):
+    """What keeps a model from being trained; nothing was written.
+
+    Attributes:
+        tensors: all that it is about, by name, each with its reason; the message names a few.
+    """
+
+    def __init__(self, message: str, reason: str, tensors: Mapping[str, str]):
+        super().__init__(message, reason=reason)
+        self.tensors = dict(tensors)
+
+
+def refusal(
+    reason: str, message: str, tensors: Mapping[str, str] = MappingProxyType({})
+) -> Refusal:
+    """The error that keeps a model from being trained.
+
+    Args:
+        message: the cause and what to do, in a sentence each; of `tensors` it holds `named`.
+        tensors: as `Refusal` has them.
+    """
+    return Refusal(f"{message} Nothing was written.", reason, tensors)
+
+
+def named(names: Collection[str]) -> str:
+    """Three of these names at most, and how many more there are, and where."""
+    first = ", ".join(list(names)[:MAX_NAMED])
+    more = len(names) - MAX_NAMED
+    if more <= 0:
+        return first
+    return f"{first} and {more} more (the server's log and `apollo doctor --json` have all)"
+
+
+def shortened(cause: str) -> str:
+    """The first sentence of a cause that others worded, cut where it is a long one."""
+    sentence = cause.partition("\n")[0].partition(". ")[0].rstrip(".")
+    return sentence if len(sentence) <= MAX_CAUSE else f"{sentence[: MAX_CAUSE - 3]}..."
 
 
 def check_manifest(manifest: pb.WeightManifest, epoch: str) -> dict[str, Region]:
@@ -177,8 +217,17 @@ def _check_view(
             f"weights of {', '.join(DTYPES)} can be trained.",
         )
     live = LiveView(
-        view.name, DTYPES[view.dtype], shape, stride, view.buffer_id, view.offset_bytes, view.tensor
+        view.name,
+        DTYPES[view.dtype],
+        shape,
+        stride,
+        view.buffer_id,
+        view.offset_bytes,
+        view.tensor,
+        tuple(view.rows),
     )
+    if live.rows and (not shape or sorted(live.rows) != list(range(shape[0]))):
+        raise refusal("MAP_INVALID", f"The sidecar maps a row of {view.name} twice, or not at all.")
     if not all(0 <= s < MAX_ELEMENTS for s in stride) or not 0 < live.numel < MAX_ELEMENTS:
         raise refusal("MAP_INVALID", f"The sidecar maps {view.name} with impossible strides.")
     if region is None or live.offset_bytes % live.dtype.itemsize or not _within(live, region):

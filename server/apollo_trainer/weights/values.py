@@ -15,37 +15,40 @@ from safetensors import SafetensorError, safe_open
 
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader, same_bytes
 from apollo_trainer.weights.loaded_files import loaded_shards
-from apollo_trainer.weights.manifest import refusal
+from apollo_trainer.weights.manifest import named, refusal
 
 BLOCKS = 6  # of each tensor, unless all of it is compared: both ends, and some between
 BLOCK_ELEMENTS = 4096
 SEED = 20412
-MAX_NAMED = 3
+# Weights that are not read: an unpickled one could run what it likes, and GGUF is quantised.
+_UNREAD = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 
 def require_checkpoint_values(directory: Path, reader: CheckpointReader, everything: bool) -> int:
     """Compares live weights with the directory's safetensors; returns the elements compared.
 
     A tensor of another dtype on disk is converted first, as vLLM does when it loads. Other formats
-    than safetensors are not read: they would be unpickled.
+    than safetensors are not read.
 
     Args:
         everything: compare every element instead of seeded blocks of each tensor.
 
-    Raises FailedPrecondition that names the tensor which differs, or which no file holds.
+    Raises Refusal of the tensors that differ, or that no file holds.
     """
-    compared, names = 0, set[str]()
+    compared, found = 0, dict[str, str]()
     for shard in _loaded(directory):
         try:
             with safe_open(shard, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    compared += _require_equal(file, shard.name, name, reader, everything)
-                    names.add(name)
+                    elements, how = _compare(file, name, reader, everything)
+                    found[name] = f"{how} in {shard.name}" if how else ""
+                    compared += elements
         except (SafetensorError, OSError) as error:
             raise refusal(
                 "CHECKPOINT_UNREADABLE", f"{shard.name} of the model directory: {error}."
             ) from error
-    _require_all(directory, reader.missing_from(names))
+    _require_none_differ(found, reader)
+    _require_all(directory, reader.missing_from(set(found)))
     return compared
 
 
@@ -61,40 +64,64 @@ def _require_all(directory: Path, missing: list[str]) -> None:
     """What was compared with nothing may be anything."""
     if not missing:
         return
-    named = ", ".join(missing[:MAX_NAMED]) + (" and others" if missing[MAX_NAMED:] else "")
+    unread = sorted(path.name for path in directory.iterdir() if path.suffix in _UNREAD)
+    others = f" (it has {named(unread)}, which {_is_or_are(unread)} not read)" if unread else ""
     raise refusal(
         "VALUES_NOT_COMPARED",
-        f"No safetensors file of {directory} holds {named} by that name, so that it is not known "
-        "whether vLLM loaded its weights from there. Serve a directory as transformers saves it "
-        "(save_pretrained), or start the training server with --no-check-values if you know that "
-        "they are its weights.",
+        f"No safetensors file of {directory}{others} holds {named(missing)}, so that it is not "
+        "known whether vLLM loaded its weights from there. Serve a directory as transformers "
+        "saves it (save_pretrained), or start the training server with --no-check-values if you "
+        "know that they are its weights.",
+        dict.fromkeys(missing, "no safetensors file holds it by that name"),
     )
 
 
-def _require_equal(
-    file: Any, shard: str, name: str, reader: CheckpointReader, everything: bool
-) -> int:
+def _is_or_are(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _compare(file: Any, name: str, reader: CheckpointReader, everything: bool) -> tuple[int, str]:
+    """Elements that were compared, and what is wrong with the tensor; empty where nothing is."""
     live = reader.read(name)
     if live is None:
-        return 0
-    on_disk = file.get_slice(name)
+        return 0, ""
+    on_disk, compared = file.get_slice(name), 0
     if tuple(on_disk.get_shape()) != tuple(live.shape):
-        raise _differs(name, shard, f"has the shape {on_disk.get_shape()} there")
-    compared = 0
+        return 0, f"has the shape {on_disk.get_shape()}"
     for block in [...] if everything else _blocks(name, tuple(live.shape)):
         ours, theirs = live[block].cpu(), on_disk[block].to(live.dtype)
         if not same_bytes(ours, theirs):
-            raise _differs(name, shard, "holds other values there")
+            return compared, "holds other values"
         compared += ours.numel()
-    return compared
+    return compared, ""
 
 
-def _differs(name: str, shard: str, how: str) -> Exception:
-    return refusal(
+def _require_none_differ(found: dict[str, str], reader: CheckpointReader) -> None:
+    """Args: found: each tensor of the files, and what is wrong with it."""
+    differing = {name: how for name, how in found.items() if how}
+    if not differing:
+        return
+    same = found.keys() - differing.keys()
+    for name in differing if len(differing) == 1 else ():
+        if twins := same & reader.tied_to(name):
+            raise _untied(name, min(twins), differing)
+    raise refusal(
         "VALUES_DIFFER",
-        f"The checkpoint tensor {name} ({shard}) {how} than where vLLM's weights were mapped. "
-        "Either the directory changed after vLLM loaded it (restart vLLM), or vLLM keeps this "
-        "weight in a form that cannot be trained.",
+        f"{len(differing)} of {len(found)} tensors of the model directory are not what vLLM's "
+        f"weights were mapped as: {named([f'{name} ({how})' for name, how in differing.items()])}. "
+        "Either the directory changed after vLLM loaded it (restart vLLM), or vLLM keeps these "
+        "weights in a form that cannot be trained.",
+        differing,
+    )
+
+
+def _untied(name: str, served: str, differing: dict[str, str]) -> Exception:
+    return refusal(
+        "TIED_WEIGHTS_DIFFER",
+        f"config.json ties {name} to {served} (tie_word_embeddings), but the files hold other "
+        f"values for it, which vLLM does not serve. Set that to false if {name} is a weight of its "
+        "own, or else take it out of the files; then restart vLLM.",
+        differing,
     )
 
 

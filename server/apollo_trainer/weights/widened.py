@@ -6,9 +6,11 @@ distance of the training model from itself in wider floats, on the same weights 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -39,6 +41,15 @@ class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, wide: torch.dtype):
         super().__init__()  # type: ignore[no-untyped-call]
         self._wide, self._narrow = wide, _NARROW[wide]
+        self._convolutions = _Convolutions(self._widen)
+
+    def __enter__(self) -> Self:
+        self._convolutions.__enter__()  # type: ignore[no-untyped-call]
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._convolutions.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -74,6 +85,22 @@ class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _wider_dtype(self, value: Any) -> Any:
         return self._wide if isinstance(value, torch.dtype) and value in self._narrow else value
+
+
+class _Convolutions(TorchFunctionMode):
+    """Widens what a convolution is given, whose dtypes torch compares before any operator."""
+
+    def __init__(self, widen: Callable[[Any], Any]):
+        super().__init__()
+        self._widen = widen
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Calls `func`."""
+        if func is torch.conv1d:
+            args, kwargs = tree_map(self._widen, args), tree_map(self._widen, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def _is_large(value: Any) -> bool:

@@ -34,6 +34,16 @@ def test_an_attached_model_is_supported_with_its_figures():
     assert diagnosis.lines()[-2].split() == ["detail", "mapped"]
 
 
+def test_derived_parameters_are_named():
+    found = status(status_pb2.ATTACHMENT_STATE_ATTACHED, "mapped; A_log is not trained")
+    found.weight_map.derived.extend(["h.0.A_log", "h.1.A_log"])
+    diagnosis = Diagnosis("/m")
+    diagnosis.take(found)
+    assert (diagnosis.supported, diagnosis.refused) == (True, [])
+    assert diagnosis.derived == ["h.0.A_log", "h.1.A_log"]
+    assert any("A_log is not trained" in line for line in diagnosis.lines())
+
+
 def test_each_refused_parameter_is_named_with_its_reason():
     found = status(status_pb2.ATTACHMENT_STATE_REFUSED, "1 of 13 parameters are no views")
     found.weight_map.views = 12
@@ -43,6 +53,34 @@ def test_each_refused_parameter_is_named_with_its_reason():
     assert (diagnosis.supported, diagnosis.max_logprob_difference) == (False, None)
     assert diagnosis.refused == [{"name": "h.0.qkv.weight", "reason": REASON}]
     assert f"refused      h.0.qkv.weight: {REASON}" in diagnosis.lines()
+
+
+def test_of_many_refused_parameters_three_are_printed_and_the_json_has_all():
+    found = status(status_pb2.ATTACHMENT_STATE_REFUSED, "109 of 109 parameters are no views")
+    names = [f"h.{n}.weight" for n in range(109)]
+    for name in names:
+        found.weight_map.refused.add(name=name, reason=REASON)
+    diagnosis = Diagnosis("/m")
+    diagnosis.take(found)
+    lines = diagnosis.lines()
+    assert [line for line in lines if REASON in line] == [
+        f"refused      {name}: {REASON}" for name in names[:3]
+    ]
+    assert "refused      and 106 more, all of which --json tells" in lines
+    assert "verdict      109 of 109 parameters are no views" in lines
+    assert [refused["name"] for refused in asdict(diagnosis)["refused"]] == names
+
+
+def test_a_long_reason_of_a_tensor_is_cut_and_the_json_has_all_of_it():
+    found = status(status_pb2.ATTACHMENT_STATE_REFUSED, "1 of 13 parameters are no views")
+    reason = "no module named 'model'; the available ones are " + "layers.0.weight, " * 200
+    found.weight_map.refused.add(name="norm.weight", reason=reason)
+    diagnosis = Diagnosis("/m")
+    diagnosis.take(found)
+    (line,) = [line for line in diagnosis.lines() if line.startswith("refused")]
+    assert "norm.weight: no module named 'model'" in line
+    assert len(line) < 250
+    assert asdict(diagnosis)["refused"] == [{"name": "norm.weight", "reason": reason}]
 
 
 def test_a_model_that_is_refused_as_a_whole_gives_the_servers_reason():
