@@ -23,13 +23,11 @@ from measure import (
     Effort,
     Weights,
     copy_bandwidth,
-    drop_gradients,
     free,
     give_gradients,
     gradient_bytes,
     make_weights,
     measure_factors,
-    measure_layers,
     measure_steps,
     state_bytes,
 )
@@ -110,9 +108,6 @@ def _measured(
         return _measure(contender, weights, effort, device)
     except (NotImplementedError, ValueError, Unavailable, torch.OutOfMemoryError) as error:
         return {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    finally:
-        if contender.layers:
-            drop_gradients(weights)
 
 
 def _measure(
@@ -120,9 +115,7 @@ def _measure(
 ) -> dict[str, Any]:
     optimizer, renew = contender.make(weights), contender.refresh
     refresh = None if renew is None else lambda: renew(optimizer)
-    if contender.layers:
-        row = measure_layers(optimizer, weights, effort, device)
-    elif contender.tokens:
+    if contender.tokens:
         row = measure_factors(optimizer, weights, contender.tokens, refresh, effort, device)
     else:
         give_gradients(weights)

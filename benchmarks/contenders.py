@@ -38,7 +38,6 @@ class Contender:
     family: str
     rank: int | None = None
     refresh: Callable[[Optimizer], None] | None = None
-    layers: bool = False
     tokens: int = 0
 
 
@@ -53,7 +52,7 @@ def contenders() -> list[Contender]:
         rows.append(_apollo_torch_row(rank, variant))
     for impl in ("reference", "fused"):
         rows += [_apollo_row(rank, variant, impl) for rank, variant in RANKS]
-    return [*rows, _factors_row(64), _factors_row(256), _layers_row()]
+    return [*rows, _factors_row(64), _factors_row(256)]
 
 
 def _torch(kind: Callable[..., Optimizer], weights: Weights, **options: Any) -> Optimizer:
@@ -85,13 +84,6 @@ def _refresh(optimizer: Optimizer) -> None:
 def _factors_row(rank: int) -> Contender:
     row = _apollo_row(rank, "channel", "fused")
     return replace(row, name=f"Apollo factors {_label(rank, 'channel')}", tokens=TOKENS)
-
-
-def _layers_row() -> Contender:
-    def make(weights: Weights) -> Optimizer:
-        return _apollo(weights, 64, "channel", "fused")
-
-    return replace(_apollo_row(64, "channel", "layer by layer"), make=make, layers=True)
 
 
 def _apollo_torch_row(rank: int, variant: str) -> Contender:

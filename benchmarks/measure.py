@@ -182,33 +182,6 @@ def measure_factors(
     return row
 
 
-def measure_layers(
-    optimizer: Any, weights: Weights, effort: Effort, device: torch.device
-) -> dict[str, Any]:
-    """A step in which each gradient exists only while its own parameter is stepped.
-
-    The times include making the gradients, which stand for those of a backward pass.
-    """
-    drop_gradients(weights)
-    # Before the first step, so that what the optimizer keeps beside its state is counted too.
-    lasting = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-    def one_step() -> None:
-        optimizer.begin_step()
-        for p in weights.values():
-            p.grad = torch.empty_like(p).normal_(0.0, GRADIENT_STD)
-            if optimizer.step_param(p):
-                p.grad = None
-        optimizer.end_step()
-
-    row = measure_steps(one_step, None, effort, device)
-    largest = max(p.nbytes for p in weights.values())
-    row["largest_gradient_bytes"] = largest
-    row["peak_allowed_bytes"] = largest + 64 * 10**6
-    row["peak_extra_bytes"] = _peak(device, lasting)
-    return row
-
-
 def _start_peak(device: torch.device) -> int:
     if device.type != "cuda":
         return 0

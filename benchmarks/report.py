@@ -54,8 +54,7 @@ def complete(rows: list[Row], window: int) -> None:
         if "ms_refresh" in row:
             row["ms_window_average"] = ((window - 1) * row["ms"] + row["ms_refresh"]) / window
         same = (row["dtype"], row["rank"])
-        # The layer-by-layer row's time includes making gradients: there is nothing to compare.
-        if row["family"] == "apollo" and "peak_allowed_bytes" not in row and same in theirs:
+        if row["family"] == "apollo" and same in theirs:
             row["ratio_to_apollo_torch"] = row["ms"] / theirs[same]
 
 
@@ -67,7 +66,6 @@ def table(result: dict[str, Any]) -> str:
         lines += ["", f"{dtype}: floor {_floors(rows)}"]
         lines.append(f"{'':{WIDTH}}" + "".join(f"{name:>14}" for name, _ in COLUMNS))
         lines += [_line(row) for row in rows]
-    lines += [_layer_line(row) for row in result["rows"] if "peak_allowed_bytes" in row]
     return "\n".join([*lines, "", NOTES])
 
 
@@ -94,13 +92,3 @@ def _line(row: Row) -> str:
     if "skipped" in row:
         return f"{row['name']:{WIDTH}}  skipped: {row['skipped']}"
     return f"{row['name']:{WIDTH}}" + "".join(f"{show(row):>14}" for _, show in COLUMNS)
-
-
-def _layer_line(row: Row) -> str:
-    over = _scaled("peak_extra_bytes", 1e-6, 1)(row) or "not measured"
-    allowed = row["peak_allowed_bytes"] / 1e6
-    return (
-        f"\n{row['name']} ({row['dtype']}, impl {row['impl']}): its times include making the "
-        f"gradients; peak over what weights and state hold before the first step, MB: {over}; "
-        f"largest gradient + 64 MB: {allowed:.1f}"
-    )

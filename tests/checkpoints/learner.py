@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -60,10 +62,11 @@ class Learner:
     def fail_halfway(self, number: int) -> None:
         """A step that writes some parameters and then raises."""
         self.backward(number)
-        self.optimizer.begin_step()
-        for parameter in list(self.parameters.values())[:5]:
-            self.optimizer.step_param(parameter)
-        self.optimizer.abandon_step()
+        for parameter in list(self.parameters.values())[5:]:
+            parameter.grad = None
+        failing = patch.object(self.optimizer, "_end", side_effect=InterruptedError)
+        with failing, pytest.raises(InterruptedError):
+            self.optimizer.step()
 
     def state(self) -> ModelState:
         return capture(self.parameters, self.optimizer)

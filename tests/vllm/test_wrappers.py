@@ -19,11 +19,16 @@ from apollo_trainer.weights.sidecar import Sidecar
 from tests import programs
 from tests.vllm.conftest import Stack
 from tests.vllm.proof import prove
-from tests.vllm.wrappers import WRAPPERS, add_processor
+from tests.vllm.wrappers import (
+    STAND_IN,
+    WITHOUT_TOWER,
+    WRAPPERS,
+    add_processor,
+    stand_in_for_torchvision,
+)
 
 pytestmark = pytest.mark.vllm
 APOLLO = str(Path(sys.executable).with_name("apollo"))
-STAND_IN = str(Path(__file__).parent / "stand_in")
 
 
 class WrapperStack(Stack):
@@ -60,13 +65,6 @@ def digests(directory: Path) -> dict[str, str]:
     }
 
 
-def stand_in_for_torchvision() -> None:
-    """In vLLM's process, before it begins, and in the one in which it looks at a model's class."""
-    sys.path.insert(0, STAND_IN)
-    os.environ["PYTHONPATH"] = STAND_IN
-
-
-WITHOUT_TOWER = "--language-model-only"
 CASES = [
     pytest.param(("gemma3",), id="gemma3-with-its-tower"),
     pytest.param(("qwen3_5", WITHOUT_TOWER), id="qwen3_5"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,6 +138,18 @@ WRAPPERS = {
         rest=("vision_tower", "multi_modal_projector"),
     ),
 }
+
+
+WITHOUT_TOWER = "--language-model-only"
+STAND_IN = str(Path(__file__).parent / "stand_in")
+# As the sweep calls them, beside the families of text alone.
+SWEPT = {f"{name}_wrapper": wrapper for name, wrapper in WRAPPERS.items()}
+
+
+def stand_in_for_torchvision() -> None:
+    """In vLLM's process, before it begins, and in the one in which it looks at a model's class."""
+    sys.path.insert(0, STAND_IN)
+    os.environ["PYTHONPATH"] = STAND_IN
 
 
 def add_processor(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -119,6 +120,13 @@ async def test_watchers_are_woken_one_after_the_other_and_all_of_them(
             await watcher.wait(30)
             found[number] += sequences(taken(watcher))
 
+    loop, pauses = asyncio.get_running_loop(), list[Callable[[], None]]()
+    later = loop.call_later
+
+    def end_by_hand(rest: float, callback: Any, *args: Any) -> Any:
+        return pauses.append(callback) if callback == ring._wake else later(rest, callback, *args)
+
+    monkeypatch.setattr(loop, "call_later", end_by_hand)
     watching = [asyncio.create_task(watch(number)) for number in range(100)]
     await asyncio.sleep(0)
     board.publish(step(1))
@@ -127,6 +135,10 @@ async def test_watchers_are_woken_one_after_the_other_and_all_of_them(
         await asyncio.sleep(0)
     assert sum(map(bool, found.values())) == (1 if seconds == 1 else 10)
     board.publish(step(2))
+    while not all(task.done() for task in watching):
+        while pauses:
+            pauses.pop()()
+        await asyncio.sleep(0)
     await asyncio.gather(*watching)
     assert found == {number: [1, 2] for number in range(100)}
 
