@@ -110,15 +110,16 @@ def take_step(
     the weights and the optimizer are as before the step.
     """
     while True:
-        step = _Step(model, optimizer, samples, policy, before_batch, passes)
+        step = None
         try:
+            step = _Step(model, optimizer, samples, policy, before_batch, passes)
             return _taken(step)
         except OutOfMemory:
             if passes is not None and passes.let_go():
                 # Graphs of other steps held what this one needs.
                 passes = None
                 continue
-            half = _half(step.batches)
+            half = _half(step.batches) if step else 0
             if not half:
                 raise
             log.warning("no memory for micro-batches of %d tokens: half are tried", 2 * half)
