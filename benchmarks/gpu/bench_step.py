@@ -32,7 +32,7 @@ from apollo_trainer.memory_command import memory_of
 from apollo_trainer.training.needs import StepShape
 from benchmarks import machine
 from benchmarks.gpu import stack
-from benchmarks.gpu.models import SHAPES, VOCABULARY, write_shape
+from benchmarks.gpu.models import SHAPES, VOCABULARY, served_with, write_shape
 from benchmarks.gpu.plain import plain
 from benchmarks.gpu.stack import Stack
 
@@ -62,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-step-", dir="/dev/shm") as folder:
         model = write_shape(asked.shape, Path(folder) / "model", seed=1)
         torch.cuda.empty_cache()
-        result["product"] = product(model, Path(folder), asked.cases)
+        result["product"] = product(model, Path(folder), asked.cases, served_with(asked.shape))
         if not asked.no_plain:
             alone = [case for case in asked.cases if CASES[case][2] == 1]
             result["plain"] = plain(model, {c: samples(*CASES[c], seed=7)[0] for c in alone})
@@ -71,10 +71,10 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def product(model: Path, folder: Path, cases: list[str]) -> dict[str, Any]:
+def product(model: Path, folder: Path, cases: list[str], others: tuple[str, ...]) -> dict[str, Any]:
     """Through the training server, beside vLLM."""
     at = stack.VLLM.index("--max-model-len") + 1
-    options = (*stack.VLLM[:at], str(MAX_MODEL_LEN), *stack.VLLM[at + 1 :])
+    options = (*stack.VLLM[:at], str(MAX_MODEL_LEN), *stack.VLLM[at + 1 :], *others)
     with Stack(model, folder, options) as running:
         rows = dict[str, Any]()
         for number, case in enumerate(cases):

@@ -12,7 +12,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
+    Qwen3_5Config,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -67,11 +69,60 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }
 
 
+# Of text alone; --gdn-prefill-backend is vLLM 0.26's, whose default wants FlashInfer.
+WRAPPED = ("--language-model-only", "--gdn-prefill-backend", "triton")
+
+
+def _qwen3_5(**text: int) -> Any:
+    """A wrapper as published, with a tower of one small layer, which nothing here asks for."""
+    tower = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
+    return Qwen3_5Config(
+        text_config={
+            "vocab_size": 248_320,
+            "head_dim": 256,
+            "num_key_value_heads": 4,
+            "eos_token_id": 0,
+            **text,
+        },
+        vision_config=tower | {"out_hidden_size": text["hidden_size"]},
+        tie_word_embeddings=False,
+    )
+
+
+SHAPES |= {
+    "qwen3.5-1b": lambda: _qwen3_5(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        linear_num_value_heads=16,
+        linear_num_key_heads=8,
+    ),
+    # 26.9e9 parameters in its text part, which is what is published of Qwen3.5-27B's.
+    "qwen3.5-27b": lambda: _qwen3_5(
+        hidden_size=5120,
+        intermediate_size=17_408,
+        num_hidden_layers=64,
+        num_attention_heads=24,
+        linear_num_value_heads=48,
+        linear_num_key_heads=16,
+    ),
+}
+
+
+def served_with(shape: str) -> tuple[str, ...]:
+    """What vLLM is told beside its defaults."""
+    return WRAPPED if hasattr(SHAPES[shape](), "text_config") else ()
+
+
 def write_shape(name: str, folder: Path, seed: int) -> Path:
     """A model directory in bf16, with a tokenizer that has a word for each token id."""
     torch.manual_seed(seed)
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=torch.bfloat16)
+        config = SHAPES[name]()
+        wraps = hasattr(config, "text_config")
+        kind = AutoModelForImageTextToText if wraps else AutoModelForCausalLM
+        model = kind.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     words = {f"t{token}": token for token in range(VOCABULARY)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="t0"))

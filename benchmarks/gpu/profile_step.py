@@ -59,7 +59,8 @@ def made(shape: str) -> Any:
     """A model of random weights on the GPU, in bfloat16."""
     torch.manual_seed(1)
     with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16).eval()
+        config = SHAPES[shape]().get_text_config()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def samples(context: int, learned: int, count: int) -> list[TokenizedSample]:

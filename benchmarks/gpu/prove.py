@@ -30,8 +30,8 @@ from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.verify import log_probabilities
 from apollo_trainer.weights.written import require_written_is_live
 from benchmarks import machine
-from benchmarks.gpu.models import SHAPES, VOCABULARY, write_shape
-from benchmarks.gpu.stack import Stack
+from benchmarks.gpu.models import SHAPES, VOCABULARY, served_with, write_shape
+from benchmarks.gpu.stack import VLLM, Stack
 
 SEED = 20412
 EPOCHS = 30
@@ -153,7 +153,7 @@ def prove(shape: str, folder: Path) -> dict[str, Any]:
     context, continuation = tokens(CONTEXT, 1), tokens(CONTINUATION, 2)
     sample = {"context_ids": context, "continuation_ids": continuation}
     prompts = {"trained": context + continuation, "other": tokens(200, 3)}
-    with Stack(model, folder) as stack:
+    with Stack(model, folder, (*VLLM, *served_with(shape))) as stack:
         result["seconds_to_ready"] = round(time.perf_counter() - written, 1)
         result["seconds_to_write_model"] = round(written - began, 1)
         result["mapping"] = measure_mapping(stack)
