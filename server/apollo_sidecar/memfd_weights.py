@@ -25,6 +25,8 @@ from apollo_sidecar.live_weights import (
 
 # A cache line and more; every dtype's alignment divides it.
 ALIGNMENT_BYTES = 256
+# By the `_cdata` of their storage.
+Views = dict[int, list[torch.Tensor]]
 
 
 class MemfdWeights(LiveWeights):
@@ -37,23 +39,25 @@ class MemfdWeights(LiveWeights):
         path = f"/proc/self/fd/{self._fd}"
         shared: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
         self.storages = [shared]
+        views = _unregistered(model)
         self.tensors = [
             entry
             for offset, group in zip(offsets, groups, strict=True)
-            for entry in self._move(offset, group)
+            for entry in self._move(offset, group, views)
         ]
         _release_freed_memory()
 
-    def _move(self, offset: int, group: Group) -> list[LiveTensor]:
+    def _move(self, offset: int, group: Group, views: Views) -> list[LiveTensor]:
         """Copies one old storage into the buffer and points its tensors there."""
         old = group[0][1].untyped_storage()
         _bytes(self.storages[0], offset, old.nbytes()).copy_(_bytes(old, 0, old.nbytes()))
         # All entries first: a tied parameter is listed by each of its names, and once it has
         # moved, its offset is no longer that of the old storage.
-        entries = [live_tensor(name, tensor, offset, 0) for name, tensor in group]
-        for entry, (_, tensor) in zip(entries, group, strict=True):
+        moved = [*group, *(("", view) for view in views.get(old._cdata, ()))]
+        entries = [live_tensor(name, tensor, offset, 0) for name, tensor in moved]
+        for entry, (_, tensor) in zip(entries, moved, strict=True):
             tensor.data = self.view(entry)
-        return entries
+        return entries[: len(group)]
 
     def view(self, entry: LiveTensor) -> torch.Tensor:
         """The live tensor itself, of the entry's shape and dtype."""
@@ -66,6 +70,19 @@ class MemfdWeights(LiveWeights):
         inode = os.fstat(self._fd).st_ino
         handle = pb.MemfdHandle(pid=os.getpid(), fd=self._fd, inode=inode)
         return [pb.Buffer(buffer_id=0, size_bytes=self.size_bytes, memfd=handle)]
+
+
+def _unregistered(model: torch.nn.Module) -> Views:
+    """Tensors that modules keep as plain attributes, which may be views of weights.
+
+    Left behind, they would be copies: latent attention decodes with such (vLLM 0.26).
+    """
+    views: Views = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor):
+                views.setdefault(value.untyped_storage()._cdata, []).append(value)
+    return views
 
 
 def _release_freed_memory() -> None:

@@ -4,7 +4,8 @@ Each is refused by the name of the flag that brought it about: mapped all the sa
 would be trained without effect, or read and written where they no longer are.
 
 Read in vLLM 0.26 and 0.32: config/{model,parallel,lora,offload}.py, model_executor/layers/
-fused_moe/unquantized_fused_moe_method.py and its oracle.
+fused_moe/unquantized_fused_moe_method.py and its oracle; in 0.32 also model_executor/layers/
+attention/mla_attention.py and v1/attention/backends/mla/{cpu,amx}_mla.py.
 """
 
 from __future__ import annotations
@@ -59,12 +60,6 @@ _REFUSALS = (
         lambda c: getattr(c.model_config, "enable_sleep_mode", False),
         "--enable-sleep-mode puts the weights into memory of the cumem allocator, which cannot be "
         "shared; start vLLM without it",
-    ),
-    _Refusal(
-        "LATENT_ATTENTION",
-        lambda c: getattr(c.model_config, "use_mla", False),
-        "latent attention (MLA) computes with matrices derived from the weights after loading; "
-        "with VLLM_MLA_DISABLE=1 it does not, and both sides can be compared",
     ),
     _Refusal(
         "LORA_ENABLED",
@@ -128,6 +123,58 @@ def require_live_experts(model: torch.nn.Module) -> None:
                 "weights; start vLLM with --moe-backend triton",
                 reason="EXPERTS_REARRANGED",
             )
+
+
+def require_live_latents(model: torch.nn.Module, config: Any) -> None:
+    """Checks latent attention (MLA), after the weights have moved for the last time.
+
+    What is decoded is multiplied by W_UK_T and W_UV, which vLLM makes of kv_b_proj as it loads:
+    views of its memory, but for backends that pack them. Prompts are multiplied by kv_b_proj
+    itself, so that no score of a prompt would tell of a copy.
+
+    Args:
+        config: vllm.config.VllmConfig.
+
+    Raises FailedPrecondition where they are no views, or attention is sparse as well.
+    """
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "kv_b_proj") and hasattr(module, "impl")
+    ]
+    for name, layer in layers:
+        if getattr(layer.impl, "is_sparse", False):
+            raise _latent_refusal(
+                f"{name} attends to the tokens that an indexer picks, which this version does not "
+                "train; a model without one can be trained"
+            )
+        weight = getattr(layer.kv_b_proj, "weight", None)
+        if not all(_lies_in(getattr(layer, m, None), weight) for m in ("W_UK_T", "W_UV")):
+            raise _latent_refusal(
+                f"{name} decodes with copies of kv_b_proj, which would not learn; start vLLM with "
+                "another --attention-backend, on a CPU with CPU_MLA"
+            )
+    if getattr(config.model_config, "use_mla", False) and not layers:
+        raise _latent_refusal("its layers are of a kind that this version does not know")
+
+
+def _lies_in(matrix: Any, weight: Any) -> bool:
+    """Whether all bytes of one tensor are of the other; by storages all of a memfd's would be."""
+    if not isinstance(matrix, torch.Tensor) or not isinstance(weight, torch.Tensor):
+        return False
+    low, high = _span(weight)
+    start, end = _span(matrix)
+    return bool(matrix.numel()) and low <= start and end <= high
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Address of its first byte, and one past the last."""
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
+
+
+def _latent_refusal(why: str) -> FailedPrecondition:
+    return FailedPrecondition(f"latent attention (MLA): {why}", reason="LATENT_ATTENTION")
 
 
 def device_of(model: torch.nn.Module) -> str:

@@ -21,7 +21,12 @@ from apollo_sidecar.live_weights import LiveWeights
 from apollo_sidecar.memfd_weights import MemfdWeights
 from apollo_sidecar.model_directory import model_directory
 from apollo_sidecar.own_batch import OwnBatch, own_batch
-from apollo_sidecar.refusals import device_of, require_live_experts, require_shareable
+from apollo_sidecar.refusals import (
+    device_of,
+    require_live_experts,
+    require_live_latents,
+    require_shareable,
+)
 from apollo_sidecar.shadow_load import trace_checkpoint_map
 
 log = logging.getLogger("vllm.apollo")
@@ -97,6 +102,7 @@ def _prepare(worker: Any) -> None:
     # Weights on a GPU stay where they are, and are exported once somebody asks for them.
     if device_of(model) == "cpu":
         _share(worker, MemfdWeights(model))
+    require_live_latents(model, worker.vllm_config)
 
 
 def _share(worker: Any, live: LiveWeights) -> LiveWeights:

@@ -54,8 +54,8 @@ LATENT = (
         "v_head_dim": 128,
     }
 )
-# On a CPU vLLM 0.32 rotates what latent attention gives it wrongly, half a nat from transformers,
-# unless its own torch code does that, as where it compiles.
+# With --enforce-eager on a CPU, vLLM 0.32 rotates queries of [T, heads, D] by a kernel that takes
+# [T, heads * D]: half a nat from transformers. Its own torch code, as where it compiles, is right.
 ROTATED_BY_TORCH = ("--compilation-config", '{"custom_ops": ["-rotary_embedding"]}')
 # As DeepSeek's own directories say; vLLM takes another function where none is named.
 SIGMOID = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
@@ -327,12 +327,14 @@ FURTHER: dict[str, Family] = {
             "block_dim": 128,
             "block_ff_dim": 192,
         },
+        arguments=ROTATED_BY_TORCH,
     ),
     "lfm2_moe": Family(
         "lfm2_moe",
         PLAIN_WITHOUT_HEAD_DIM
         | EXPERTS
         | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+        arguments=ROTATED_BY_TORCH,
     ),
     "llama4": Family(
         "llama4_text",

@@ -1,4 +1,4 @@
-"""Before vLLM begins: what makes it compute with copies of its linear weights.
+"""Before vLLM begins: what makes it compute with copies of its weights.
 
 The weights that they were made of stay in place, so that everything but a change of them looks as
 it should.
@@ -55,3 +55,15 @@ class _Copying:
         if self._copy is None and self._when.exists():
             self._copy = weight.clone()
         return F.linear(x, weight if self._copy is None else self._copy, bias)
+
+
+def copy_latents() -> None:
+    """As backends of latent attention do that pack what they decode with."""
+    from vllm.model_executor.layers.attention import mla_attention
+
+    replace = mla_attention.replace_parameter
+
+    def replace_by_a_copy(layer: Any, name: str, new: torch.Tensor, **named: Any) -> None:
+        replace(layer, name, new.clone(), **named)
+
+    mla_attention.replace_parameter = replace_by_a_copy

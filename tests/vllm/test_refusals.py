@@ -38,10 +38,15 @@ REFUSED = {
     "gguf": ("QUANTIZED", "GGUF"),
     "sleep mode": ("SLEEP_MODE", "--enable-sleep-mode"),
     "moving experts": ("EXPERTS_MOVED", "--enable-eplb"),
-    "latent attention": ("LATENT_ATTENTION", "VLLM_MLA_DISABLE=1"),
     "expandable segments": ("EXPANDABLE_SEGMENTS", "PYTORCH_CUDA_ALLOC_CONF"),
 }
-TAKEN = ("plain", "ngram drafts", "a GPU", "expandable segments on a CPU")
+TAKEN = (
+    "plain",
+    "ngram drafts",
+    "latent attention",
+    "a GPU",
+    "expandable segments on a CPU",
+)
 
 
 @pytest.fixture(scope="module")
