@@ -87,7 +87,7 @@ class Capture:
 
     def _agreeing(self, inputs: Inputs, said: list[float]) -> Graph:
         """A graph that says what the passes said. Raises what forbids that."""
-        if self._apart and inputs.bucket.padding == "any":
+        if self._is_apart(inputs):
             try:
                 return self._tried(inputs, said)
             except Exception as error:
@@ -129,10 +129,12 @@ class Capture:
             sums, collected = self._pass(inputs)
         return Graph(inputs, graph, sums, collected, torch.cuda.memory_reserved() - before)
 
+    def _is_apart(self, inputs: Inputs) -> bool:
+        return self._apart and inputs.bucket.padding == "any"
+
     def _pass(self, inputs: Inputs) -> tuple[Tensor, Collected]:
-        apart = self._apart and inputs.bucket.padding == "any"
         with self._collecting() as collected:
-            weighted, sums = losses(self._model, inputs, apart=apart)
+            weighted, sums = losses(self._model, inputs, apart=self._is_apart(inputs))
             torch.autograd.backward([weighted])
         return sums, collected
 

@@ -15,10 +15,12 @@ _NOTHING = tl.constexpr(-1e30)  # a largest score where no key was seen
 
 
 @triton.jit
-def _rows(block, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows of a tile: token by token, and of each the heads of a group."""
-    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    return r, r // GROUP, r % GROUP
+def _tile(block, width, GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
+          BLOCK_M: tl.constexpr):  # fmt: skip
+    """Rows of a tile, token by token and of each the heads of a group; and which of it is real."""
+    r, d = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, PADDED)
+    real = r < width * GROUP
+    return r, r // GROUP, r % GROUP, d, real, real[:, None] & (d < SIZE)[None, :]
 
 
 @triton.jit
@@ -101,10 +103,7 @@ def attend_forward(Q, K, V, CK, CV, CONTEXTS, LENGTHS, SINKS, OUT, SUMS, width,
     """
     block, split = tl.program_id(0), tl.program_id(1)
     sample, head = (tl.program_id(2) // key_heads).to(tl.int64), tl.program_id(2) % key_heads
-    r, t, g = _rows(block, GROUP, BLOCK_M)
-    d = tl.arange(0, PADDED)
-    real = r < width * GROUP
-    mask = real[:, None] & (d < SIZE)[None, :]
+    r, t, g, d, real, mask = _tile(block, width, GROUP, SIZE, PADDED, BLOCK_M)
     at = sample * q_b + (head * GROUP + g) * q_h + t * q_s
     q = tl.load(Q + at[:, None] + d[None, :], mask=mask, other=0.0)
     acc = tl.zeros((BLOCK_M, PADDED), tl.float32)
@@ -148,10 +147,7 @@ def attend_join(PARTS, SUMS, OUT, WHOLE, width, key_heads, parts,
     """The parts of a context as one: OUT [samples, T, heads, SIZE], WHOLE like a part of SUMS."""
     block = tl.program_id(0)
     sample, head = (tl.program_id(1) // key_heads).to(tl.int64), tl.program_id(1) % key_heads
-    r, t, g = _rows(block, GROUP, BLOCK_M)
-    d = tl.arange(0, PADDED)
-    real = r < width * GROUP
-    mask = real[:, None] & (d < SIZE)[None, :]
+    r, t, g, d, real, mask = _tile(block, width, GROUP, SIZE, PADDED, BLOCK_M)
     samples = tl.num_programs(1) // key_heads
     row = (sample * key_heads + head) * width * GROUP + r
     at = ((sample * width + t) * key_heads + head) * GROUP + g
@@ -219,10 +215,7 @@ def attend_back_queries(Q, K, V, CK, CV, CONTEXTS, LENGTHS, OUT, DO, SUMS, DELTA
     """
     block, split = tl.program_id(0), tl.program_id(1)
     sample, head = (tl.program_id(2) // key_heads).to(tl.int64), tl.program_id(2) % key_heads
-    r, t, g = _rows(block, GROUP, BLOCK_M)
-    d = tl.arange(0, PADDED)
-    real = r < width * GROUP
-    mask = real[:, None] & (d < SIZE)[None, :]
+    r, t, g, d, real, mask = _tile(block, width, GROUP, SIZE, PADDED, BLOCK_M)
     at = sample * q_b + (head * GROUP + g) * q_h + t * q_s
     q = tl.load(Q + at[:, None] + d[None, :], mask=mask, other=0.0)
     at = ((sample * width + t) * key_heads + head) * GROUP + g
@@ -275,9 +268,7 @@ def attend_back_keys(Q, K, V, DO, SUMS, DELTA, DK, DV, width, key_heads, scale,
     if WINDOWED:
         last = tl.minimum(last, ((tl.program_id(0) + 1) * BLOCK_N + window) * GROUP)
     for block in range(tl.program_id(0) * BLOCK_N * GROUP // BLOCK_M, tl.cdiv(last, BLOCK_M)):
-        r, t, g = _rows(block, GROUP, BLOCK_M)
-        real = r < width * GROUP
-        of_rows = real[:, None] & (d < SIZE)[None, :]
+        r, t, g, _, real, of_rows = _tile(block, width, GROUP, SIZE, PADDED, BLOCK_M)
         at = sample * q_b + (head * GROUP + g) * q_h + t * q_s
         q = tl.load(Q + at[:, None] + d[None, :], mask=of_rows, other=0.0)
         at = ((sample * width + t) * key_heads + head) * GROUP + g
