@@ -24,11 +24,14 @@ def test_results_are_in_the_order_of_the_items(threads: int) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_what_failed_is_raised_and_no_thread_works_any_more(threads: int) -> None:
     begun = []
+    fails = threading.Event()
 
     def work(n: int) -> None:
         begun.append(n)
         if n == 4:
+            fails.set()
             raise ValueError("the fourth")
+        assert n < 4 or fails.wait(30)
 
     before = threading.active_count()
     with pytest.raises(ValueError, match="the fourth"):

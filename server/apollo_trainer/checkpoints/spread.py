@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 _Item = TypeVar("_Item")
@@ -32,17 +33,31 @@ def spread(
 ) -> Sequence[_Result]:
     """The results of all items, in order, computed on so many threads.
 
-    Raises what the first item that failed raised, once no thread works any more; items that had
-    not begun are left out.
+    When an item fails, no other begins. What it raised is raised here, once all threads have ended.
     """
     if threads == 1:
         return [work(item) for item in items]
-    with ThreadPoolExecutor(threads, "checkpoint") as pool:
+    failed = threading.Event()
+
+    def unless_one_failed(item: _Item) -> _Result:
+        if failed.is_set():
+            raise CancelledError
         try:
-            return list(pool.map(work, items))
+            return work(item)
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            failed.set()
             raise
+
+    with ThreadPoolExecutor(threads, "checkpoint") as pool:
+        return _results([pool.submit(unless_one_failed, item) for item in items])
+
+
+def _results(futures: Sequence[Future[_Result]]) -> Sequence[_Result]:
+    for future in wait(futures).done:
+        error = future.exception()
+        if error is not None and not isinstance(error, CancelledError):
+            raise error
+    return [future.result() for future in futures]
 
 
 def in_batches(items: Sequence[_Item], size: Callable[[_Item], int]) -> list[list[_Item]]:
