@@ -18,7 +18,8 @@ PROJECT = {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
 PROJECT_WIDE = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 PROJECT_ANY = {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 WRITE = {
-    "BLOCK_ROWS": 16, "BLOCK_COLS": 128, "BLOCK_T": 0, "REPEATS": 8, "STAGES": 2, "num_warps": 2,
+    "BLOCK_ROWS": 16, "BLOCK_COLS": 128, "BLOCK_T": 0, "REPEATS": 8, "STAGES": 2, "PARTS": 1,
+    "num_warps": 2,
 }  # fmt: skip
 # Of factors, for bfloat16 on tensor cores and for float32 beside them; of these, the tiles of the
 # write and of the squares were measured. BLOCK_T counts tokens.
@@ -27,8 +28,8 @@ GRAM_ANY = {"BLOCK_T": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 FACTORS = {"BLOCK_N": 128, "BLOCK_T": 64, "num_warps": 4, "num_stages": 3}
 FACTORS_ANY = {"BLOCK_N": 64, "BLOCK_T": 32, "num_warps": 4, "num_stages": 2}
 WRITE_FACTORS = {
-    "BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_T": 32, "REPEATS": 1, "STAGES": 1, "num_warps": 4,
-    "num_stages": 4,
+    "BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_T": 32, "REPEATS": 1, "STAGES": 1, "PARTS": 1,
+    "num_warps": 4, "num_stages": 4,
 }  # fmt: skip
 
 
