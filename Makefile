@@ -25,6 +25,9 @@ test-all: install ## Run every test that needs no GPU, before an issue is called
 soak: install ## Kill the processes again and again, at random instants (about half an hour)
 	@$(BIN)/python -m pytest -n 3 -m soak -rP
 	@SOAK_MALFORMED=10000 $(BIN)/python -m pytest -s --timeout 3600 tests/services/test_malformed.py
+	@SOAK_MALFORMED=20000 SOAK_COMMAND_LINES=20000 $(BIN)/python -m pytest -n 2 --timeout 3600 \
+		tests/client/command/test_train_files.py tests/client/command/test_any_command_line.py \
+		tests/services/test_any_settings.py
 
 models: install ## Try some 75 model families and a real model with vLLM, and write docs/models.md (about an hour)
 	@rm -rf build/models

@@ -218,14 +218,15 @@ def to_status(error: ApolloError) -> status_pb2.Status:
 
     That is a BadRequest where fields are wrong, a RetryInfo where the call may be made again.
     """
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
-    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    metadata = {key: printable(value) for key, value in error.metadata.items()}
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
+    status = status_pb2.Status(code=error.code.value[0], message=printable(error.message))
     _pack(status, info)
     if error.violations:
         bad_request = error_details_pb2.BadRequest()
         for violation in error.violations:
             bad_request.field_violations.add(
-                field=violation.field, description=violation.description
+                field=printable(violation.field), description=printable(violation.description)
             )
         _pack(status, bad_request)
     if error.retry_seconds:
@@ -233,6 +234,11 @@ def to_status(error: ApolloError) -> status_pb2.Status:
         retry.retry_delay.FromNanoseconds(int(error.retry_seconds * 1e9))
         _pack(status, retry)
     return status
+
+
+def printable(text: str) -> str:
+    """The text with what is no UTF-8, as in the names of files, spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def from_status(status: status_pb2.Status) -> ApolloError:
@@ -276,6 +282,18 @@ def from_rpc_error(error: Any) -> ApolloError:
     code: grpc.StatusCode = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     details = (error.details() if hasattr(error, "details") else None) or str(error)
     return from_status(status_pb2.Status(code=code.value[0], message=details))
+
+
+def refused_call(call: str, purpose: str, error: OSError) -> str:
+    """Words for a call of the system that was refused, as containers do it, and what to do.
+
+    Args:
+        purpose: what is done by it, as "weights are shared".
+    """
+    return (
+        f"this system refuses {call} ({error.strerror}), by which {purpose}; allow it in the "
+        "container's seccomp profile (Docker: --security-opt seccomp=FILE)"
+    )
 
 
 def code_name(error: ApolloError) -> str:

@@ -85,9 +85,9 @@ def _with(error: ApolloError, message: str, violations: list[FieldViolation]) ->
 
 
 def _cut(text: str) -> str:
-    encoded = text.encode()
+    encoded = text.encode("utf-8", "backslashreplace")
     if len(encoded) <= MAX_TEXT_BYTES:
-        return text
+        return encoded.decode()
     return encoded[: MAX_TEXT_BYTES - 4].decode(errors="ignore") + " ..."
 
 

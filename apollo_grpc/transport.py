@@ -7,18 +7,19 @@ only and always asks for a token; beyond loopback it also needs TLS.
 from __future__ import annotations
 
 import fcntl
-import ipaddress
-import os
-import secrets
-from dataclasses import dataclass
+import stat
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from apollo_grpc.addresses import is_loopback, require_address, target, why_not_bound
+from apollo_grpc.certificates import SYSTEM, certificate_chain, roots
 from apollo_grpc.errors import FailedPrecondition, InvalidArgument
-from apollo_grpc.locations import private_folder, socket_path
+from apollo_grpc.locations import private_folder, socket_path, unusable
+from apollo_grpc.tokens import as_token
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 Option = tuple[str, int | str]
@@ -62,9 +63,9 @@ class ServerTls:
 
     def credentials(self) -> grpc.ServerCredentials:
         """Reads the files. Raises FailedPrecondition where one cannot be read."""
-        ca = _read(self.client_ca) if self.client_ca else None
+        ca = roots(self.client_ca) if self.client_ca else None
         return grpc.ssl_server_credentials(
-            [(_read(self.key), _read(self.certificate))],
+            [certificate_chain(self.certificate, self.key)],
             root_certificates=ca,
             require_client_auth=ca is not None,
         )
@@ -72,20 +73,38 @@ class ServerTls:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """How a client reaches a server: address, and for TCP a token and, beyond loopback, TLS."""
+    """How a client reaches a server: address, and for TCP a token and, beyond loopback, TLS.
+
+    A unix socket needs neither, and takes none. Raises InvalidArgument for TLS that is half set:
+    it would be plaintext.
+
+    Attributes:
+        ca: a PEM file, or `system` for the authorities that this system trusts.
+    """
 
     address: str
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
 
+    def __post_init__(self) -> None:
+        if bool(self.certificate) != bool(self.key):
+            have, lacking = ("certificate", "key") if self.certificate else ("key", "certificate")
+            raise InvalidArgument.at(lacking, f"is missing, and {have} is set; TLS needs both")
+        if self.certificate and not self.ca:
+            raise InvalidArgument.at(
+                "ca", f"is missing, and certificate is set; name a PEM file, or '{SYSTEM}'"
+            )
+
     def _tls(self) -> grpc.ChannelCredentials | None:
-        if self.ca is None:
+        if self.ca is None or socket_path(self.address):
             return None
-        key = _read(self.key) if self.key else None
-        chain = _read(self.certificate) if self.certificate else None
-        return grpc.ssl_channel_credentials(_read(self.ca), key, chain)
+        if self.certificate is None or self.key is None:
+            return grpc.ssl_channel_credentials(roots(self.ca))
+        return grpc.ssl_channel_credentials(
+            roots(self.ca), *certificate_chain(self.certificate, self.key)
+        )
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Call metadata that carries the token. Raises InvalidArgument before it would leak."""
@@ -95,56 +114,68 @@ class Endpoint:
             raise InvalidArgument.at(
                 "address", f"{self.address} is not on this machine: a token needs TLS (ca)"
             )
-        return (("authorization", f"Bearer {self.token}"),)
+        return (("authorization", f"Bearer {as_token(self.token, 'token')}"),)
 
     def channel(self) -> grpc.Channel:
         """A blocking channel; it connects by itself, and again when the server is back."""
         if tls := self._tls():
-            return grpc.secure_channel(self.address, tls, options=CHANNEL_OPTIONS)
-        return grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+            return grpc.secure_channel(target(self.address), tls, options=CHANNEL_OPTIONS)
+        return grpc.insecure_channel(target(self.address), options=CHANNEL_OPTIONS)
 
     def aio_channel(self) -> grpc.aio.Channel:
         """The same for asyncio."""
         if tls := self._tls():
-            return grpc.aio.secure_channel(self.address, tls, options=CHANNEL_OPTIONS)
-        return grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+            return grpc.aio.secure_channel(target(self.address), tls, options=CHANNEL_OPTIONS)
+        return grpc.aio.insecure_channel(target(self.address), options=CHANNEL_OPTIONS)
 
 
-def is_loopback(address: str) -> bool:
-    """Whether a `host:port` address is on this machine by its spelling, without asking DNS."""
-    host = address.removeprefix("dns:///").rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+@dataclass(frozen=True)
+class OpenPort:
+    """A server's address once it is open, with the port that the system picked for 0."""
+
+    address: str
+    lock: PortLock | None = None
+
+    def release(self) -> None:
+        """Lets another server have it."""
+        if self.lock:
+            self.lock.release()
 
 
 def open_port(
     server: Any, address: str, *, token: str | None = None, tls: ServerTls | None = None
-) -> PortLock | None:
+) -> OpenPort:
     """Adds `address` to a grpc or grpc.aio server that has not started.
 
-    Returns the lock that must be held, for a unix socket, as long as the server runs. Raises
-    FailedPrecondition when the address is taken, InvalidArgument for TCP without a token, or
-    beyond loopback without TLS.
+    What is returned must be held as long as the server runs. Raises FailedPrecondition when the
+    address is taken, InvalidArgument for TCP without a token, or beyond loopback without TLS.
     """
+    address = require_address(address, "listen", listens=True)
     if path := socket_path(address):
         lock = lock_socket(path)
-        server.add_insecure_port(address)
-        return lock
+        try:
+            server.add_insecure_port(target(address))
+        except RuntimeError as error:
+            lock.release()
+            raise FailedPrecondition(
+                f"The socket {path} cannot be opened; not every file system has sockets. Choose "
+                "another folder with APOLLO_STATE_DIR.",
+                reason="STATE_FOLDER_UNUSABLE",
+            ) from error
+        return OpenPort(address, lock)
     _require_guard(address, token, tls)
     try:
         if tls:
-            server.add_secure_port(address, tls.credentials())
+            port = server.add_secure_port(address, tls.credentials())
         else:
-            server.add_insecure_port(address)
+            port = server.add_insecure_port(address)
     except RuntimeError as error:
         raise FailedPrecondition(
-            f"The address {address} cannot be opened; another server may have it. "
-            "Stop that one or choose another address.",
+            f"The address {address} cannot be opened ({why_not_bound(address)}). "
+            "Stop the server that has it, or choose another address.",
             reason="ADDRESS_TAKEN",
         ) from error
-    return None
+    return OpenPort(f"{address.rpartition(':')[0]}:{port}")
 
 
 def _require_guard(address: str, token: str | None, tls: ServerTls | None) -> None:
@@ -175,45 +206,44 @@ class PortLock:
     """
 
     def __init__(self, socket: Path, owner: str = ""):
-        self._file = socket.with_suffix(".lock").open("a+")
+        path = socket.with_suffix(".lock")
+        path = path if path != socket else socket.with_name(f"{socket.name}.lock")
+        try:
+            # Unbuffered: closing it would otherwise try once more what a full disk refused.
+            self._file = path.open("ab+", buffering=0)
+        except OSError as error:
+            raise unusable(path, error) from error
+        try:
+            self._take(socket, owner)
+        except OSError as error:
+            self._file.close()
+            raise unusable(path, error) from error
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _take(self, socket: Path, owner: str) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.seek(0)
-            holder = self._file.read()
-            self._file.close()
             raise FailedPrecondition(
                 f"Another server already holds {socket}. Stop it, or choose another state folder "
                 "with APOLLO_STATE_DIR.",
                 reason="SOCKET_TAKEN",
-                metadata={"owner": holder},
+                metadata={"owner": self._file.read().decode()},
             ) from error
+        except OSError as error:
+            raise unusable(socket, error, "flock") from error
         self._file.truncate(0)
-        self._file.write(owner)
-        self._file.flush()
+        self._file.write(owner.encode())
+        if socket.exists() and not stat.S_ISSOCK(socket.stat().st_mode):
+            raise FailedPrecondition(
+                f"{socket} is no socket, and was left as it is. Choose another address.",
+                reason="ADDRESS_TAKEN",
+            )
         socket.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Lets another server have the socket."""
         self._file.close()
-
-
-def read_or_create_token(path: Path) -> str:
-    """The token in `path`, made with mode 0600 where there is none."""
-    private_folder(path.parent)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path.read_text().strip()
-    with os.fdopen(descriptor, "w") as file:
-        file.write(token := secrets.token_urlsafe(32))
-    return token
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise FailedPrecondition(
-            f"The TLS file {path} cannot be read: {error.strerror}.", reason="TLS_FILE_UNREADABLE"
-        ) from error

@@ -22,7 +22,7 @@ from typing import Any
 
 from byte_model import small_qwen3, write_model
 
-from apollo_client import ApolloClient, read_samples
+from apollo_client import ApolloClient, RunOptions, read_samples
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.locations import state_folder
 from apollo_grpc.v1 import status_pb2
@@ -155,7 +155,9 @@ def ask(model: Path, port: int) -> str:
 def learn(client: ApolloClient) -> list[float]:
     """Trains on the facts and returns the loss of each step."""
     facts, losses = read_samples(FACTS), []
-    for event in client.train(facts, epochs=EPOCHS, samples_per_step=len(facts), lr=LEARNING_RATE):
+    # Random weights know nothing that a loss near 0 could spoil: every step is taken.
+    options = RunOptions(epochs=EPOCHS, samples_per_step=len(facts), lr=LEARNING_RATE, min_loss=0)
+    for event in client.train(facts, **options):
         if event.HasField("step"):
             losses.append(event.step.loss)
             say(f"step {event.step.step:3}  loss {event.step.loss:.4f}")

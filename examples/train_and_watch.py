@@ -16,7 +16,7 @@ def main(context: str, continuation: str) -> None:
     """Trains and exits with 1 when that failed."""
     try:
         with ApolloClient() as client:
-            for event in client.train([(context, continuation)], epochs=10, lr=1e-4):
+            for event in client.train([(context, continuation)], epochs=10, lr=3e-5):
                 if event.HasField("step"):
                     print(f"step {event.step.step}: loss {event.step.loss:.4f}")
     except ApolloError as error:

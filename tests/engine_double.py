@@ -27,8 +27,10 @@ from apollo_grpc.v1.weight_export_pb2_grpc import add_WeightExportServiceService
 from apollo_sidecar.changed_bytes import ChangedBytes
 from apollo_sidecar.engine import Engine
 from apollo_sidecar.memfd_weights import MemfdWeights
+from apollo_sidecar.sample_tokens import SampleTokens
 from apollo_sidecar.service import WeightExportService
 from apollo_sidecar.shadow_load import trace_checkpoint_map
+from tests.plain_prompts import PlainPrompts
 
 MAX_MODEL_LEN = 48
 
@@ -81,6 +83,7 @@ class ClientDouble:
         calls: in their order, but for those of a probe.
         changed: what a probe has changed.
         on_probe: told the number of a probe's call, after its change and before its scores.
+        before: called by a method's name when it is; what it raises, the method does.
     """
 
     errored = False
@@ -91,18 +94,20 @@ class ClientDouble:
         self.answers_pings = True
         self.changed = ChangedBytes()
         self.on_probe: Callable[[int], None] = lambda number: None
+        self.before: dict[str, Callable[[], Any]] = {}
         self._probes = self._paused_at = 0
+        self._paused = False
 
     async def is_paused(self) -> bool:
         while not self.answers_pings:
             await asyncio.sleep(0.01)
-        return True
+        return self._paused
 
     async def collective_rpc(self, method: str, args: tuple[bytes, ...] = ()) -> list[Any]:
         if method == "apollo_manifest":
             answer: Any = self._model.live.manifest()
             answer.model, answer.max_model_len = str(self._model.folder), MAX_MODEL_LEN
-        elif method == "apollo_synchronize":
+        elif method in ("apollo_hold", "apollo_let_go"):
             return [("", "", b"")]
         elif method == "apollo_put_back":
             self.changed.put_back()
@@ -114,6 +119,9 @@ class ClientDouble:
             answer = trace_checkpoint_map(self._model, self._model.live, request)
         return [("", "", answer.SerializeToString())]
 
+    def _begin(self, method: str) -> None:
+        self.before.get(method, lambda: None)()
+
     def _probe(self, request: pb.ProbeWeightsRequest) -> pb.ProbeWeightsResponse:
         self._probes += 1
         self.changed.change(self._model.live, request.changes)
@@ -121,10 +129,12 @@ class ClientDouble:
         return pb.ProbeWeightsResponse(logprobs=self._model.score(list(request.token_ids)))
 
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
-        self._paused_at = len(self.calls)
+        self._paused, self._paused_at = True, len(self.calls)
         self.calls.append(f"pause {mode}")
 
     async def resume_generation(self) -> None:
+        self._begin("resume_generation")
+        self._paused = False
         self.calls.append("resume")
         if self._probes:
             # Every attachment begins with one; a test is about what follows.
@@ -132,6 +142,7 @@ class ClientDouble:
             self._probes = 0
 
     async def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool:
+        self._begin("reset_prefix_cache")
         self.calls.append("reset caches")
         return True
 
@@ -171,13 +182,15 @@ class EngineDouble:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.engine = _ScoringEngine(self.client, self._loop, self.model, scores_wrong_by)
+        self.tokens = SampleTokens(PlainPrompts(folder), self._loop)
         self._address = address
         self._serve()
 
     def _serve(self) -> None:
         pool = futures.ThreadPoolExecutor(16)
         self._server = grpc.server(pool, interceptors=[SyncErrors()], options=SERVER_OPTIONS)
-        add_WeightExportServiceServicer_to_server(WeightExportService(self.engine), self._server)
+        service = WeightExportService(self.engine, self.tokens)
+        add_WeightExportServiceServicer_to_server(service, self._server)
         self._lock = open_port(self._server, self._address)
         self._server.start()
 
@@ -190,6 +203,10 @@ class EngineDouble:
         self._server.stop(grace=None).wait()
         if self._lock:
             self._lock.release()
+
+    def call(self, coroutine: Any) -> Any:
+        """What somebody else asks of vLLM, by its own routes."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
     def drop_connections(self) -> None:
         """Ends every call, and serves the same engine again."""

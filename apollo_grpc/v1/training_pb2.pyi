@@ -478,8 +478,8 @@ global___TokenSample = TokenSample
 
 @typing.final
 class TextSample(google.protobuf.message.Message):
-    """Text for the served model's tokenizer. The context gets the tokenizer's
-    special tokens, the continuation none.
+    """Text, made into tokens by vLLM as a prompt of /v1/completions is. The
+    context gets the tokenizer's special tokens, the continuation none.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -500,8 +500,8 @@ global___TextSample = TextSample
 
 @typing.final
 class ChatSample(google.protobuf.message.Message):
-    """A conversation. The last assistant turn is the continuation; what comes
-    before it is the context, by the served model's chat template.
+    """A conversation, made into tokens by vLLM as one of /v1/chat/completions is.
+    The last assistant turn is the continuation, what comes before it the context.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -662,25 +662,35 @@ class Guard(google.protobuf.message.Message):
     MAX_LOSS_FIELD_NUMBER: builtins.int
     MAX_GRAD_NORM_FIELD_NUMBER: builtins.int
     MAX_UPDATE_RATIO_FIELD_NUMBER: builtins.int
+    MIN_LOSS_FIELD_NUMBER: builtins.int
     max_loss: builtins.float
     max_grad_norm: builtins.float
     max_update_ratio: builtins.float
     """Largest allowed norm of an update over the norm of the weights it changes."""
+    min_loss: builtins.float
+    """The run ends as SUCCEEDED, with `stopped` in `finished`, once the latest step of every sample
+    had a loss below this, in nats a token; the last one of these steps is not written. What goes on
+    from there learns nothing more and spoils what the model knew. 0 turns it off; a dry run takes
+    all its steps. Default 0.02.
+    """
     def __init__(
         self,
         *,
         max_loss: builtins.float | None = ...,
         max_grad_norm: builtins.float | None = ...,
         max_update_ratio: builtins.float | None = ...,
+        min_loss: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_max_grad_norm", b"_max_grad_norm", "_max_loss", b"_max_loss", "_max_update_ratio", b"_max_update_ratio", "max_grad_norm", b"max_grad_norm", "max_loss", b"max_loss", "max_update_ratio", b"max_update_ratio"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_grad_norm", b"_max_grad_norm", "_max_loss", b"_max_loss", "_max_update_ratio", b"_max_update_ratio", "max_grad_norm", b"max_grad_norm", "max_loss", b"max_loss", "max_update_ratio", b"max_update_ratio"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_grad_norm", b"_max_grad_norm", "_max_loss", b"_max_loss", "_max_update_ratio", b"_max_update_ratio", "_min_loss", b"_min_loss", "max_grad_norm", b"max_grad_norm", "max_loss", b"max_loss", "max_update_ratio", b"max_update_ratio", "min_loss", b"min_loss"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_grad_norm", b"_max_grad_norm", "_max_loss", b"_max_loss", "_max_update_ratio", b"_max_update_ratio", "_min_loss", b"_min_loss", "max_grad_norm", b"max_grad_norm", "max_loss", b"max_loss", "max_update_ratio", b"max_update_ratio", "min_loss", b"min_loss"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_grad_norm", b"_max_grad_norm"]) -> typing.Literal["max_grad_norm"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_loss", b"_max_loss"]) -> typing.Literal["max_loss"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_update_ratio", b"_max_update_ratio"]) -> typing.Literal["max_update_ratio"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_loss", b"_min_loss"]) -> typing.Literal["min_loss"] | None: ...
 
 global___Guard = Guard
 
@@ -1013,6 +1023,7 @@ class Finished(google.protobuf.message.Message):
     PAUSE_TIME_FIELD_NUMBER: builtins.int
     NEXT_STEP_IN_DOUBT_FIELD_NUMBER: builtins.int
     STATE_STEPS_LOST_FIELD_NUMBER: builtins.int
+    STOPPED_FIELD_NUMBER: builtins.int
     state: global___RunState.ValueType
     """SUCCEEDED, FAILED or CANCELLED."""
     steps_done: builtins.int
@@ -1035,6 +1046,10 @@ class Finished(google.protobuf.message.Message):
     def pause_time(self) -> google.protobuf.duration_pb2.Duration:
         """How long vLLM was paused for the run."""
 
+    @property
+    def stopped(self) -> global___Stopped:
+        """Set when a run that SUCCEEDED ended before its last step."""
+
     def __init__(
         self,
         *,
@@ -1045,8 +1060,31 @@ class Finished(google.protobuf.message.Message):
         pause_time: google.protobuf.duration_pb2.Duration | None = ...,
         next_step_in_doubt: builtins.bool = ...,
         state_steps_lost: builtins.int = ...,
+        stopped: global___Stopped | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["failure", b"failure", "pause_time", b"pause_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["failure", b"failure", "next_step_in_doubt", b"next_step_in_doubt", "pause_time", b"pause_time", "state", b"state", "state_steps_lost", b"state_steps_lost", "steps_done", b"steps_done", "weight_version", b"weight_version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "pause_time", b"pause_time", "stopped", b"stopped"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["failure", b"failure", "next_step_in_doubt", b"next_step_in_doubt", "pause_time", b"pause_time", "state", b"state", "state_steps_lost", b"state_steps_lost", "steps_done", b"steps_done", "stopped", b"stopped", "weight_version", b"weight_version"]) -> None: ...
 
 global___Finished = Finished
+
+@typing.final
+class Stopped(google.protobuf.message.Message):
+    """Why a run ended early and well."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    reason: builtins.str
+    """Stable UPPER_SNAKE word to branch on: GUARD_MIN_LOSS."""
+    message: builtins.str
+    """What happened, what was kept, what to do."""
+    def __init__(
+        self,
+        *,
+        reason: builtins.str = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["message", b"message", "reason", b"reason"]) -> None: ...
+
+global___Stopped = Stopped

@@ -22,74 +22,81 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from apollo_grpc.v1 import training_pb2 as apollo_dot_v1_dot_training__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61pollo/v1/weight_export.proto\x12\tapollo.v1\x1a\x1egoogle/protobuf/duration.proto\"\x1a\n\x18GetWeightManifestRequest\"H\n\x19GetWeightManifestResponse\x12+\n\x08manifest\x18\x01 \x01(\x0b\x32\x19.apollo.v1.WeightManifest\"\xba\x02\n\x0eWeightManifest\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\r\n\x05model\x18\x03 \x01(\t\x12\x1c\n\x14tensor_parallel_rank\x18\x04 \x01(\x05\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\x05\x12\x12\n\nworker_pid\x18\x06 \x01(\x05\x12\"\n\x07\x62uffers\x18\x07 \x03(\x0b\x32\x11.apollo.v1.Buffer\x12\"\n\x07tensors\x18\x08 \x03(\x0b\x32\x11.apollo.v1.Tensor\x12\x15\n\rmax_model_len\x18\t \x01(\x05\x12\x16\n\x0eweight_version\x18\n \x01(\x03\x12\x11\n\tas_loaded\x18\x0b \x01(\x08\x12\x1c\n\x14worker_pid_namespace\x18\x0c \x01(\x04\"\x90\x01\n\x06\x42uffer\x12\x11\n\tbuffer_id\x18\x01 \x01(\x05\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\'\n\x05memfd\x18\x03 \x01(\x0b\x32\x16.apollo.v1.MemfdHandleH\x00\x12,\n\x08\x63uda_ipc\x18\x04 \x01(\x0b\x32\x18.apollo.v1.CudaIpcHandleH\x00\x42\x08\n\x06handle\"5\n\x0bMemfdHandle\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\n\n\x02\x66\x64\x18\x02 \x01(\x05\x12\r\n\x05inode\x18\x03 \x01(\x04\"\xdb\x01\n\rCudaIpcHandle\x12\x13\n\x0b\x64\x65vice_uuid\x18\x01 \x01(\t\x12\x0e\n\x06handle\x18\x02 \x01(\x0c\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x03\x12\x18\n\x10\x61llocation_bytes\x18\x04 \x01(\x03\x12 \n\x18reference_counter_handle\x18\x05 \x01(\x0c\x12 \n\x18reference_counter_offset\x18\x06 \x01(\x03\x12\x14\n\x0c\x65vent_handle\x18\x07 \x01(\x0c\x12\x1b\n\x13\x65vent_sync_required\x18\x08 \x01(\x08\"\x82\x01\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06stride\x18\x04 \x03(\x03\x12\x11\n\tbuffer_id\x18\x05 \x01(\x05\x12\x14\n\x0coffset_bytes\x18\x06 \x01(\x03\x12\x13\n\x0b\x61lias_group\x18\x07 \x01(\x05\"e\n\rPlannedTensor\x12\x17\n\x0f\x63heckpoint_name\x18\x01 \x01(\t\x12\x0c\n\x04root\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06stride\x18\x04 \x03(\x03\x12\x0e\n\x06offset\x18\x05 \x01(\x03\"*\n\x0bPlannedRoot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\"|\n\x19TraceCheckpointMapRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12%\n\x05roots\x18\x02 \x03(\x0b\x32\x16.apollo.v1.PlannedRoot\x12)\n\x07tensors\x18\x03 \x03(\x0b\x32\x18.apollo.v1.PlannedTensor\"\x82\x01\n\x1aTraceCheckpointMapResponse\x12\'\n\x05views\x18\x01 \x03(\x0b\x32\x18.apollo.v1.ParameterView\x12,\n\x07refused\x18\x02 \x03(\x0b\x32\x1b.apollo.v1.RefusedParameter\x12\r\n\x05\x65poch\x18\x03 \x01(\t\"\x92\x01\n\rParameterView\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06stride\x18\x04 \x03(\x03\x12\x11\n\tbuffer_id\x18\x05 \x01(\x05\x12\x14\n\x0coffset_bytes\x18\x06 \x01(\x03\x12\x0e\n\x06tensor\x18\x07 \x01(\t\x12\x0c\n\x04rows\x18\x08 \x03(\x05\"B\n\x10RefusedParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08\x63omputed\x18\x03 \x01(\x08\"6\n\x12ScoreTokensRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\'\n\x13ScoreTokensResponse\x12\x10\n\x08logprobs\x18\x01 \x03(\x01\"\x93\x01\n\x0cPauseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12(\n\x05lease\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\"\n\x04mode\x18\x04 \x01(\x0e\x32\x14.apollo.v1.PauseMode\x12\x12\n\ntrainer_id\x18\x05 \x01(\t\"O\n\rPauseResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12,\n\tremaining\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"o\n\rResumeRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x17\n\x0fweights_changed\x18\x03 \x01(\x08\x12\x0f\n\x07updates\x18\x04 \x01(\x03\x12\x13\n\x0bkeep_caches\x18\x05 \x01(\x08\"(\n\x0eResumeResponse\x12\x16\n\x0eweight_version\x18\x01 \x01(\x03\"g\n\x0cWeightChange\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x03(\x03\x12\x10\n\x08\x65lements\x18\x03 \x01(\x03\x12\x11\n\tdeviation\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x03\"\xb1\x01\n\x13ProbeWeightsRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12(\n\x05lease\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\x12(\n\x07\x63hanges\x18\x05 \x03(\x0b\x32\x17.apollo.v1.WeightChange\x12\x12\n\ntrainer_id\x18\x06 \x01(\t\"(\n\x14ProbeWeightsResponse\x12\x10\n\x08logprobs\x18\x01 \x03(\x01\"5\n\x13RaiseVersionRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x0f\n\x07updates\x18\x02 \x01(\x03\".\n\x14RaiseVersionResponse\x12\x16\n\x0eweight_version\x18\x01 \x01(\x03\"#\n\x12ResetCachesRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\t\"\x15\n\x13ResetCachesResponse\",\n\x16WatchGenerationRequest\x12\x12\n\ntrainer_id\x18\x01 \x01(\t\"T\n\x17WatchGenerationResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x16\n\x0eweight_version\x18\x03 \x01(\x03*|\n\tPauseMode\x12\x1a\n\x16PAUSE_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPAUSE_MODE_KEEP\x10\x01\x12\x13\n\x0fPAUSE_MODE_WAIT\x10\x02\x12\x14\n\x10PAUSE_MODE_ABORT\x10\x03\x12\x13\n\x0fPAUSE_MODE_NONE\x10\x04\x32\xed\x05\n\x13WeightExportService\x12^\n\x11GetWeightManifest\x12#.apollo.v1.GetWeightManifestRequest\x1a$.apollo.v1.GetWeightManifestResponse\x12\x61\n\x12TraceCheckpointMap\x12$.apollo.v1.TraceCheckpointMapRequest\x1a%.apollo.v1.TraceCheckpointMapResponse\x12L\n\x0bScoreTokens\x12\x1d.apollo.v1.ScoreTokensRequest\x1a\x1e.apollo.v1.ScoreTokensResponse\x12:\n\x05Pause\x12\x17.apollo.v1.PauseRequest\x1a\x18.apollo.v1.PauseResponse\x12=\n\x06Resume\x12\x18.apollo.v1.ResumeRequest\x1a\x19.apollo.v1.ResumeResponse\x12O\n\x0cProbeWeights\x12\x1e.apollo.v1.ProbeWeightsRequest\x1a\x1f.apollo.v1.ProbeWeightsResponse\x12O\n\x0cRaiseVersion\x12\x1e.apollo.v1.RaiseVersionRequest\x1a\x1f.apollo.v1.RaiseVersionResponse\x12L\n\x0bResetCaches\x12\x1d.apollo.v1.ResetCachesRequest\x1a\x1e.apollo.v1.ResetCachesResponse\x12Z\n\x0fWatchGeneration\x12!.apollo.v1.WatchGenerationRequest\x1a\".apollo.v1.WatchGenerationResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61pollo/v1/weight_export.proto\x12\tapollo.v1\x1a\x18\x61pollo/v1/training.proto\x1a\x1egoogle/protobuf/duration.proto\"\x1a\n\x18GetWeightManifestRequest\"H\n\x19GetWeightManifestResponse\x12+\n\x08manifest\x18\x01 \x01(\x0b\x32\x19.apollo.v1.WeightManifest\"\xeb\x02\n\x0eWeightManifest\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\r\n\x05model\x18\x03 \x01(\t\x12\x1c\n\x14tensor_parallel_rank\x18\x04 \x01(\x05\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\x05\x12\x12\n\nworker_pid\x18\x06 \x01(\x05\x12\"\n\x07\x62uffers\x18\x07 \x03(\x0b\x32\x11.apollo.v1.Buffer\x12\"\n\x07tensors\x18\x08 \x03(\x0b\x32\x11.apollo.v1.Tensor\x12\x15\n\rmax_model_len\x18\t \x01(\x05\x12\x16\n\x0eweight_version\x18\n \x01(\x03\x12\x11\n\tas_loaded\x18\x0b \x01(\x08\x12\x1c\n\x14worker_pid_namespace\x18\x0c \x01(\x04\x12/\n\x0fgeneration_page\x18\r \x01(\x0b\x32\x16.apollo.v1.MemfdHandle\"\x90\x01\n\x06\x42uffer\x12\x11\n\tbuffer_id\x18\x01 \x01(\x05\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\'\n\x05memfd\x18\x03 \x01(\x0b\x32\x16.apollo.v1.MemfdHandleH\x00\x12,\n\x08\x63uda_ipc\x18\x04 \x01(\x0b\x32\x18.apollo.v1.CudaIpcHandleH\x00\x42\x08\n\x06handle\"5\n\x0bMemfdHandle\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\n\n\x02\x66\x64\x18\x02 \x01(\x05\x12\r\n\x05inode\x18\x03 \x01(\x04\"\xdb\x01\n\rCudaIpcHandle\x12\x13\n\x0b\x64\x65vice_uuid\x18\x01 \x01(\t\x12\x0e\n\x06handle\x18\x02 \x01(\x0c\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x03\x12\x18\n\x10\x61llocation_bytes\x18\x04 \x01(\x03\x12 \n\x18reference_counter_handle\x18\x05 \x01(\x0c\x12 \n\x18reference_counter_offset\x18\x06 \x01(\x03\x12\x14\n\x0c\x65vent_handle\x18\x07 \x01(\x0c\x12\x1b\n\x13\x65vent_sync_required\x18\x08 \x01(\x08\"\x82\x01\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06stride\x18\x04 \x03(\x03\x12\x11\n\tbuffer_id\x18\x05 \x01(\x05\x12\x14\n\x0coffset_bytes\x18\x06 \x01(\x03\x12\x13\n\x0b\x61lias_group\x18\x07 \x01(\x05\"e\n\rPlannedTensor\x12\x17\n\x0f\x63heckpoint_name\x18\x01 \x01(\t\x12\x0c\n\x04root\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06stride\x18\x04 \x03(\x03\x12\x0e\n\x06offset\x18\x05 \x01(\x03\"*\n\x0bPlannedRoot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\"|\n\x19TraceCheckpointMapRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12%\n\x05roots\x18\x02 \x03(\x0b\x32\x16.apollo.v1.PlannedRoot\x12)\n\x07tensors\x18\x03 \x03(\x0b\x32\x18.apollo.v1.PlannedTensor\"\x82\x01\n\x1aTraceCheckpointMapResponse\x12\'\n\x05views\x18\x01 \x03(\x0b\x32\x18.apollo.v1.ParameterView\x12,\n\x07refused\x18\x02 \x03(\x0b\x32\x1b.apollo.v1.RefusedParameter\x12\r\n\x05\x65poch\x18\x03 \x01(\t\"\x92\x01\n\rParameterView\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06stride\x18\x04 \x03(\x03\x12\x11\n\tbuffer_id\x18\x05 \x01(\x05\x12\x14\n\x0coffset_bytes\x18\x06 \x01(\x03\x12\x0e\n\x06tensor\x18\x07 \x01(\t\x12\x0c\n\x04rows\x18\x08 \x03(\x05\"B\n\x10RefusedParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08\x63omputed\x18\x03 \x01(\x08\"6\n\x12ScoreTokensRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\'\n\x13ScoreTokensResponse\x12\x10\n\x08logprobs\x18\x01 \x03(\x01\"<\n\x16TokenizeSamplesRequest\x12\"\n\x07samples\x18\x01 \x03(\x0b\x32\x11.apollo.v1.Sample\"F\n\x17TokenizeSamplesResponse\x12+\n\x07samples\x18\x01 \x03(\x0b\x32\x1a.apollo.v1.TokenizedSample\"`\n\x0fTokenizedSample\x12\x13\n\x0b\x63ontext_ids\x18\x01 \x03(\x05\x12\x18\n\x10\x63ontinuation_ids\x18\x02 \x03(\x05\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0f\n\x07refusal\x18\x04 \x01(\t\"\x93\x01\n\x0cPauseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12(\n\x05lease\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\"\n\x04mode\x18\x04 \x01(\x0e\x32\x14.apollo.v1.PauseMode\x12\x12\n\ntrainer_id\x18\x05 \x01(\t\"O\n\rPauseResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12,\n\tremaining\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"o\n\rResumeRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x17\n\x0fweights_changed\x18\x03 \x01(\x08\x12\x0f\n\x07updates\x18\x04 \x01(\x03\x12\x13\n\x0bkeep_caches\x18\x05 \x01(\x08\"(\n\x0eResumeResponse\x12\x16\n\x0eweight_version\x18\x01 \x01(\x03\"g\n\x0cWeightChange\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x03(\x03\x12\x10\n\x08\x65lements\x18\x03 \x01(\x03\x12\x11\n\tdeviation\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x03\"\xb1\x01\n\x13ProbeWeightsRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12(\n\x05lease\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\x12(\n\x07\x63hanges\x18\x05 \x03(\x0b\x32\x17.apollo.v1.WeightChange\x12\x12\n\ntrainer_id\x18\x06 \x01(\t\"(\n\x14ProbeWeightsResponse\x12\x10\n\x08logprobs\x18\x01 \x03(\x01\"5\n\x13RaiseVersionRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x0f\n\x07updates\x18\x02 \x01(\x03\".\n\x14RaiseVersionResponse\x12\x16\n\x0eweight_version\x18\x01 \x01(\x03\"#\n\x12ResetCachesRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\t\"\x15\n\x13ResetCachesResponse\",\n\x16WatchGenerationRequest\x12\x12\n\ntrainer_id\x18\x01 \x01(\t\"n\n\x17WatchGenerationResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x16\n\x0eweight_version\x18\x03 \x01(\x03\x12\x18\n\x10paused_by_others\x18\x04 \x01(\x08*|\n\tPauseMode\x12\x1a\n\x16PAUSE_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPAUSE_MODE_KEEP\x10\x01\x12\x13\n\x0fPAUSE_MODE_WAIT\x10\x02\x12\x14\n\x10PAUSE_MODE_ABORT\x10\x03\x12\x13\n\x0fPAUSE_MODE_NONE\x10\x04\x32\xc7\x06\n\x13WeightExportService\x12^\n\x11GetWeightManifest\x12#.apollo.v1.GetWeightManifestRequest\x1a$.apollo.v1.GetWeightManifestResponse\x12\x61\n\x12TraceCheckpointMap\x12$.apollo.v1.TraceCheckpointMapRequest\x1a%.apollo.v1.TraceCheckpointMapResponse\x12L\n\x0bScoreTokens\x12\x1d.apollo.v1.ScoreTokensRequest\x1a\x1e.apollo.v1.ScoreTokensResponse\x12X\n\x0fTokenizeSamples\x12!.apollo.v1.TokenizeSamplesRequest\x1a\".apollo.v1.TokenizeSamplesResponse\x12:\n\x05Pause\x12\x17.apollo.v1.PauseRequest\x1a\x18.apollo.v1.PauseResponse\x12=\n\x06Resume\x12\x18.apollo.v1.ResumeRequest\x1a\x19.apollo.v1.ResumeResponse\x12O\n\x0cProbeWeights\x12\x1e.apollo.v1.ProbeWeightsRequest\x1a\x1f.apollo.v1.ProbeWeightsResponse\x12O\n\x0cRaiseVersion\x12\x1e.apollo.v1.RaiseVersionRequest\x1a\x1f.apollo.v1.RaiseVersionResponse\x12L\n\x0bResetCaches\x12\x1d.apollo.v1.ResetCachesRequest\x1a\x1e.apollo.v1.ResetCachesResponse\x12Z\n\x0fWatchGeneration\x12!.apollo.v1.WatchGenerationRequest\x1a\".apollo.v1.WatchGenerationResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'apollo.v1.weight_export_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PAUSEMODE']._serialized_start=2780
-  _globals['_PAUSEMODE']._serialized_end=2904
-  _globals['_GETWEIGHTMANIFESTREQUEST']._serialized_start=76
-  _globals['_GETWEIGHTMANIFESTREQUEST']._serialized_end=102
-  _globals['_GETWEIGHTMANIFESTRESPONSE']._serialized_start=104
-  _globals['_GETWEIGHTMANIFESTRESPONSE']._serialized_end=176
-  _globals['_WEIGHTMANIFEST']._serialized_start=179
-  _globals['_WEIGHTMANIFEST']._serialized_end=493
-  _globals['_BUFFER']._serialized_start=496
-  _globals['_BUFFER']._serialized_end=640
-  _globals['_MEMFDHANDLE']._serialized_start=642
-  _globals['_MEMFDHANDLE']._serialized_end=695
-  _globals['_CUDAIPCHANDLE']._serialized_start=698
-  _globals['_CUDAIPCHANDLE']._serialized_end=917
-  _globals['_TENSOR']._serialized_start=920
-  _globals['_TENSOR']._serialized_end=1050
-  _globals['_PLANNEDTENSOR']._serialized_start=1052
-  _globals['_PLANNEDTENSOR']._serialized_end=1153
-  _globals['_PLANNEDROOT']._serialized_start=1155
-  _globals['_PLANNEDROOT']._serialized_end=1197
-  _globals['_TRACECHECKPOINTMAPREQUEST']._serialized_start=1199
-  _globals['_TRACECHECKPOINTMAPREQUEST']._serialized_end=1323
-  _globals['_TRACECHECKPOINTMAPRESPONSE']._serialized_start=1326
-  _globals['_TRACECHECKPOINTMAPRESPONSE']._serialized_end=1456
-  _globals['_PARAMETERVIEW']._serialized_start=1459
-  _globals['_PARAMETERVIEW']._serialized_end=1605
-  _globals['_REFUSEDPARAMETER']._serialized_start=1607
-  _globals['_REFUSEDPARAMETER']._serialized_end=1673
-  _globals['_SCORETOKENSREQUEST']._serialized_start=1675
-  _globals['_SCORETOKENSREQUEST']._serialized_end=1729
-  _globals['_SCORETOKENSRESPONSE']._serialized_start=1731
-  _globals['_SCORETOKENSRESPONSE']._serialized_end=1770
-  _globals['_PAUSEREQUEST']._serialized_start=1773
-  _globals['_PAUSEREQUEST']._serialized_end=1920
-  _globals['_PAUSERESPONSE']._serialized_start=1922
-  _globals['_PAUSERESPONSE']._serialized_end=2001
-  _globals['_RESUMEREQUEST']._serialized_start=2003
-  _globals['_RESUMEREQUEST']._serialized_end=2114
-  _globals['_RESUMERESPONSE']._serialized_start=2116
-  _globals['_RESUMERESPONSE']._serialized_end=2156
-  _globals['_WEIGHTCHANGE']._serialized_start=2158
-  _globals['_WEIGHTCHANGE']._serialized_end=2261
-  _globals['_PROBEWEIGHTSREQUEST']._serialized_start=2264
-  _globals['_PROBEWEIGHTSREQUEST']._serialized_end=2441
-  _globals['_PROBEWEIGHTSRESPONSE']._serialized_start=2443
-  _globals['_PROBEWEIGHTSRESPONSE']._serialized_end=2483
-  _globals['_RAISEVERSIONREQUEST']._serialized_start=2485
-  _globals['_RAISEVERSIONREQUEST']._serialized_end=2538
-  _globals['_RAISEVERSIONRESPONSE']._serialized_start=2540
-  _globals['_RAISEVERSIONRESPONSE']._serialized_end=2586
-  _globals['_RESETCACHESREQUEST']._serialized_start=2588
-  _globals['_RESETCACHESREQUEST']._serialized_end=2623
-  _globals['_RESETCACHESRESPONSE']._serialized_start=2625
-  _globals['_RESETCACHESRESPONSE']._serialized_end=2646
-  _globals['_WATCHGENERATIONREQUEST']._serialized_start=2648
-  _globals['_WATCHGENERATIONREQUEST']._serialized_end=2692
-  _globals['_WATCHGENERATIONRESPONSE']._serialized_start=2694
-  _globals['_WATCHGENERATIONRESPONSE']._serialized_end=2778
-  _globals['_WEIGHTEXPORTSERVICE']._serialized_start=2907
-  _globals['_WEIGHTEXPORTSERVICE']._serialized_end=3656
+  _globals['_PAUSEMODE']._serialized_start=3113
+  _globals['_PAUSEMODE']._serialized_end=3237
+  _globals['_GETWEIGHTMANIFESTREQUEST']._serialized_start=102
+  _globals['_GETWEIGHTMANIFESTREQUEST']._serialized_end=128
+  _globals['_GETWEIGHTMANIFESTRESPONSE']._serialized_start=130
+  _globals['_GETWEIGHTMANIFESTRESPONSE']._serialized_end=202
+  _globals['_WEIGHTMANIFEST']._serialized_start=205
+  _globals['_WEIGHTMANIFEST']._serialized_end=568
+  _globals['_BUFFER']._serialized_start=571
+  _globals['_BUFFER']._serialized_end=715
+  _globals['_MEMFDHANDLE']._serialized_start=717
+  _globals['_MEMFDHANDLE']._serialized_end=770
+  _globals['_CUDAIPCHANDLE']._serialized_start=773
+  _globals['_CUDAIPCHANDLE']._serialized_end=992
+  _globals['_TENSOR']._serialized_start=995
+  _globals['_TENSOR']._serialized_end=1125
+  _globals['_PLANNEDTENSOR']._serialized_start=1127
+  _globals['_PLANNEDTENSOR']._serialized_end=1228
+  _globals['_PLANNEDROOT']._serialized_start=1230
+  _globals['_PLANNEDROOT']._serialized_end=1272
+  _globals['_TRACECHECKPOINTMAPREQUEST']._serialized_start=1274
+  _globals['_TRACECHECKPOINTMAPREQUEST']._serialized_end=1398
+  _globals['_TRACECHECKPOINTMAPRESPONSE']._serialized_start=1401
+  _globals['_TRACECHECKPOINTMAPRESPONSE']._serialized_end=1531
+  _globals['_PARAMETERVIEW']._serialized_start=1534
+  _globals['_PARAMETERVIEW']._serialized_end=1680
+  _globals['_REFUSEDPARAMETER']._serialized_start=1682
+  _globals['_REFUSEDPARAMETER']._serialized_end=1748
+  _globals['_SCORETOKENSREQUEST']._serialized_start=1750
+  _globals['_SCORETOKENSREQUEST']._serialized_end=1804
+  _globals['_SCORETOKENSRESPONSE']._serialized_start=1806
+  _globals['_SCORETOKENSRESPONSE']._serialized_end=1845
+  _globals['_TOKENIZESAMPLESREQUEST']._serialized_start=1847
+  _globals['_TOKENIZESAMPLESREQUEST']._serialized_end=1907
+  _globals['_TOKENIZESAMPLESRESPONSE']._serialized_start=1909
+  _globals['_TOKENIZESAMPLESRESPONSE']._serialized_end=1979
+  _globals['_TOKENIZEDSAMPLE']._serialized_start=1981
+  _globals['_TOKENIZEDSAMPLE']._serialized_end=2077
+  _globals['_PAUSEREQUEST']._serialized_start=2080
+  _globals['_PAUSEREQUEST']._serialized_end=2227
+  _globals['_PAUSERESPONSE']._serialized_start=2229
+  _globals['_PAUSERESPONSE']._serialized_end=2308
+  _globals['_RESUMEREQUEST']._serialized_start=2310
+  _globals['_RESUMEREQUEST']._serialized_end=2421
+  _globals['_RESUMERESPONSE']._serialized_start=2423
+  _globals['_RESUMERESPONSE']._serialized_end=2463
+  _globals['_WEIGHTCHANGE']._serialized_start=2465
+  _globals['_WEIGHTCHANGE']._serialized_end=2568
+  _globals['_PROBEWEIGHTSREQUEST']._serialized_start=2571
+  _globals['_PROBEWEIGHTSREQUEST']._serialized_end=2748
+  _globals['_PROBEWEIGHTSRESPONSE']._serialized_start=2750
+  _globals['_PROBEWEIGHTSRESPONSE']._serialized_end=2790
+  _globals['_RAISEVERSIONREQUEST']._serialized_start=2792
+  _globals['_RAISEVERSIONREQUEST']._serialized_end=2845
+  _globals['_RAISEVERSIONRESPONSE']._serialized_start=2847
+  _globals['_RAISEVERSIONRESPONSE']._serialized_end=2893
+  _globals['_RESETCACHESREQUEST']._serialized_start=2895
+  _globals['_RESETCACHESREQUEST']._serialized_end=2930
+  _globals['_RESETCACHESRESPONSE']._serialized_start=2932
+  _globals['_RESETCACHESRESPONSE']._serialized_end=2953
+  _globals['_WATCHGENERATIONREQUEST']._serialized_start=2955
+  _globals['_WATCHGENERATIONREQUEST']._serialized_end=2999
+  _globals['_WATCHGENERATIONRESPONSE']._serialized_start=3001
+  _globals['_WATCHGENERATIONRESPONSE']._serialized_end=3111
+  _globals['_WEIGHTEXPORTSERVICE']._serialized_start=3240
+  _globals['_WEIGHTEXPORTSERVICE']._serialized_end=4079
 # @@protoc_insertion_point(module_scope)

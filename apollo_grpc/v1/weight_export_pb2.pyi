@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+import apollo_grpc.v1.training_pb2
 import builtins
 import collections.abc
 import google.protobuf.descriptor
@@ -98,10 +99,14 @@ class WeightManifest(google.protobuf.message.Message):
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
     AS_LOADED_FIELD_NUMBER: builtins.int
     WORKER_PID_NAMESPACE_FIELD_NUMBER: builtins.int
+    GENERATION_PAGE_FIELD_NUMBER: builtins.int
     epoch: builtins.str
     """Random for each engine process."""
     generation: builtins.int
-    """Raised when the exported memory itself changes."""
+    """Begins with 1; raised whenever somebody else than a training server is about
+    to change the weights: a reload, a weight transfer, a sleep. Handles of an
+    older generation name memory that may hold other weights by now.
+    """
     model: builtins.str
     """The folder that vLLM loaded; what it was given where no folder is known."""
     tensor_parallel_rank: builtins.int
@@ -112,13 +117,21 @@ class WeightManifest(google.protobuf.message.Message):
     """Longest sequence that the engine accepts, in tokens."""
     weight_version: builtins.int
     as_loaded: builtins.bool
-    """No lease was ever granted: the weights are what vLLM loaded."""
+    """No lease was ever granted, and nobody else changed them: the weights are
+    what vLLM loaded.
+    """
     worker_pid_namespace: builtins.int
     """Inode of the PID namespace that `worker_pid` counts in."""
     @property
     def buffers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Buffer]: ...
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Tensor]: ...
+    @property
+    def generation_page(self) -> global___MemfdHandle:
+        """Where `generation` is now: 8 bytes, little-endian. It is raised before the
+        change, so that whoever reads it right before a write knows of each.
+        """
+
     def __init__(
         self,
         *,
@@ -134,8 +147,10 @@ class WeightManifest(google.protobuf.message.Message):
         weight_version: builtins.int = ...,
         as_loaded: builtins.bool = ...,
         worker_pid_namespace: builtins.int = ...,
+        generation_page: global___MemfdHandle | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["as_loaded", b"as_loaded", "buffers", b"buffers", "epoch", b"epoch", "generation", b"generation", "max_model_len", b"max_model_len", "model", b"model", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "tensors", b"tensors", "weight_version", b"weight_version", "worker_pid", b"worker_pid", "worker_pid_namespace", b"worker_pid_namespace"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["generation_page", b"generation_page"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["as_loaded", b"as_loaded", "buffers", b"buffers", "epoch", b"epoch", "generation", b"generation", "generation_page", b"generation_page", "max_model_len", b"max_model_len", "model", b"model", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "tensors", b"tensors", "weight_version", b"weight_version", "worker_pid", b"worker_pid", "worker_pid_namespace", b"worker_pid_namespace"]) -> None: ...
 
 global___WeightManifest = WeightManifest
 
@@ -483,6 +498,80 @@ class ScoreTokensResponse(google.protobuf.message.Message):
 global___ScoreTokensResponse = ScoreTokensResponse
 
 @typing.final
+class TokenizeSamplesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: builtins.int
+    @property
+    def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[apollo_grpc.v1.training_pb2.Sample]:
+        """Of text or chat; their weights are not looked at."""
+
+    def __init__(
+        self,
+        *,
+        samples: collections.abc.Iterable[apollo_grpc.v1.training_pb2.Sample] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["samples", b"samples"]) -> None: ...
+
+global___TokenizeSamplesRequest = TokenizeSamplesRequest
+
+@typing.final
+class TokenizeSamplesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: builtins.int
+    @property
+    def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TokenizedSample]:
+        """One for each sample, in order."""
+
+    def __init__(
+        self,
+        *,
+        samples: collections.abc.Iterable[global___TokenizedSample] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["samples", b"samples"]) -> None: ...
+
+global___TokenizeSamplesResponse = TokenizeSamplesResponse
+
+@typing.final
+class TokenizedSample(google.protobuf.message.Message):
+    """Token ids, or why there are none."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CONTEXT_IDS_FIELD_NUMBER: builtins.int
+    CONTINUATION_IDS_FIELD_NUMBER: builtins.int
+    FIELD_FIELD_NUMBER: builtins.int
+    REFUSAL_FIELD_NUMBER: builtins.int
+    field: builtins.str
+    """Path of the wrong field within the sample, as in "chat.messages"."""
+    refusal: builtins.str
+    """Why the sample cannot be learned, to be read after the path; empty where
+    it can.
+    """
+    @property
+    def context_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """What vLLM is prompted with."""
+
+    @property
+    def continuation_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """What it then answers, with the token that ends an answer where the sample
+        has it.
+        """
+
+    def __init__(
+        self,
+        *,
+        context_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        continuation_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        field: builtins.str = ...,
+        refusal: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context_ids", b"context_ids", "continuation_ids", b"continuation_ids", "field", b"field", "refusal", b"refusal"]) -> None: ...
+
+global___TokenizedSample = TokenizedSample
+
+@typing.final
 class PauseRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -762,16 +851,23 @@ class WatchGenerationResponse(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     GENERATION_FIELD_NUMBER: builtins.int
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
+    PAUSED_BY_OTHERS_FIELD_NUMBER: builtins.int
     epoch: builtins.str
     generation: builtins.int
+    """As in WeightManifest; 0 before a manifest was asked for."""
     weight_version: builtins.int
+    paused_by_others: builtins.bool
+    """Somebody else than a training server paused vLLM, or put it to sleep: it
+    scores nothing until they let it go on.
+    """
     def __init__(
         self,
         *,
         epoch: builtins.str = ...,
         generation: builtins.int = ...,
         weight_version: builtins.int = ...,
+        paused_by_others: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "generation", b"generation", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "generation", b"generation", "paused_by_others", b"paused_by_others", "weight_version", b"weight_version"]) -> None: ...
 
 global___WatchGenerationResponse = WatchGenerationResponse

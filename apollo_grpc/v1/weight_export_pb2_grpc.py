@@ -54,6 +54,11 @@ class WeightExportServiceStub(object):
                 request_serializer=apollo_dot_v1_dot_weight__export__pb2.ScoreTokensRequest.SerializeToString,
                 response_deserializer=apollo_dot_v1_dot_weight__export__pb2.ScoreTokensResponse.FromString,
                 _registered_method=True)
+        self.TokenizeSamples = channel.unary_unary(
+                '/apollo.v1.WeightExportService/TokenizeSamples',
+                request_serializer=apollo_dot_v1_dot_weight__export__pb2.TokenizeSamplesRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.TokenizeSamplesResponse.FromString,
+                _registered_method=True)
         self.Pause = channel.unary_unary(
                 '/apollo.v1.WeightExportService/Pause',
                 request_serializer=apollo_dot_v1_dot_weight__export__pb2.PauseRequest.SerializeToString,
@@ -117,11 +122,22 @@ class WeightExportServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TokenizeSamples(self, request, context):
+        """Makes token ids of texts and chats as vLLM makes them of its prompts, by
+        whatever template, tokenizer and options it was started with. Also while
+        the engine is paused; nothing of it changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Pause(self, request, context):
         """Stops scheduling under a lease. A lease that is not renewed in time ends
         and the engine resumes by itself. The same request_id returns, and renews,
-        the same lease. FAILED_PRECONDITION when that lease has ended, and with
-        ENGINE_HELD while another training server watches the engine.
+        the same lease. FAILED_PRECONDITION when that lease has ended, also because
+        somebody else let the engine go on, and with ENGINE_HELD while another
+        training server watches the engine. Meanwhile vLLM refuses calls that change
+        weights. An engine that somebody else had paused stays paused afterwards.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,6 +208,11 @@ def add_WeightExportServiceServicer_to_server(servicer, server):
                     servicer.ScoreTokens,
                     request_deserializer=apollo_dot_v1_dot_weight__export__pb2.ScoreTokensRequest.FromString,
                     response_serializer=apollo_dot_v1_dot_weight__export__pb2.ScoreTokensResponse.SerializeToString,
+            ),
+            'TokenizeSamples': grpc.unary_unary_rpc_method_handler(
+                    servicer.TokenizeSamples,
+                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.TokenizeSamplesRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.TokenizeSamplesResponse.SerializeToString,
             ),
             'Pause': grpc.unary_unary_rpc_method_handler(
                     servicer.Pause,
@@ -310,6 +331,33 @@ class WeightExportService(object):
             '/apollo.v1.WeightExportService/ScoreTokens',
             apollo_dot_v1_dot_weight__export__pb2.ScoreTokensRequest.SerializeToString,
             apollo_dot_v1_dot_weight__export__pb2.ScoreTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TokenizeSamples(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.WeightExportService/TokenizeSamples',
+            apollo_dot_v1_dot_weight__export__pb2.TokenizeSamplesRequest.SerializeToString,
+            apollo_dot_v1_dot_weight__export__pb2.TokenizeSamplesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,14 +48,25 @@ class WeightExportServiceStub:
     token after the first. UNAVAILABLE while the engine is paused.
     """
 
+    TokenizeSamples: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.weight_export_pb2.TokenizeSamplesRequest,
+        apollo_grpc.v1.weight_export_pb2.TokenizeSamplesResponse,
+    ]
+    """Makes token ids of texts and chats as vLLM makes them of its prompts, by
+    whatever template, tokenizer and options it was started with. Also while
+    the engine is paused; nothing of it changes.
+    """
+
     Pause: grpc.UnaryUnaryMultiCallable[
         apollo_grpc.v1.weight_export_pb2.PauseRequest,
         apollo_grpc.v1.weight_export_pb2.PauseResponse,
     ]
     """Stops scheduling under a lease. A lease that is not renewed in time ends
     and the engine resumes by itself. The same request_id returns, and renews,
-    the same lease. FAILED_PRECONDITION when that lease has ended, and with
-    ENGINE_HELD while another training server watches the engine.
+    the same lease. FAILED_PRECONDITION when that lease has ended, also because
+    somebody else let the engine go on, and with ENGINE_HELD while another
+    training server watches the engine. Meanwhile vLLM refuses calls that change
+    weights. An engine that somebody else had paused stays paused afterwards.
     """
 
     Resume: grpc.UnaryUnaryMultiCallable[
@@ -135,14 +146,25 @@ class WeightExportServiceAsyncStub:
     token after the first. UNAVAILABLE while the engine is paused.
     """
 
+    TokenizeSamples: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.weight_export_pb2.TokenizeSamplesRequest,
+        apollo_grpc.v1.weight_export_pb2.TokenizeSamplesResponse,
+    ]
+    """Makes token ids of texts and chats as vLLM makes them of its prompts, by
+    whatever template, tokenizer and options it was started with. Also while
+    the engine is paused; nothing of it changes.
+    """
+
     Pause: grpc.aio.UnaryUnaryMultiCallable[
         apollo_grpc.v1.weight_export_pb2.PauseRequest,
         apollo_grpc.v1.weight_export_pb2.PauseResponse,
     ]
     """Stops scheduling under a lease. A lease that is not renewed in time ends
     and the engine resumes by itself. The same request_id returns, and renews,
-    the same lease. FAILED_PRECONDITION when that lease has ended, and with
-    ENGINE_HELD while another training server watches the engine.
+    the same lease. FAILED_PRECONDITION when that lease has ended, also because
+    somebody else let the engine go on, and with ENGINE_HELD while another
+    training server watches the engine. Meanwhile vLLM refuses calls that change
+    weights. An engine that somebody else had paused stays paused afterwards.
     """
 
     Resume: grpc.aio.UnaryUnaryMultiCallable[
@@ -229,6 +251,17 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
         """
 
     @abc.abstractmethod
+    def TokenizeSamples(
+        self,
+        request: apollo_grpc.v1.weight_export_pb2.TokenizeSamplesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.TokenizeSamplesResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.TokenizeSamplesResponse]]:
+        """Makes token ids of texts and chats as vLLM makes them of its prompts, by
+        whatever template, tokenizer and options it was started with. Also while
+        the engine is paused; nothing of it changes.
+        """
+
+    @abc.abstractmethod
     def Pause(
         self,
         request: apollo_grpc.v1.weight_export_pb2.PauseRequest,
@@ -236,8 +269,10 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.PauseResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.PauseResponse]]:
         """Stops scheduling under a lease. A lease that is not renewed in time ends
         and the engine resumes by itself. The same request_id returns, and renews,
-        the same lease. FAILED_PRECONDITION when that lease has ended, and with
-        ENGINE_HELD while another training server watches the engine.
+        the same lease. FAILED_PRECONDITION when that lease has ended, also because
+        somebody else let the engine go on, and with ENGINE_HELD while another
+        training server watches the engine. Meanwhile vLLM refuses calls that change
+        weights. An engine that somebody else had paused stays paused afterwards.
         """
 
     @abc.abstractmethod

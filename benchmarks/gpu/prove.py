@@ -101,7 +101,7 @@ def milliseconds(work: Callable[[], None]) -> float:
 def train(stack: Stack, sample: dict[str, list[int]]) -> dict[str, Any]:
     """Real Apollo steps through the training server."""
     began = time.perf_counter()
-    events = list(stack.client.train([sample], epochs=EPOCHS, lr=LEARNING_RATE))
+    events = list(stack.client.train([sample], epochs=EPOCHS, lr=LEARNING_RATE, min_loss=0))
     steps = [event.step for event in events if event.HasField("step")]
     finished = events[-1].finished
     if finished.state != pb.RUN_STATE_SUCCEEDED:
@@ -127,7 +127,7 @@ def median_ms(durations: list[Any]) -> float:
 def kill_engine_in_mid_run(stack: Stack, sample: dict[str, list[int]]) -> dict[str, Any]:
     """Seconds from kill -9 of every process of vLLM's to the end of the run, and its reason."""
     killed, steps = 0.0, 0
-    for event in stack.client.train([sample], epochs=ENDLESS_EPOCHS, lr=1e-6):
+    for event in stack.client.train([sample], epochs=ENDLESS_EPOCHS, lr=1e-6, min_loss=0):
         steps += event.HasField("step")
         if steps == 5 and not killed:
             killed = time.perf_counter()

@@ -3,7 +3,8 @@
 from apollo_client.aio import AsyncApolloClient, AsyncRunStream, AsyncStream
 from apollo_client.client import ApolloClient, RunStream, Stream
 from apollo_client.requests import RunOptions, run_spec
-from apollo_client.samples import SampleLike, read_samples, to_sample, to_samples
+from apollo_client.sample_files import read_samples
+from apollo_client.samples import SampleLike, to_sample, to_samples
 
 __all__ = [
     "ApolloClient",

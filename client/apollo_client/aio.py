@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +12,20 @@ from typing import Any, Generic, Self, TypeVar, Unpack
 import grpc.aio
 
 from apollo_client.aio_checkpoint_calls import AsyncCheckpointCalls
-from apollo_client.connection import RETRY_SECONDS, STATUS_SECONDS, Told, find_server, readable
+from apollo_client.connection import (
+    RETRY_SECONDS,
+    STATUS_SECONDS,
+    Told,
+    find_server,
+    message,
+    readable,
+)
+from apollo_client.lifetime import Lifetime, is_cancelled, running_loop
+from apollo_client.placing import Place
 from apollo_client.requests import (
     RunOptions,
     list_request,
-    run_spec,
+    placed_spec,
     train_request,
     watch_request,
 )
@@ -30,6 +39,7 @@ from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
 from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
 
 T = TypeVar("T")
+Begin = Callable[[Any, Any], Any]
 
 
 class AsyncStream(Generic[T]):
@@ -43,10 +53,11 @@ class AsyncStream(Generic[T]):
         call: Callable[[], Any],
         patience: Patience,
         endpoint: Endpoint,
+        lifetime: Lifetime,
         read: Callable[[Any], T],
     ):
         self._open, self._patience = call, patience
-        self._endpoint, self._read = endpoint, read
+        self._endpoint, self._lifetime, self._read = endpoint, lifetime, read
         self._left = False
         self._call = call()
 
@@ -55,14 +66,17 @@ class AsyncStream(Generic[T]):
 
     async def __anext__(self) -> T:
         while True:
+            self._lifetime.require_here()
             try:
                 message = await self._call.read()
             except asyncio.CancelledError:
                 # Also raised for a call that was left, which would pass for this task's own end.
-                if self._left:
+                if self._has_left() and not is_cancelled():
                     raise StopAsyncIteration from None
                 raise
             except grpc.RpcError as raised:
+                if self._lifetime.closed:
+                    raise StopAsyncIteration from None
                 error = readable(raised, self._endpoint)
             else:
                 if message is grpc.aio.EOF:
@@ -73,11 +87,14 @@ class AsyncStream(Generic[T]):
 
     async def _again(self, error: ApolloError | None) -> None:
         """Makes the call again, in a while; raises where that makes no sense."""
-        if not self._left:
+        if not self._has_left():
             await asyncio.sleep(self._patience.wait_after(error))
-        if self._left:
+        if self._has_left():
             raise StopAsyncIteration
         self._call = self._open()
+
+    def _has_left(self) -> bool:
+        return self._left or self._lifetime.closed
 
     def close(self) -> None:
         """Leaves the stream: iterating it ends. What it watched goes on."""
@@ -99,15 +116,17 @@ class AsyncStream(Generic[T]):
 class AsyncRunStream(AsyncStream[training_pb2.RunEvent]):
     """The events of one run, none lost and none twice, also when the server is restarted."""
 
-    def __init__(self, stub: Any, resume: Resume, endpoint: Endpoint, metadata: Any):
+    def __init__(
+        self, begin: Begin, stub: Any, resume: Resume, endpoint: Endpoint, lifetime: Lifetime
+    ):
         self._resume = resume
 
         def call() -> Any:
             request = resume.request()
             known = isinstance(request, training_pb2.WatchRunRequest)
-            return (stub.WatchRun if known else stub.Train)(request, metadata=metadata)
+            return begin(stub.WatchRun if known else stub.Train, request)
 
-        super().__init__(call, resume, endpoint, lambda response: response.event)
+        super().__init__(call, resume, endpoint, lifetime, lambda response: response.event)
 
     async def __anext__(self) -> training_pb2.RunEvent:
         while not self._resume.ended:
@@ -122,9 +141,9 @@ class AsyncRunStream(AsyncStream[training_pb2.RunEvent]):
 
 
 class AsyncApolloClient(AsyncCheckpointCalls):
-    """`ApolloClient` for asyncio; belongs to the event loop on which it was made.
+    """`ApolloClient` for asyncio; made and used on one event loop.
 
-    Takes the same arguments and raises the same errors.
+    Takes the same arguments and raises the same errors; FailedPrecondition elsewhere.
     """
 
     def __init__(
@@ -137,6 +156,7 @@ class AsyncApolloClient(AsyncCheckpointCalls):
         key: Path | None = None,
         retry_seconds: float = RETRY_SECONDS,
     ):
+        self._lifetime = Lifetime(running_loop())
         self._endpoint = find_server(address, token, ca, certificate, key)
         self._metadata, self._retry_seconds = self._endpoint.metadata(), retry_seconds
         self._channel = self._endpoint.aio_channel()
@@ -154,7 +174,8 @@ class AsyncApolloClient(AsyncCheckpointCalls):
         **options: Unpack[RunOptions],
     ) -> AsyncRunStream:
         """Starts a run and returns its events; see `ApolloClient.train`."""
-        return self.train_spec(run_spec(samples, options), request_id=request_id)
+        spec, places = placed_spec(samples, options)
+        return self._follow(train_request(spec, request_id, places), places)
 
     def train_spec(
         self, spec: training_pb2.RunSpec, *, request_id: str | None = None
@@ -164,18 +185,22 @@ class AsyncApolloClient(AsyncCheckpointCalls):
 
     def watch_run(self, run_id: str, after_sequence: int = 0) -> AsyncRunStream:
         """The events of a run; see `ApolloClient.watch_run`."""
-        request = training_pb2.WatchRunRequest(run_id=run_id, after_sequence=after_sequence)
+        request = message(
+            training_pb2.WatchRunRequest, run_id=run_id, after_sequence=after_sequence
+        )
         return self._follow(request)
 
     def _follow(
-        self, request: training_pb2.TrainRequest | training_pb2.WatchRunRequest
+        self,
+        request: training_pb2.TrainRequest | training_pb2.WatchRunRequest,
+        places: Sequence[Place] = (),
     ) -> AsyncRunStream:
-        resume = Resume(request, self._retry_seconds)
-        return AsyncRunStream(self._training, resume, self._endpoint, self._metadata)
+        resume = Resume(request, self._retry_seconds, places)
+        return AsyncRunStream(self._begin, self._training, resume, self._endpoint, self._lifetime)
 
     async def get_run(self, run_id: str) -> training_pb2.Run:
         """One run with its spec; see `ApolloClient.get_run`."""
-        request = training_pb2.GetRunRequest(run_id=run_id)
+        request = message(training_pb2.GetRunRequest, run_id=run_id)
         run: training_pb2.Run = (await self._answer(self._training.GetRun, request)).run
         return run
 
@@ -189,7 +214,7 @@ class AsyncApolloClient(AsyncCheckpointCalls):
 
     async def cancel_run(self, run_id: str) -> training_pb2.Run:
         """Asks a run to stop; see `ApolloClient.cancel_run`."""
-        request = training_pb2.CancelRunRequest(run_id=run_id)
+        request = message(training_pb2.CancelRunRequest, run_id=run_id)
         run: training_pb2.Run = (await self._answer(self._training.CancelRun, request)).run
         return run
 
@@ -222,16 +247,28 @@ class AsyncApolloClient(AsyncCheckpointCalls):
 
     async def _answer(self, method: Any, request: Any) -> Any:
         try:
-            return await method(request, timeout=STATUS_SECONDS, metadata=self._metadata)
+            return await self._begin(method, request, timeout=STATUS_SECONDS)
+        except asyncio.CancelledError:
+            # Closing ends the call so too, which would pass for this task's own end.
+            if not is_cancelled():
+                self._lifetime.require_open()
+            raise
         except grpc.RpcError as error:
+            self._lifetime.require_open()
             raise readable(error, self._endpoint) from None
 
+    def _begin(self, method: Any, request: Any, **options: Any) -> Any:
+        self._lifetime.require_open()
+        return method(request, metadata=self._metadata, **options)
+
     def _stream(self, method: Any, request: Any, read: Callable[[Any], T]) -> AsyncStream[T]:
-        call = partial(method, request, metadata=self._metadata)
-        return AsyncStream(call, Patience(self._retry_seconds), self._endpoint, read)
+        call, patience = partial(self._begin, method, request), Patience(self._retry_seconds)
+        return AsyncStream(call, patience, self._endpoint, self._lifetime, read)
 
     async def close(self) -> None:
-        """Closes the connection; streams that are open end."""
+        """Closes the connection; streams that are open end, and later calls are refused."""
+        self._lifetime.require_here()
+        self._lifetime.closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from apollo_client.connection import Told
+from apollo_client.connection import Told, message
 from apollo_grpc.v1 import checkpoint_pb2 as pb
 
 
@@ -33,7 +33,7 @@ class CheckpointCalls:
             in_place: write into the files, for disks without room for new ones.
         """
         methods = (pb.SYNC_METHOD_UNSPECIFIED, pb.SYNC_METHOD_IN_PLACE)
-        request = pb.SyncRequest(method=methods[in_place], request_id=request_id)
+        request = message(pb.SyncRequest, method=methods[in_place], request_id=request_id)
         result: pb.SyncResult = self._result(self._checkpoints.Sync, request, progress)
         return result
 
@@ -51,7 +51,7 @@ class CheckpointCalls:
             full: read every file, and compare digests.
             live: compare the live weights too.
         """
-        request = pb.VerifyRequest(full=full, live=live, request_id=request_id)
+        request = message(pb.VerifyRequest, full=full, live=live, request_id=request_id)
         result: pb.VerifyResult = self._result(self._checkpoints.Verify, request, progress)
         return result
 
@@ -59,7 +59,7 @@ class CheckpointCalls:
         self, directory: str | Path, progress: Told | None = None, *, request_id: str = ""
     ) -> pb.AdoptResult:
         """Makes a private copy of the model directory, in a new folder of the server's machine."""
-        request = pb.AdoptRequest(directory=str(directory), request_id=request_id)
+        request = message(pb.AdoptRequest, directory=str(directory), request_id=request_id)
         result: pb.AdoptResult = self._result(self._checkpoints.Adopt, request, progress)
         return result
 
@@ -70,7 +70,7 @@ class CheckpointCalls:
 
         Raises AlreadyExists for a folder that exists.
         """
-        request = pb.ExportRequest(directory=str(directory), request_id=request_id)
+        request = message(pb.ExportRequest, directory=str(directory), request_id=request_id)
         result: pb.ExportResult = self._result(self._checkpoints.Export, request, progress)
         return result
 
@@ -82,25 +82,25 @@ class CheckpointCalls:
         Args:
             name: without one the snapshot is automatic, and newer ones may take its place.
         """
-        request = pb.CreateSnapshotRequest(name=name, request_id=request_id)
+        request = message(pb.CreateSnapshotRequest, name=name, request_id=request_id)
         snapshot: pb.Snapshot = self._result(self._checkpoints.CreateSnapshot, request, progress)
         return snapshot
 
     def get_snapshot(self, snapshot: str) -> pb.Snapshot:
         """One snapshot, by id or name. Raises NotFound."""
-        request = pb.GetSnapshotRequest(snapshot_id=snapshot)
+        request = message(pb.GetSnapshotRequest, snapshot_id=snapshot)
         found: pb.Snapshot = (self._answer(self._checkpoints.GetSnapshot, request)).snapshot
         return found
 
     def list_snapshots(self, page_size: int = 0, page_token: str = "") -> pb.ListSnapshotsResponse:
         """A page of snapshots, newest first."""
-        request = pb.ListSnapshotsRequest(page_size=page_size, page_token=page_token)
+        request = message(pb.ListSnapshotsRequest, page_size=page_size, page_token=page_token)
         page: pb.ListSnapshotsResponse = self._answer(self._checkpoints.ListSnapshots, request)
         return page
 
     def delete_snapshot(self, snapshot: str) -> None:
         """Deletes one, by id or name. Raises NotFound."""
-        request = pb.DeleteSnapshotRequest(snapshot_id=snapshot)
+        request = message(pb.DeleteSnapshotRequest, snapshot_id=snapshot)
         self._answer(self._checkpoints.DeleteSnapshot, request)
 
     def restore(
@@ -116,7 +116,8 @@ class CheckpointCalls:
         Raises Aborted where the live weights have another version than the expected one, NotFound,
         DataLoss where the snapshot is not what was written; nothing was changed then.
         """
-        request = pb.RestoreSnapshotRequest(
+        request = message(
+            pb.RestoreSnapshotRequest,
             snapshot_id=snapshot,
             expected_weight_version=expected_weight_version,
             request_id=request_id,
@@ -138,7 +139,8 @@ class CheckpointCalls:
         Raises Aborted where the live weights have another version than the expected one, OutOfRange
         where the server keeps fewer.
         """
-        request = pb.UndoRequest(
+        request = message(
+            pb.UndoRequest,
             updates=updates,
             expected_weight_version=expected_weight_version,
             request_id=request_id,
@@ -152,6 +154,6 @@ class CheckpointCalls:
         Returns `"CANCELLED"`, `"STOPPING"` (at its next progress; its own call tells), or
         `"TOO_LATE"`: it has ended, or writes live weights. Raises NotFound for an unknown id.
         """
-        request = pb.CancelCheckpointRequest(request_id=request_id)
+        request = message(pb.CancelCheckpointRequest, request_id=request_id)
         state = self._answer(self._checkpoints.CancelCheckpoint, request).state
         return pb.CancelState.Name(state).removeprefix("CANCEL_STATE_")

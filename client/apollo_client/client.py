@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +12,20 @@ from typing import Any, Generic, Self, TypeVar, Unpack
 import grpc
 
 from apollo_client.checkpoint_calls import CheckpointCalls
-from apollo_client.connection import RETRY_SECONDS, STATUS_SECONDS, Told, find_server, readable
+from apollo_client.connection import (
+    RETRY_SECONDS,
+    STATUS_SECONDS,
+    Told,
+    find_server,
+    message,
+    readable,
+)
+from apollo_client.lifetime import Lifetime
+from apollo_client.placing import Place
 from apollo_client.requests import (
     RunOptions,
     list_request,
-    run_spec,
+    placed_spec,
     train_request,
     watch_request,
 )
@@ -30,6 +39,7 @@ from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
 from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
 
 T = TypeVar("T")
+Begin = Callable[[Any, Any], Any]
 
 
 class Stream(Generic[T]):
@@ -43,10 +53,11 @@ class Stream(Generic[T]):
         call: Callable[[], Any],
         patience: Patience,
         endpoint: Endpoint,
+        lifetime: Lifetime,
         read: Callable[[Any], T],
     ):
         self._open, self._patience = call, patience
-        self._endpoint, self._read = endpoint, read
+        self._endpoint, self._lifetime, self._read = endpoint, lifetime, read
         self._leaving = threading.Event()
         self._call = call()
 
@@ -55,9 +66,12 @@ class Stream(Generic[T]):
 
     def __next__(self) -> T:
         while True:
+            self._lifetime.require_here()
             try:
                 message = next(self._call)
             except grpc.RpcError as raised:
+                if self._lifetime.closed:
+                    raise StopIteration from None
                 error = readable(raised, self._endpoint)
             else:
                 self._patience.heard()
@@ -67,9 +81,14 @@ class Stream(Generic[T]):
     def _again(self, error: ApolloError | None) -> None:
         """Makes the call again, in a while; raises where that makes no sense."""
         # Left meanwhile: nobody waits for the next message.
-        if self._leaving.is_set() or self._leaving.wait(self._patience.wait_after(error)):
+        if self._has_left() or self._leaving.wait(self._patience.wait_after(error)):
+            raise StopIteration
+        if self._has_left():
             raise StopIteration
         self._call = self._open()
+
+    def _has_left(self) -> bool:
+        return self._lifetime.closed or self._leaving.is_set()
 
     def close(self) -> None:
         """Leaves the stream: iterating it ends. What it watched goes on."""
@@ -91,15 +110,17 @@ class Stream(Generic[T]):
 class RunStream(Stream[training_pb2.RunEvent]):
     """The events of one run, none lost and none twice, also when the server is restarted."""
 
-    def __init__(self, stub: Any, resume: Resume, endpoint: Endpoint, metadata: Any):
+    def __init__(
+        self, begin: Begin, stub: Any, resume: Resume, endpoint: Endpoint, lifetime: Lifetime
+    ):
         self._resume = resume
 
         def call() -> Any:
             request = resume.request()
             known = isinstance(request, training_pb2.WatchRunRequest)
-            return (stub.WatchRun if known else stub.Train)(request, metadata=metadata)
+            return begin(stub.WatchRun if known else stub.Train, request)
 
-        super().__init__(call, resume, endpoint, lambda response: response.event)
+        super().__init__(call, resume, endpoint, lifetime, lambda response: response.event)
 
     def __next__(self) -> training_pb2.RunEvent:
         while not self._resume.ended:
@@ -123,6 +144,7 @@ class ApolloClient(CheckpointCalls):
         retry_seconds: for how long a run's events are asked for again when the server goes away,
             as it does when it is restarted, and a stream when too many are open; 0: not at all.
 
+    Belongs to the process that made it: FailedPrecondition in a forked one, and once it is closed.
     Every method raises `ApolloError`, never `grpc.RpcError`: `Unavailable` when no server or no
     engine is there, `InvalidArgument` with the path of each wrong field.
     """
@@ -137,6 +159,7 @@ class ApolloClient(CheckpointCalls):
         key: Path | None = None,
         retry_seconds: float = RETRY_SECONDS,
     ):
+        self._lifetime = Lifetime()
         self._endpoint = find_server(address, token, ca, certificate, key)
         self._metadata, self._retry_seconds = self._endpoint.metadata(), retry_seconds
         self._channel = self._endpoint.channel()
@@ -160,7 +183,8 @@ class ApolloClient(CheckpointCalls):
             request_id: the same id with the same spec attaches to the first run, also after a
                 restart of either side; with another spec it raises AlreadyExists. None: a new one.
         """
-        return self.train_spec(run_spec(samples, options), request_id=request_id)
+        spec, places = placed_spec(samples, options)
+        return self._follow(train_request(spec, request_id, places), places)
 
     def train_spec(self, spec: training_pb2.RunSpec, *, request_id: str | None = None) -> RunStream:
         """The same for a spec that the caller built, with all that the contract has."""
@@ -171,18 +195,22 @@ class ApolloClient(CheckpointCalls):
 
         Raises NotFound for a run that is not known, OutOfRange for events that were pruned.
         """
-        request = training_pb2.WatchRunRequest(run_id=run_id, after_sequence=after_sequence)
+        request = message(
+            training_pb2.WatchRunRequest, run_id=run_id, after_sequence=after_sequence
+        )
         return self._follow(request)
 
     def _follow(
-        self, request: training_pb2.TrainRequest | training_pb2.WatchRunRequest
+        self,
+        request: training_pb2.TrainRequest | training_pb2.WatchRunRequest,
+        places: Sequence[Place] = (),
     ) -> RunStream:
-        resume = Resume(request, self._retry_seconds)
-        return RunStream(self._training, resume, self._endpoint, self._metadata)
+        resume = Resume(request, self._retry_seconds, places)
+        return RunStream(self._begin, self._training, resume, self._endpoint, self._lifetime)
 
     def get_run(self, run_id: str) -> training_pb2.Run:
         """One run with its spec. Raises NotFound for one that is not known."""
-        request = training_pb2.GetRunRequest(run_id=run_id)
+        request = message(training_pb2.GetRunRequest, run_id=run_id)
         run: training_pb2.Run = self._answer(self._training.GetRun, request).run
         return run
 
@@ -201,7 +229,7 @@ class ApolloClient(CheckpointCalls):
 
     def cancel_run(self, run_id: str) -> training_pb2.Run:
         """Asks a run to stop, and returns at once; a run that has ended stays as it ended."""
-        request = training_pb2.CancelRunRequest(run_id=run_id)
+        request = message(training_pb2.CancelRunRequest, run_id=run_id)
         run: training_pb2.Run = self._answer(self._training.CancelRun, request).run
         return run
 
@@ -236,17 +264,30 @@ class ApolloClient(CheckpointCalls):
 
     def _answer(self, method: Any, request: Any) -> Any:
         try:
-            return method(request, timeout=STATUS_SECONDS, metadata=self._metadata)
+            return self._begin(method, request, timeout=STATUS_SECONDS)
         except grpc.RpcError as error:
+            self._lifetime.require_open()
             raise readable(error, self._endpoint) from None
 
+    def _begin(self, method: Any, request: Any, **options: Any) -> Any:
+        self._lifetime.require_open()
+        try:
+            return method(request, metadata=self._metadata, **options)
+        except ValueError:
+            # Another thread closed it meanwhile.
+            self._lifetime.require_open()
+            raise
+
     def _stream(self, method: Any, request: Any, read: Callable[[Any], T]) -> Stream[T]:
-        call = partial(method, request, metadata=self._metadata)
-        return Stream(call, Patience(self._retry_seconds), self._endpoint, read)
+        call, patience = partial(self._begin, method, request), Patience(self._retry_seconds)
+        return Stream(call, patience, self._endpoint, self._lifetime, read)
 
     def close(self) -> None:
-        """Closes the connection; streams that are open end."""
-        self._channel.close()
+        """Closes the connection; streams that are open end, and later calls are refused."""
+        self._lifetime.closed = True
+        # In a forked process the channel's threads are missing, and closing would wait for them.
+        if self._lifetime.is_own_process():
+            self._channel.close()
 
     def __enter__(self) -> Self:
         return self

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from apollo_grpc.errors import ApolloError, Unavailable, from_rpc_error
+from apollo_grpc.addresses import is_loopback, require_address
+from apollo_grpc.errors import ApolloError, InvalidArgument, Unavailable, from_rpc_error
 from apollo_grpc.locations import server_address, socket_path, state_folder
-from apollo_grpc.transport import Endpoint, is_loopback
+from apollo_grpc.tokens import as_token, read_token
+from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import checkpoint_pb2
 
 Told = Callable[[checkpoint_pb2.Progress], None]
+M = TypeVar("M")
+MAX_SHOWN = 120
 
 STATUS_SECONDS = 10.0
 # A server that loads torch and maps a large model again may take most of it.
@@ -30,19 +34,56 @@ def find_server(
 
     Args:
         address: `unix:PATH` or `host:port`; else $APOLLO_ADDRESS, else the user's own socket.
-        token: of a TCP server; else $APOLLO_TOKEN, else, on this machine, the state folder's.
-        ca, certificate, key: PEM files for TLS and mTLS.
+        token: of a TCP server; else of $APOLLO_TOKEN_FILE, else $APOLLO_TOKEN, else, on this
+            machine, the state folder's.
+        ca, certificate, key: PEM files for TLS and mTLS; else $APOLLO_CA, $APOLLO_CERTIFICATE and
+            $APOLLO_KEY. `system` as `ca`: the authorities that this system trusts.
+
+    Raises InvalidArgument for what is no address, token or pair of files, FailedPrecondition where
+    there is no state folder.
     """
-    address = address or server_address()
-    if token is None and socket_path(address) is None:
-        token = os.environ.get("APOLLO_TOKEN") or _own_token(address)
-    return Endpoint(address, token, ca, certificate, key)
+    address = require_address(address or server_address())
+    if socket_path(address):
+        return Endpoint(address)
+    if token is None:
+        token = _given_token() or _own_token(address)
+    files = (
+        given or _named_file(name)
+        for given, name in ((ca, "CA"), (certificate, "CERTIFICATE"), (key, "KEY"))
+    )
+    return Endpoint(address, as_token(token, "token") if token is not None else None, *files)
+
+
+def _given_token() -> str | None:
+    if file := _named_file("TOKEN_FILE"):
+        return read_token(file, "APOLLO_TOKEN_FILE")
+    given = os.environ.get("APOLLO_TOKEN")
+    return as_token(given, "APOLLO_TOKEN") if given else None
+
+
+def _named_file(name: str) -> Path | None:
+    given = os.environ.get(f"APOLLO_{name}")
+    return Path(given) if given else None
 
 
 def _own_token(address: str) -> str | None:
     """The token that this user's own server made; never one for another machine."""
     path = state_folder() / "token"
-    return path.read_text().strip() if is_loopback(address) and path.is_file() else None
+    return read_token(path, "token") if is_loopback(address) and path.is_file() else None
+
+
+def message(kind: type[M], **fields: Any) -> M:
+    """A request. Raises InvalidArgument with the field whose value it cannot hold."""
+    made: Any = kind()
+    for name, value in fields.items():
+        if value is None:
+            continue
+        try:
+            setattr(made, name, value)
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument.at(name, f"cannot be {str(value)[:MAX_SHOWN]!r}") from error
+    found: M = made
+    return found
 
 
 def readable(error: Any, endpoint: Endpoint) -> ApolloError:
@@ -55,9 +96,23 @@ def readable(error: Any, endpoint: Endpoint) -> ApolloError:
     if not isinstance(known, Unavailable) or known.reason != Unavailable.default_reason:
         return known
     return Unavailable(
-        f"No training server answers at {endpoint.address}. Start one with 'apollo up MODEL', or "
-        "name another with --address or APOLLO_ADDRESS. A run that was accepted goes on as long "
-        "as its server lives.",
+        f"No training server answers at {endpoint.address}. {_todo(endpoint)} A run that was "
+        "accepted goes on as long as its server lives.",
         reason="SERVER_UNREACHABLE",
         metadata={"address": endpoint.address, "cause": known.message},
     )
+
+
+def _todo(endpoint: Endpoint) -> str:
+    path = socket_path(endpoint.address)
+    try:
+        if path:
+            path.stat()
+    except PermissionError:
+        return (
+            "Its folder is another user's, and only that one may enter; be that user, or have it "
+            "listen on TCP, with a token."
+        )
+    except OSError:
+        pass
+    return "Start one with 'apollo up MODEL', or name another with --address or APOLLO_ADDRESS."

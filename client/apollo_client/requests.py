@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from google.protobuf import duration_pb2
 
-from apollo_client.samples import SampleLike, to_samples
-from apollo_grpc.errors import FieldViolation, InvalidArgument
+from apollo_client.connection import message
+from apollo_client.placing import Place, Violations, require_room
+from apollo_client.samples import PlacedSample, SampleLike, to_samples
+from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import status_pb2, training_pb2
 
 
@@ -32,6 +34,7 @@ class RunOptions(TypedDict, total=False):
     max_loss: float
     max_grad_norm: float
     max_update_ratio: float
+    min_loss: float
     lr: float
     rank: int
     beta1: float
@@ -47,7 +50,7 @@ class RunOptions(TypedDict, total=False):
 
 
 _RUN_FIELDS = ("epochs", "samples_per_step", "seed", "dry_run", "evaluate")
-_GUARD_FIELDS = ("max_loss", "max_grad_norm", "max_update_ratio")
+_GUARD_FIELDS = ("max_loss", "max_grad_norm", "max_update_ratio", "min_loss")
 
 
 def run_spec(samples: Iterable[SampleLike], options: RunOptions) -> training_pb2.RunSpec:
@@ -55,11 +58,21 @@ def run_spec(samples: Iterable[SampleLike], options: RunOptions) -> training_pb2
 
     Whether the values make sense is the server's to say: it knows the model.
     """
-    spec = training_pb2.RunSpec(samples=list(_each(samples)))
+    return placed_spec(samples, options)[0]
+
+
+def placed_spec(
+    samples: Iterable[SampleLike], options: RunOptions
+) -> tuple[training_pb2.RunSpec, list[Place]]:
+    """The same, and where each of its samples comes from."""
+    spec, places = training_pb2.RunSpec(), list[Place]()
+    for sample, place in _each(samples):
+        spec.samples.append(sample)
+        places.append(place)
     for name, value in options.items():
         if value is not None:
             _put(spec, name, value)
-    return spec
+    return spec, places
 
 
 def _put(spec: training_pb2.RunSpec, name: str, value: Any) -> None:
@@ -96,15 +109,22 @@ def _named(name: str, enum: Any, full: str, value: object) -> int:
     return int(enum.Value(full))
 
 
-def _each(samples: Iterable[SampleLike]) -> Iterable[training_pb2.Sample]:
-    for index, sample in enumerate(samples):
+def _each(samples: Iterable[SampleLike]) -> Iterable[tuple[training_pb2.Sample, Place]]:
+    if isinstance(samples, str | bytes | Mapping) or not isinstance(samples, Iterable):
+        raise InvalidArgument.at(
+            "samples", "is no list of samples; 'read_samples' makes one of a file"
+        )
+    wrong = Violations()
+    for index, item in enumerate(samples):
+        place: Place = item.place if isinstance(item, PlacedSample) else index
         try:
-            yield from to_samples(sample)
+            for sample in to_samples(item):
+                yield sample, place
         except InvalidArgument as error:
-            violation = FieldViolation(f"samples[{index}]", error.message)
-            raise InvalidArgument(
-                f"samples[{index}]: {error.message}", violations=[violation]
-            ) from error
+            wrong.add(f"samples[{index}]", error.message)
+            if wrong.is_full():
+                break
+    wrong.raise_any("samples")
 
 
 def _set(message: Any, name: str, value: object) -> None:
@@ -116,9 +136,17 @@ def _set(message: Any, name: str, value: object) -> None:
         raise InvalidArgument.at(name, f"cannot be {value!r}: {error}") from error
 
 
-def train_request(spec: training_pb2.RunSpec, request_id: str | None) -> training_pb2.TrainRequest:
-    """A request that may be sent again: with an id of its own where none is given."""
-    return training_pb2.TrainRequest(spec=spec, request_id=request_id or uuid.uuid4().hex)
+def train_request(
+    spec: training_pb2.RunSpec, request_id: str | None, places: Sequence[Place] = ()
+) -> training_pb2.TrainRequest:
+    """A request that may be sent again: with an id of its own where none is given.
+
+    Raises InvalidArgument for more samples than one holds, with those of `places` that would fit.
+    """
+    request = message(training_pb2.TrainRequest, request_id=request_id or uuid.uuid4().hex)
+    request.spec.CopyFrom(spec)
+    require_room(request, places)
+    return request
 
 
 def list_request(
@@ -140,12 +168,12 @@ def list_request(
             page_token=page_token,
             states=[training_pb2.RunState.ValueType(number) for number in numbers],
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InvalidArgument.at("states", f"cannot be {list(states)}: {error}") from error
 
 
 def watch_request(run_id: str, min_interval: float) -> status_pb2.WatchStatusRequest:
     """The request of a subscription; `min_interval` is in seconds."""
-    interval = duration_pb2.Duration()
-    interval.FromNanoseconds(int(min_interval * 1e9))
-    return status_pb2.WatchStatusRequest(run_id=run_id, min_interval=interval)
+    request = message(status_pb2.WatchStatusRequest, run_id=run_id)
+    request.min_interval.CopyFrom(_duration("min_interval", min_interval))
+    return request

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from apollo_client.placing import Place, in_user_words
 from apollo_grpc.errors import ApolloError, DataLoss, Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 
@@ -64,10 +66,17 @@ class Resume(Patience):
     Args:
         request: that began the run, or asked for its events.
         seconds: for how long without an event a lost server is looked for; 0: not at all.
+        places: where the request's samples come from, for what a refusal names.
     """
 
-    def __init__(self, request: pb.TrainRequest | pb.WatchRunRequest, seconds: float):
+    def __init__(
+        self,
+        request: pb.TrainRequest | pb.WatchRunRequest,
+        seconds: float,
+        places: Sequence[Place] = (),
+    ):
         super().__init__(seconds)
+        self._places = places
         self._request, self._run_id, self._last = request, "", 0
         if isinstance(request, pb.WatchRunRequest):
             self._run_id, self._last = request.run_id, request.after_sequence
@@ -96,6 +105,10 @@ class Resume(Patience):
         self._run_id, self._last = event.run_id, event.sequence
         self.ended = event.HasField("finished")
         return True
+
+    def wait_after(self, error: ApolloError | None) -> float:
+        """The same; what is raised names the samples as their writer does."""
+        return super().wait_after(error and in_user_words(error, self._places))
 
     def _is_passing(self, error: ApolloError) -> bool:
         """Whether the server may be back: a request that it may have had is asked for again."""

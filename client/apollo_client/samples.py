@@ -1,18 +1,32 @@
-"""Samples as people write them: JSON lines, dictionaries and pairs of text."""
+"""Samples as people write them: dictionaries and pairs of text."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from google.protobuf import json_format
-
-from apollo_grpc.errors import FieldViolation, InvalidArgument
+from apollo_client.sample_values import (
+    a_factor,
+    a_list,
+    a_text,
+    is_nothing,
+    shown,
+    token_ids,
+)
+from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
 
-SampleLike: TypeAlias = pb.Sample | Mapping[str, Any] | tuple[str, str]
+
+@dataclass(frozen=True, slots=True)
+class PlacedSample:
+    """A sample of a file, and the `FILE:LINE` where it begins."""
+
+    sample: pb.Sample
+    place: str
+
+
+SampleLike: TypeAlias = pb.Sample | PlacedSample | Mapping[str, Any] | tuple[str, str]
 
 # A sample's keys, and the field of Sample.content that they belong to.
 _KINDS = {
@@ -21,7 +35,9 @@ _KINDS = {
     "chat": ("messages",),
 }
 _EXTRAS = ("weight", "token_weights")
-_FORMS = (
+_KIND_OF = {key: kind for kind, keys in _KINDS.items() for key in keys}
+_KNOWN = {kind: {*keys, *_EXTRAS} for kind, keys in _KINDS.items()}
+FORMS = (
     '{"context": "...", "continuation": "..."}, '
     '{"context_ids": [...], "continuation_ids": [...]} or '
     '{"messages": [{"role": "user", "content": "..."}, ...]}'
@@ -34,7 +50,7 @@ def to_sample(value: SampleLike) -> pb.Sample:
     Args:
         value: a `Sample`; a pair (context, continuation) of text; or a mapping of one of three
             forms: `context` and `continuation`, `context_ids` and `continuation_ids`, `messages`;
-            each may have `weight` and `token_weights`.
+            each may have `weight` and `token_weights`. None is the same as a key that is missing.
 
     Raises InvalidArgument for anything else, and for a chat of several answers to learn.
     """
@@ -57,43 +73,75 @@ def to_samples(value: SampleLike) -> list[pb.Sample]:
     """
     if isinstance(value, pb.Sample):
         return [value]
+    if isinstance(value, PlacedSample):
+        return [value.sample]
     if isinstance(value, tuple) and len(value) == 2:
         value = {"context": value[0], "continuation": value[1]}
     if not isinstance(value, Mapping):
-        raise InvalidArgument.at("sample", f"is no object of one of the forms {_FORMS}")
-    return [_from_mapping(each) for each in _by_answer(value)]
+        raise InvalidArgument.at("sample", f"is no object of one of the forms {FORMS}")
+    kind, fields = _fields(value)
+    if kind != "chat":
+        return [_sample(kind, fields)]
+    return [_sample(kind, {**fields, "messages": turns}) for turns in _by_answer(fields)]
 
 
-def _by_answer(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A chat once for each answer to learn, its messages without weights; all else as it is."""
-    messages = value.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
-        return [value]
-    plain = [_plain_message(index, message) for index, message in enumerate(messages)]
-    if not any("weight" in message for message in messages):
-        return [{**value, "messages": plain}]
-    learned = [n for n, message in enumerate(messages) if _is_learned(n, message)]
+def _fields(value: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The form of a sample, and its keys that are not null."""
+    fields = {key: each for key, each in value.items() if each is not None}
+    kinds = {_KIND_OF[key] for key in fields if key in _KIND_OF}
+    if len(kinds) != 1:
+        raise InvalidArgument.at("sample", f"is not of one of the forms {FORMS}")
+    kind = kinds.pop()
+    keys = _KINDS[kind]
+    for key, each in fields.items():
+        if key not in _KNOWN[kind] and not is_nothing(each):
+            raise InvalidArgument.at(shown(key), f"is no key of a sample with {' and '.join(keys)}")
+    for key in keys:
+        if key not in fields:
+            raise InvalidArgument.at(key, "is missing")
+    return kind, fields
+
+
+def _by_answer(fields: Mapping[str, Any]) -> list[list[pb.ChatMessage]]:
+    """The messages up to each answer that is learned."""
+    messages = fields["messages"]
+    if not isinstance(messages, list | tuple):
+        raise InvalidArgument.at("messages", "is no list of messages")
+    turns = [_message(index, message) for index, message in enumerate(messages)]
+    weights = [message.get("weight") for message in messages]
+    if all(weight is None for weight in weights):
+        return [turns]
+    learned = [
+        index
+        for index, (turn, weight) in enumerate(zip(turns, weights, strict=True))
+        if _is_learned(index, turn, weight)
+    ]
     if not learned:
         raise InvalidArgument.at("messages", "have no answer whose weight is not 0")
-    if len(learned) > 1 and value.get("token_weights"):
+    if len(learned) > 1 and fields.get("token_weights"):
         raise InvalidArgument.at("token_weights", "fit one answer; the chat has several to learn")
-    return [{**value, "messages": plain[: n + 1]} for n in learned]
+    return [turns[: index + 1] for index in learned]
 
 
-def _plain_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+def _message(index: int, message: Any) -> pb.ChatMessage:
     """Role and content; text in parts, as OpenAI's format has it, is put together."""
-    for key in message:
-        if key not in ("role", "content", "weight"):
+    place = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise InvalidArgument.at(place, "is no object with a role and content")
+    for key, value in message.items():
+        if key not in ("role", "content", "weight") and not is_nothing(value):
             raise InvalidArgument.at(
-                f"messages[{index}].{key}", "cannot be learned: a message is a role and text"
+                f"{place}.{shown(key)}", "cannot be learned: a message is a role and text"
             )
     for key in ("role", "content"):
         if message.get(key) is None:
-            raise InvalidArgument.at(f"messages[{index}].{key}", "is missing")
+            raise InvalidArgument.at(f"{place}.{key}", "is missing")
     content = message["content"]
     if isinstance(content, list):
         content = "".join(_text_of(index, part) for part in content)
-    return {"role": message["role"], "content": content}
+    return pb.ChatMessage(
+        role=a_text(f"{place}.role", message["role"]), content=a_text(f"{place}.content", content)
+    )
 
 
 def _text_of(index: int, part: Any) -> str:
@@ -104,73 +152,33 @@ def _text_of(index: int, part: Any) -> str:
     raise InvalidArgument.at(f"messages[{index}].content", "has a part that is no text")
 
 
-def _is_learned(index: int, message: Mapping[str, Any]) -> bool:
-    weight = message.get("weight", 1)
-    if message["role"] != "assistant":
-        if "weight" in message:
+def _is_learned(index: int, turn: pb.ChatMessage, weight: Any) -> bool:
+    if turn.role != "assistant":
+        if weight is not None:
             raise InvalidArgument.at(f"messages[{index}].weight", "is for the assistant's only")
         return False
-    if isinstance(weight, bool) or weight not in (0, 1):
+    if weight is None:
+        return True
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
         raise InvalidArgument.at(f"messages[{index}].weight", "must be 0 or 1")
     return bool(weight)
 
 
-def _from_mapping(value: Mapping[str, Any]) -> pb.Sample:
-    kinds = [kind for kind, keys in _KINDS.items() if any(key in value for key in keys)]
-    if len(kinds) != 1:
-        raise InvalidArgument.at("sample", f"is not of one of the forms {_FORMS}")
-    keys = _KINDS[kinds[0]]
-    for key in value:
-        if key not in keys and key not in _EXTRAS:
-            raise InvalidArgument.at(str(key), f"is no key of a sample with {' and '.join(keys)}")
-    for key in keys:
-        if value.get(key) is None:
-            raise InvalidArgument.at(key, "is missing")
-    content = {kinds[0]: {key: value[key] for key in keys}}
-    extras = {key: value[key] for key in _EXTRAS if key in value}
-    try:
-        return json_format.ParseDict(content | extras, pb.Sample())
-    except (json_format.ParseError, ValueError, TypeError) as error:
-        raise InvalidArgument.at("sample", f"cannot be read: {error}") from error
-
-
-def read_samples(path: Path) -> list[pb.Sample]:
-    """The samples of a JSON lines file; empty lines are passed over.
-
-    Raises InvalidArgument with `FILE:LINE` for each wrong line, and for a file that cannot be
-    read or holds no sample.
-    """
-    try:
-        return parse_lines(path.read_text(encoding="utf-8-sig").splitlines(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InvalidArgument.at(str(path), f"cannot be read: {reason}") from error
-
-
-def parse_lines(lines: Iterable[str], name: str) -> list[pb.Sample]:
-    """The samples of JSON lines; `name` is what errors call the file."""
-    samples: list[pb.Sample] = []
-    violations: list[FieldViolation] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            samples += to_samples(_parse_json(line))
-        except InvalidArgument as error:
-            violations.append(FieldViolation(f"{name}:{number}", error.message))
-    if violations:
-        first, more = violations[0], len(violations) - 1
-        raise InvalidArgument(
-            f"{first.field}: {first.description}" + (f" (and {more} more lines)" if more else ""),
-            violations=violations,
+def _sample(kind: str, fields: Mapping[str, Any]) -> pb.Sample:
+    keys = _KINDS[kind]
+    if kind == "text":
+        texts = {key: a_text(key, fields[key]) for key in keys}
+        sample = pb.Sample(text=pb.TextSample(**texts))
+    elif kind == "tokens":
+        ids = {key: token_ids(key, fields[key]) for key in keys}
+        sample = pb.Sample(tokens=pb.TokenSample(**ids))
+    else:
+        sample = pb.Sample(chat=pb.ChatSample(messages=fields["messages"]))
+    if "weight" in fields:
+        sample.weight = a_factor("weight", fields["weight"])
+    if "token_weights" in fields:
+        factors = a_list("token_weights", fields["token_weights"], "numbers")
+        sample.token_weights.extend(
+            [a_factor(f"token_weights[{index}]", factor) for index, factor in enumerate(factors)]
         )
-    if not samples:
-        raise InvalidArgument.at(name, "holds no samples")
-    return samples
-
-
-def _parse_json(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise InvalidArgument.at("line", f"is no JSON: {error}") from error
+    return sample

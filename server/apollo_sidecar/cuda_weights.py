@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_sidecar.live_weights import LiveWeights, group_by_storage, live_tensor
 
@@ -36,7 +37,14 @@ class CudaWeights(LiveWeights):
 
 
 def _export(number: int, storage: Any) -> pb.Buffer:
-    device, handle, size, offset, counter, counter_offset, event, sync = storage._share_cuda_()
+    try:
+        device, handle, size, offset, counter, counter_offset, event, sync = storage._share_cuda_()
+    except (RuntimeError, OSError) as error:
+        raise FailedPrecondition(
+            f"CUDA does not share its memory here ({str(error).splitlines()[0]}). In a container, "
+            "start it with --ipc=host; no driver for Windows or its subsystem can",
+            reason="SHARED_MEMORY_REFUSED",
+        ) from error
     return pb.Buffer(
         buffer_id=number,
         size_bytes=size,

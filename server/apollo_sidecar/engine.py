@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
+from apollo_grpc.generation import FIRST, SharedGeneration
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_sidecar import process_state
 from apollo_sidecar.leases import PauseLeases
+from apollo_sidecar.other_writers import HELD
+from apollo_sidecar.others_pause import WHO, OthersPause
 from apollo_sidecar.own_batch import SCORE_PREFIX
 from apollo_sidecar.trainer_hold import TrainerHold
 
@@ -44,6 +47,7 @@ class Generation:
     epoch: str
     generation: int
     weight_version: int
+    paused_by_others: bool
 
 
 class Engine:
@@ -58,7 +62,7 @@ class Engine:
 
     Attributes:
         epoch: random for each engine process; another epoch means that every handle is dead.
-        paused: whether vLLM was asked to pause and is not known to have gone on.
+        paused: whether vLLM was asked to pause by a lease and is not known to have gone on.
         hold: which training server this engine is bound to.
     """
 
@@ -81,7 +85,9 @@ class Engine:
         # Owed to vLLM: the version that its answers carry, and the drop of what it cached.
         self._unstamped = self._stale_caches = False
         self.paused, self.hold = False, TrainerHold()
-        self.leases = PauseLeases(self._pause, self._resume, self._tell)
+        self._others, self._resumes = OthersPause(client, lambda: self.paused), 0
+        self._generation: SharedGeneration | None = None
+        self.leases = PauseLeases(self._pause, self._resume, self._tell, self._require_kept)
 
     def _call(self, coroutine: Coroutine[Any, Any, T], seconds: float = CALL_SECONDS) -> T:
         if not self._loop.is_running():
@@ -120,7 +126,9 @@ class Engine:
         self._worker_pid = manifest.worker_pid
         manifest.epoch = self.epoch
         manifest.weight_version = self._weight_version
-        manifest.as_loaded = self._as_loaded
+        manifest.as_loaded = self._as_loaded and manifest.generation <= FIRST
+        if manifest.HasField("generation_page"):
+            self._generation = self._generation or SharedGeneration(manifest.generation_page)
         return manifest
 
     def trace(self, request: pb.TraceCheckpointMapRequest) -> pb.TraceCheckpointMapResponse:
@@ -147,6 +155,13 @@ class Engine:
         """
         if self.paused:
             raise Unavailable("The engine is paused; score after the resume.", reason="PAUSED")
+        self._call(self._others.look())
+        if self._others.wanted:
+            raise Unavailable(
+                f"vLLM is paused by {WHO} and scores nothing until they let it go on "
+                "(POST /resume or /wake_up).",
+                reason="PAUSED_BY_OTHERS",
+            )
         return self._call(self._score(token_ids))
 
     async def _score(self, token_ids: list[int]) -> list[float]:
@@ -195,29 +210,57 @@ class Engine:
         if mode == NO_PAUSE:
             # One that an earlier lease could not resume would wait for the end of this one.
             self._go_on()
+            self._ask_worker("apollo_hold")
             return
-        self.paused = True
+        if not self.paused:
+            self._call(self._others.look())
+        self.paused, self._resumes = True, self._others.resumes
         # `keep` leaves the cache alone whatever clear_cache says in some versions; the reset at
         # the resume is what clears it, and its answer is checked.
         kept = "keep" if mode == PROBE else mode
-        self._call(self._client.pause_generation(mode=kept, clear_cache=False))
+        self._call(self._others.pause(mode=kept, clear_cache=False))
         # Otherwise the step in flight would read weights that are being written (vLLM 0.26).
-        self._ask_worker("apollo_synchronize")
+        if self._ask_worker("apollo_hold") == HELD:
+            # The pause that was found is of a lease whose API server ended.
+            self._others.wanted = False
         if mode == PROBE:
             # A probe computes in blocks that must be nobody's.
             self.reset_caches()
+
+    def _require_kept(self) -> None:
+        """Raises FailedPrecondition where somebody else made vLLM go on in mid-lease."""
+        if not self.paused:
+            return
+        try:
+            kept = self._call(self._others.look(), PING_SECONDS)
+        except Unavailable as error:
+            # A wedged engine computes nothing either; watchers hear of it.
+            log.debug("apollo: the paused engine does not answer: %s", error)
+            kept = True
+        if not kept or self._resumes != self._others.resumes:
+            raise FailedPrecondition(
+                "Somebody else let vLLM go on (POST /resume or /wake_up) while it was paused for "
+                "training.",
+                reason="LEASE_ENDED",
+            )
 
     def _resume(self, updates: int, reset_caches: bool) -> None:
         self._put_back()
         try:
             self._tell(updates, reset_caches)
         finally:
-            self._go_on()
+            try:
+                self._ask_worker("apollo_let_go")
+            finally:
+                self._go_on()
 
     def _go_on(self) -> None:
         if self.paused:
             self._put_back()
-            self._call(self._client.resume_generation())
+            if self._others.wanted:
+                log.info("apollo: vLLM stays paused, as %s left it", WHO)
+            else:
+                self._call(self._others.resume())
             self.paused = False
 
     def _tell(self, updates: int, reset_caches: bool) -> None:
@@ -283,7 +326,8 @@ class Engine:
         while self._loop.is_running() and not self._client.errored:
             if self._responds():
                 told = self._weight_version
-                yield Generation(self.epoch, 1, told)
+                generation = self._generation.now if self._generation else 0
+                yield Generation(self.epoch, generation, told, self._others.wanted)
             else:
                 yield None
             with self._changed:
@@ -294,10 +338,10 @@ class Engine:
         """Whether the engine is known to answer; one that decodes is not asked, only watched."""
         if self._worker_pid and not process_state.runs_with_parent(self._worker_pid):
             return False
-        if not self.paused:
+        if not (self.paused or self._others.wanted):
             return True
         try:
-            self._call(self._client.is_paused(), PING_SECONDS)
+            self._call(self._others.look(), PING_SECONDS)
         except Exception as error:
             log.debug("apollo: the paused engine does not answer: %s", error)
             return False

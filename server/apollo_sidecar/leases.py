@@ -32,6 +32,7 @@ class PauseLeases:
             written, at least 1 where the weights may have changed, and whether what is cached goes
             with them. With 0 it does what is left of calls that failed.
         tell: the same for an engine that goes on already, or is paused under another lease.
+        require_kept: called when a lease is renewed; what it raises ends the lease.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class PauseLeases:
         pause: Callable[[str], None],
         resume: Callable[[int, bool], None],
         tell: Callable[[int, bool], None],
+        require_kept: Callable[[], None] = lambda: None,
     ):
         self._pause, self._resume, self._tell = pause, resume, tell
+        self._require_kept = require_kept
         # Held while the engine is asked to pause or resume, so that the two never cross.
         self._lock = threading.Lock()
         self._lease_id = ""
@@ -72,7 +75,9 @@ class PauseLeases:
                     "The engine is written to under another lease. Wait until that ends.",
                     reason="LEASE_HELD",
                 )
-            if not self._lease_id:
+            if self._lease_id:
+                self._renew()
+            else:
                 self._begin(mode)
                 self._lease_id = lease_id
             self._arm(min(seconds, MAX_LEASE_SECONDS))
@@ -113,6 +118,13 @@ class PauseLeases:
             self._tell(updates, reset_caches)
         except BaseException:
             self._try_again(RETRY_SECONDS)
+            raise
+
+    def _renew(self) -> None:
+        try:
+            self._require_kept()
+        except ApolloError as error:
+            self._end_unasked(error.message)
             raise
 
     def _begin(self, mode: str) -> None:
@@ -162,11 +174,16 @@ class PauseLeases:
     def _expire(self, lease_id: str) -> None:
         with self._lock:
             if lease_id == self._lease_id and time.monotonic() >= self._deadline:
-                try:
-                    # Its holder may have died between two writes: what is cached may be stale.
-                    self._end(1, True, told=False)
-                except Exception as error:
-                    log.warning("apollo: after a pause that ran out: %s", error)
+                self._end_unasked("It ran out unrenewed.")
+
+    def _end_unasked(self, why: str) -> None:
+        """Its holder has not said what it wrote, and may have died between two writes."""
+        log.warning("apollo: the pause for training ends early. %s", why)
+        try:
+            # What is cached may be stale.
+            self._end(1, True, told=False)
+        except Exception as error:
+            log.warning("apollo: after a pause that ended early: %s", error)
 
     def _end(self, updates: int, reset_caches: bool, *, told: bool) -> None:
         if self._timer:

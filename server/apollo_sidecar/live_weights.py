@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_sidecar.generation import GenerationPage
 
 Group = list[tuple[str, torch.Tensor]]
 
@@ -53,6 +55,11 @@ class LiveWeights(ABC):
     def buffers(self) -> list[pb.Buffer]:
         """The handles of `storages`, in their order."""
 
+    @cached_property
+    def generation(self) -> GenerationPage:
+        """How often somebody else than a training server changed these weights."""
+        return GenerationPage()
+
     @property
     def size_bytes(self) -> int:
         """Of all buffers."""
@@ -65,7 +72,8 @@ class LiveWeights(ABC):
     def manifest(self) -> pb.WeightManifest:
         """What another process needs to map the weights; the epoch is filled in by the engine."""
         manifest = pb.WeightManifest(
-            generation=1,
+            generation=self.generation.now,
+            generation_page=self.generation.handle(),
             worker_pid=os.getpid(),
             worker_pid_namespace=Path("/proc/self/ns/pid").stat().st_ino,
             tensor_parallel_size=1,

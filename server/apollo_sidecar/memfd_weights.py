@@ -7,7 +7,6 @@ what they point to moves, once, before profiling and compilation bake addresses 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 from typing import Any
 
@@ -22,6 +21,7 @@ from apollo_sidecar.live_weights import (
     group_by_storage,
     live_tensor,
 )
+from apollo_sidecar.sealed_memory import sealed_memory
 
 # A cache line and more; every dtype's alignment divides it.
 ALIGNMENT_BYTES = 256
@@ -35,9 +35,8 @@ class MemfdWeights(LiveWeights):
     def __init__(self, model: torch.nn.Module):
         groups = group_by_storage(model)
         offsets, size = _lay_out(groups)
-        self._fd = _sealed_memfd(size)
-        path = f"/proc/self/fd/{self._fd}"
-        shared: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
+        self._fd = sealed_memory("apollo-live-weights", size)
+        shared = _mapped(self._fd, size)
         self.storages = [shared]
         views = _unregistered(model)
         self.tensors = [
@@ -70,6 +69,19 @@ class MemfdWeights(LiveWeights):
         inode = os.fstat(self._fd).st_ino
         handle = pb.MemfdHandle(pid=os.getpid(), fd=self._fd, inode=inode)
         return [pb.Buffer(buffer_id=0, size_bytes=self.size_bytes, memfd=handle)]
+
+
+def _mapped(descriptor: int, size: int) -> Any:
+    try:
+        path = f"/proc/self/fd/{descriptor}"
+        return torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
+    except RuntimeError as error:
+        os.close(descriptor)
+        raise FailedPrecondition(
+            f"{size} bytes of shared memory cannot be mapped ({str(error).splitlines()[0]}); raise "
+            "the limit on memory (ulimit -v, or the container's), and start vLLM again",
+            reason="SHARED_MEMORY_REFUSED",
+        ) from error
 
 
 def _unregistered(model: torch.nn.Module) -> Views:
@@ -108,24 +120,3 @@ def _lay_out(groups: list[Group]) -> tuple[list[int], int]:
         size = group[0][1].untyped_storage().nbytes()
         end += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return offsets, end
-
-
-def _sealed_memfd(size: int) -> int:
-    """An anonymous file of `size` bytes that no one can shrink.
-
-    Without the seal a truncation by any holder would end both processes with SIGBUS.
-
-    Raises FailedPrecondition when the system does not give so large a file.
-    """
-    fd = os.memfd_create("apollo-live-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, size)
-    except OSError as error:
-        os.close(fd)
-        raise FailedPrecondition(
-            f"{size} bytes of shared memory are not to be had ({error.strerror}); raise the limit "
-            "on file sizes (ulimit -f) and start vLLM again",
-            reason="SHARED_MEMORY_REFUSED",
-        ) from error
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    return fd

@@ -42,7 +42,7 @@ class SidecarPlugin:
             from apollo_sidecar import serving
 
             # Kept on the state: a task that nobody holds may be collected and the server with it.
-            state.apollo_sidecar = await serving.start(engine_client)
+            state.apollo_sidecar = await serving.start(engine_client, state)
         except Exception as error:
             # What is meant for the user is said without a traceback.
             told = getattr(error, "message", "")

@@ -12,6 +12,7 @@ from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1 import weight_export_pb2_grpc as pb_grpc
 from apollo_sidecar.engine import NO_PAUSE, Engine
 from apollo_sidecar.leases import MAX_LEASE_SECONDS
+from apollo_sidecar.sample_tokens import SampleTokens
 
 _MODES = {
     pb.PAUSE_MODE_UNSPECIFIED: "keep",
@@ -23,10 +24,14 @@ _MODES = {
 
 
 class WeightExportService(pb_grpc.WeightExportServiceServicer):
-    """Serves one engine's weights to the training server on the same machine."""
+    """Serves one engine's weights to the training server on the same machine.
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
+    Args:
+        tokens: of the same vLLM.
+    """
+
+    def __init__(self, engine: Engine, tokens: SampleTokens):
+        self._engine, self._tokens = engine, tokens
 
     def GetWeightManifest(self, request: Any, context: Any) -> pb.GetWeightManifestResponse:  # noqa: N802
         """The live weights, as buffers and tensors."""
@@ -45,6 +50,10 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
                 "token_ids", "needs at least two tokens: the first has no score"
             )
         return pb.ScoreTokensResponse(logprobs=self._engine.score(list(request.token_ids)))
+
+    def TokenizeSamples(self, request: Any, context: Any) -> pb.TokenizeSamplesResponse:  # noqa: N802
+        """Token ids of texts and chats, as vLLM makes them."""
+        return pb.TokenizeSamplesResponse(samples=self._tokens.tokenize(request.samples))
 
     def Pause(self, request: Any, context: Any) -> pb.PauseResponse:  # noqa: N802
         """Begins or renews a lease."""
@@ -102,6 +111,7 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
                     epoch=generation.epoch,
                     generation=generation.generation,
                     weight_version=generation.weight_version,
+                    paused_by_others=generation.paused_by_others,
                 )
 
 

@@ -15,13 +15,16 @@ from typing import Any
 
 import grpc
 
+from apollo_grpc.addresses import target
 from apollo_grpc.errors import FailedPrecondition, InvalidArgument
 from apollo_grpc.interceptors import SyncErrors
 from apollo_grpc.locations import sidecar_address, socket_address, socket_path
 from apollo_grpc.transport import SERVER_OPTIONS, PortLock, lock_socket
 from apollo_grpc.v1.weight_export_pb2_grpc import add_WeightExportServiceServicer_to_server
 from apollo_sidecar.engine import NO_PAUSE, Engine
+from apollo_sidecar.sample_tokens import SampleTokens
 from apollo_sidecar.service import WeightExportService
+from apollo_sidecar.vllm_prompts import VllmPrompts
 
 # A watcher holds a thread for as long as it watches.
 SERVER_THREADS = 16
@@ -34,11 +37,12 @@ INHERITED_PAUSE_SECONDS = 5.0
 log = logging.getLogger("vllm.apollo")
 
 
-async def start(client: Any) -> asyncio.Task[None]:
+async def start(client: Any, state: Any) -> asyncio.Task[None]:
     """Serves the sidecar of this engine, or waits for its API server that does to end.
 
     Args:
         client: vLLM's AsyncLLM, on the running loop.
+        state: of the API server's FastAPI app, on the same loop.
 
     Returns the task that does so until it is cancelled. Raises ApolloError where the address
     cannot be served, or is another engine's.
@@ -55,8 +59,8 @@ async def start(client: Any) -> asyncio.Task[None]:
     lock = await _lock(path, owner)
     if lock is None:
         log.info("apollo: another API server of this engine serves the sidecar on %s", address)
-        return asyncio.create_task(_succeed(client, path, owner))
-    server = _open(Engine(client, asyncio.get_running_loop()), path)
+        return asyncio.create_task(_succeed(client, state, path, owner))
+    server = _open(Engine(client, asyncio.get_running_loop()), state, path)
     return asyncio.create_task(_stop_at_end(server, lock))
 
 
@@ -87,13 +91,13 @@ async def _lock(path: Path, owner: str) -> PortLock | None:
     )
 
 
-async def _succeed(client: Any, path: Path, owner: str) -> None:
+async def _succeed(client: Any, state: Any, path: Path, owner: str) -> None:
     """Serves once the API server that does has ended."""
     try:
         while (lock := await _lock(path, owner)) is None:
             await asyncio.sleep(SUCCESSION_SECONDS)
         log.warning("apollo: the API server with the sidecar has ended; this one serves it now")
-        server = _open(await _inherit(client), path)
+        server = _open(await _inherit(client), state, path)
     except FailedPrecondition as error:
         log.error("apollo: the sidecar is served no more; vLLM goes on. %s", error.message)
     except Exception:
@@ -126,14 +130,16 @@ def _end_untold_writes(engine: Engine) -> None:
         log.exception("apollo: what was cached was not dropped; that is tried again")
 
 
-def _open(engine: Engine, path: Path) -> Any:
+def _open(engine: Engine, state: Any, path: Path) -> Any:
+    """On the loop of the engine and of vLLM's app."""
+    tokens = SampleTokens(VllmPrompts(state), asyncio.get_running_loop())
     server = grpc.server(
         futures.ThreadPoolExecutor(SERVER_THREADS, thread_name_prefix="apollo-sidecar"),
         interceptors=[SyncErrors()],
         options=SERVER_OPTIONS,
     )
-    add_WeightExportServiceServicer_to_server(WeightExportService(engine), server)
-    server.add_insecure_port(socket_address(path))
+    add_WeightExportServiceServicer_to_server(WeightExportService(engine, tokens), server)
+    server.add_insecure_port(target(socket_address(path)))
     server.start()
     log.info("apollo: the sidecar listens on %s", socket_address(path))
     return server

@@ -20,6 +20,7 @@ from apollo_sidecar.cuda_weights import CudaWeights
 from apollo_sidecar.live_weights import LiveWeights
 from apollo_sidecar.memfd_weights import MemfdWeights
 from apollo_sidecar.model_directory import model_directory
+from apollo_sidecar.other_writers import EXPORT, guard, hold
 from apollo_sidecar.own_batch import OwnBatch, own_batch
 from apollo_sidecar.refusals import (
     device_of,
@@ -30,7 +31,6 @@ from apollo_sidecar.refusals import (
 from apollo_sidecar.shadow_load import trace_checkpoint_map
 
 log = logging.getLogger("vllm.apollo")
-_EXPORT = "_apollo_live_weights"
 _REFUSAL = "_apollo_refusal"
 _CHANGED = "_apollo_changed_bytes"
 _BATCH = "_apollo_own_batch"
@@ -50,9 +50,11 @@ def install(worker_base: Any) -> None:
     worker_base.WorkerBase.apollo_engine_id = _engine_id
     worker_base.WorkerBase.apollo_manifest = _manifest
     worker_base.WorkerBase.apollo_trace = _trace
-    worker_base.WorkerBase.apollo_synchronize = _synchronize
+    worker_base.WorkerBase.apollo_hold = _hold
+    worker_base.WorkerBase.apollo_let_go = _let_go
     worker_base.WorkerBase.apollo_probe = _probe
     worker_base.WorkerBase.apollo_put_back = _put_back
+    guard(worker_base.WorkerWrapperBase)
     execute = worker_base.WorkerWrapperBase.execute_model
     if not hasattr(execute, _BATCH):
         worker_base.WorkerWrapperBase.execute_model = _remembering(execute)
@@ -106,7 +108,7 @@ def _prepare(worker: Any) -> None:
 
 
 def _share(worker: Any, live: LiveWeights) -> LiveWeights:
-    setattr(worker, _EXPORT, live)
+    setattr(worker, EXPORT, live)
     log.info("apollo: %d tensors, %d bytes, are shared", len(live.tensors), live.size_bytes)
     return live
 
@@ -116,6 +118,8 @@ def _refuse(worker: Any, error: Exception) -> None:
     why, reason = type(error).__name__, "WEIGHTS_NOT_SHARED"
     if isinstance(error, ApolloError):
         why, reason = error.message, error.reason
+    elif isinstance(error, OSError):
+        why = f"the system refused ({error})"
     setattr(worker, _REFUSAL, (why, reason))
 
 
@@ -129,7 +133,7 @@ def _live_weights(worker: Any) -> LiveWeights:
             f"vLLM does not share its weights: {why}. Its log says more.", reason=reason
         )
     model = model_runner.get_model()
-    live: LiveWeights = getattr(worker, _EXPORT, None) or _share(worker, CudaWeights(model))
+    live: LiveWeights = getattr(worker, EXPORT, None) or _share(worker, CudaWeights(model))
     live.require_unmoved(model)
     return live
 
@@ -164,6 +168,19 @@ def _trace(worker: Any, request: bytes) -> tuple[str, str, bytes]:
     parsed = pb.TraceCheckpointMapRequest.FromString(request)
     response = trace_checkpoint_map(worker.model_runner.get_model(), live, parsed)
     return _answer(None, response.SerializeToString())
+
+
+def _hold(worker: Any) -> tuple[str, str, bytes]:
+    """A lease to write has begun."""
+    before = hold(worker, True)
+    _synchronize(worker)
+    return _answer(None, before)
+
+
+def _let_go(worker: Any) -> tuple[str, str, bytes]:
+    """It has ended."""
+    hold(worker, False)
+    return _answer(None)
 
 
 def _synchronize(worker: Any) -> tuple[str, str, bytes]:

@@ -2,20 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
 
 from apollo_grpc import locations
+from apollo_grpc.addresses import require_address
+from apollo_grpc.errors import ApolloError, InvalidArgument
 
 PREFIX = "APOLLO_"
 # Read by the client, its command and the benchmarks, which share an environment with the server.
 OTHERS = frozenset(
     {"APOLLO_TOKEN", "APOLLO_CA", "APOLLO_CERTIFICATE", "APOLLO_KEY", "APOLLO_COMMIT"}
 )
+# What Kubernetes and Docker's links set beside a service whose name begins with "apollo".
+_OF_SERVICES = re.compile(
+    r"APOLLO(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|NAME)|"
+    r"APOLLO(_\w+)?_ENV_\w+"
+)
+_ALIKE = 0.8
+T = TypeVar("T")
+
+
+def _refusing(check: Callable[[T], T]) -> Callable[[T], T]:
+    """The check for pydantic, which knows errors of a value by ValueError."""
+
+    def checked(value: T) -> T:
+        try:
+            return check(value)
+        except ApolloError as error:
+            raise ValueError(error.message.removeprefix("address: ")) from error
+
+    return checked
+
+
+def _not_empty(value: Any) -> Any:
+    if value == "":
+        raise ValueError("is empty; leave it out for the default")
+    return value
+
+
+def _listening(address: str) -> str:
+    return require_address(address, listens=True)
+
+
+def _of_sidecar(address: str) -> str:
+    if locations.socket_path(address) is None:
+        raise ValueError("vLLM's sidecar listens on a unix socket only; write unix:PATH")
+    return require_address(address)
+
+
+Place = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_refusing(locations.expanded))]
+Count = Annotated[int, Field(le=2**31 - 1)]
+Seconds = Annotated[float, Field(le=1e9)]
+
+
+def _in_state_dir(name: str) -> Callable[[dict[str, Any]], str]:
+    def address(settings: dict[str, Any]) -> str:
+        return locations.socket_address(settings["state_dir"] / name)
+
+    return address
 
 
 class Settings(BaseSettings):
@@ -29,36 +81,44 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_prog_name="apollo-training-server",
         extra="forbid",
+        # As compose and Kubernetes leave a variable that nobody gave a value.
+        env_ignore_empty=True,
+        allow_inf_nan=False,
+        cli_implicit_flags=True,
     )
 
-    state_dir: Path = Field(
+    state_dir: Place = Field(
         default_factory=locations.state_folder, description="folder of sockets and Apollo state"
     )
-    checkpoint_dir: Path | None = Field(
+    checkpoint_dir: Place | None = Field(
         default=None,
         description="folder of manifests and snapshots; default: beside each model directory. On "
         "another disk a sync renames shard after shard",
     )
-    address: str = Field(
-        default_factory=locations.server_address,
-        description="where clients connect: unix:PATH, or host:port with a token",
+    address: Annotated[str, AfterValidator(_refusing(_listening))] = Field(
+        default_factory=_in_state_dir("training.sock"),
+        description="where clients connect: unix:PATH, or host:port with a token (port 0: one that "
+        "the log tells); default: 'training.sock' in the state folder",
     )
-    sidecar: str = Field(
-        default_factory=locations.sidecar_address, description="where vLLM's sidecar listens"
+    sidecar: Annotated[str, AfterValidator(_refusing(_of_sidecar))] = Field(
+        default_factory=_in_state_dir("sidecar.sock"),
+        description="where vLLM's sidecar listens; default: 'sidecar.sock' in the state folder",
     )
-    token_file: Path | None = Field(
-        default=None, description="token of TCP callers; default: 'token' in the state folder"
+    token_file: Place | None = Field(
+        default=None,
+        description="token of TCP callers; default: 'token' in the state folder, or none where "
+        "clients have certificates",
     )
-    tls_certificate: Path | None = Field(default=None, description="PEM chain, for TCP")
-    tls_key: Path | None = Field(default=None, description="PEM key, for TCP")
-    tls_client_ca: Path | None = Field(default=None, description="PEM CA of clients, for mTLS")
+    tls_certificate: Place | None = Field(default=None, description="PEM chain, for TCP")
+    tls_key: Place | None = Field(default=None, description="PEM key, for TCP")
+    tls_client_ca: Place | None = Field(default=None, description="PEM CA of clients, for mTLS")
 
-    rank: int = Field(default=64, ge=1, description="of a new optimizer's projection")
+    rank: Count = Field(default=64, ge=1, description="of a new optimizer's projection")
     variant: Literal["channel", "mini"] = Field(default="channel", description="of APOLLO")
     rounding: Literal["stochastic", "nearest", "split16"] = Field(
         default="stochastic", description="of updates into 16-bit weights"
     )
-    seed: int = Field(default=0, ge=0, description="of projections and rounding")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="of projections and rounding")
 
     check_values: bool = Field(
         default=True,
@@ -75,30 +135,33 @@ class Settings(BaseSettings):
         description="change a few bytes of each kind of weight for a moment at the first attach, "
         "with vLLM paused, to see that it computes with them",
     )
-    max_queued_runs: int = Field(default=64, ge=1, description="runs that may wait")
-    max_queued_mebibytes: int = Field(
+    max_queued_runs: Count = Field(default=64, ge=1, description="runs that may wait")
+    max_queued_mebibytes: Count = Field(
         default=4096,
         ge=1,
         description="of the specs of runs that wait, on disk; one that is larger may wait alone",
     )
     ledger_days: float = Field(
-        default=30.0, gt=0, description="events and specs of ended runs are kept this long"
+        default=30.0,
+        gt=0,
+        le=36500,
+        description="events and specs of ended runs are kept this long",
     )
-    ledger_mebibytes: int = Field(
+    ledger_mebibytes: Count = Field(
         default=256, ge=1, description="of the ledger; the oldest events go first"
     )
-    save_seconds: float = Field(
+    save_seconds: Seconds = Field(
         default=60.0,
         ge=0,
         description="between two saves of the Apollo state in a run; 0: not by time",
     )
-    save_steps: int = Field(
+    save_steps: Count = Field(
         default=0, ge=0, description="steps between two saves in a run; 0: not by steps"
     )
-    token_budget: int = Field(
+    token_budget: Count = Field(
         default=2048, ge=1, description="continuation tokens of one micro-batch, padding included"
     )
-    undo_mebibytes: int = Field(
+    undo_mebibytes: Count = Field(
         default=512,
         ge=0,
         description="of memory for updates that can be taken back; none are kept of a model "
@@ -116,31 +179,31 @@ class Settings(BaseSettings):
         description="the memory that the first snapshot or restore takes, as much as the weights, "
         "is kept for the next one, which fresh memory would slow several times",
     )
-    snapshot_mebibytes: int = Field(
+    snapshot_mebibytes: Count = Field(
         default=0, ge=0, description="of all snapshots of a model on disk; 0: no limit"
     )
-    automatic_snapshots: int = Field(
+    automatic_snapshots: Count = Field(
         default=8, ge=1, description="that are kept; older ones are deleted"
     )
     snapshot_before_runs: bool = Field(
         default=False, description="take an automatic snapshot before each run"
     )
-    snapshot_steps: int = Field(
+    snapshot_steps: Count = Field(
         default=0, ge=0, description="steps between two automatic snapshots in a run; 0: none"
     )
-    max_samples: int = Field(default=10_000, ge=1, description="samples of one run")
-    max_streams: int = Field(
+    max_samples: Count = Field(default=10_000, ge=1, description="samples of one run")
+    max_streams: Count = Field(
         default=256,
         ge=1,
         description="open at one time: of Train and checkpoint calls, and as many of WatchRun",
     )
-    max_watchers: int = Field(
+    max_watchers: Count = Field(
         default=1024,
         ge=1,
         description="streams of WatchStatus open at one time; those of one host over TCP may be "
         "half of them",
     )
-    max_calls: int = Field(
+    max_calls: Count = Field(
         default=2048,
         ge=1,
         description="calls of all kinds open at one time; those of one host over TCP may be half "
@@ -150,15 +213,62 @@ class Settings(BaseSettings):
         default=10.0, gt=0, le=60, description="vLLM resumes by itself this long after a crash"
     )
 
+    @model_validator(mode="after")
+    def _whole_tls(self) -> Self:
+        """Half of it would be plaintext, and all of it means nothing to a unix socket."""
+        given = [n for n in ("tls_certificate", "tls_key", "tls_client_ca") if getattr(self, n)]
+        lacking = {"tls_certificate", "tls_key"} - set(given)
+        if given and lacking:
+            raise ValueError(f"{given[0]} is set, and {sorted(lacking)[0]} is not; TLS needs both")
+        if given and locations.socket_path(self.address):
+            raise ValueError(f"{given[0]} is for TCP, and the address is a socket; leave it out")
+        return self
 
-def unknown_names(environment: Iterable[str]) -> list[str]:
-    """Names of environment variables that look like settings and are none.
 
-    A misspelt one would otherwise leave its setting at the default in silence.
+def read_settings(arguments: list[str]) -> Settings:
+    """The settings of a command line and the environment.
+
+    Raises InvalidArgument, a line a setting that is wrong, and SystemExit for a flag that is none.
     """
-    known = OTHERS | {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
-    found = {name for name in environment if name.upper().startswith(PREFIX)}
-    return sorted(name for name in found if name.upper() not in known)
+    try:
+        settings: Settings = CliApp.run(Settings, cli_args=arguments)
+    except (ValidationError, SettingsError) as error:
+        raise InvalidArgument("\n".join(_problems(error))) from error
+    return settings
+
+
+def _problems(error: ValidationError | SettingsError) -> list[str]:
+    if isinstance(error, SettingsError):
+        return [str(error)]
+    return [
+        f"{'.'.join(map(str, p['loc'])) or 'settings'}: {p['msg'].removeprefix('Value error, ')}"
+        for p in error.errors()
+        # What hangs on another setting that is wrong.
+        if p["type"] != "default_factory_not_called"
+    ]
+
+
+def unknown_names(environment: Iterable[str]) -> dict[str, str]:
+    """Names of environment variables that look like settings and are none, those of services aside.
+
+    Each with the setting that it may be meant for, or none: a misspelt one would otherwise leave
+    its setting at the default in silence.
+    """
+    settings = [f"{PREFIX}{name}".upper() for name in Settings.model_fields]
+    known = OTHERS | set(settings)
+    found = {name: name.upper() for name in sorted(environment) if name.upper() not in known}
+    return {
+        name: _meant(upper, settings)
+        for name, upper in found.items()
+        if upper.startswith(PREFIX) and not _OF_SERVICES.fullmatch(upper)
+    }
+
+
+def _meant(name: str, settings: list[str]) -> str:
+    # Without the prefix, which alone would make all of them alike.
+    names = {each.removeprefix(PREFIX): each for each in settings}
+    alike = difflib.get_close_matches(name.removeprefix(PREFIX), names, 1, _ALIKE)
+    return names[alike[0]] if alike else ""
 
 
 def described(

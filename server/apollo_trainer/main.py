@@ -7,21 +7,23 @@ import gc
 import logging
 import os
 import signal
+import sqlite3
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
-from typing import Any
+from typing import NoReturn
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
-from pydantic import ValidationError
-from pydantic_settings import CliApp
 
-from apollo_grpc.errors import ApolloError
-from apollo_grpc.interceptors import AioErrors, TokenCheck
-from apollo_grpc.locations import private_folder, socket_path
-from apollo_grpc.transport import SERVER_OPTIONS, ServerTls, open_port, read_or_create_token
+from apollo_grpc.errors import ApolloError, InvalidArgument
+from apollo_grpc.interceptors import AioErrors, Check, TokenCheck
+from apollo_grpc.locations import private_folder, require_usable, socket_path
+from apollo_grpc.standard_streams import prepare_streams
+from apollo_grpc.tokens import read_or_create_token
+from apollo_grpc.transport import SERVER_OPTIONS, ServerTls, open_port
 from apollo_grpc.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -31,7 +33,7 @@ from apollo_grpc.v1 import (
     training_pb2_grpc,
 )
 from apollo_trainer import memory_command, recover_command
-from apollo_trainer.config import Settings, described, unknown_names
+from apollo_trainer.config import Settings, described, read_settings, unknown_names
 from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.runs.engine_watch import EngineWatch, no_engine
 from apollo_trainer.runs.owner import ModelOwner
@@ -45,6 +47,7 @@ from apollo_trainer.watching.ring import Ring
 from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger("apollo_trainer")
+PROGRAM = "apollo-training-server"
 STOP_GRACE_SECONDS = 5.0
 # Of calls and watchers: what the callers of one host may take of a limit.
 HOST_SHARE = 0.5
@@ -66,14 +69,14 @@ class TrainingServer:
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        private_folder(settings.state_dir)
-        token, tls = _guards(settings)
+        require_usable(private_folder(settings.state_dir))
+        check, token, tls = _guards(settings)
         calls = self._calls = StreamLimit(settings.max_calls, share=HOST_SHARE, what="calls")
         # A message of samples is as large as they come: one is read and checked at a time.
         turns = {f"/{SERVICES[0]}/Train": asyncio.Semaphore(1)}
-        interceptor = AioErrors(TokenCheck(token), lambda context: calls.one(context.peer()), turns)
+        interceptor = AioErrors(check, lambda context: calls.one(context.peer()), turns)
         self._server = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
-        self._lock = open_port(self._server, settings.address, token=token, tls=tls)
+        self._port = open_port(self._server, settings.address, token=token, tls=tls)
         self._board = StatusBoard(version("apollo-grpc"), no_engine(settings.sidecar))
         self._ring = Ring(self._board)
         self._sidecar = Sidecar(settings.sidecar)
@@ -111,7 +114,7 @@ class TrainingServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         _set_imports_aside()
         watch = EngineWatch(self._sidecar, self._owner)
-        log.info("the training server listens on %s", self._settings.address)
+        log.info("the training server listens on %s", self._port.address)
         await stop.wait()
         log.info("stopping: the step at work is finished and the Apollo state saved")
         await self._health.enter_graceful_shutdown()
@@ -120,8 +123,7 @@ class TrainingServer:
         await self._end_calls()
         self._queue.close()
         await asyncio.to_thread(watch.stop)
-        if self._lock:
-            self._lock.release()
+        self._port.release()
 
     async def _end_calls(self) -> None:
         """Lets callers read how their calls ended, those of them that read.
@@ -148,15 +150,21 @@ def _set_imports_aside() -> None:
     gc.collect()
 
 
-def _guards(settings: Settings) -> tuple[str | None, ServerTls | None]:
-    """The token and TLS of a TCP address; neither for a unix socket."""
+def _guards(settings: Settings) -> tuple[Check | None, str | None, ServerTls | None]:
+    """What judges callers, the token, and TLS of a TCP address.
+
+    Callers on a unix socket need no token, nor do those with a certificate, unless a token's file
+    was named as well.
+    """
     if socket_path(settings.address):
-        return None, None
+        return TokenCheck(None), None, None
+    tls = None
+    if settings.tls_certificate and settings.tls_key:
+        tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+        if tls.client_ca and settings.token_file is None:
+            return None, None, tls
     token = read_or_create_token(settings.token_file or settings.state_dir / "token")
-    if settings.tls_certificate is None or settings.tls_key is None:
-        return token, None
-    tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
-    return token, tls
+    return TokenCheck(token), token, tls
 
 
 async def _serve(settings: Settings) -> None:
@@ -169,33 +177,43 @@ def main(arguments: list[str] | None = None) -> None:
     `recover DIRECTORY` in place of settings settles a cut-off sync, `memory DIRECTORY` tells what a
     step needs of a GPU; both serve nothing.
     """
+    prepare_streams()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     given = sys.argv[1:] if arguments is None else arguments
-    if unknown := unknown_names(os.environ):
-        for name in unknown:
-            print(f"apollo-training-server: {name}: is no setting; see --help", file=sys.stderr)
-        sys.exit(2)
-    for each in (recover_command, memory_command):
-        if given[:1] == [each.NAME]:
-            sys.exit(each.command("apollo-training-server", given[1:]))
     try:
-        settings: Any = CliApp.run(Settings, cli_args=given)
-    except ValidationError as error:
-        for problem in error.errors():
-            where = ".".join(str(part) for part in problem["loc"])
-            print(f"apollo-training-server: {where}: {problem['msg']}", file=sys.stderr)
-        sys.exit(2)
-    for line in described(settings, os.environ, given):
-        log.info("setting %s", line)
-    # Kernels that were compiled outlive the process, beside the state and in no home folder.
-    os.environ.setdefault("TRITON_CACHE_DIR", str(settings.state_dir / "kernels"))
-    try:
+        _require_known(os.environ)
+        for each in (recover_command, memory_command):
+            if given[:1] == [each.NAME]:
+                sys.exit(each.command(PROGRAM, given[1:]))
+        settings = read_settings(given)
+        for line in described(settings, os.environ, given):
+            log.info("setting %s", line)
+        # Kernels that were compiled outlive the process, beside the state and in no home folder.
+        os.environ.setdefault("TRITON_CACHE_DIR", str(settings.state_dir / "kernels"))
         asyncio.run(_serve(settings))
+    except InvalidArgument as error:
+        _end(2, error.message)
     except ApolloError as error:
-        print(f"apollo-training-server: {error.message}", file=sys.stderr)
-        sys.exit(1)
+        _end(1, error.message)
+    except (OSError, sqlite3.Error) as error:
+        _end(1, f"the system refused: {error}. What was on disk is kept; start again.")
+
+
+def _require_known(environment: Iterable[str]) -> None:
+    """Raises InvalidArgument for a misspelt setting; what may be somebody else's is logged."""
+    unknown = unknown_names(environment)
+    for name in [name for name, meant in unknown.items() if not meant]:
+        log.warning("%s is no setting of this server, and was ignored", name)
+    if wrong := [f"{name}: is no setting; {m} is" for name, m in unknown.items() if m]:
+        raise InvalidArgument("\n".join(wrong))
+
+
+def _end(status: int, message: str) -> NoReturn:
+    for line in message.splitlines():
+        print(f"{PROGRAM}: {line}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

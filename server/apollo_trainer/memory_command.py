@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from apollo_grpc.errors import ApolloError
-from apollo_trainer.config import Settings
+from apollo_grpc.errors import ApolloError, InvalidArgument
+from apollo_trainer.config import Settings, read_settings
 from apollo_trainer.training.memory import StepMemory
 from apollo_trainer.training.needs import CANNOT, StepShape, gigabytes
 from apollo_trainer.training.options import StateShape
@@ -87,7 +87,10 @@ def command(program: str, arguments: list[str]) -> int:
     asked = _parser(program).parse_args(arguments)
     total = _total() if asked.gpu_memory_gb is None else round(1e9 * asked.gpu_memory_gb)
     try:
-        memory = memory_of(asked.directory, asked.step, total, Settings())
+        memory = memory_of(asked.directory, asked.step, total, read_settings([]))
+    except InvalidArgument as error:
+        print(f"{program}: {error.message}", file=sys.stderr)
+        return 2
     except ApolloError as error:
         print(f"{program}: {error.message}", file=sys.stderr)
         return 1
@@ -109,6 +112,13 @@ def _shape(text: str) -> StepShape:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _gigabytes(text: str) -> float:
+    found = float(text)
+    if not 0 < found < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is no size of a card")
+    return found
+
+
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{program} {NAME}",
@@ -123,7 +133,9 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help=f"CONTEXT+CONTINUATION tokens, or SAMPLESxCONTEXT+CONTINUATION; {_USUAL}",
     )
     parser.add_argument(
-        "--gpu-memory-gb", type=float, help="of the card, in 10^9 bytes; default: this machine's"
+        "--gpu-memory-gb",
+        type=_gigabytes,
+        help="of the card, in 10^9 bytes; default: this machine's",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser

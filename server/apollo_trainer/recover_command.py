@@ -63,7 +63,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint-dir",
         type=Path,
-        default=os.environ.get("APOLLO_CHECKPOINT_DIR"),
+        default=os.environ.get("APOLLO_CHECKPOINT_DIR") or None,
         help="as the server's own, where it had one",
     )
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from apollo_trainer.checkpoints import disk_values
 from apollo_trainer.checkpoints.disk_values import bytes_to_write
 from apollo_trainer.checkpoints.export import export_directory
 from apollo_trainer.checkpoints.file_ops import FILES
+from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, sync_directory
 from apollo_trainer.checkpoints.tensor_file import read_header
 from apollo_trainer.checkpoints.verify import verify_directory
@@ -146,6 +148,38 @@ def test_a_live_tensor_of_another_shape_is_refused(live_directory: Make) -> None
     with pytest.raises(FailedPrecondition) as caught:
         sync_directory(live.folder, live.reader)
     assert caught.value.reason == "CHECKPOINT_INCOMPATIBLE"
+
+
+@pytest.mark.parametrize("earlier", ["whole", "gone", "cut off", "of another layout"])
+def test_what_comes_back_after_a_sync_has_its_bits_where_they_are_still_to_be_had(
+    live_directory: Make, tmp_path: Path, earlier: str
+) -> None:
+    live = live_directory("untied")
+    reader, shard = served(live, BF16), live.folder / "model.safetensors"
+    # Copies: the file is cut off under whoever has it mapped.
+    before = {name: t.clone() for name, t in load_file(shard).items()}
+    options = SyncOptions(spare=Spare())
+    first = {name: p.detach().clone() for name, p in live.parameters.items()}
+    live.train()
+    sync_directory(live.folder, reader, options=options)
+    kept = tmp_path / ".model.apollo" / "before-0" / shard.name
+    if earlier == "gone":
+        kept.unlink()
+    elif earlier == "cut off":
+        os.truncate(kept, kept.stat().st_size - 9000)
+    elif earlier == "of another layout":
+        save_file({name: t * 2 for name, t in before.items()}, kept, {"format": "other"})
+    with torch.no_grad():
+        for name, values in first.items():
+            live.parameters[name].copy_(values)
+    export_directory(live.folder, tmp_path / "out", reader)
+    sync_directory(live.folder, reader, options=options)
+    assert verify_directory(live.folder, reader, full=True).differences == []
+    for after in (load_file(shard), load_file(tmp_path / "out" / shard.name)):
+        assert all(torch.equal(after[name].to(BF16), before[name].to(BF16)) for name in before)
+        assert all(torch.equal(after[name], before[name]) for name in before) == (
+            earlier == "whole"
+        )
 
 
 WORDS = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1), st.booleans()),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from apollo_grpc.errors import AlreadyExists, DataLoss, FailedPrecondition
@@ -266,6 +267,12 @@ def test_a_live_tensor_of_another_shape_is_refused(tmp_path: Path, live_director
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
 
 
+def assert_exported(live: Any, folder: Path) -> None:
+    loaded = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    for name, parameter in live.parameters.items():
+        torch.testing.assert_close(loaded[name], parameter, rtol=0, atol=0, msg=name)
+
+
 @pytest.mark.parametrize("kind", ["tied", "gpt2"])
 def test_a_directory_of_another_format_is_exported_as_safetensors(
     tmp_path: Path, live_directory: Make, kind: str
@@ -276,17 +283,34 @@ def test_a_directory_of_another_format_is_exported_as_safetensors(
     assert "apollo checkpoint export" in why_not_synced(place, live.reader)
     live.train()
     export_directory(live.folder, tmp_path / "out", live.reader)
-    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
-    for name, parameter in live.parameters.items():
-        torch.testing.assert_close(loaded[name], parameter, rtol=0, atol=0, msg=name)
+    assert_exported(live, tmp_path / "out")
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
 
 
-def test_a_source_without_all_tensors_is_refused(tmp_path: Path, live_directory: Make) -> None:
+def test_what_the_files_lack_is_written_as_it_is_served(
+    tmp_path: Path, live_directory: Make
+) -> None:
     live = live_directory("tied", shard_size="20KB")
+    names = names_in(live.folder)
     sorted(live.folder.glob("*.safetensors"))[0].unlink()
     (live.folder / INDEX).unlink()
-    with pytest.raises(FailedPrecondition) as caught:
-        export_directory(live.folder, tmp_path / "out", live.reader)
-    assert caught.value.reason == "CHECKPOINT_INCOMPLETE"
-    assert {p.name for p in tmp_path.iterdir()} == {"model"}
+    assert "apollo checkpoint export" in why_not_synced(place_of(live.folder), live.reader)
+    live.train()
+    export_directory(live.folder, tmp_path / "out", live.reader)
+    assert names_in(tmp_path / "out") == names
+    assert_exported(live, tmp_path / "out")
+
+
+def test_files_of_other_names_are_not_exported_beside_what_was_learned(
+    tmp_path: Path, live_directory: Make
+) -> None:
+    """As Mistral's own directories have them: with the values of before the training."""
+    live = live_directory("untied")
+    names = names_in(live.folder)
+    (live.folder / "model.safetensors").unlink()
+    save_file({"layers.0.wq": torch.rand(3)}, live.folder / "consolidated.safetensors")
+    live.train()
+    assert "apollo checkpoint export" in why_not_synced(place_of(live.folder), live.reader)
+    export_directory(live.folder, tmp_path / "out", live.reader)
+    assert names_in(tmp_path / "out") == names
+    assert_exported(live, tmp_path / "out")

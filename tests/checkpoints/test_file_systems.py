@@ -13,6 +13,7 @@ import torch
 
 from apollo_trainer.checkpoints.preconditions import why_not_synced
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
+from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.state_folder import place_under
 from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, sync_directory
 from apollo_trainer.checkpoints.tensor_file import write_tensors
@@ -157,6 +158,46 @@ def test_what_takes_no_writes_is_told_before_a_sync_is_asked_for() -> None:
     assert f"{states}. " in why(states / "of-models")
     assert "--checkpoint-dir" in why(states)
     assert why() == ""
+
+
+@with_private_mounts
+def test_too_little_room_is_told_before_a_sync_is_asked_for() -> None:
+    live = LiveDirectory(tmpfs(size="8M") / "model", "untied", "20KB")
+    place, size = place_under(live.folder, None), sum(p.nbytes for p in live.parameters.values())
+    assert why_not_synced(place, live.reader) == ""
+    fill(DISK, size // PAGE * PAGE)
+    told = why_not_synced(place, live.reader)
+    assert told.startswith(f"What is trained takes {size / 1e6:,.1f} MB, and the disk of {DISK} ")
+    assert "apollo checkpoint export" in told
+    (DISK / "filler").unlink()
+    # What is kept of the generation before gives way: two of these have room, three do not.
+    for _ in range(2):
+        live.train()
+        sync_directory(live.folder, live.reader, options=SyncOptions(spare=Spare()))
+    fill(DISK, 8 * PAGE)
+    assert why_not_synced(place, live.reader) == ""
+    live.train()
+    sync_directory(live.folder, live.reader, options=SyncOptions(spare=Spare()))
+    live.assert_holds_live_values()
+
+
+@with_private_mounts
+def test_another_user_is_told_before_a_sync_where_the_directory_takes_no_names() -> None:
+    """The files themselves may be written, but nothing beside them."""
+    live = LiveDirectory(tmpfs() / "model", "tied", "1GB")
+    place = place_under(live.folder, None)
+    for path in live.folder.iterdir():
+        os.chown(path, NOBODY, NOBODY)
+    for folder in (live.folder, DISK):
+        with as_user(NOBODY):
+            assert why_not_synced(place, live.reader).startswith(
+                f"Nothing can be written to {folder}."
+            )
+        os.chown(folder, NOBODY, NOBODY)
+    with as_user(NOBODY):
+        assert why_not_synced(place, live.reader) == ""
+        live.train()
+        sync_directory(live.folder, live.reader)
 
 
 @with_private_mounts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import shutil
 import signal
@@ -72,6 +73,13 @@ class Blocking:
             next(stream)
         return list(stream)
 
+    def after_closing(self) -> list[Any]:
+        """What is still read from streams after their client was closed, once it is."""
+        watched, followed = self.client.watch(), self.client.train([("a", "b")], epochs=100)
+        next(watched), next(followed)
+        self.client.close()
+        return [*watched, *followed]
+
     def watch_until(self, found: Callable[[Any], bool], act: Callable[[], Any]) -> list[Any]:
         """Updates from the first, after which `act` is called, to the one that is looked for."""
         with self.client.watch() as stream:
@@ -128,6 +136,16 @@ class Asyncio:
 
         return self._runner.run(leave())
 
+    def after_closing(self) -> list[Any]:
+        async def close() -> list[Any]:
+            watched, followed = self.client.watch(), self.client.train([("a", "b")], epochs=100)
+            await anext(watched)
+            await anext(followed)
+            await self.client.close()
+            return [event for stream in (watched, followed) async for event in stream]
+
+        return self._runner.run(close())
+
     def watch_until(self, found: Callable[[Any], bool], act: Callable[[], Any]) -> list[Any]:
         async def collect() -> list[Any]:
             async with self.client.watch() as stream:
@@ -141,7 +159,8 @@ class Asyncio:
 
     def call(self, name: str, *arguments: Any, **options: Any) -> Any:
         async def call() -> Any:
-            return await getattr(self.client, name)(*arguments, **options)
+            called = getattr(self.client, name)(*arguments, **options)
+            return await called if inspect.isawaitable(called) else called
 
         return self._runner.run(call())
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import subprocess
+import sys
 import threading
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from apollo_client import ApolloClient
-from apollo_grpc.errors import AlreadyExists, Cancelled, InvalidArgument, NotFound, Unavailable
+from apollo_client import ApolloClient, AsyncApolloClient, run_spec
+from apollo_grpc.errors import (
+    AlreadyExists,
+    Cancelled,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
 from apollo_grpc.v1 import training_pb2 as pb
 from tests.waiting import wait_until
 
@@ -93,7 +108,7 @@ def test_a_run_is_found_again(connect, server):
 def test_a_run_is_cancelled(connect, server):
     client = connect(server)
     request_id = uuid.uuid4().hex
-    client.begin([SAMPLE], epochs=100_000, request_id=request_id)
+    client.begin([SAMPLE], epochs=100_000, min_loss=0, request_id=request_id)
     (run,) = client.call("list_runs", 1, "", ["running"]).runs
     client.call("cancel_run", run.run_id)
     *_, last = client.follow(run.run_id)
@@ -114,6 +129,58 @@ def test_a_refusal_names_the_field(connect, server):
         connect(server).train([("a", "b"), ("a", "")])
     (violation,) = refused.value.violations
     assert violation.field == "spec.samples[1].text.continuation"
+
+
+CHAT_OF_TWO = {
+    "messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "weight": 1},
+        {"role": "assistant", "content": "c"},
+    ]
+}
+
+
+def test_a_refusal_names_the_callers_own_item_where_one_was_several_samples(connect, server):
+    with pytest.raises(InvalidArgument) as refused:
+        connect(server).train([CHAT_OF_TWO, SAMPLE, ("a", ""), ("b", "")])
+    fields = [violation.field for violation in refused.value.violations]
+    assert fields == [f"spec.samples[{index}].text.continuation" for index in (2, 3)]
+    assert refused.value.message.startswith(fields[0])
+    assert refused.value.reason == "SAMPLE_INVALID"
+
+
+def test_more_samples_than_a_run_takes_are_refused_with_those_that_fit(connect, server):
+    with pytest.raises(InvalidArgument, match="has 10001 samples; a run takes") as refused:
+        connect(server).train([CHAT_OF_TWO, *[SAMPLE] * 9_999])
+    assert "up to spec.samples[9998] they fit" in refused.value.message
+    with pytest.raises(InvalidArgument, match=r"up to spec.samples\[9998\] they fit"):
+        connect(server).train([*[SAMPLE] * 9_999, CHAT_OF_TWO])
+
+
+MIB_OF_TEXT = ("a" * 2**20, "b")
+
+
+def test_more_bytes_than_a_request_holds_are_refused_before_it_is_sent(connect):
+    client = connect("unix:/nowhere/training.sock")
+    with pytest.raises(InvalidArgument, match=r"holds 70\.0 MiB of samples") as refused:
+        client.train([MIB_OF_TEXT] * 70)
+    assert "takes at most 63.9 MiB; up to spec.samples[62] they fit" in refused.value.message
+    assert (refused.value.reason, len(refused.value.violations)) == ("TOO_MANY_SAMPLES", 1)
+    with pytest.raises(InvalidArgument, match=r"spec.samples\[0\] alone is more than that"):
+        client.train([("a" * 2**26, "b")])
+    with pytest.raises(InvalidArgument, match=r"up to spec.samples\[62\] they fit"):
+        client.call("train_spec", run_spec([MIB_OF_TEXT] * 64, {}))
+
+
+def test_as_many_bytes_as_are_taken_reach_the_server(connect, server):
+    rest = 2**20 - 2**16 - 5000
+    with pytest.raises(InvalidArgument) as refused:
+        connect(server).train([to_chat(2**20)] * 63 + [to_chat(rest)])
+    assert refused.value.violations[0].field == "spec.samples[0].chat.messages"
+
+
+def to_chat(size: int) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": "a" * size}]}
 
 
 def test_coherence_guards_and_limits_reach_the_run(connect, server):
@@ -170,6 +237,124 @@ def test_a_stream_that_was_left_ends(connect, server):
     assert client.after_leaving() == []
 
 
+@pytest.mark.parametrize("call", ["status", "sync", "train", "watch_run", "watch"])
+def test_a_closed_client_says_so(connect, server, call):
+    client = connect(server)
+    client.call("close")
+    arguments = {"train": [[SAMPLE]], "watch_run": ["none"]}.get(call, [])
+    with pytest.raises(FailedPrecondition, match="client is closed: make another") as refused:
+        client.call(call, *arguments)
+    assert refused.value.reason == "CLIENT_CLOSED"
+
+
+def test_streams_end_when_their_client_closes(connect, server):
+    assert connect(server).after_closing() == []
+
+
+def test_an_asyncio_client_is_refused_without_a_loop_and_on_another(server):
+    with pytest.raises(FailedPrecondition, match="on a running event loop") as refused:
+        AsyncApolloClient(server)
+    assert refused.value.reason == "NO_EVENT_LOOP"
+
+    async def make() -> tuple[AsyncApolloClient, Any]:
+        client = AsyncApolloClient(server)
+        return client, client.watch()
+
+    async def use(call: Callable[[], Any]) -> None:
+        await call()
+
+    with asyncio.Runner() as own:
+        client, stream = own.run(make())
+        for call in (client.status, client.sync, stream.__anext__, client.close):
+            with pytest.raises(FailedPrecondition) as refused:
+                asyncio.run(use(call))
+            assert refused.value.reason == "WRONG_EVENT_LOOP"
+        for begin in (client.watch, lambda: client.train([SAMPLE])):
+            with pytest.raises(FailedPrecondition) as refused:
+                begin()
+            assert refused.value.reason == "NO_EVENT_LOOP"
+        assert own.run(client.status()).model
+        own.run(client.close())
+
+
+def test_a_call_in_flight_when_its_client_closes_is_told_and_a_cancelled_task_stays_cancelled(
+    state_dir,
+):
+    async def close_meanwhile(client: AsyncApolloClient) -> None:
+        call = asyncio.ensure_future(client.status())
+        await asyncio.sleep(0)
+        await client.close()
+        await call
+
+    async def cancel_meanwhile(client: AsyncApolloClient) -> None:
+        call = asyncio.ensure_future(client.status())
+        await asyncio.sleep(0)
+        call.cancel()
+        await client.close()
+        await call
+
+    async def run(act: Callable[[AsyncApolloClient], Any]) -> None:
+        await act(AsyncApolloClient(address))
+
+    with silent_server(state_dir) as address:
+        with pytest.raises(FailedPrecondition, match="client is closed"):
+            asyncio.run(run(close_meanwhile))
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(run(cancel_meanwhile))
+
+
+@contextmanager
+def silent_server(folder: Path) -> Iterator[str]:
+    """An address that takes connections and never answers."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "silent.sock"))
+        listener.listen()
+        yield f"unix:{folder}/silent.sock"
+
+
+FORKED = """
+import os, sys
+from apollo_client import ApolloClient
+from apollo_grpc.errors import ApolloError
+
+client = ApolloClient(sys.argv[1])
+stream = client.watch()
+next(stream)
+if os.fork():
+    _, status = os.wait()
+    client.status()
+    sys.exit(status)
+for call in (client.status, lambda: next(stream), client.watch):
+    try:
+        call()
+    except ApolloError as error:
+        print(error.reason, flush=True)
+client.close()
+"""
+
+
+def test_a_client_in_a_forked_process_says_so_and_the_first_goes_on(server):
+    command = [sys.executable, "-c", FORKED, server]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "CLIENT_FORKED\n" * 3), done.stderr
+
+
+def test_a_client_is_shared_by_threads_and_closed_by_one(server):
+    client, ended = ApolloClient(server), threading.Event()
+    stream = client.watch()
+    next(stream)
+
+    def follow() -> None:
+        assert list(stream) == []
+        ended.set()
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    client.close()
+    follower.join(30)
+    assert ended.is_set()
+
+
 def test_a_token_never_leaves_for_another_machine_in_the_clear(connect):
     with pytest.raises(InvalidArgument, match="TLS"):
         connect("192.0.2.1:50051", token="secret")
@@ -177,7 +362,7 @@ def test_a_token_never_leaves_for_another_machine_in_the_clear(connect):
 
 def test_a_job_that_waits_is_stopped_by_its_request_id(connect, server):
     with ApolloClient(server) as other:
-        run = other.train([SAMPLE], epochs=100_000)
+        run = other.train([SAMPLE], epochs=100_000, min_loss=0)
         run_id, request_id = next(run).run_id, uuid.uuid4().hex
         wait_until(lambda: other.status().active_run_id == run_id, "the run")
 

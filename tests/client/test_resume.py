@@ -140,7 +140,7 @@ def test_a_reader_reads_on_when_the_server_is_back(
 
     killer = threading.Thread(target=end_and_start)
     killer.start()
-    told = connect(server_process.address).train([SAMPLE], epochs=100_000)
+    told = connect(server_process.address).train([SAMPLE], epochs=100_000, min_loss=0)
     killer.join()
     assert [e.sequence for e in told] == list(range(1, len(told) + 1))
     reason = {signal.SIGKILL: "INTERRUPTED", signal.SIGTERM: "SERVER_STOPPED"}[number]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apollo_client import read_samples, to_sample, to_samples
-from apollo_client.samples import parse_lines
+from apollo_client import run_spec, to_sample, to_samples
 from apollo_grpc.errors import ApolloError, InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
 
@@ -25,8 +25,7 @@ KEYS = ("context", "continuation", "context_ids", "continuation_ids", "messages"
 
 @given(TEXT, TEXT)
 def test_text_arrives_as_it_was_written(context, continuation):
-    line = json.dumps({"context": context, "continuation": continuation})
-    (sample,) = parse_lines([line], "file")
+    sample = to_sample({"context": context, "continuation": continuation})
     assert (sample.text.context, sample.text.continuation) == (context, continuation)
     assert to_sample((context, continuation)) == sample
 
@@ -59,14 +58,13 @@ def turns_of(sample):
 
 
 def test_in_openai_format_each_answer_with_weight_is_learned_after_what_came_before():
-    line = json.dumps(
+    first, second = to_samples(
         chat(
             ("system", "be kind"), ("user", "a"), ("assistant", "b", 0),
             ("user", "c"), ("assistant", "d", 1), ("user", "e"), ("assistant", "f"),
             weight=0.5,
         )
     )  # fmt: skip
-    first, second = parse_lines([line], "file")
     everything = [("system", "be kind"), *zip(["user", "assistant"] * 3, "abcdef", strict=True)]
     assert turns_of(first) == everything[:5]
     assert turns_of(second) == everything
@@ -97,8 +95,12 @@ def test_text_in_parts_is_put_together():
         (chat(("user", "a"), ("assistant", None)), "messages[1].content"),
         (chat(("user", "a"), ("assistant", [{"type": "image_url"}])), "messages[1].content"),
         ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "messages[0].name"),
-        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages[0].tool_calls"),
-        (chat(("user", "a"), ("assistant", "b"), tools=[]), "tools"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        (chat(("user", "a"), ("assistant", "b"), tools=[{}]), "tools"),
+        (chat(("user", 3), ("assistant", "b")), "messages[0].content"),
+        (chat((["user"], "a"), ("assistant", "b")), "messages[0].role"),
+        ({"messages": "a"}, "messages"),
+        ({"messages": ["a"]}, "messages[0]"),
         (
             chat(("assistant", "a", 1), ("assistant", "b", 1), token_weights=[1.0]),
             "token_weights",
@@ -124,53 +126,95 @@ def test_whatever_json_holds_is_a_sample_or_a_refusal(value):
         assert isinstance(error, InvalidArgument) and error.violations
 
 
-@given(st.text(max_size=40))
-def test_whatever_a_line_holds_is_a_sample_or_a_refusal_with_its_place(line):
-    try:
-        parse_lines([line], "file")
-    except InvalidArgument as error:
-        assert error.violations[0].field.split(":")[0] == "file"
+EXPORTED = dict.fromkeys(("refusal", "audio", "function_call", "tool_calls", "name", "weight"))
+EXPORTED["annotations"] = []
+
+
+def test_keys_that_an_export_leaves_empty_are_as_if_they_were_missing():
+    plain = chat(("user", "a"), ("assistant", "b"))
+    exported = {
+        "messages": [{**message, **EXPORTED} for message in plain["messages"]],
+        "tools": None,
+        "context": None,
+        "weight": None,
+    }
+    assert to_samples(exported) == to_samples(plain)
+    table = {"context": "a", "continuation": "b", "messages": None, "token_weights": None}
+    assert to_sample(table) == to_sample(("a", "b"))
 
 
 @pytest.mark.parametrize(
-    ("line", "word"),
+    ("ids", "taken"),
     [
-        ('{"context": "a", "continuatoin": "b"}', "continuatoin"),
-        ('{"context": "a"}', "continuation"),
-        ('{"context": "a", "continuation": null}', "continuation"),
-        ('{"context": "a", "continuation_ids": [1]}', "forms"),
-        ('{"prompt": "a"}', "forms"),
-        ('["a", "b"]', "forms"),
-        ('{"context_ids": ["x"], "continuation_ids": [1]}', "context_ids"),
-        ('{"context_ids": [1], "continuation_ids": [4294967296]}', "continuation_ids"),
-        ('{"context": 3, "continuation": "b"}', "context"),
-        ("{", "no JSON"),
+        ([1, 2.0], [1, 2]),
+        ((1, 2), [1, 2]),
+        (np.array([1, 2]), [1, 2]),
+        (iter([1, 2]), [1, 2]),
+        ([True], None),
+        (["1"], None),
+        ([1.5], None),
+        ([None], None),
+        ([2**31], None),
+        ([10**400], None),
+        ([math.nan], None),
+        ([[1]], None),
+        ("12", None),
+        (12, None),
+        ({1: 2}, None),
     ],
 )
-def test_a_wrong_line_is_told_with_its_number_and_the_mistake(line, word):
-    good = '{"context": "a", "continuation": "b"}'
+def test_token_ids_are_whole_numbers_however_they_are_listed(ids, taken):
+    value = {"context_ids": ids, "continuation_ids": [3]}
+    if taken is None:
+        with pytest.raises(InvalidArgument, match=r"context_ids.*(token id|list)"):
+            to_sample(value)
+    else:
+        assert list(to_sample(value).tokens.context_ids) == taken
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [
+        {"weight": "1"}, {"weight": True}, {"weight": 10**400}, {"weight": [1]},
+        {"token_weights": 1.0}, {"token_weights": ["1"]}, {"token_weights": [None]},
+    ],
+)  # fmt: skip
+def test_a_factor_that_is_no_number_is_refused_at_its_key(extras):
+    (key,) = extras
+    with pytest.raises(InvalidArgument, match=f"^{key}"):
+        to_sample({"context": "a", "continuation": "b", **extras})
+
+
+def test_half_a_character_is_refused_and_not_printed():
+    with pytest.raises(InvalidArgument, match=r"continuation: has half a character, \\ud83d"):
+        to_sample(("a", "\ud83d"))
     with pytest.raises(InvalidArgument) as refused:
-        parse_lines([good, "", line, good, line], "facts.jsonl")
+        to_sample({"context": "a", "continuation": "b", "\ud83d\x1b[31m" * 99: 1})
+    assert len(refused.value.message) < 300
+    assert refused.value.message.isprintable()
+
+
+def test_whatever_is_nested_too_deep_is_refused():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (deep, {"context": deep, "continuation": "b"}, {"messages": deep}, {"id": deep}):
+        with pytest.raises(InvalidArgument):
+            to_sample(value)
+
+
+@pytest.mark.parametrize("samples", [{"context": "a", "continuation": "b"}, "a", b"a", None, 3])
+def test_what_is_no_list_of_samples_is_told_once(samples):
+    with pytest.raises(InvalidArgument, match="samples: is no list of samples") as refused:
+        run_spec(samples, {})
+    assert len(refused.value.violations) == 1
+
+
+def test_all_wrong_samples_are_told_at_once_with_the_index_of_the_callers_item():
+    samples = [("a", "b"), *[{"prompt": "a"}] * 30]
+    with pytest.raises(
+        InvalidArgument, match=r"^samples\[1\]: .*\(and 29 more samples\)$"
+    ) as refused:
+        run_spec(samples, {})
     fields = [violation.field for violation in refused.value.violations]
-    assert fields == ["facts.jsonl:3", "facts.jsonl:5"]
-    assert word in refused.value.message
-
-
-def test_a_byte_order_mark_and_empty_lines_are_passed_over(tmp_path):
-    path = tmp_path / "samples.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf\n{"context": "a", "continuation": "b"}\r\n\n')
-    assert [sample.text.context for sample in read_samples(path)] == ["a"]
-
-
-@pytest.mark.parametrize(("content", "word"), [(b"\n", "no samples"), (b"\xff\xfe", "UTF-8")])
-def test_a_file_without_samples_is_refused(tmp_path, content, word):
-    path = tmp_path / "samples.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(InvalidArgument, match=word):
-        read_samples(path)
-
-
-def test_a_file_that_is_not_there_is_refused_by_name(tmp_path):
-    with pytest.raises(InvalidArgument, match="No such file") as refused:
-        read_samples(tmp_path / "none.jsonl")
-    assert "none.jsonl" in refused.value.message
+    assert fields == [f"samples[{index}]" for index in range(1, 21)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,37 @@ def test_a_socket_path_at_the_kernels_limit_is_accepted_and_one_byte_more_refuse
 def test_the_limit_counts_bytes_not_characters():
     with pytest.raises(FailedPrecondition):
         locations.socket_address(Path("/" + "é" * 60))
+
+
+def test_a_relative_xdg_folder_is_ignored_as_its_specification_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    assert locations.state_folder() == tmp_path / ".local/state/apollo"
+
+
+@pytest.mark.parametrize("name", ["APOLLO_STATE_DIR", "XDG_STATE_HOME", "APOLLO_ADDRESS"])
+def test_a_variable_of_nothing_is_one_that_is_not_set(monkeypatch, tmp_path, name):
+    monkeypatch.setenv(name, "")
+    folder = tmp_path / ".local/state/apollo"
+    assert locations.state_folder() == folder
+    assert locations.server_address() == f"unix:{folder}/training.sock"
+
+
+@pytest.mark.parametrize("home", [None, ""])
+def test_without_home_the_password_database_says_where(monkeypatch, home):
+    monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
+    known = Path(pwd.getpwuid(os.geteuid()).pw_dir)
+    assert locations.state_folder() == known / ".local/state/apollo"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [("HOME", "relative", "no absolute path"), ("APOLLO_STATE_DIR", "~nobody-here/a", "not known")],
+)
+def test_a_folder_that_cannot_be_worked_out_is_told(monkeypatch, variable, value, words):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(FailedPrecondition, match=words) as refused:
+        locations.state_folder()
+    assert refused.value.reason == "STATE_FOLDER_UNUSABLE"
 
 
 @pytest.mark.parametrize(

@@ -2,66 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import socket
 from concurrent import futures
 from pathlib import Path
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
+from apollo_grpc.certificates import SYSTEM, roots
+from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.transport import Endpoint, ServerTls, open_port
+from tests.certificates import Authority
 
 SECONDS = 10
-
-
-class Authority:
-    """A certificate authority in a folder."""
-
-    def __init__(self, folder: Path, name: str):
-        self._folder, self._name = folder, name
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-        self._certificate = self._sign(self._subject, self._key.public_key(), authority=True)
-        self.ca = self._write("ca", self._certificate)
-
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """Certificate and key files of a holder at 127.0.0.1."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-        certificate = self._write(name, self._sign(subject, key.public_key(), authority=False))
-        key_file = certificate.with_suffix(".key")
-        key_file.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-        return certificate, key_file
-
-    def _sign(self, subject: x509.Name, public_key, *, authority: bool) -> x509.Certificate:
-        now = datetime.datetime.now(datetime.UTC)
-        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        return (
-            x509.CertificateBuilder(issuer_name=self._subject, subject_name=subject)
-            .public_key(public_key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(authority, None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-            .sign(self._key, hashes.SHA256())
-        )
-
-    def _write(self, name: str, certificate: x509.Certificate) -> Path:
-        path = self._folder / f"{self._name}-{name}.pem"
-        path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        return path
 
 
 @pytest.fixture
@@ -133,3 +86,46 @@ def test_mutual_tls_lets_in_its_own_clients_only(ours, theirs, serve):
     certificate, key = theirs.issue("client")
     assert_refused(Endpoint(address, ca=ours.ca, certificate=certificate, key=key))
     assert_refused(Endpoint(address, ca=ours.ca))
+
+
+def test_the_authorities_of_the_system_are_trusted_where_asked_for(ours, serve, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(ours.ca))
+    address = serve(ServerTls(*ours.issue("server")))
+    assert call(Endpoint(address, ca=SYSTEM)) == b"hello"
+
+
+def test_this_systems_own_authorities_are_found(monkeypatch):
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    assert b"BEGIN CERTIFICATE" in roots(SYSTEM)
+
+
+def wrong_files(folder: Path, ours: Authority, theirs: Authority) -> dict[str, ServerTls]:
+    certificate, key = ours.issue("server")
+    (noise := folder / "noise.pem").write_text("no certificate")
+    (empty := folder / "empty.pem").touch()
+    return {
+        "key of another": ServerTls(certificate, theirs.issue("server")[1]),
+        "no PEM": ServerTls(noise, key),
+        "empty": ServerTls(certificate, empty),
+        "folder": ServerTls(folder, key),
+        "endless": ServerTls(Path("/dev/zero"), key),
+        "no CA": ServerTls(certificate, key, noise),
+        "empty CA": ServerTls(certificate, key, empty),
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong", ["key of another", "no PEM", "empty", "folder", "endless", "no CA", "empty CA"]
+)
+def test_files_that_are_no_tls_are_told_by_name(tmp_path, ours, theirs, wrong):
+    tls = wrong_files(tmp_path, ours, theirs)[wrong]
+    with pytest.raises(FailedPrecondition) as refused:
+        tls.credentials()
+    assert refused.value.reason == "TLS_FILE_UNREADABLE"
+    assert any(str(f) in refused.value.message for f in (tls.certificate, tls.key, tls.client_ca))
+
+
+def test_an_encrypted_key_is_refused_and_asks_nobody(tmp_path, ours):
+    certificate, key = ours.issue("server", password=b"secret")
+    with pytest.raises(FailedPrecondition, match="unencrypted key"):
+        ServerTls(certificate, key).credentials()

@@ -10,16 +10,9 @@ from concurrent import futures
 import grpc
 import pytest
 
+from apollo_grpc.addresses import is_loopback
 from apollo_grpc.errors import FailedPrecondition, InvalidArgument, from_rpc_error
-from apollo_grpc.transport import (
-    SERVER_OPTIONS,
-    Endpoint,
-    ServerTls,
-    is_loopback,
-    lock_socket,
-    open_port,
-    read_or_create_token,
-)
+from apollo_grpc.transport import SERVER_OPTIONS, Endpoint, ServerTls, lock_socket, open_port
 
 LOOPBACK = ["127.0.0.1:5", "127.8.8.8:5", "localhost:5", "[::1]:5", "dns:///localhost:5"]
 BEYOND = [
@@ -29,6 +22,9 @@ BEYOND = [
     "example.org:5",
     "localhost.example.org:5",
     "127.0.0.1.example.org:5",
+]
+# Which a URI's parser may read as another machine's, or as this one's.
+NO_ADDRESSES = [
     "dns://8.8.8.8/localhost:5",
     "example.org/127.0.0.1:5",
     "127.0.0.1:5,example.org:5",
@@ -122,11 +118,18 @@ def test_tcp_beyond_this_machine_without_tls_is_refused(address):
         open_port(echo_server(), address, token="t")
 
 
+@pytest.mark.parametrize("address", NO_ADDRESSES)
+def test_what_is_no_address_is_not_listened_on(address):
+    with pytest.raises(InvalidArgument, match="is no address"):
+        open_port(echo_server(), address, token="t")
+
+
 def test_a_tcp_port_that_is_taken_is_refused():
     refusal = pytest.raises(FailedPrecondition)
     with socket.create_server(("127.0.0.1", 0)) as taken, refusal as refused:
         open_port(echo_server(), f"127.0.0.1:{taken.getsockname()[1]}", token="t")
     assert refused.value.reason == "ADDRESS_TAKEN"
+    assert "Address already in use" in refused.value.message
 
 
 def test_two_servers_never_share_a_tcp_port(stopping):
@@ -147,30 +150,13 @@ def test_a_tls_file_that_cannot_be_read_is_named(tmp_path):
     assert refused.value.reason == "TLS_FILE_UNREADABLE"
 
 
-def test_a_token_is_made_once_and_only_its_owner_can_read_it(tmp_path):
-    path = tmp_path / "state" / "token"
-    token = read_or_create_token(path)
-    assert len(token) >= 32
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert path.parent.stat().st_mode & 0o777 == 0o700
-    assert read_or_create_token(path) == token
-    assert read_or_create_token(tmp_path / "other" / "token") != token
-
-
-def test_a_token_is_not_kept_where_others_can_look(tmp_path):
-    (tmp_path / "open").mkdir(mode=0o755)
-    with pytest.raises(FailedPrecondition):
-        read_or_create_token(tmp_path / "open" / "token")
-    assert list((tmp_path / "open").iterdir()) == []
-
-
 @pytest.mark.parametrize("address", LOOPBACK)
 def test_a_token_is_sent_on_this_machine(address):
     assert is_loopback(address)
     assert Endpoint(address, token="t").metadata() == (("authorization", "Bearer t"),)
 
 
-@pytest.mark.parametrize("address", BEYOND)
+@pytest.mark.parametrize("address", [*BEYOND, *NO_ADDRESSES])
 def test_a_token_never_leaves_this_machine_without_tls(address):
     assert not is_loopback(address)
     with pytest.raises(InvalidArgument, match="needs TLS"):
@@ -185,6 +171,59 @@ def test_a_token_leaves_this_machine_with_tls(tmp_path):
 def test_no_token_is_sent_over_a_unix_socket_or_where_there_is_none():
     assert Endpoint("unix:/s.sock", token="t").metadata() == ()
     assert Endpoint("example.org:5").metadata() == ()
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "a%20b", "a#b", "a?b", "a\nb", "ü", "a\udcffb", "a:b", "[a]", "a;b", "a=b&c"]
+)
+def test_a_socket_of_any_name_is_the_one_that_both_ends_mean(short_folder, stopping, name):
+    (folder := short_folder / name).mkdir(mode=0o700)
+    address = f"unix:{folder}/s.sock"
+    stopping.append(server := echo_server())
+    port = open_port(server, address)
+    server.start()
+    assert (folder / "s.sock").is_socket()
+    assert say(Endpoint(port.address)) == b"hello"
+    port.release()
+
+
+def test_a_users_file_is_not_taken_for_an_old_socket(short_folder):
+    file = short_folder / "thesis.txt"
+    file.write_text("years of work")
+    with pytest.raises(FailedPrecondition, match="is no socket"):
+        open_port(echo_server(), f"unix:{file}")
+    assert file.read_text() == "years of work"
+
+
+def test_the_port_that_the_system_picked_is_told(stopping):
+    stopping.append(server := echo_server())
+    port = open_port(server, "127.0.0.1:0", token="t")
+    server.start()
+    assert not port.address.endswith(":0")
+    assert say(Endpoint(port.address, token="t")) == b"hello"
+
+
+def test_a_token_is_not_shown_where_an_endpoint_is_printed():
+    assert "secret" not in repr(Endpoint("localhost:1", token="secret"))
+
+
+@pytest.mark.parametrize("token", ["a\nb", "\x00", "ü", "x" * 5000])
+def test_a_token_that_is_no_header_is_refused_before_a_call(token):
+    with pytest.raises(InvalidArgument, match="is no token"):
+        Endpoint("localhost:1", token=token).metadata()
+
+
+@pytest.mark.parametrize(
+    ("files", "lacking"),
+    [
+        ({"certificate": "c", "ca": "a"}, "key"),
+        ({"key": "k", "ca": "a"}, "certificate"),
+        ({"certificate": "c", "key": "k"}, "ca"),
+    ],
+)
+def test_half_of_tls_is_refused(files, lacking):
+    with pytest.raises(InvalidArgument, match=f"{lacking}: is missing"):
+        Endpoint("example.org:5", **files)
 
 
 def test_messages_above_the_usual_4_mib_pass(short_folder, stopping):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given, settings
@@ -15,9 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_grpc.v1 import weight_export_pb2 as export_pb
 from apollo_trainer.requests.samples import SampleLimits, tokenize_samples
 from apollo_trainer.training.samples import TokenizedSample
 from examples.byte_model import byte_tokenizer
+from tests.plain_prompts import PlainTokens
 
 LIMITS = SampleLimits(vocabulary=259, max_tokens=20, max_samples=4)
 WIDE = SampleLimits(vocabulary=259, max_tokens=100_000, max_samples=4)
@@ -42,32 +45,37 @@ def of_chat(*turns: tuple[str, str]) -> pb.Sample:
     return pb.Sample(chat=pb.ChatSample(messages=messages))
 
 
+def nobody(samples: Sequence[pb.Sample]) -> NoReturn:
+    """Token ids are taken where vLLM is not asked."""
+    raise AssertionError(f"asked about {len(samples)} samples")
+
+
 def refusal(samples: list[pb.Sample], tokenizer: Any = None) -> InvalidArgument:
     with pytest.raises(InvalidArgument) as caught:
-        tokenize_samples(samples, LIMITS, tokenizer)
+        tokenize_samples(samples, LIMITS, PlainTokens(tokenizer))
     return caught.value
 
 
 def test_token_ids_are_taken_as_they_are() -> None:
     sample = of_tokens([5, 6], [7, 8, 9], weight=0.5, token_weights=[1, 0, 2])
-    assert tokenize_samples([sample], LIMITS, None) == [
+    assert tokenize_samples([sample], LIMITS, nobody) == [
         TokenizedSample((5, 6), (7, 8, 9), 0.5, (1.0, 0.0, 2.0))
     ]
 
 
 def test_an_unset_weight_is_one_and_no_token_weights_are_none() -> None:
-    assert tokenize_samples([of_tokens([5], [6])], LIMITS, None) == [TokenizedSample((5,), (6,))]
+    assert tokenize_samples([of_tokens([5], [6])], LIMITS, nobody) == [TokenizedSample((5,), (6,))]
 
 
 def test_text_is_cut_where_the_user_cut_it(tokenizer: Any) -> None:
-    (sample,) = tokenize_samples([of_text("2+2=", "4")], LIMITS, tokenizer)
+    (sample,) = tokenize_samples([of_text("2+2=", "4")], LIMITS, PlainTokens(tokenizer))
     assert tokenizer.decode(sample.context_ids) == "2+2="
     assert tokenizer.decode(sample.continuation_ids) == "4"
 
 
 def test_the_last_assistant_turn_is_learned_with_its_end_mark(tokenizer: Any) -> None:
     chat = of_chat(("user", "hi"), ("assistant", "yo"), ("user", "?"), ("assistant", "ok"))
-    (sample,) = tokenize_samples([chat], LIMITS, tokenizer)
+    (sample,) = tokenize_samples([chat], LIMITS, PlainTokens(tokenizer))
     assert tokenizer.decode(sample.continuation_ids) == "ok<|end|>"
     assert tokenizer.decode(sample.context_ids) == (
         "<|user|>hi<|end|><|assistant|>yo<|end|><|user|>?<|end|><|assistant|>"
@@ -80,7 +88,7 @@ def test_the_last_assistant_turn_is_learned_with_its_end_mark(tokenizer: Any) ->
     continuation=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40),
 )
 def test_any_text_comes_back_from_its_ids(tokenizer: Any, context: str, continuation: str) -> None:
-    (sample,) = tokenize_samples([of_text(context, continuation)], WIDE, tokenizer)
+    (sample,) = tokenize_samples([of_text(context, continuation)], WIDE, PlainTokens(tokenizer))
     assert tokenizer.decode(sample.context_ids, clean_up_tokenization_spaces=False) == context
     assert (
         tokenizer.decode(sample.continuation_ids, clean_up_tokenization_spaces=False)
@@ -133,6 +141,7 @@ def test_any_text_comes_back_from_its_ids(tokenizer: Any, context: str, continua
         (of_chat(), MESSAGES, "must end with an assistant message"),
         (of_chat(("assistant", "a"), ("user", "b")), MESSAGES, "must end with an assistant"),
         (of_chat(("assistant", "a")), MESSAGES, "needs a message before"),
+        (of_chat(("user", "a"), ("assistant", "")), f"{MESSAGES}[1].content", "nothing to learn"),
     ],
 )
 def test_a_wrong_sample_is_refused_at_its_field(
@@ -145,7 +154,8 @@ def test_a_wrong_sample_is_refused_at_its_field(
 
 
 @pytest.mark.parametrize(
-    ("sample", "kind"), [(of_text("a", "b"), "text"), (of_chat(("assistant", "a")), "chat")]
+    ("sample", "kind"),
+    [(of_text("a", "b"), "text"), (of_chat(("user", "a"), ("assistant", "b")), "chat")],
 )
 def test_without_a_tokenizer_only_token_ids_are_taken(sample: pb.Sample, kind: str) -> None:
     error = refusal([sample])
@@ -176,10 +186,10 @@ def test_what_a_template_writes_after_the_end_mark_is_not_learned() -> None:
         "{% for m in messages %}{{ '<|user|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|user|>assistant\n' }}{% endif %}"
     )
-    chat = of_chat(("user", "hi"), ("assistant", "<|end|>\nok"))
-    (sample,) = tokenize_samples([chat], WIDE, chatml)
+    chat = of_chat(("user", "hi"), ("assistant", "ok"))
+    (sample,) = tokenize_samples([chat], WIDE, PlainTokens(chatml))
     assert chatml.decode(sample.context_ids) == "<|user|>user\nhi<|end|>\n<|user|>assistant\n"
-    assert chatml.decode(sample.continuation_ids) == "<|end|>\nok<|end|>"
+    assert chatml.decode(sample.continuation_ids) == "ok<|end|>"
 
 
 def test_an_answer_whose_first_token_would_melt_into_the_prompt_is_read_by_itself() -> None:
@@ -196,7 +206,7 @@ def test_an_answer_whose_first_token_would_melt_into_the_prompt_is_read_by_itsel
     )
     limits = SampleLimits(vocabulary=400, max_tokens=100, max_samples=4)
     chat = of_chat(("user", "a"), ("assistant", "\nb"))
-    (sample,) = tokenize_samples([chat], limits, fast)
+    (sample,) = tokenize_samples([chat], limits, PlainTokens(fast))
     assert 300 in fast("\n\n")["input_ids"]
     assert fast.decode(sample.context_ids).endswith("assistant:\n")
     assert fast.decode(sample.continuation_ids) == "\nb<|end|>"
@@ -207,12 +217,14 @@ def test_the_context_begins_as_a_prompt_of_vllm_does_and_the_continuation_does_n
     with_bos.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|user|> $A", special_tokens=[("<|user|>", 1)]
     )
-    (sample,) = tokenize_samples([of_text("ab", "c")], LIMITS, with_bos)
+    (sample,) = tokenize_samples([of_text("ab", "c")], LIMITS, PlainTokens(with_bos))
     assert sample.context_ids == (1, *byte_tokenizer()("ab")["input_ids"])
     assert sample.continuation_ids == tuple(byte_tokenizer()("c")["input_ids"])
-    (sample,) = tokenize_samples([of_text("", "c")], LIMITS, with_bos)
+    (sample,) = tokenize_samples([of_text("", "c")], LIMITS, PlainTokens(with_bos))
     assert sample.context_ids == (1,)
-    (sample,) = tokenize_samples([of_chat(("user", "a"), ("assistant", "b"))], LIMITS, with_bos)
+    (sample,) = tokenize_samples(
+        [of_chat(("user", "a"), ("assistant", "b"))], LIMITS, PlainTokens(with_bos)
+    )
     assert with_bos.decode(sample.context_ids) == "<|user|>a<|end|><|assistant|>"
 
 
@@ -228,7 +240,7 @@ def spaced_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(("context", "continuation"), [("c", "de"), ("c d", " e"), ("ab", "c")])
 def test_no_space_is_learned_that_was_not_written(context: str, continuation: str) -> None:
     spaced = spaced_tokenizer()
-    (sample,) = tokenize_samples([of_text(context, continuation)], LIMITS, spaced)
+    (sample,) = tokenize_samples([of_text(context, continuation)], LIMITS, PlainTokens(spaced))
     together = [*sample.context_ids, *sample.continuation_ids]
     assert spaced.decode(together) == context + continuation
 
@@ -259,5 +271,46 @@ def test_every_wrong_sample_is_named_and_the_good_ones_are_not() -> None:
 def test_a_flood_of_wrong_samples_is_cut_at_twenty() -> None:
     limits = SampleLimits(vocabulary=259, max_tokens=20, max_samples=100)
     with pytest.raises(InvalidArgument) as caught:
-        tokenize_samples([of_tokens([1], [])] * 50, limits, None)
+        tokenize_samples([of_tokens([1], [])] * 50, limits, nobody)
     assert len(caught.value.violations) == 20
+
+
+class Asked(PlainTokens):
+    """Keeps how many samples it was asked about at once."""
+
+    counts: list[int]
+
+    def __call__(self, samples: Sequence[pb.Sample]) -> Any:
+        self.counts.append(len(samples))
+        return super().__call__(samples)
+
+
+def test_vllm_is_asked_about_some_samples_at_once_and_not_about_token_ids(tokenizer: Any) -> None:
+    limits = SampleLimits(vocabulary=259, max_tokens=20, max_samples=1000)
+    mixed = [
+        sample for n in range(300) for sample in (of_text("a", f"{n}"), of_tokens([1], [n % 9]))
+    ]
+    asked = Asked(tokenizer)
+    asked.counts = []
+    found = tokenize_samples(mixed, limits, asked)
+    assert asked.counts == [128, 128, 44]
+    assert [tokenizer.decode(each.continuation_ids) for each in found[::2]] == [
+        str(n) for n in range(300)
+    ]
+    assert [each.continuation_ids for each in found[1::2]] == [(n % 9,) for n in range(300)]
+
+
+def test_large_samples_are_sent_one_by_one() -> None:
+    counts: list[int] = []
+
+    def refuse(samples: Sequence[pb.Sample]) -> list[export_pb.TokenizedSample]:
+        counts.append(len(samples))
+        return [export_pb.TokenizedSample(field="text", refusal="is long") for _ in samples]
+
+    with pytest.raises(InvalidArgument) as caught:
+        tokenize_samples([of_text("a" * 2**20, "b")] * 2, LIMITS, refuse)
+    assert counts == [1, 1]
+    assert [each.field for each in caught.value.violations] == [
+        "spec.samples[0].text",
+        "spec.samples[1].text",
+    ]

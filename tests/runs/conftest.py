@@ -50,8 +50,10 @@ class Trainer:
         """Submits a run; without samples of one short sample."""
         tokens = pb.TokenSample(context_ids=[60, 61, 62], continuation_ids=[70, 71, 72, 73])
         spec.setdefault("samples", [pb.Sample(tokens=tokens)])
+        # A run of a test takes the steps that it is told to, also where it learns fast.
+        spec.setdefault("guard", pb.Guard(min_loss=0))
         asked, session = pb.RunSpec(**spec), self.owner.session()
-        run = prepare_run(asked, session.limits, session.tokenizer)
+        run = prepare_run(asked, session.limits, self.sidecar.tokenize)
         run_id = self.queue.submit(run, asked, request_id).result(WAIT_SECONDS)
         log = self.queue.log_of(run_id)
         assert log

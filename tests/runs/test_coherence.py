@@ -45,6 +45,15 @@ class Attached:
     def __init__(self, epoch: str):
         self.epoch = epoch
 
+    @property
+    def gone(self) -> bool:
+        return not self.alive
+
+    def require_live(self) -> None:
+        """Nobody else changes the weights."""
+
+    require_as_left = remember = require_live
+
     def synchronize(self) -> None:
         """Nothing is on its way to a GPU."""
 

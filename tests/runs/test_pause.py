@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from apollo_grpc.errors import FailedPrecondition, Unavailable
+from apollo_trainer.runs import pause as pause_module
 from apollo_trainer.runs.pause import EnginePause
 from apollo_trainer.weights.sidecar import Sidecar
 
@@ -16,7 +17,7 @@ from apollo_trainer.weights.sidecar import Sidecar
 class Attached:
     """As much of an attachment as a pause needs."""
 
-    alive = True
+    gone = False
 
     def __init__(self, epoch: str):
         self.epoch = epoch
@@ -75,6 +76,20 @@ def test_a_pause_that_ended_early_is_noticed(engine: Any, sidecar_address: str, 
     wait(lambda: pause.lost, "the notice")
     assert isinstance(pause.lost, FailedPrecondition)
     pause.end(weights_changed=True)
+
+
+def test_right_before_a_write_it_is_asked_whether_vllm_still_waits(
+    engine: Any, sidecar_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pause = hold(engine, sidecar_address)
+    engine.call(engine.client.resume_generation())
+    pause.confirm()
+    assert pause.lost is None, "just now it did"
+    monkeypatch.setattr(pause_module, "CONFIRMED_SECONDS", 0.0)
+    pause.confirm()
+    assert pause.lost and pause.lost.reason == "LEASE_ENDED"
+    assert "Somebody else let vLLM go on" in pause.lost.message
+    assert pause.end(weights_changed=True, updates=2) == 3, "it counted one when it ended"
 
 
 def test_a_second_holder_is_refused(engine: Any, sidecar_address: str) -> None:

@@ -123,7 +123,7 @@ def test_a_kill_costs_moments_since_the_last_save_and_no_step_number(tiny_model:
         killer.start()
         with ApolloClient(server.address) as client:
             sample = {"context_ids": [60, 61], "continuation_ids": [70, 71]}
-            *_, last = client.train([sample], epochs=100_000)
+            *_, last = client.train([sample], epochs=100_000, min_loss=0)
             killer.join()
             finished = last.finished
             assert finished.failure.reason == "INTERRUPTED"

@@ -158,6 +158,48 @@ def test_nothing_is_written_once_a_guard_fires(
     assert not engine.engine.leases.active
 
 
+TWO = [sample(70, 71, 72), sample(80, 81, context=(40, 41))]
+
+
+@pytest.mark.parametrize("seed", [None, 3], ids=["in order", "shuffled"])
+def test_a_run_ends_well_once_every_sample_is_learned(
+    attached: Any, all_events: Events, kinds: Any, seed: int | None
+) -> None:
+    engine, trainer = attached
+    spec = {"samples": TWO, "epochs": 60, "optimizer": FAST, "evaluate": True, "seed": seed}
+    events = all_events(trainer.submit(**spec, guard=pb.Guard(min_loss=0.5)))
+    losses, finished = [step.loss for step in steps_of(events)], events[-1].finished
+    assert (finished.state, finished.stopped.reason) == (pb.RUN_STATE_SUCCEEDED, "GUARD_MIN_LOSS")
+    assert f"{len(losses)} of 120 steps" in finished.stopped.message
+    assert finished.steps_done == engine.engine.weight_version == len(losses) < 100
+    # A lucky step ends nothing: the last one was below, and one before it was not.
+    assert losses[-1] < 0.5 <= max(losses[:-1])
+    (_, after) = (event.evaluated for event in events if event.HasField("evaluated"))
+    assert max(after.losses) < 0.5
+    assert kinds(events)[-3:] == ["evaluated", "checkpoint", "finished"]
+    assert engine.calls == ["pause keep", "reset caches", "resume"]
+    again = all_events(
+        trainer.submit(samples=TWO, samples_per_step=2, guard=pb.Guard(min_loss=0.5))
+    )
+    assert again[-1].finished.stopped.reason == "GUARD_MIN_LOSS"
+    assert (again[-1].finished.steps_done, steps_of(again)) == (0, [])
+
+
+def test_by_default_a_run_ends_at_a_loss_of_zero_and_a_guard_of_0_takes_every_step(
+    attached: Any, all_events: Events
+) -> None:
+    _, trainer = attached
+    spec = {"samples": TWO, "samples_per_step": 2, "epochs": 60, "optimizer": FAST}
+    events = all_events(trainer.submit(**spec, guard=pb.Guard()))
+    assert events[-1].finished.stopped.reason == "GUARD_MIN_LOSS"
+    assert 0.02 <= min(step.loss for step in steps_of(events)) < 0.5
+    spec |= {"epochs": 5}
+    for way in ({"guard": pb.Guard(min_loss=0)}, {"dry_run": True}):
+        events = all_events(trainer.submit(**spec, **way))
+        assert len(steps_of(events)) == 5
+        assert not events[-1].finished.HasField("stopped")
+
+
 def test_a_run_tells_each_samples_loss_before_and_after(
     attached: Any, all_events: Events, kinds: Any
 ) -> None:

@@ -359,11 +359,10 @@ def test_a_vllm_that_is_not_resumed_is_told_with_what_was_done(
 ) -> None:
     engine, trainer, anchor, losses = learned
 
-    async def fail(**_: Any) -> None:
+    def fail() -> None:
         raise RuntimeError("out of luck")
 
-    works = getattr(engine.client, call)
-    setattr(engine.client, call, fail)
+    engine.client.before[call] = fail
     result = back(trainer, how)
     assert [warning.reason for warning in result.warnings] == ["ENGINE_NOT_RESUMED"]
     assert "are the restored ones" in result.warnings[0].message
@@ -373,7 +372,7 @@ def test_a_vllm_that_is_not_resumed_is_told_with_what_was_done(
     jobs = CheckpointJobs(trainer.owner, trainer.board)
     assert isinstance(jobs.undo(1, 5).exception(30), Aborted), "of another's old version"
     assert engine.engine.paused == FAILS[call]
-    setattr(engine.client, call, works)
+    engine.client.before.clear()
     wait(lambda: engine.calls[-1] in ("resume", "reset caches"), "the sidecar's next attempt")
     wait(lambda: not engine.engine.paused, "the resume")
     assert engine.engine.weight_version == 6

@@ -54,6 +54,8 @@ class Caller:
         """The stream of a run; without samples of one short sample."""
         tokens = pb.TokenSample(context_ids=[60, 61, 62], continuation_ids=[70, 71, 72, 73])
         spec.setdefault("samples", [pb.Sample(tokens=tokens)])
+        # A run of a test takes the steps that it is told to, also where it learns fast.
+        spec.setdefault("guard", pb.Guard(min_loss=0))
         request = pb.TrainRequest(request_id=request_id, spec=pb.RunSpec(**spec))
         return self.training.Train(request, timeout=CALL_SECONDS)
 
@@ -90,7 +92,12 @@ class Caller:
 class ServerThread:
     """A TrainingServer on an event loop in a thread."""
 
-    def __init__(self, settings: Settings, patch: pytest.MonkeyPatch):
+    def __init__(
+        self,
+        settings: Settings,
+        patch: pytest.MonkeyPatch,
+        serves: Callable[[], Any] | None = None,
+    ):
         self._loop, self._signals = asyncio.new_event_loop(), {}
         # Only a main thread can have signal handlers; the server's own is kept to stop it.
         patch.setattr(
@@ -100,7 +107,7 @@ class ServerThread:
         self._thread.start()
         self.caller = Caller(settings.address)
         self.caller.stop, self.caller.terminate = self.stop, self.terminate
-        wait_until(self.caller.serves, "the training server")
+        wait_until(serves or self.caller.serves, "the training server")
 
     def _serve(self, settings: Settings) -> None:
         async def serve() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from apollo_grpc.errors import FailedPrecondition, Unavailable
@@ -145,6 +146,49 @@ def test_what_a_sync_would_refuse_is_told_when_attached(
     server.train()
     *_, last = list(server.checkpoints.Export(cp.ExportRequest(directory=f"{tmp_path}/out")))
     assert last.result.weight_version == 1
+
+
+def test_a_link_that_leads_to_another_model_by_now_is_not_followed(
+    start_engine: Any, start_server: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "v1", tmp_path / "v2"
+    model_folder.rename(first)
+    shutil.copytree(first, second)
+    model_folder.symlink_to("v1")
+    engine, server = start_engine(), start_server()
+    server.wait_attached()
+    server.train(optimizer=pb.OptimizerConfig(lr=1e-2))
+    model_folder.unlink()
+    model_folder.symlink_to("v2")
+    before = (second / "model.safetensors").read_bytes()
+    *_, last = list(server.checkpoints.Sync(cp.SyncRequest(), timeout=30))
+    assert last.result.tensors_changed > 0
+    assert (second / "model.safetensors").read_bytes() == before
+    values = engine.model.values()
+    for name, tensor in load_file(first / "model.safetensors").items():
+        assert torch.equal(tensor, values[name])
+    list(server.checkpoints.Export(cp.ExportRequest(directory=f"{tmp_path}/out"), timeout=30))
+
+
+def test_a_model_that_was_put_in_the_place_of_the_served_one_is_not_written_over(
+    caller: Any, error_of: Any, model_folder: Path, tmp_path: Path, start_server: Any
+) -> None:
+    caller.train(optimizer=pb.OptimizerConfig(lr=1e-2))
+    shard = model_folder / "model.safetensors"
+    newer = {name: t * 2 for name, t in load_file(shard).items()}
+    save_file(newer, tmp_path / "newer.safetensors", {"format": "pt"})
+    (tmp_path / "newer.safetensors").rename(shard)
+    before = shard.read_bytes()
+    refused = error_of(caller.checkpoints.Sync(cp.SyncRequest(), timeout=30))
+    assert refused.reason == "DIRECTORY_EDITED"
+    assert "apollo checkpoint export" in refused.message
+    assert shard.read_bytes() == before
+    caller.stop()
+    # What it says to do for who wants that.
+    again = start_server()
+    again.wait_attached()
+    *_, last = list(again.checkpoints.Sync(cp.SyncRequest(), timeout=30))
+    assert last.result.method == cp.SYNC_METHOD_EXCHANGE
 
 
 def test_a_float32_directory_that_is_served_in_bfloat16_stays_one(

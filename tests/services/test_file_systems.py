@@ -47,15 +47,16 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], values) for name, values in b.items())
 
 
-def assert_told(caller: Any, error_of: Any, words: str) -> None:
-    """Of a sync and of a snapshot; training goes on."""
+def assert_told(caller: Any, error_of: Any, of_sync: str, of_snapshot: str) -> None:
+    """What both say, and the way that keeps what was learned; training goes on."""
     sync = caller.checkpoints.Sync(cp.SyncRequest(), timeout=30)
     snapshot = caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="a"), timeout=30)
-    for call in (sync, snapshot):
+    for call, words in ((sync, of_sync), (snapshot, of_snapshot)):
         error = error_of(call)
         assert isinstance(error, FailedPrecondition)
         assert error.reason == "DIRECTORY_NOT_WRITABLE"
         assert words in error.message
+        assert "apollo checkpoint export" in error.message
     assert caller.train(optimizer=FAST)[-1].finished.state == pb.RUN_STATE_SUCCEEDED
 
 
@@ -74,10 +75,13 @@ def test_a_full_disk_is_told_and_the_old_weights_load(
     engine, caller = on_small_disk()
     before = loaded(model_folder)
     filler = fill(model_folder.parent, 0)
-    assert_told(caller, error_of, "No space left on device")
+    full = "No space left on device"
+    assert_told(caller, error_of, full, full)
+    assert "MB left. Make room there" in caller.status().attachment_detail
     assert same(before, loaded(model_folder))
     filler.unlink()
     assert_all_works(engine, caller, model_folder)
+    assert "would be refused" not in caller.status().attachment_detail
 
 
 @with_private_mounts
@@ -87,7 +91,8 @@ def test_a_read_only_disk_is_told_and_training_goes_on(
     engine, caller = on_small_disk()
     before = loaded(model_folder)
     read_only(model_folder.parent)
-    assert_told(caller, error_of, "Read-only file system")
+    assert_told(caller, error_of, "Nothing can be written to", "Read-only file system")
+    assert "Nothing can be written to" in caller.status().attachment_detail
     assert same(before, loaded(model_folder))
     mount("-o", "remount,rw", model_folder.parent)
     assert_all_works(engine, caller, model_folder)

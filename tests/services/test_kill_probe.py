@@ -27,11 +27,7 @@ def test_a_kill_in_the_middle_of_a_probe_leaves_no_changed_byte(
     leases = engine.engine.leases
     wait(lambda: leases.active and not as_before(), "the change")
     went_on: list[bool] = []
-
-    async def resume() -> None:
-        went_on.append(as_before())
-
-    engine.client.resume_generation = resume
+    engine.client.before["resume_generation"] = lambda: went_on.append(as_before())
     # Its length is tested elsewhere; this one has half a minute to go.
     leases.acquire(leases._lease_id, 1e-3, "keep")
     wait(lambda: went_on, "the end of the lease")

@@ -20,7 +20,11 @@ from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1 import weight_export_pb2_grpc as pb_grpc
 from apollo_sidecar import leases
 from apollo_sidecar.engine import RESET_ATTEMPTS, Engine
+from apollo_sidecar.generation import GenerationPage
+from apollo_sidecar.others_pause import OthersPause
+from apollo_sidecar.sample_tokens import SampleTokens
 from apollo_sidecar.service import WeightExportService
+from apollo_sidecar.vllm_prompts import VllmPrompts
 from tests.waiting import wait_until
 
 
@@ -30,18 +34,23 @@ class Client:
     errored = False
 
     async def is_paused(self):
-        return True
+        return self.is_at_rest
 
     def __init__(self):
         self.asked: list[tuple[object, ...]] = []
-        self.workers = [("", "", pb.WeightManifest(model="m").SerializeToString())]
+        self.page = GenerationPage()
+        manifest = pb.WeightManifest(model="m", generation=1, generation_page=self.page.handle())
+        self.workers = [("", "", manifest.SerializeToString())]
         self.refused_resets = 0
+        self.is_at_rest = False
 
     async def pause_generation(self, *, mode: str, clear_cache: bool):
+        self.is_at_rest = True
         self.asked.append(("pause", mode, clear_cache))
 
     async def resume_generation(self):
         self.asked.append(("resume",))
+        self.is_at_rest = False
 
     async def reset_prefix_cache(self, *, reset_running_requests: bool):
         self.asked.append(("reset", reset_running_requests))
@@ -63,8 +72,9 @@ class Served:
         self.engine = Engine(self.client, self.loop)
         pool = futures.ThreadPoolExecutor(4)
         self._server = grpc.server(pool, interceptors=[SyncErrors()], options=SERVER_OPTIONS)
+        tokens = SampleTokens(VllmPrompts(None), self.loop)
         pb_grpc.add_WeightExportServiceServicer_to_server(
-            WeightExportService(self.engine), self._server
+            WeightExportService(self.engine, tokens), self._server
         )
         self._lock = open_port(self._server, f"unix:{folder}/s.sock")
         self._server.start()
@@ -218,7 +228,7 @@ def test_scoring_while_paused_is_refused_instead_of_waiting(sidecar):
 )
 def test_each_mode_is_vllms_own_and_leaves_the_cache_to_the_resume(sidecar, mode, asked):
     sidecar.pause(mode=mode)
-    assert sidecar.client.asked == [("pause", asked, False), ("apollo_synchronize",)]
+    assert sidecar.client.asked == [("pause", asked, False), ("apollo_hold",)]
 
 
 def test_a_pause_that_is_retried_returns_the_same_lease(sidecar):
@@ -226,22 +236,22 @@ def test_a_pause_that_is_retried_returns_the_same_lease(sidecar):
     assert first.lease_id == second.lease_id == "a"
     assert 0 < first.remaining.ToTimedelta().total_seconds() <= 5
     assert 25 < second.remaining.ToTimedelta().total_seconds() <= 30
-    assert sidecar.client.asked == [("pause", "keep", False), ("apollo_synchronize",)]
+    assert sidecar.client.asked == [("pause", "keep", False), ("apollo_hold",)]
     assert failure(sidecar.pause, "b").reason == "LEASE_HELD"
 
 
 def test_changed_weights_raise_the_version_and_reset_before_the_engine_goes_on(sidecar):
     sidecar.pause()
     assert sidecar.resume(changed=True).weight_version == 1
-    assert sidecar.client.asked[2:] == [("reset", True), ("resume",)]
+    assert sidecar.client.asked[2:] == [("reset", True), ("apollo_let_go",), ("resume",)]
     assert sidecar.resume(changed=True).weight_version == 1
-    assert len(sidecar.client.asked) == 4
+    assert len(sidecar.client.asked) == 5
 
 
 def test_unchanged_weights_keep_the_version_and_the_caches(sidecar):
     sidecar.pause()
     assert sidecar.resume(changed=False).weight_version == 0
-    assert sidecar.client.asked[2:] == [("resume",)]
+    assert sidecar.client.asked[2:] == [("apollo_let_go",), ("resume",)]
 
 
 def test_a_reset_that_vllm_refuses_is_tried_again(sidecar):
@@ -289,7 +299,7 @@ def test_an_engine_that_ends_while_it_is_asked_is_gone_and_no_mistake_of_ours(si
 
 
 # What a probe asks of vLLM: nobody's request runs, and the blocks it computes in are nobody's.
-BEGUN = [("pause", "keep", False), ("apollo_synchronize",), ("reset", True)]
+BEGUN = [("pause", "keep", False), ("apollo_hold",), ("reset", True)]
 
 
 def methods(sidecar):
@@ -302,7 +312,7 @@ def test_a_probe_pauses_once_and_puts_its_bytes_back_before_vllm_goes_on(sidecar
     assert sidecar.client.asked[:3] == BEGUN
     assert methods(sidecar)[3:] == ["apollo_probe", "apollo_probe"]
     sidecar.resume()
-    assert methods(sidecar)[5:] == ["apollo_put_back", "resume"]
+    assert methods(sidecar)[5:] == ["apollo_put_back", "apollo_let_go", "resume"]
     sidecar.pause("b")
     sidecar.resume("b")
     assert "apollo_put_back" not in methods(sidecar)[7:], "there is nothing to put back"
@@ -318,7 +328,7 @@ def test_a_probe_writes_nothing_that_stays(sidecar):
 def test_a_probe_whose_holder_is_gone_is_undone_when_its_lease_runs_out(sidecar, wait):
     sidecar.probe(lease=duration_pb2.Duration(nanos=100_000_000))
     wait(lambda: not sidecar.engine.leases.active, "the end of the lease")
-    assert methods(sidecar)[4:] == ["apollo_put_back", "reset", "resume"]
+    assert methods(sidecar)[4:] == ["apollo_put_back", "reset", "apollo_let_go", "resume"]
     assert failure(sidecar.probe).reason == "LEASE_ENDED"
     assert "apollo_probe" not in methods(sidecar)[5:]
 
@@ -332,7 +342,7 @@ def test_vllm_stays_paused_with_weights_that_could_not_be_put_back(sidecar):
 
 def test_a_put_back_that_fails_once_is_tried_again(sidecar):
     sidecar.probe()
-    answers = [[("WORKER_BUSY", "no", b"")], [("", "", b"")]]
+    answers = [[("WORKER_BUSY", "no", b"")], *([("", "", b"")] for _ in range(2))]
 
     async def answer(method, args=()):
         sidecar.client.asked.append((method,))
@@ -340,7 +350,7 @@ def test_a_put_back_that_fails_once_is_tried_again(sidecar):
 
     sidecar.client.collective_rpc = answer
     sidecar.resume()
-    assert methods(sidecar)[4:] == ["apollo_put_back", "apollo_put_back", "resume"]
+    assert methods(sidecar)[4:] == ["apollo_put_back", "apollo_put_back", "apollo_let_go", "resume"]
 
 
 def test_a_probe_beside_another_lease_is_refused(sidecar):
@@ -362,7 +372,7 @@ def test_an_api_server_that_takes_over_puts_back_what_the_one_before_probed(side
     inherited = Engine(sidecar.client, sidecar.loop, as_loaded=False)
     inherited.leases.acquire("inherited", 30, "keep")
     inherited.leases.release("inherited", 0)
-    assert methods(sidecar)[-2:] == ["apollo_put_back", "resume"]
+    assert methods(sidecar)[-3:] == ["apollo_put_back", "apollo_let_go", "resume"]
 
 
 SHORT = duration_pb2.Duration(nanos=10_000_000)
@@ -380,6 +390,7 @@ class StampedClient(Client):
 
     async def resume_generation(self):
         self._ask("resume")
+        self.is_at_rest = False
 
     def _ask(self, *what):
         self.asked.append(what)
@@ -392,6 +403,7 @@ def stamped(sidecar, monkeypatch):
     """The same sidecar on such a vLLM; what failed is tried again at once."""
     monkeypatch.setattr(leases, "RETRY_SECONDS", 0.01)
     sidecar.client = sidecar.engine._client = StampedClient()
+    sidecar.engine._others = OthersPause(sidecar.client, lambda: sidecar.engine.paused)
     return sidecar
 
 
@@ -399,9 +411,9 @@ def test_a_version_that_cannot_be_stamped_leaves_no_stale_cache(stamped):
     stamped.client.fails = {"stamp"}
     stamped.pause()
     failure(stamped.resume, changed=True)
-    assert stamped.client.asked[2:5] == [("stamp", "1"), ("reset", True), ("resume",)]
+    assert methods(stamped)[2:6] == ["stamp", "reset", "apollo_let_go", "resume"]
     stamped.client.fails.clear()
-    wait_until(lambda: stamped.client.asked[-1] == ("stamp", "1"), "the stamp")
+    wait_until(lambda: stamped.client.asked.count(("stamp", "1")) > 1, "the stamp")
 
 
 @pytest.mark.parametrize("dies", [False, True])
@@ -432,7 +444,7 @@ def without_pause(sidecar, name="a", **named):
 
 def test_a_lease_without_a_pause_leaves_vllm_alone_and_is_told_of(sidecar):
     assert without_pause(sidecar).lease_id == "a"
-    assert sidecar.client.asked == []
+    assert sidecar.client.asked == [("apollo_hold",)]
     assert not sidecar.engine.manifest().as_loaded, "its holder may die in its first write"
     assert failure(sidecar.pause, "b").reason == "LEASE_HELD"
     assert sidecar.resume().weight_version == 0
@@ -442,7 +454,7 @@ def test_a_lease_without_a_pause_leaves_vllm_alone_and_is_told_of(sidecar):
 def test_writes_without_a_pause_whose_writer_dies_are_counted_and_caches_dropped(sidecar):
     without_pause(sidecar, lease=SHORT)
     wait_until(lambda: not sidecar.engine.leases.active, "the end of the lease")
-    assert sidecar.client.asked == [("reset", True)]
+    assert methods(sidecar) == ["apollo_hold", "reset", "apollo_let_go"]
     assert sidecar.engine.weight_version == 1
 
 
@@ -482,3 +494,93 @@ def test_whoever_only_looks_holds_nothing(sidecar):
     assert next(trains).epoch == sidecar.epoch
     looking.cancel()
     trains.cancel()
+
+
+def ask(sidecar, coroutine):
+    """As somebody who uses vLLM's own routes on this API server."""
+    return asyncio.run_coroutine_threadsafe(coroutine, sidecar.loop).result(20)
+
+
+def pause_by_user(sidecar, mode="keep"):
+    ask(sidecar, sidecar.client.pause_generation(mode=mode, clear_cache=False))
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["here", "by another API server"])
+@pytest.mark.parametrize("mode", [pb.PAUSE_MODE_KEEP, pb.PAUSE_MODE_NONE])
+def test_a_users_pause_is_left_as_it_was_found(sidecar, mode, heard):
+    if heard:
+        pause_by_user(sidecar)
+    sidecar.client.is_at_rest = True
+    sidecar.pause(mode=mode)
+    assert sidecar.resume(changed=True).weight_version == 1
+    assert sidecar.client.is_at_rest
+    assert "resume" not in methods(sidecar)
+    ask(sidecar, sidecar.client.resume_generation())
+    sidecar.pause("b")
+    sidecar.resume("b")
+    assert not sidecar.client.is_at_rest, "the next run's pause is the trainer's alone"
+
+
+def test_a_user_who_pauses_in_mid_run_finds_vllm_paused_after_it(sidecar):
+    sidecar.pause()
+    pause_by_user(sidecar, "abort")
+    sidecar.pause()
+    sidecar.resume()
+    assert sidecar.client.is_at_rest
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["here", "by another API server"])
+def test_a_renewal_tells_that_a_user_let_vllm_go_on(sidecar, heard):
+    sidecar.pause()
+    if heard:
+        ask(sidecar, sidecar.client.resume_generation())
+        pause_by_user(sidecar)
+    else:
+        sidecar.client.is_at_rest = False
+    error = failure(sidecar.pause)
+    assert error.reason == "LEASE_ENDED"
+    assert "Somebody else let vLLM go on" in error.message
+    assert not sidecar.engine.leases.active
+    assert sidecar.engine.weight_version == 1, "what was written until then is told at once"
+    assert ("reset", True) in sidecar.client.asked
+    assert sidecar.client.is_at_rest == heard, "a pause that came after it is the user's"
+    assert sidecar.resume(changed=True).weight_version == 2
+
+
+def test_a_pause_that_lets_requests_finish_first_ends_that_of_a_run(sidecar):
+    sidecar.pause()
+    pause_by_user(sidecar, "wait")
+    assert failure(sidecar.pause).reason == "LEASE_ENDED"
+    assert sidecar.client.is_at_rest
+
+
+def test_a_users_pause_that_failed_is_none(sidecar):
+    with pytest.raises(TypeError):
+        ask(sidecar, sidecar.client.pause_generation("keep"))
+    sidecar.pause()
+    sidecar.resume()
+    assert not sidecar.client.is_at_rest
+
+
+def test_scoring_while_a_user_pauses_vllm_is_refused_and_told_of(sidecar):
+    looking = watch(sidecar, "")
+    assert not next(looking).paused_by_others
+    pause_by_user(sidecar)
+    request = pb.ScoreTokensRequest(epoch=sidecar.epoch, token_ids=[1, 2, 3])
+    error = failure(sidecar.stub.ScoreTokens, request, timeout=20)
+    assert error.reason == "PAUSED_BY_OTHERS"
+    assert "POST /resume" in error.message
+    assert any(told.paused_by_others for told, _ in zip(looking, range(8), strict=False))
+    # Through another API server, which nobody here hears of.
+    sidecar.client.is_at_rest = False
+    assert not all(told.paused_by_others for told, _ in zip(looking, range(8), strict=False))
+    looking.cancel()
+
+
+def test_watchers_and_the_manifest_tell_how_often_others_changed_the_weights(sidecar):
+    looking = watch(sidecar, "")
+    assert next(looking).generation == 0
+    assert sidecar.engine.manifest().as_loaded
+    sidecar.client.page.advance()
+    assert any(told.generation == 2 for told, _ in zip(looking, range(8), strict=False))
+    looking.cancel()

@@ -11,6 +11,7 @@ import pytest
 from apollo_grpc.errors import ApolloError, FailedPrecondition, InvalidArgument
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_sidecar import serving
+from apollo_sidecar.other_writers import HELD
 from apollo_trainer.weights.sidecar import Sidecar
 
 
@@ -19,6 +20,7 @@ class EngineCore:
 
     def __init__(self, engine_id: str):
         self.id, self.calls, self.paused, self.version = engine_id, [], False, "default"
+        self.held = b""
 
 
 class Client:
@@ -32,8 +34,10 @@ class Client:
     async def collective_rpc(self, method: str, args: tuple[bytes, ...] = ()) -> list[Any]:
         if method == "apollo_engine_id":
             return [self.core.id]
-        payload = pb.WeightManifest(worker_pid=os.getpid()).SerializeToString()
-        return [("", "", payload if method == "apollo_manifest" else b"")]
+        if method == "apollo_manifest":
+            return [("", "", pb.WeightManifest(worker_pid=os.getpid()).SerializeToString())]
+        before, self.core.held = self.core.held, HELD if method == "apollo_hold" else b""
+        return [("", "", before)]
 
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
         self.core.paused = True
@@ -86,7 +90,7 @@ async def manifest_of_another(address: str, epoch: str) -> pb.WeightManifest:
 
 async def test_one_api_server_serves_and_the_next_one_when_it_has_ended(sidecar_address):
     core = EngineCore("engine")
-    first, second = [await serving.start(Client(core)) for _ in range(2)]
+    first, second = [await serving.start(Client(core), None) for _ in range(2)]
     before = await manifest(sidecar_address)
     await asyncio.sleep(0.1)
     assert (await manifest(sidecar_address)).epoch == before.epoch
@@ -102,9 +106,9 @@ async def test_one_api_server_serves_and_the_next_one_when_it_has_ended(sidecar_
 
 async def test_a_pause_whose_sidecar_ended_is_ended_by_the_next_one(sidecar_address):
     core = EngineCore("engine")
-    first, second = [await serving.start(Client(core)) for _ in range(2)]
+    first, second = [await serving.start(Client(core), None) for _ in range(2)]
     before = await manifest(sidecar_address)
-    core.paused = True
+    core.paused, core.held = True, HELD
     await end(first)
     await manifest_of_another(sidecar_address, before.epoch)
     for _ in range(100):
@@ -112,22 +116,39 @@ async def test_a_pause_whose_sidecar_ended_is_ended_by_the_next_one(sidecar_addr
         if not core.paused:
             break
     assert core.calls == ["reset caches", "resume"]
+    assert core.held == b"", "others may change weights again"
+    await end(second)
+
+
+async def test_a_users_own_pause_is_left_by_an_api_server_that_takes_over(sidecar_address):
+    core = EngineCore("engine")
+    first, second = [await serving.start(Client(core), None) for _ in range(2)]
+    before = await manifest(sidecar_address)
+    core.paused = True
+    await end(first)
+    await manifest_of_another(sidecar_address, before.epoch)
+    for _ in range(100):
+        await asyncio.sleep(0.02)
+        if core.calls:
+            break
+    assert core.calls == ["reset caches"]
+    assert core.paused
     await end(second)
 
 
 async def test_another_engine_at_the_same_address_is_refused_and_told_what_to_do(sidecar_address):
-    first = await serving.start(Client(EngineCore("one")))
+    first = await serving.start(Client(EngineCore("one")), None)
     before = await manifest(sidecar_address)
     with pytest.raises(FailedPrecondition, match="APOLLO_SIDECAR=unix:PATH") as refused:
-        await serving.start(Client(EngineCore("two")))
+        await serving.start(Client(EngineCore("two")), None)
     assert refused.value.reason == "SIDECAR_TAKEN"
     assert (await manifest(sidecar_address)).epoch == before.epoch
     await end(first)
-    second = await serving.start(Client(EngineCore("two")))
+    second = await serving.start(Client(EngineCore("two")), None)
     await end(second)
 
 
 async def test_tcp_is_refused(monkeypatch):
     monkeypatch.setenv("APOLLO_SIDECAR", "127.0.0.1:1")
     with pytest.raises(InvalidArgument, match="unix:PATH"):
-        await serving.start(Client(EngineCore("engine")))
+        await serving.start(Client(EngineCore("engine")), None)

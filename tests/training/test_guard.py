@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from apollo_trainer.optim import Apollo
-from apollo_trainer.training.guard import Guard, UpdateRefused
+from apollo_trainer.training.guard import Guard, LossReached, Unlearned, UpdateRefused
 from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import StepPolicy, StepResult, take_step
 
@@ -68,6 +68,33 @@ def test_a_nan_loss_writes_nothing(make_model: Make, how: str) -> None:
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
     assert refused(model, optimizer, HOW[how]).reason == "NONFINITE_LOSS"
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_step_below_the_smallest_loss_writes_nothing(make_model: Make, how: str) -> None:
+    model = make_model("qwen3")
+    optimizer = started(model)
+    value, before = measured(model, optimizer, "max_loss"), digest(model, optimizer)
+    with pytest.raises(LossReached):
+        take_step(
+            model, optimizer, [ONE, OTHER], with_policy(how, guard=Guard(min_loss=value * 1.001))
+        )
+    assert digest(model, optimizer) == before
+    guard = Guard(min_loss=value * 0.999)
+    assert take_step(model, optimizer, [ONE, OTHER], with_policy(how, guard=guard)).loss > 0
+
+
+def test_a_sample_is_learned_by_its_latest_loss_and_the_last_one_ends_the_run() -> None:
+    three = [TokenizedSample((1,), (n,)) for n in range(3)]
+    unlearned = Unlearned(three, Guard(max_loss=9.0, min_loss=0.5))
+    taken = [([0], 0.4), ([1], 0.6), ([2], 0.1), ([0], 0.7), ([1, 2], 0.2)]
+    for numbers, loss in taken:
+        samples = [three[n] for n in numbers]
+        assert unlearned.guard_of(samples) == Guard(max_loss=9.0)
+        unlearned.took(samples, loss)
+    assert unlearned.guard_of(three[1:]).min_loss == 0.0
+    assert unlearned.guard_of(three[:1]).min_loss == 0.5
+    assert unlearned.guard_of(three).min_loss == 0.5
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -57,6 +57,7 @@ class Stack:
             "APOLLO_STATE_DIR": str(self.state),
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_SERVER_DEV_MODE": "1",
         }
 
     def _start(

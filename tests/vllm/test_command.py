@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -123,6 +124,52 @@ def test_up_starts_both_and_ends_both(tmp_path_factory, qwen3):
         assert up.wait(60) == 0
     assert all(line.startswith(("vllm    |", "trainer |", "apollo  |")) for line in lines)
     assert lines[-1].strip() == "apollo  | stopped"
+
+
+@pytest.mark.long
+def test_up_alone_is_eager_and_leaves_memory_for_training(tmp_path_factory, qwen3):
+    state = tmp_path_factory.mktemp("u") / "state"
+    environment = programs.forking(qwen3.environment | {"APOLLO_STATE_DIR": str(state)})
+    del environment["VLLM_CPU_KVCACHE_SPACE"]
+    command = [APOLLO, "up", str(qwen3.model), "--port", str(qwen3.free_port())]
+    with subprocess.Popen(
+        [*command, "--max-model-len", "256", "--dtype", "float32"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    ) as up:
+        lines = [up.stdout.readline()]
+        said = re.search(r"a KV cache of ([1-4]) GiB of [\d.]+ GiB free", lines[0])
+        assert said and "--no-enforce-eager" in lines[0], lines[0]
+        while "ready:" not in lines[-1]:
+            lines.append(up.stdout.readline())
+            assert lines[-1], "".join(lines[-40:])
+        up.send_signal(signal.SIGINT)
+        up.stdout.read()
+        assert up.wait(60) == 0
+    log = "".join(lines)
+    assert f"Explicitly set ({said[1]}.0/" in log
+    assert "Enforce eager set" in log
+
+
+@pytest.mark.long
+def test_up_tells_the_error_of_a_vllm_that_does_not_start(tmp_path_factory, qwen3):
+    environment = qwen3.environment | {"APOLLO_STATE_DIR": str(tmp_path_factory.mktemp("u") / "s")}
+    done = subprocess.run(
+        [APOLLO, "up", str(qwen3.model), "--port", str(qwen3.free_port()), "--no-such-flag"],
+        env=programs.forking(environment),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    told = [line.strip() for line in done.stdout.splitlines() if line.startswith("apollo  |")]
+    assert told[-3:] == [
+        "apollo  | vllm ended by itself with status 2:",
+        "apollo  |   api_server.py: error: unrecognized arguments: --no-such-flag",
+        "apollo  |   What follows MODEL goes to vLLM: 'vllm serve --help=all' lists its options.",
+    ]
 
 
 def test_up_says_what_is_missing_before_it_starts_anything(tmp_path, qwen3):

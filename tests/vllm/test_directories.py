@@ -256,6 +256,25 @@ def test_a_head_for_drafts_is_kept_byte_for_byte(serve: Serve, tmp_path: Path) -
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_a_head_of_its_own_under_a_config_that_ties_it_is_refused_by_its_name(
+    serve: Serve, tmp_path: Path, family: str
+) -> None:
+    folder = written(tmp_path / "model", family, torch.float32)
+    saved = load_file(folder / "model.safetensors")
+    embedding = {"qwen3": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}[family]
+    saved["lm_head.weight"] = saved[embedding].clone()
+    # One row, as where a few tokens were trained with a head apart.
+    saved["lm_head.weight"][IDS[7]] += 0.1
+    save_file(saved, folder / "model.safetensors", {"format": "pt"})
+    stack = serve(folder, "float32")
+    refused = status_pb2.ATTACHMENT_STATE_REFUSED
+    stack.wait_for(lambda: stack.client.status().attachment == refused, "the refusal")
+    detail = stack.client.status().attachment_detail
+    assert f"config.json ties lm_head.weight to {embedding}" in detail
+
+
+@pytest.mark.long
 def test_pickled_weights_are_refused_by_name_and_exported_as_safetensors_if_insisted_on(
     serve: Serve, tmp_path: Path
 ) -> None:

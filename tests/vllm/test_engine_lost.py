@@ -32,7 +32,7 @@ def test_a_run_whose_engine_is_killed_fails_with_a_reason_and_the_server_lives(q
     list(qwen3.client.train([SAMPLE]))
     epoch = qwen3.client.status().engine_epoch
     pid = qwen3.server.pid
-    stream = qwen3.client.train([SAMPLE], epochs=5000)
+    stream = qwen3.client.train([SAMPLE], epochs=5000, min_loss=0)
     events = read_steps(stream, 3)
     qwen3.end("vllm", signal.SIGKILL)
     events += stream
@@ -65,7 +65,7 @@ def test_a_run_whose_engine_is_killed_fails_with_a_reason_and_the_server_lives(q
 def test_a_wedged_vllm_is_noticed_within_two_seconds_and_found_again(qwen3, wedged, running):
     list(qwen3.client.train([SAMPLE], accept_other_weights=True))
     before = qwen3.client.status()
-    stream = qwen3.client.train([SAMPLE], epochs=5000) if running else iter(())
+    stream = qwen3.client.train([SAMPLE], epochs=5000, min_loss=0) if running else iter(())
     events = read_steps(stream, 3) if running else []
     pid = qwen3.vllm_processes()[wedged]
     try:
@@ -102,7 +102,7 @@ def test_the_apollo_state_survives_a_stop_and_the_step_count_goes_on(qwen3):
 
 
 def test_a_stop_in_mid_run_keeps_every_step_that_was_told(qwen3):
-    stream = qwen3.client.train([SAMPLE], epochs=5000)
+    stream = qwen3.client.train([SAMPLE], epochs=5000, min_loss=0)
     events = read_steps(stream, 3)
     os.kill(qwen3.server.pid, signal.SIGTERM)
     events += stream
@@ -113,7 +113,7 @@ def test_a_stop_in_mid_run_keeps_every_step_that_was_told(qwen3):
 
 
 def test_a_killed_server_cannot_freeze_the_engine(qwen3):
-    stream = qwen3.client.train([SAMPLE], epochs=5000)
+    stream = qwen3.client.train([SAMPLE], epochs=5000, min_loss=0)
     read_steps(stream, 1)
     qwen3.end("server", signal.SIGKILL)
     # The lease of 10 seconds, and the answer itself.

@@ -29,7 +29,9 @@ class Run:
 
     def __init__(self, stack):
         self.events: list[pb.RunEvent] = []
-        self._stream = stack.client.train([SAMPLE], epochs=100_000, accept_other_weights=True)
+        self._stream = stack.client.train(
+            [SAMPLE], epochs=100_000, accept_other_weights=True, min_loss=0
+        )
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 

@@ -90,7 +90,7 @@ def test_what_was_undone_is_decoded_no_more(latent):
 def test_a_training_server_that_dies_in_a_run_leaves_a_vllm_that_decodes_with_its_weights(latent):
     sample: Any = {"context_ids": IDS, "continuation_ids": prompt(COUNT, seed=10)}
     _, before = decode(latent, IDS)
-    stream = latent.client.train([sample], epochs=5000, lr=1e-3)
+    stream = latent.client.train([sample], epochs=5000, lr=1e-3, min_loss=0)
     for event in stream:
         if event.HasField("step") and event.step.step == 5:
             break

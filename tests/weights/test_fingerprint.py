@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apollo_trainer.weights import fingerprint as module
-from apollo_trainer.weights.fingerprint import BLOCK_WORDS, fingerprint
+from apollo_trainer.weights.fingerprint import BLOCK_WORDS, SAMPLED, fingerprint, sample
 
 QUICK = settings(deadline=None, max_examples=25, derandomize=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,3 +89,27 @@ def test_the_weights_are_not_touched():
 def test_a_gpu_gives_the_same(dtype):
     tensor = weights(200 * BLOCK_WORDS + 7, dtype)
     assert fingerprint({"w": tensor}) == fingerprint({"w": tensor.cuda()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (64, 1024), (1000, 333)])
+def test_a_sample_is_of_every_parameter_and_changes_with_all_of_it(dtype, shape):
+    parameters = {
+        "a": torch.ones(7, dtype=dtype),
+        "b": torch.zeros(shape, dtype=dtype).transpose(0, -1),
+    }
+    before = sample(parameters)
+    assert torch.equal(before, sample(parameters))
+    assert before.numel() <= 2 * (SAMPLED + 1) * dtype.itemsize
+    for name in parameters:
+        changed = parameters | {name: parameters[name] + 1}
+        assert not torch.equal(before, sample(changed))
+
+
+def test_a_sample_meets_a_fiftieth_of_the_columns_and_rows_of_a_matrix():
+    matrix = torch.zeros(1024, 1024)
+    before = sample({"w": matrix})
+    for turned in (matrix, matrix.t()):
+        turned[:, ::50] = 1.0
+        assert not torch.equal(before, sample({"w": matrix}))
+        turned.zero_()

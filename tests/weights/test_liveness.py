@@ -195,12 +195,12 @@ def test_a_trainer_that_dies_at_any_call_leaves_the_weights_as_they_were(
     def gone(*arguments, **named):
         raise Unavailable("killed")
 
-    async def resume():
+    def resume():
         went_on.append(same_bytes(engine, before))
 
     monkeypatch.setattr(sidecar, "probe", probe_until_killed)
     monkeypatch.setattr(sidecar, "resume", gone)
-    monkeypatch.setattr(engine.client, "resume_generation", resume)
+    engine.client.before["resume_generation"] = resume
     try:
         attach(sidecar, engine.engine.epoch)
         assert call > len(KINDS) + 1, "it ended without being killed"

@@ -1,5 +1,7 @@
 """Mapped weights are compared with the directory that they are said to come from."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -169,6 +171,34 @@ def test_a_head_of_its_own_in_a_tied_model_is_told_as_that(mapped):
     assert error.reason == "TIED_WEIGHTS_DIFFER"
     assert "ties lm_head.weight to model.embed_tokens.weight" in error.message
     assert set(error.tensors) == {"lm_head.weight"}
+
+
+def test_one_row_of_a_tied_head_that_is_another_one_is_found_among_many(mapped):
+    file = mapped.directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][317, 5] += 1.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert refused(mapped).reason == "TIED_WEIGHTS_DIFFER"
+
+
+def test_of_a_tensor_in_two_files_the_one_that_is_served_is_compared(mapped):
+    """transformers loads model.safetensors, and vLLM what the index names."""
+    file = mapped.directory / "model.safetensors"
+    tensors = load_file(file)
+    served = mapped.directory / "a.safetensors"
+    save_file(tensors, served, metadata={"format": "pt"})
+    weight_map = dict.fromkeys(tensors, served.name)
+    (mapped.directory / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map, "metadata": {}})
+    )
+    save_file({name: t * 0 for name, t in tensors.items()}, file, metadata={"format": "pt"})
+    assert require_checkpoint_values(mapped.directory, mapped.reader, True)
+    served.rename(served.with_name("z.safetensors"))
+    (mapped.directory / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "z.safetensors"), "metadata": {}})
+    )
+    assert require_checkpoint_values(mapped.directory, mapped.reader, True)
 
 
 def test_one_expert_of_many_with_other_values_is_no_tied_weight(tmp_path, live):

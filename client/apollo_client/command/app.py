@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.main
 from rich.console import Console
 
 from apollo_client.client import ApolloClient, RunStream
 from apollo_client.command import checkpoint, display, doctor, up
-from apollo_client.command.outcome import INTERRUPTED, REFUSED, reported_errors
-from apollo_client.samples import parse_lines, read_samples
-from apollo_grpc.errors import InvalidArgument
+from apollo_client.command.outcome import INTERRUPTED, REFUSED, output_status, reported_errors
+from apollo_client.sample_files import read_placed, read_standard_input
+from apollo_grpc.addresses import require_address
+from apollo_grpc.locations import server_address, socket_path
+from apollo_grpc.standard_streams import prepare_streams
+from apollo_grpc.tokens import read_token
 from apollo_grpc.v1 import training_pb2
 
 app = typer.Typer(
@@ -39,11 +44,9 @@ class Connection:
     def client(self) -> ApolloClient:
         """A client for it."""
         token = None
-        if self.token_file:
-            try:
-                token = self.token_file.read_text().strip()
-            except OSError as error:
-                raise InvalidArgument.at("--token-file", f"{error.strerror}") from error
+        # A socket needs none, and the server's own variable may name a file that only it can read.
+        if self.token_file and not socket_path(self.address or server_address()):
+            token = read_token(self.token_file, "--token-file")
         return ApolloClient(
             self.address, token=token, ca=self.ca, certificate=self.certificate, key=self.key
         )
@@ -69,7 +72,11 @@ def connection(
         Path | None, typer.Option(envvar="APOLLO_TOKEN_FILE", help="Holds the token, for TCP.")
     ] = None,
     ca: Annotated[
-        Path | None, typer.Option(envvar="APOLLO_CA", help="PEM CA of the server, for TLS.")
+        Path | None,
+        typer.Option(
+            envvar="APOLLO_CA",
+            help="PEM CA of the server, for TLS; 'system': those that this machine trusts.",
+        ),
     ] = None,
     certificate: Annotated[
         Path | None, typer.Option(envvar="APOLLO_CERTIFICATE", help="PEM, for mTLS.")
@@ -84,13 +91,15 @@ def connection(
 
     Exit status: 0 done, 1 refused or failed, 2 wrong input, 3 nobody there.
     """
+    with reported_errors():
+        address = require_address(address, "--address") if address else None
     context.obj = Connection(address, token_file, ca, certificate, key)
 
 
 @app.command()
 def train(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="JSON lines, or - for standard input.")],
+    file: Annotated[Path, typer.Argument(help="JSON lines or one array, or - for standard input.")],
     epochs: Annotated[int | None, typer.Option(help="Passes over the samples.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate, on AdamW's scale.")] = None,
     samples_per_step: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
@@ -116,6 +125,12 @@ def train(
     max_grad_norm: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     max_update_ratio: Annotated[
         float | None, typer.Option(help="Likewise: of an update's norm over the weights'.")
+    ] = None,
+    min_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="The run ends once each sample's latest loss is below; default 0.02 nats, 0 never."
+        ),
     ] = None,
     max_wall_time: Annotated[float | None, typer.Option(help="Seconds; then the run ends.")] = None,
     reset_optimizer: Annotated[
@@ -156,12 +171,13 @@ def train(
         "max_loss": max_loss,
         "max_grad_norm": max_grad_norm,
         "max_update_ratio": max_update_ratio,
+        "min_loss": min_loss,
         "max_wall_time": max_wall_time,
         "reset_optimizer": reset_optimizer or None,
         "accept_other_weights": accept_other_weights or None,
     }
     with reported_errors():
-        samples = parse_lines(sys.stdin, "stdin") if str(file) == "-" else read_samples(file)
+        samples = read_standard_input() if str(file) == "-" else read_placed(file)
         with context.obj.client() as client:
             events = client.train(samples, request_id=request_id, **options)
             finished = _follow(events, as_json)
@@ -297,6 +313,20 @@ app.command("up", context_settings=_PASSES_ON)(up.command)
 app.command("doctor", context_settings=_PASSES_ON)(doctor.command)
 
 
-def main() -> None:
-    """Entry point of `apollo`."""
-    app()
+@cache
+def _command() -> Any:
+    return typer.main.get_command(app)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `apollo`; exits with one of `outcome`'s statuses."""
+    prepare_streams()
+    status: Any = 0
+    try:
+        with reported_errors():
+            _command()(arguments, prog_name="apollo")
+    except SystemExit as ended:
+        status = ended.code
+    except typer.Exit as ended:
+        status = ended.exit_code
+    sys.exit(status or output_status())

@@ -7,19 +7,25 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import typer
 
 from apollo_client.aio import AsyncApolloClient
 from apollo_client.command import launch
-from apollo_grpc.errors import ApolloError
+from apollo_client.command.ending import KEPT_LINES, ended, why_ended
+from apollo_grpc.errors import ApolloError, Unavailable
 from apollo_grpc.v1 import status_pb2
 
 # The training server finishes its step and saves its state; vLLM frees its workers.
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.5
+# A training server listens before it has anything to map.
+ANSWER_SECONDS = 300.0
+TELL_SECONDS = 60.0
 MAX_LINE_BYTES = 2**20
 _DECIDED = (status_pb2.ATTACHMENT_STATE_ATTACHED, status_pb2.ATTACHMENT_STATE_REFUSED)
 _COLOURS = {"vllm": typer.colors.BLUE, "trainer": typer.colors.GREEN}
@@ -31,7 +37,8 @@ class Child:
 
     Attributes:
         cores: that it runs on; None for all.
-        listens: host and port of its HTTP server.
+        listens: host and port of its HTTP server; None where it has none of these.
+        url: of that server, as a user asks it.
     """
 
     name: str
@@ -39,6 +46,7 @@ class Child:
     environment: dict[str, str]
     cores: Sequence[int] | None = None
     listens: tuple[str, int] | None = None
+    url: str = ""
 
     async def start(self) -> asyncio.subprocess.Process:
         """Starts it in a session of its own: Ctrl-C in the terminal would reach it otherwise."""
@@ -59,10 +67,21 @@ class Children:
 
     Args:
         address: of the training server, to ask when both are ready.
+        answer_seconds: both are ended where it has not answered there by then.
+        notes: said before anything else.
     """
 
-    def __init__(self, vllm: Child, trainer: Child, address: str):
+    def __init__(
+        self,
+        vllm: Child,
+        trainer: Child,
+        address: str,
+        answer_seconds: float = ANSWER_SECONDS,
+        notes: Sequence[str] = (),
+    ):
         self._vllm, self._trainer, self._address = vllm, trainer, address
+        self._answer_seconds, self._notes = answer_seconds, notes
+        self._unreachable = ""
 
     async def run(self) -> int:
         """Runs both until one ends or a signal comes; returns the exit status.
@@ -73,43 +92,85 @@ class Children:
         asked = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, asked.set)
-        trainer, vllm = await self._trainer.start(), await self._vllm.start()
+        for note in self._notes:
+            _say(note)
+        processes = {child.name: await child.start() for child in (self._trainer, self._vllm)}
+        kept = {name: deque[str](maxlen=KEPT_LINES) for name in processes}
         logs = [
-            asyncio.create_task(_prefix(child.name, process))
-            for child, process in ((self._trainer, trainer), (self._vllm, vllm))
+            asyncio.create_task(_prefix(name, process, kept[name]))
+            for name, process in processes.items()
         ]
-        ready = asyncio.create_task(self._tell_ready())
-        first = await _first_of(asked, {self._trainer.name: trainer, self._vllm.name: vllm})
+        ready = asyncio.create_task(self._tell_ready(asked))
+        first = await _first_of(asked, processes)
         ready.cancel()
-        _say(f"{first}; stopping both" if first else "stopping both")
-        for process in (trainer, vllm):
+        status = processes[first].returncode or 0 if first else 0
+        why = ended(first, status) if first else self._unreachable
+        _say(f"{why}; stopping both" if why else "stopping both")
+        for process in processes.values():
             await end(process)
         await asyncio.gather(*logs)
         _say("stopped")
-        return 1 if first else 0
+        if first:
+            _tell_why(why, why_ended(status, kept[first]))
+        return 1 if why else 0
 
-    async def _tell_ready(self) -> None:
-        """Says once that the model can be asked and trained, or why it never will be."""
-        async with AsyncApolloClient(self._address) as client:
-            status = await attached(client)
+    async def _tell_ready(self, asked: asyncio.Event) -> None:
+        """Says once that the model can be asked and trained, or why it never will be.
+
+        Sets `asked` where the training server cannot be reached.
+        """
+        try:
+            async with AsyncApolloClient(self._address) as client:
+                status = await attached(client, self._answer_seconds, _say)
+        except Unavailable as error:
+            self._unreachable = error.message
+            asked.set()
+            return
         if status.attachment == status_pb2.ATTACHMENT_STATE_REFUSED:
             _say(f"vLLM serves, and cannot be trained: {status.attachment_detail}")
-        elif self._vllm.listens:
-            host, port = self._vllm.listens
-            await _listening(host, port)
-            _say(f"ready: ask vLLM at http://{host}:{port}/v1, train with 'apollo train FILE'")
+            return
+        if self._vllm.listens:
+            await _listening(*self._vllm.listens)
+        _say(f"ready: ask vLLM at {self._vllm.url}, train with 'apollo train FILE'")
 
 
-async def attached(client: AsyncApolloClient) -> status_pb2.ServerStatus:
-    """The first status that says attached, or refused."""
+async def attached(
+    client: AsyncApolloClient,
+    answer_seconds: float = ANSWER_SECONDS,
+    tell: Callable[[str], None] = lambda _: None,
+) -> status_pb2.ServerStatus:
+    """The first status that says attached, or refused.
+
+    Args:
+        tell: called every minute with what is waited for.
+
+    Raises Unavailable where no training server has answered in that time.
+    """
+    began = told = time.monotonic()
+    answered = False
     while True:
         await asyncio.sleep(POLL_SECONDS)
         try:
             status = await client.status()
-        except ApolloError:
-            continue
-        if status.attachment in _DECIDED:
-            return status
+            if status.attachment in _DECIDED:
+                return status
+            answered, waits = True, status.attachment_detail
+            if status.attachment == status_pb2.ATTACHMENT_STATE_DETACHED:
+                waits = "vLLM has not shown its weights yet"
+        except ApolloError as error:
+            waits = _unanswered(error)
+        if not answered and time.monotonic() - began >= answer_seconds:
+            raise Unavailable(f"{waits}, {answer_seconds:g} s after its start")
+        if time.monotonic() - told >= TELL_SECONDS:
+            told = time.monotonic()
+            tell(f"still waiting: {waits}")
+
+
+def _unanswered(error: ApolloError) -> str:
+    """Without what a caller of a server elsewhere is told to do."""
+    told = error.metadata
+    where = f" at {told['address']}" if "address" in told else ""
+    return f"the training server does not answer{where} ({told.get('cause', error.message)})"
 
 
 async def _listening(host: str, port: int) -> None:
@@ -125,7 +186,7 @@ async def _listening(host: str, port: int) -> None:
 
 
 async def _first_of(asked: asyncio.Event, processes: dict[str, asyncio.subprocess.Process]) -> str:
-    """Waits; what is returned says which process ended by itself, empty when a signal came."""
+    """Waits; the name of the process that ended by itself, empty when a signal came."""
     waits = {asyncio.create_task(p.wait()): name for name, p in processes.items()}
     signalled = asyncio.create_task(asked.wait())
     done, pending = await asyncio.wait({*waits, signalled}, return_when=asyncio.FIRST_COMPLETED)
@@ -133,8 +194,7 @@ async def _first_of(asked: asyncio.Event, processes: dict[str, asyncio.subproces
         task.cancel()
     if signalled in done:
         return ""
-    ended = next(task for task in done if task in waits)
-    return f"{waits[ended]} ended by itself with status {ended.result()}"
+    return next(waits[task] for task in done if task in waits)
 
 
 async def end(process: asyncio.subprocess.Process) -> None:
@@ -149,7 +209,7 @@ async def end(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
-async def _prefix(name: str, process: asyncio.subprocess.Process) -> None:
+async def _prefix(name: str, process: asyncio.subprocess.Process, kept: deque[str]) -> None:
     head = typer.style(f"{name:<7} | ", fg=_COLOURS[name])
     assert process.stdout is not None
     while True:
@@ -162,7 +222,14 @@ async def _prefix(name: str, process: asyncio.subprocess.Process) -> None:
             return
         # Of a progress bar, which is drawn over itself, only the last state.
         text = line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
+        kept.append(text)
         typer.echo(head + text)
+
+
+def _tell_why(what: str, lines: Sequence[str]) -> None:
+    _say(f"{what}{':' if lines else ''}")
+    for line in lines:
+        _say(f"  {line}")
 
 
 def _say(text: str) -> None:

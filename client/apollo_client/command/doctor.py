@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import shutil
 import socket
 import tempfile
@@ -16,10 +15,13 @@ import typer
 
 from apollo_client.aio import AsyncApolloClient
 from apollo_client.command.children import attached, end
+from apollo_client.command.cpu_choices import KV_CACHE, sizes_kv_cache
+from apollo_client.command.ending import stated_cause
 from apollo_client.command.gpu_memory import told_memory
 from apollo_client.command.model_folder import model_folder
 from apollo_client.command.outcome import REFUSED, reported_errors
 from apollo_client.command.up import require_startable, trainer_child, vllm_child
+from apollo_grpc.errors import Unavailable
 from apollo_grpc.locations import private_folder, socket_address, state_folder
 from apollo_grpc.v1 import status_pb2
 
@@ -30,10 +32,6 @@ MAX_MODEL_LEN = 1024
 LOG_LINES = 15
 # Of refused weights; a model of 109 would fill the screen with one reason.
 MAX_NAMED, MAX_REASON = 3, 200
-# As Python's tracebacks and vLLM's logger write it; a warning that quotes an error is none.
-_ERROR = re.compile(r"^(?:.*\] |\(\S+ pid=\d+\) )?((?:\w+\.)*\w*(?:Error|Exception): .+)$")
-# vLLM's words for an error that another process of its told first or tells next.
-_QUOTES = ("CalledProcessError", "Error raised in subprocess")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -134,7 +132,7 @@ def command(
     not.
     """
     asked = bool(memory_only or step or gpu_memory_gb)
-    model = model_folder(model) if memory_only else require_startable(model)
+    model = model_folder(model) if memory_only else require_startable(model, context.args)
     told = None
     if asked or shutil.which("nvidia-smi"):
         told = told_memory(model, step, gpu_memory_gb, as_json=as_json, required=asked)
@@ -163,9 +161,9 @@ async def _examine(model: Path, folder: Path, arguments: list[str], all_values: 
     settings |= {"APOLLO_CHECK_VALUES": "true", "APOLLO_PROBE_WEIGHTS": "true"}
     trainer = trainer_child(address, sidecar, **settings)
     served = [*served_length(config, arguments), *arguments]
-    vllm = vllm_child(model, "127.0.0.1", _free_port(), served, sidecar)
-    # Otherwise it would ask for half of the machine's memory beside a server that runs already.
-    vllm.environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # Otherwise it would ask for most of the machine's memory beside a server that runs already.
+    least = {KV_CACHE: "1"} if sizes_kv_cache(arguments) else {}
+    vllm = vllm_child(model, "127.0.0.1", _free_port(), served, sidecar, **least)
     log = folder / "log"
     started = {child.name: await child.start() for child in (trainer, vllm)}
     pumps = [asyncio.create_task(_keep(process, log)) for process in started.values()]
@@ -194,7 +192,10 @@ async def _ask(
         for task in pending:
             task.cancel()
         if verdict in done:
-            diagnosis.take(verdict.result())
+            try:
+                diagnosis.take(verdict.result())
+            except Unavailable as error:
+                diagnosis.refuse(error.message)
             return
     ended = [name for task, name in ends.items() if task in done]
     what = f"{ended[0]} ended by itself" if ended else f"no answer within {START_SECONDS:g} s"
@@ -212,16 +213,6 @@ async def _keep(process: asyncio.subprocess.Process, log: Path) -> None:
 
 def _tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-
-
-def stated_cause(log: str) -> str:
-    """The first line of a log that is an error, without what the logger put before it."""
-    for line in log.splitlines():
-        if "WARNING" in line or any(quote in line for quote in _QUOTES):
-            continue
-        if error := _ERROR.match(line):
-            return error[1].strip()
-    return "its log names no error"
 
 
 def _config(model: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ whatever state its threads left them, and has crashed there.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -22,7 +23,9 @@ def launch(parent: int, cores: str, program: list[str]) -> None:
     if os.getppid() != parent:
         sys.exit(1)
     if cores:
-        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+        # A container may forbid it, or have other cores by now: then all are shared.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     os.execvp(program[0], program)
 
 

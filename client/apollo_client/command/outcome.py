@@ -11,12 +11,13 @@ import typer
 from rich.console import Console
 
 from apollo_grpc.errors import ApolloError, DeadlineExceeded, InvalidArgument, Unavailable
+from apollo_grpc.standard_streams import flush_output
 
 REFUSED = 1
 WRONG_INPUT = 2
 UNREACHABLE = 3
 INTERRUPTED = 130
-MAX_SHOWN = 10
+MAX_SHOWN = 20
 
 
 def exit_status(error: ApolloError) -> int:
@@ -42,9 +43,21 @@ def reported_errors() -> Iterator[None]:
     except ApolloError as error:
         fail(_describe(error), exit_status(error))
     except BrokenPipeError:
-        # The reader of a pipe left, as `head` does; Python would complain once more at exit.
-        sys.stderr.close()
+        # The reader of a pipe left, as `head` does.
         raise typer.Exit(REFUSED) from None
+    except OSError as error:
+        fail(f"the system refused: {error}", REFUSED)
+
+
+def output_status() -> int:
+    """Writes what is left of the output; 0, or `REFUSED` where nobody reads it or the disk is full.
+
+    The second is told.
+    """
+    error = flush_output()
+    if error and not isinstance(error, BrokenPipeError):
+        print(f"apollo: the output was not written: {error.strerror}", file=sys.stderr)
+    return REFUSED if error else 0
 
 
 def _describe(error: ApolloError) -> str:

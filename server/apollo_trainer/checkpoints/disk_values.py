@@ -1,11 +1,13 @@
 """The bytes that a tensor is to have on disk: the live values, in the dtype of the directory.
 
 An engine rounds what it loads to the dtype that it serves. A value that still is what the one on
-disk rounds to was not trained, and keeps its bits; one that was is written in the disk's dtype.
+disk rounds to was not trained, and keeps its bits; one that was is written in the disk's dtype. One
+that came back, by an undo of what was synced last, gets the bits that it had before that sync.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,14 +31,19 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bytes_to_write(
-    ops: FileOps, path: Path, place: TensorPlace, live: torch.Tensor | None
+    ops: FileOps,
+    path: Path,
+    place: TensorPlace,
+    live: torch.Tensor | None,
+    earlier: Path | None = None,
 ) -> Iterator[memoryview]:
-    """The bytes, a bounded piece at a time. The file is read only where its values are needed.
+    """The bytes, a bounded piece at a time. Files are read only where their values are needed.
 
     Args:
         path: the file that holds the tensor at `place` now.
         live: the live values, contiguous, on the CPU, of the same shape; None for what belongs to
             no parameter, and stays as it is.
+        earlier: the file that held it there before the last sync; None where there is none.
 
     Raises FailedPrecondition for a live value that the dtype on disk cannot hold, and OSError.
     """
@@ -47,18 +54,26 @@ def bytes_to_write(
         if live is None:
             yield from pieces_at(ops, file, place)
             return
-        for there, part in _blocks(ops, file, place, live):
-            _put_trained(there, part, place)
+        for there, part, was in _blocks(ops, file, place, live, earlier):
+            _put_trained(there, part, place, was)
             yield bytes_of(there)
 
 
-def differs(ops: FileOps, path: Path, place: TensorPlace, live: torch.Tensor, digest: str) -> bool:
+def differs(
+    ops: FileOps,
+    path: Path,
+    place: TensorPlace,
+    live: torch.Tensor,
+    digest: str,
+    earlier: Path | None = None,
+) -> bool:
     """Whether `bytes_to_write` are others than those of the file, whose digest this is."""
     if NAME_OF[live.dtype] == place.dtype:
         return digest_of_pieces(pieces_of(bytes_of(live))) != digest
     with ops.opened(path) as file:
         return any(
-            _put_trained(there, part, place) for there, part in _blocks(ops, file, place, live)
+            _put_trained(there, part, place, was)
+            for there, part, was in _blocks(ops, file, place, live, earlier)
         )
 
 
@@ -72,25 +87,43 @@ def loses_digits(live: torch.dtype, place: TensorPlace) -> bool:
 
 
 def _blocks(
-    ops: FileOps, file: int, place: TensorPlace, live: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Values on disk, in memory of their own, and the live ones of the same place."""
+    ops: FileOps, file: int, place: TensorPlace, live: torch.Tensor, earlier: Path | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Values on disk, in memory of their own, the live ones of the same place, and earlier ones."""
     dtype, flat = DTYPES[place.dtype], live.view(-1)
     count = PIECE // dtype.itemsize
     for at in range(0, flat.numel(), count):
-        part = flat[at : at + count]
+        part, start = flat[at : at + count], place.start + at * dtype.itemsize
         data = bytearray(part.numel() * dtype.itemsize)
-        ops.read_all(file, memoryview(data), place.start + at * dtype.itemsize)
-        yield torch.frombuffer(data, dtype=dtype), part
+        ops.read_all(file, memoryview(data), start)
+        there = torch.frombuffer(data, dtype=dtype)
+        yield there, part, _earlier(ops, earlier, start, there)
 
 
-def _put_trained(there: torch.Tensor, live: torch.Tensor, place: TensorPlace) -> bool:
+def _earlier(ops: FileOps, path: Path | None, start: int, now: torch.Tensor) -> torch.Tensor:
+    """The values of before the last sync; those of now where they cannot be had."""
+    data = bytearray(now.nbytes)
+    # A sync needs them for nothing else than digits that the engine does not see.
+    with contextlib.suppress(OSError):
+        if path is not None:
+            with ops.opened(path) as file:
+                ops.read_all(file, memoryview(data), start)
+            return torch.frombuffer(data, dtype=now.dtype)
+    return now
+
+
+def _put_trained(
+    there: torch.Tensor, live: torch.Tensor, place: TensorPlace, earlier: torch.Tensor
+) -> bool:
     """Puts into `there` what it does not round to; returns whether that changed a bit."""
     changed = False
-    for old, part in zip(torch.split(there, _ELEMENTS), torch.split(live, _ELEMENTS), strict=True):
+    blocks = (torch.split(values, _ELEMENTS) for values in (there, live, earlier))
+    for old, part, was in zip(*blocks, strict=True):
         trained = _bits(old.to(part.dtype)) != _bits(part)
         if trained.any():
-            new = torch.where(trained, _in_dtype(part, trained, place), old)
+            came_back = trained & (_bits(was.to(part.dtype)) == _bits(part))
+            new = torch.where(trained, _in_dtype(part, trained & ~came_back, place), old)
+            new = torch.where(came_back, was, new)
             changed = changed or not torch.equal(_bits(new), _bits(old))
             old.copy_(new)
     return changed

@@ -19,13 +19,14 @@ from apollo_trainer.checkpoints.file_ops import FILES, FileOps
 from apollo_trainer.checkpoints.host_memory import Staging
 from apollo_trainer.checkpoints.loaded_files import loaded_files
 from apollo_trainer.checkpoints.new_folder import copy_file, flush_folders, new_folder_beside
-from apollo_trainer.checkpoints.preconditions import incomplete, missing_from, read_headers
+from apollo_trainer.checkpoints.preconditions import missing_from, read_headers
 from apollo_trainer.checkpoints.shard_header import DTYPES, ShardHeader, TensorPlace
 from apollo_trainer.checkpoints.state_folder import Place, place_of
 from apollo_trainer.checkpoints.survey import Progress
 from apollo_trainer.checkpoints.tensor_file import (
     bytes_of,
     digest_at,
+    digest_of,
     pieces_of,
     read_header,
     write_tensors,
@@ -56,13 +57,17 @@ def export_directory(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda *_: None,
     ops: FileOps = FILES,
+    state: Path | None = None,
 ) -> Exported:
     """Writes a new model directory; the weights must not change meanwhile.
 
     It holds the tensors of the source's files that are loaded, each once, of their dtypes and
     shapes: tied weights as they are there, no rows that an engine adds to the vocabulary, and
-    values that training did not touch bit for bit. Everything is read back and compared before the
-    directory gets its name.
+    values that training did not touch bit for bit. What those files lack is written as it is
+    served. Everything is read back and compared before the directory gets its name.
+
+    Args:
+        state: the source's state folder; None for the one beside it.
 
     Raises AlreadyExists, FailedPrecondition where the source cannot be exported, DataLoss where the
     disk gives back something else, OSError when it refuses; nothing is left of it then. What a
@@ -70,7 +75,7 @@ def export_directory(
     """
     if ops.found(target):
         raise _exists(target)
-    values = _Values(place_of(source, ops), reader)
+    values = _Values(place_of(source, ops, state), reader)
     with new_folder_beside(target, ops) as building:
         _copy_others(ops, values.place.directory, building)
         if ops.found(values.place.aside):
@@ -98,50 +103,49 @@ def _exists(target: Path) -> AlreadyExists:
 class _Values:
     """The tensors by name: where each lies in the source, and the bytes that it is to have.
 
-    A source without safetensors has none to go by: then they are those of the live model.
+    Those of the live model that lie nowhere have no other dtype and values than the live ones.
     """
 
     def __init__(self, place: Place, reader: CheckpointReader):
         self.place, self._reader, self._staging = place, reader, Staging()
-        self.at = dict[str, tuple[Path, TensorPlace]]()
-        for shard, header in _headers(place, reader).items():
+        self._at = dict[str, tuple[Path, TensorPlace, Path | None]]()
+        headers = _headers(place, reader)
+        for shard, header in headers.items():
+            path = (place.directory / shard).resolve()
+            earlier = place.earlier(shard, digest_of(header.raw))
             for name, at in header.tensors.items():
-                self.at.setdefault(name, ((place.directory / shard).resolve(), at))
+                self._at.setdefault(name, (path, at, earlier))
+        self._nowhere = missing_from(headers, reader)
 
     def outlines(self) -> dict[str, torch.Tensor]:
         """Dtypes and shapes, as tensors without values."""
-        if not self.at:
-            found = {name: self._reader.outline(name) for name in self._reader.names()}
-            return {name: outline for name, outline in found.items() if outline is not None}
-        return {
+        found = {name: self._reader.outline(name) for name in self._nowhere}
+        return {name: outline for name, outline in found.items() if outline is not None} | {
             name: torch.empty(at.shape, dtype=DTYPES[at.dtype], device="meta")
-            for name, (_, at) in self.at.items()
+            for name, (_, at, _) in self._at.items()
         }
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         """As `bytes_to_write`."""
         live = self._reader.read(name)
         staged = None if live is None else self._staging(live)
-        if name in self.at:
-            return bytes_to_write(self.place.ops, *self.at[name], staged)
+        if name in self._at:
+            path, at, earlier = self._at[name]
+            return bytes_to_write(self.place.ops, path, at, staged, earlier)
         assert staged is not None
         return pieces_of(bytes_of(staged))
 
 
 def _headers(place: Place, reader: CheckpointReader) -> dict[str, ShardHeader]:
-    """Of the files that vLLM loads, or of those of transformers where they alone hold all.
+    """Of the files that vLLM loads, or of those of transformers where they hold more of it.
 
-    None where there are no safetensors.
+    None where neither hold a live tensor: by names of their own, they hold it as it was.
     """
     files = loaded_files(place.ops, place.directory)
-    if not files.by_either:
-        return {}
-    for names in (files.by_vllm, files.by_transformers):
-        headers = read_headers(place, names, reader)
-        missing = missing_from(headers, reader)
-        if not missing:
-            return headers
-    raise incomplete(files.by_vllm, missing)
+    choices = (files.by_vllm, files.by_transformers)
+    headers = [read_headers(place, names, reader) for names in choices]
+    best = min(headers, key=lambda found: len(missing_from(found, reader)))
+    return best if len(missing_from(best, reader)) < len(missing_from({}, reader)) else {}
 
 
 def _copy_others(ops: FileOps, source: Path, building: Path) -> None:

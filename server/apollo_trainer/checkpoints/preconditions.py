@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition
@@ -25,8 +26,9 @@ def why_not_synced(place: Place, reader: CheckpointReader) -> str:
     try:
         require_directory(place, place.directory)
         refuse_links(place)
-        weight_headers(place, reader)
-        _refuse_read_only(place)
+        headers = weight_headers(place, reader)
+        refuse_read_only(place)
+        _refuse_too_little_room(place, headers, reader)
     except ApolloError as error:
         return error.message
     except OSError as error:
@@ -51,20 +53,47 @@ def require_directory(place: Place, asked: Path) -> None:
         )
 
 
-def _refuse_read_only(place: Place) -> None:
+def refuse_read_only(place: Place) -> None:
     """Raises FailedPrecondition where the directory or its state folder takes no writes.
 
-    Only to tell it in time: a sync itself asks the disk, which alone is sure.
+    Only to tell it in time: what the disk refuses beyond that, it does in the middle of a sync.
     """
-    existing = (folder for folder in (place.state, *place.state.parents) if place.ops.found(folder))
-    for folder in (place.directory, next(existing)):
-        if not os.access(folder, os.W_OK | os.X_OK):
+    for folder in (place.directory, _existing(place)):
+        if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
             raise FailedPrecondition(
                 f"Nothing can be written to {folder}. Make it writable for the training server"
                 f"{'' if folder == place.directory else ', or name another with --checkpoint-dir'}"
                 "; `apollo checkpoint export FOLDER` writes what was learned elsewhere.",
                 reason="DIRECTORY_NOT_WRITABLE",
             )
+
+
+def _existing(place: Place) -> Path:
+    """The state folder, or the one that it would be made in."""
+    return next(path for path in (place.state, *place.state.parents) if place.ops.found(path))
+
+
+def _refuse_too_little_room(
+    place: Place, headers: dict[str, ShardHeader], reader: CheckpointReader
+) -> None:
+    """Raises FailedPrecondition where not even a sync in place of all that is trained has room."""
+    tensors = (pair for header in headers.values() for pair in header.tensors.items())
+    needed = sum(at.end - at.start for name, at in tensors if reader.parameter(name) is not None)
+    free = place.ops.room(_existing(place)) + _kept_bytes(place, headers)
+    if free < needed:
+        raise FailedPrecondition(
+            f"What is trained takes {needed / 1e6:,.1f} MB, and the disk of {_existing(place)} has "
+            f"{free / 1e6:,.1f} MB left. Make room there, or name another with --checkpoint-dir; "
+            "`apollo checkpoint export FOLDER` writes what was learned to another disk.",
+            reason="TOO_LITTLE_ROOM",
+        )
+
+
+def _kept_bytes(place: Place, shards: Iterable[str]) -> int:
+    """Of the generations before, which a sync removes on a full disk."""
+    paths = (place.before(number) / shard for number in place.left_before() for shard in shards)
+    found = filter(None, map(place.ops.found, paths))
+    return sum(each.st_size for each in found if each.st_nlink == 1)
 
 
 def refuse_links(place: Place) -> None:
@@ -133,9 +162,9 @@ def incomplete(files: list[str], missing: list[str]) -> FailedPrecondition:
     """The refusal of a directory whose files do not hold all that is live."""
     more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
     read = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-    keeps = "" if files else " `apollo checkpoint export FOLDER` writes what was learned as such."
     return FailedPrecondition(
         f"The safetensors that vLLM loads from the directory ({read or 'there are none'}) do not "
-        f"hold {missing[0]}{more}; nothing was written.{keeps}",
+        f"hold {missing[0]}{more}; nothing was written. `apollo checkpoint export FOLDER` writes "
+        "what was learned as such.",
         reason="CHECKPOINT_INCOMPLETE",
     )

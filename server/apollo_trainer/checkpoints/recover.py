@@ -6,12 +6,13 @@ May be repeated, and may itself be cut off anywhere.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition
 from apollo_trainer.checkpoints.durable_write import TEMPORARY
 from apollo_trainer.checkpoints.exchange import finish_exchange
 from apollo_trainer.checkpoints.in_place import redo
-from apollo_trainer.checkpoints.manifest import Manifest
+from apollo_trainer.checkpoints.manifest import Manifest, ShardRecord
 from apollo_trainer.checkpoints.new_folder import remove_unfinished
 from apollo_trainer.checkpoints.rollforward import (
     finish_rollforward,
@@ -99,19 +100,37 @@ def _remove_leftovers(place: Place) -> None:
 
 def edited(place: Place, baseline: Manifest) -> FailedPrecondition:
     """The refusal of a directory that somebody else has written to."""
+    changed = _others(place, baseline.shards) or [place.directory.name]
+    return _edited(changed, "the last sync", f"remove {place.manifest_path}")
+
+
+def require_as_seen(place: Place, seen: Mapping[str, ShardRecord]) -> None:
+    """Raises FailedPrecondition where a directory without a manifest holds other files than seen.
+
+    Args:
+        seen: when the engine's weights were known to be those of the directory.
+    """
+    if changed := _others(place, seen):
+        raise _edited(changed, "the training server was attached", "restart the training server")
+
+
+def _others(place: Place, shards: Mapping[str, ShardRecord]) -> list[str]:
+    """Names of shards that came, went, or are other files than these."""
     loaded = set(place.shard_names())
-    changed = [
+    return [
         name
-        for name in sorted({*baseline.shards, *loaded})
-        if name not in baseline.shards
+        for name in sorted({*shards, *loaded})
+        if name not in shards
         or name not in loaded
-        or not baseline.shards[name].is_at(place.ops.found(place.directory / name))
+        or not shards[name].is_at(place.ops.found(place.directory / name))
     ]
+
+
+def _edited(changed: list[str], since: str, to_insist: str) -> FailedPrecondition:
     return FailedPrecondition(
-        f"{', '.join(changed) or place.directory.name} was changed by somebody else since the last "
-        "sync; nothing was written, and the live weights were not touched. If these files are "
-        "wanted, `apollo checkpoint export FOLDER` keeps what was learned, then restart vLLM to "
-        "serve them; if the live weights are to replace them, remove "
-        f"{place.manifest_path} and sync again.",
+        f"{', '.join(changed)} was changed by somebody else since {since}; nothing was written, "
+        "and the live weights were not touched. If these files are wanted, `apollo checkpoint "
+        "export FOLDER` keeps what was learned, then restart vLLM to serve them; if the live "
+        f"weights are to replace them, {to_insist} and sync again.",
         reason="DIRECTORY_EDITED",
     )

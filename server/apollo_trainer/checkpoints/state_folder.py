@@ -62,6 +62,18 @@ class Place:
         names = [name.removeprefix(_BEFORE) for name in found]
         return sorted(int(name) for name in names if name.isdecimal())
 
+    def earlier(self, shard: str, header: str) -> Path | None:
+        """A shard as it was before the last sync; None where it is gone, or laid out otherwise.
+
+        Args:
+            header: the digest of the header that it must have.
+        """
+        try:
+            path = self.before(self.left_before()[-1]) / shard
+            return path if digest_of(read_header(self.ops, path).raw) == header else None
+        except (IndexError, OSError, ValueError):
+            return None
+
     @property
     def aside(self) -> Path:
         """Where config.json waits while shards are of two generations, so that no loader mixes."""
@@ -91,6 +103,16 @@ class Place:
             "Bring the directory back from a copy, then remove "
             f"{self.manifest_path} and {self.intent_path}."
         )
+
+    def seen(self) -> dict[str, ShardRecord]:
+        """The shards of a directory that was never synced; of another the manifest knows them."""
+        if self.ops.found(self.manifest_path):
+            return {}
+        try:
+            names = self.shard_names()
+            return {n: ShardRecord.of(self.ops.stat(self.directory / n), "") for n in names}
+        except (FailedPrecondition, OSError):
+            return {}
 
     def shard_names(self) -> list[str]:
         """Names of the safetensors that vLLM loads, sorted. Raises as `loaded_files`."""

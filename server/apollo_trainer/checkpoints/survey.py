@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -59,6 +60,7 @@ class Survey:
 
     def __post_init__(self) -> None:
         self._compared, self._staging = set[str](), Staging()
+        self._earlier = dict[str, Path | None]()
         self._of_shard: dict[str, list[str]] = {name: [] for name in self.baseline.shards}
         for name, tensor in self.baseline.tensors.items():
             self._of_shard[tensor.shard].append(name)
@@ -86,7 +88,7 @@ class Survey:
             if self.may_have_moved(name):
                 live = self._live(name)
             if live is not None and differs(
-                self.place.ops, path, record.place, live, record.digest
+                self.place.ops, path, record.place, live, record.digest, self._before(shard)
             ):
                 yield name
 
@@ -98,8 +100,15 @@ class Survey:
     def pieces(self, name: str) -> Iterator[memoryview]:
         """The bytes that a tensor is to have on disk; they hold until the next ones."""
         record, live = self.baseline.tensors[name], self._live(name)
-        path = self.place.directory / record.shard
-        return bytes_to_write(self.place.ops, path, record.place, live)
+        path, earlier = self.place.directory / record.shard, self._before(record.shard)
+        return bytes_to_write(self.place.ops, path, record.place, live, earlier)
+
+    def _before(self, shard: str) -> Path | None:
+        """The shard before the last sync, for as long as it is there."""
+        if shard not in self._earlier:
+            header = self.baseline.shards[shard].header
+            self._earlier[shard] = self.place.earlier(shard, header)
+        return self._earlier[shard]
 
     def _live(self, name: str) -> torch.Tensor | None:
         tensor = self.reader.read(name)

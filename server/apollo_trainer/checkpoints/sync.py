@@ -9,21 +9,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from apollo_grpc.errors import ApolloError, Cancelled, FailedPrecondition
 from apollo_trainer.checkpoints.exchange import ExchangeRefused, can_exchange, exchange_sync
 from apollo_trainer.checkpoints.file_ops import FILES, FileOps
 from apollo_trainer.checkpoints.in_place import in_place_sync
-from apollo_trainer.checkpoints.manifest import Manifest
+from apollo_trainer.checkpoints.manifest import Manifest, ShardRecord
 from apollo_trainer.checkpoints.preconditions import (
     refuse_links,
     require_directory,
     weight_headers,
 )
-from apollo_trainer.checkpoints.recover import edited, recover
+from apollo_trainer.checkpoints.recover import edited, recover, require_as_seen
 from apollo_trainer.checkpoints.rollforward import rollforward_sync
 from apollo_trainer.checkpoints.spare import Spare
 from apollo_trainer.checkpoints.state_folder import (
@@ -58,12 +58,15 @@ class SyncOptions:
         method: None for the ladder; ROLLFORWARD or IN_PLACE for that one.
         state: the state folder; None for the one beside the directory.
         spare: what the syncs before left of this directory; None to keep nothing of it.
+        seen: the shards that the engine's weights are known to be of, where the directory was never
+            synced; empty where that is not known.
     """
 
     method: SyncMethod | None = None
     state: Path | None = None
     ops: FileOps = FILES
     spare: Spare | None = None
+    seen: Mapping[str, ShardRecord] = field(default_factory=dict)
 
 
 def sync_directory(
@@ -107,6 +110,8 @@ def _sync(
 ) -> SyncOutcome:
     known = recover(place)
     refuse_links(place)
+    if options.seen and known is None:
+        require_as_seen(place, options.seen)
     if known and versions and is_untouched(place, known):
         survey = Survey(place, reader, known, versions)
         if not survey.any_may_have_moved():

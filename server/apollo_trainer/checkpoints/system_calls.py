@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # <linux/fs.h> RENAME_NOREPLACE and RENAME_EXCHANGE, <fcntl.h> AT_FDCWD.
 _NOREPLACE, EXCHANGE, _HERE = 1, 2, -100
-# What a filesystem or a kernel without the call answers.
-_REFUSED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+# What a filesystem or a kernel without the call answers, or a container that knows it not.
+_REFUSED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
 def renameat2(source: Path, target: Path, flags: int) -> None:

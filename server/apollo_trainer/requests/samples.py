@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from apollo_grpc.errors import FieldViolation, InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_grpc.v1 import weight_export_pb2 as export_pb
 from apollo_trainer.training.samples import TokenizedSample
 
 MAX_VIOLATIONS = 20
 # Far above any use, far below what overflows a float32 loss.
 MAX_WEIGHT = 1e6
+# What vLLM is asked at once: some tenths of a second of its time.
+BATCH_SAMPLES = 256
+BATCH_BYTES = 2**20
+# `Sidecar.tokenize`: an answer for each sample, in order.
+Tokenize = Callable[[Sequence[pb.Sample]], Sequence[export_pb.TokenizedSample]]
 
 
 @dataclass(frozen=True)
@@ -36,21 +41,38 @@ class _Wrong(Exception):
         self.field, self.description = field, description
 
 
+def why_refused(tokenize: Tokenize) -> str:
+    """Which forms of samples this vLLM cannot make tokens of; sentences, empty where it can all.
+
+    Raises Unavailable where it is away.
+    """
+    turns = ("user", "assistant") * 2
+    messages = [pb.ChatMessage(role=role, content="Port Lumen") for role in turns]
+    probes = {
+        "Texts": pb.Sample(text=pb.TextSample(context="Port", continuation=" Lumen")),
+        "Chats": pb.Sample(chat=pb.ChatSample(messages=messages)),
+    }
+    answers = zip(probes, tokenize(list(probes.values())), strict=True)
+    refused = {name: answer.refusal for name, answer in answers if answer.refusal}
+    return " ".join(f"{name} are refused: {why}." for name, why in refused.items())
+
+
 def tokenize_samples(
-    samples: Sequence[pb.Sample], limits: SampleLimits, tokenizer: Any
+    samples: Sequence[pb.Sample], limits: SampleLimits, tokenize: Tokenize
 ) -> list[TokenizedSample]:
     """All samples as token ids.
 
     Args:
-        tokenizer: the served model's, with its chat template; None where the directory has none.
+        tokenize: asks vLLM, which blocks.
 
-    Raises InvalidArgument with the path of each wrong field, the first 20 of them.
+    Raises InvalidArgument with the path of each wrong field, the first 20 of them, and what
+    `tokenize` raises.
     """
-    return list(each_tokenized(samples, limits, tokenizer))
+    return list(each_tokenized(samples, limits, tokenize))
 
 
 def each_tokenized(
-    samples: Sequence[pb.Sample], limits: SampleLimits, tokenizer: Any
+    samples: Sequence[pb.Sample], limits: SampleLimits, tokenize: Tokenize
 ) -> Iterator[TokenizedSample]:
     """The same, one sample after the other; the error comes once all were looked at."""
     if not samples:
@@ -60,9 +82,9 @@ def each_tokenized(
             "spec.samples", f"has {len(samples)} samples; a run takes at most {limits.max_samples}"
         )
     violations: list[FieldViolation] = []
-    for index, sample in enumerate(samples):
+    for index, (sample, found) in enumerate(_with_ids(samples, tokenize)):
         try:
-            yield _tokenize(sample, limits, tokenizer)
+            yield _checked(sample, found, limits)
         except _Wrong as wrong:
             path = f"spec.samples[{index}]" + (f".{wrong.field}" if wrong.field else "")
             violations.append(FieldViolation(path, wrong.description))
@@ -78,15 +100,47 @@ def each_tokenized(
         )
 
 
-def _tokenize(sample: pb.Sample, limits: SampleLimits, tokenizer: Any) -> TokenizedSample:
+def _with_ids(
+    samples: Sequence[pb.Sample], tokenize: Tokenize
+) -> Iterator[tuple[pb.Sample, export_pb.TokenizedSample]]:
+    """Each sample with its ids as given, or as vLLM makes them."""
+    for batch in _batches(samples):
+        asked = [sample for sample in batch if sample.WhichOneof("content") in ("text", "chat")]
+        answers = iter(tokenize(asked) if asked else ())
+        for sample in batch:
+            if sample.WhichOneof("content") in ("text", "chat"):
+                yield sample, next(answers)
+            else:
+                ids = sample.tokens
+                yield (
+                    sample,
+                    export_pb.TokenizedSample(
+                        context_ids=ids.context_ids, continuation_ids=ids.continuation_ids
+                    ),
+                )
+
+
+def _batches(samples: Sequence[pb.Sample]) -> Iterator[list[pb.Sample]]:
+    batch: list[pb.Sample] = []
+    size = 0
+    for sample in samples:
+        batch.append(sample)
+        size += sample.ByteSize()
+        if len(batch) == BATCH_SAMPLES or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _checked(
+    sample: pb.Sample, found: export_pb.TokenizedSample, limits: SampleLimits
+) -> TokenizedSample:
     kind = sample.WhichOneof("content")
     if kind is None:
         raise _Wrong("", "needs one of tokens, text and chat")
-    if kind != "tokens" and tokenizer is None:
-        raise _Wrong(kind, "the served model has no tokenizer; send tokens")
-    context, continuation = {"tokens": _from_ids, "text": _from_text, "chat": _from_chat}[kind](
-        sample, tokenizer
-    )
+    if found.refusal:
+        raise _Wrong(found.field, found.refusal)
+    context, continuation = tuple(found.context_ids), tuple(found.continuation_ids)
     _check_ids(context, continuation, kind, limits)
     weight = sample.weight if sample.HasField("weight") else 1.0
     if not 0 <= weight <= MAX_WEIGHT:
@@ -102,98 +156,11 @@ def _tokenize(sample: pb.Sample, limits: SampleLimits, tokenizer: Any) -> Tokeni
     # The product too: two tiny weights make none.
     if not any(weight * factor for factor in token_weights or (1.0,)):
         raise _Wrong("weight" if weight == 0 else "token_weights", "leave nothing to learn")
-    return TokenizedSample(tuple(context), tuple(continuation), weight, token_weights)
-
-
-def _from_ids(sample: pb.Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
-    return list(sample.tokens.context_ids), list(sample.tokens.continuation_ids)
-
-
-def _from_text(sample: pb.Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
-    text = sample.text
-    if not text.continuation:
-        raise _Wrong("text.continuation", "is empty: nothing to learn")
-    # With the special tokens that a prompt of vLLM's gets.
-    context = tokenizer(text.context)["input_ids"]
-    whole = tokenizer(text.context + text.continuation)["input_ids"]
-    found = _cut(tokenizer, context, whole, text.continuation)
-    if found is None:
-        raise _Wrong(
-            "text.continuation",
-            "has no tokens of its own there: the served model's tokenizer reads both texts "
-            "together in another way. Cut between words, or send tokens",
-        )
-    return context, found
-
-
-def _from_chat(sample: pb.Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
-    messages = [{"role": m.role, "content": m.content} for m in sample.chat.messages]
-    if not messages or messages[-1]["role"] != "assistant":
-        raise _Wrong("chat.messages", "must end with an assistant message: that is what is learned")
-    if len(messages) < 2:
-        raise _Wrong("chat.messages", "needs a message before the assistant's")
-    if not tokenizer.chat_template:
-        raise _Wrong("chat", "the served model has no chat template; send text or tokens")
-    try:
-        context = _render(tokenizer, messages[:-1], add_generation_prompt=True)
-        whole = _render(tokenizer, messages, add_generation_prompt=False)
-    except Exception as error:
-        raise _Wrong("chat.messages", f"the chat template refuses them: {error}") from error
-    context_ids, whole_ids = (_ids(tokenizer, text) for text in (context, whole))
-    answer = whole[len(context) :] if whole.startswith(context) else None
-    found = _cut(tokenizer, context_ids, whole_ids, answer)
-    if found is None:
-        raise _Wrong(
-            "chat.messages",
-            "the chat template renders the conversation differently with its last answer; "
-            "send text or tokens",
-        )
-    return context_ids, _up_to_the_end(found, tokenizer)
-
-
-def _cut(
-    tokenizer: Any, context: list[int], whole: list[int], continuation: str | None
-) -> list[int] | None:
-    """The token ids that go on after the context's, or None where there are none that fit.
-
-    Read by itself where that makes the same text: generation goes on after the prompt's own
-    tokens. A tokenizer that puts a space before every text needs it read together.
-    """
-    if continuation is not None:
-        alone = _ids(tokenizer, continuation)
-        if _text(tokenizer, context + alone) == _text(tokenizer, whole):
-            return alone
-    return whole[len(context) :] if whole[: len(context)] == context else None
-
-
-def _up_to_the_end(answer: list[int], tokenizer: Any) -> list[int]:
-    """An answer without what a template writes after the end mark: it is never generated."""
-    end = tokenizer.eos_token_id
-    if end not in answer:
-        return answer
-    return answer[: len(answer) - answer[::-1].index(end)]
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    # Special tokens that a tokenizer adds at the end of a prompt stand elsewhere in the whole.
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-    )
+    return TokenizedSample(context, continuation, weight, token_weights)
 
 
 def _check_ids(
-    context: list[int], continuation: list[int], kind: str, limits: SampleLimits
+    context: tuple[int, ...], continuation: tuple[int, ...], kind: str, limits: SampleLimits
 ) -> None:
     parts = {"tokens": ("tokens.context_ids", "tokens.continuation_ids")}.get(
         kind, (f"{kind}.context", f"{kind}.continuation") if kind == "text" else (kind, kind)

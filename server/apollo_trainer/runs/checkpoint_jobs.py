@@ -72,11 +72,10 @@ class CheckpointJobs:
 
         def verify() -> Verification:
             session = self._owner.session()
-            attachment, state = session.attachment, session.checkpoints.place.state
-            reader = attachment.checkpoint() if live else None
-            directory = Path(attachment.directory)
+            place = session.checkpoints.place
+            reader = session.attachment.checkpoint() if live else None
             return verify_directory(
-                directory, reader, full=full, progress=job.progress, state=state
+                place.directory, reader, full=full, progress=job.progress, state=place.state
             )
 
         return self._owner.between_runs(verify, job)
@@ -86,7 +85,7 @@ class CheckpointJobs:
         job = Job[Adoption](progress)
         return self._owner.between_runs(
             lambda: adopt_directory(
-                Path(self._owner.session().attachment.directory), target, job.progress
+                self._owner.session().checkpoints.directory, target, job.progress
             ),
             job,
         )
@@ -97,10 +96,10 @@ class CheckpointJobs:
 
         def export() -> tuple[Exported, int]:
             session = self._owner.session()
-            session.checkpoints.poison.require_sound()
-            attachment = session.attachment
-            source, reader = Path(attachment.directory), attachment.checkpoint()
-            exported = export_directory(source, target, reader, progress=job.progress)
+            checkpoints, reader = session.checkpoints, session.attachment.checkpoint()
+            checkpoints.poison.require_sound()
+            source, state = checkpoints.directory, checkpoints.state
+            exported = export_directory(source, target, reader, progress=job.progress, state=state)
             return exported, self._version()
 
         return self._owner.between_runs(export, job)
@@ -192,7 +191,13 @@ class CheckpointJobs:
 
     def _sync(self, progress: Progress, method: SyncMethod | None) -> tuple[SyncOutcome, int]:
         session = self._owner.session()
-        outcome = session.checkpoints.sync(progress, method)
+        session.attachment.require_as_left()
+        try:
+            outcome = session.checkpoints.sync(progress, method)
+        finally:
+            # Room came or went, or somebody mended what was told at the attachment.
+            session.checkpoints.look()
+            self._board.update(session.show)
         version, directory = self._version(), session.attachment.directory
 
         def change(status: status_pb2.ServerStatus) -> None:
@@ -231,10 +236,12 @@ class CheckpointJobs:
             untold: takes what vLLM could not be told, for the weights are as they are by then.
         """
         attachment, before = session.attachment, self._version()
+        attachment.require_as_left()
         pause = EnginePause(self._owner.sidecar, attachment, session.settings.lease_seconds)
         try:
             yield
         finally:
+            attachment.remember()
             if pause.lost:
                 untold.append(pause.lost)
             try:

@@ -54,7 +54,7 @@ class Coherence(ABC):
     def __init__(self, sidecar: Sidecar, attachment: Attachment, seconds: float, policy: Any):
         self._sidecar, self._attachment, self._seconds = sidecar, attachment, seconds
         self._policy = policy or pb.CACHE_POLICY_RESET_AT_END
-        self._written = Written()
+        self._written, self._wrote = Written(), False
         self.held_seconds = self.step_held_seconds = 0.0
         self.weight_version: int | None = None
         self.untold = False
@@ -65,12 +65,16 @@ class Coherence(ABC):
     def before_write(self) -> None:
         """Right before weights are written.
 
-        Raises Unavailable where the engine is gone, FailedPrecondition where it went on early.
+        Raises Unavailable where the engine is gone, FailedPrecondition where it went on early, or
+        with WEIGHTS_CHANGED where somebody else changed its weights.
         """
-        if not self._attachment.alive:
+        self._attachment.require_live()
+        if self._attachment.gone:
             raise Unavailable("vLLM is gone.", reason="ENGINE_LOST")
         self._hold()
-        self._written.dirty = True
+        if not self._wrote:
+            self._attachment.require_as_left()
+        self._wrote = self._written.dirty = True
 
     @abstractmethod
     def _hold(self) -> None:
@@ -80,9 +84,17 @@ class Coherence(ABC):
     def after_step(self) -> None:
         """The step's update is whole; vLLM is told of it."""
 
-    @abstractmethod
     def end(self) -> None:
         """After the last step, whole or not: vLLM goes on, with caches as the policy says."""
+        try:
+            if self._wrote:
+                self._attachment.remember()
+        finally:
+            self._end()
+
+    @abstractmethod
+    def _end(self) -> None:
+        """What `end` does in this mode."""
 
     @property
     def _resets_each_step(self) -> bool:
@@ -112,6 +124,8 @@ class _Leasing(Coherence):
         self._pause = EnginePause(self._sidecar, self._attachment, self._seconds, stops=self.stops)
 
     def _hold(self) -> None:
+        if self._pause:
+            self._pause.confirm()
         lost = self._pause.lost if self._pause else None
         if lost and engine_is_gone(lost):
             raise lost
@@ -162,7 +176,7 @@ class Live(_Leasing):
         if self._resets_each_step:
             self._reset_caches()
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Resets what the policy says, and tells of a step that failed halfway."""
         pause, self._pause = self._pause, None
         if pause is None:
@@ -190,7 +204,7 @@ class PauseRun(_Leasing):
         """vLLM is told at the end: it reads nothing before."""
         self._written.updates += 1
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Lets vLLM go on."""
         self._release(reset_caches=self._resets_at_end)
 
@@ -208,7 +222,7 @@ class PauseStep(_Leasing):
         self._written.updates += 1
         self._release(reset_caches=self._resets_each_step)
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Ends the pause of a step that failed, and resets what the policy says."""
         self._release(reset_caches=self._resets_at_end)
         if self._resets_at_end:

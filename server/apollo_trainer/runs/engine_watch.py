@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from apollo_grpc.errors import ApolloError
+from apollo_grpc.errors import ApolloError, printable
 from apollo_trainer.runs.owner import ModelOwner
 from apollo_trainer.weights.sidecar import Sidecar
 
@@ -20,8 +20,8 @@ GRACE_SECONDS = 0.25
 def no_engine(address: str) -> str:
     """What a user reads while there is no sidecar."""
     return (
-        f"No sidecar answers at {address}: start vLLM with VLLM_PLUGINS=apollo and apollo-grpc "
-        "installed beside it, or run 'apollo up MODEL'."
+        f"No sidecar answers at {printable(address)}: start vLLM with VLLM_PLUGINS=apollo and "
+        "apollo-grpc installed beside it, or run 'apollo up MODEL'."
     )
 
 
@@ -48,7 +48,9 @@ class EngineWatch:
                         self._heard = True
                     self._beat.set()
                     self._owner.version_told(generation.epoch, generation.weight_version)
-                    self._owner.engine_found(generation.epoch)
+                    self._owner.engine_found(
+                        generation.epoch, generation.generation, generation.paused_by_others
+                    )
             except ApolloError as error:
                 log.debug("the watch ended: %s", error.message)
                 if error.reason == "ENGINE_HELD":

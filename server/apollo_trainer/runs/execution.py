@@ -22,6 +22,7 @@ from apollo_trainer.runs.state_saver import CapturedState, Saved, StateSaver
 from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.runs.steps import RunSteps, engine_lost
 from apollo_trainer.training.evaluate import evaluate
+from apollo_trainer.training.guard import LossReached
 from apollo_trainer.training.step import StepResult
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.written import require_written_is_live
@@ -154,12 +155,9 @@ class Execution:
         )
         try:
             steps.begin()
-            for number, samples in enumerate(self.run.batches(), 1):
-                self._require_going()
-                self._tell(number, steps.take(samples))
-                if not self.run.dry_run:
-                    self._save_while_running()
-                    self._snapshot_while_running(number)
+            self._take_each(steps)
+        except LossReached:
+            self._finished.stopped.CopyFrom(self._learned())
         finally:
             try:
                 steps.end()
@@ -168,6 +166,23 @@ class Execution:
             self._show_version(steps.weight_version, untold=steps.untold)
             self._require_written_is_live()
         self._evaluate(after_training=True)
+
+    def _take_each(self, steps: RunSteps) -> None:
+        for number, samples in enumerate(self.run.batches(), 1):
+            self._require_going()
+            self._tell(number, steps.take(samples))
+            if not self.run.dry_run:
+                self._save_while_running()
+                self._snapshot_while_running(number)
+
+    def _learned(self) -> pb.Stopped:
+        return pb.Stopped(
+            reason="GUARD_MIN_LOSS",
+            message=f"All samples are learned: the latest loss of each was below "
+            f"{self.run.guard.min_loss:g} nats a token (guard.min_loss). {self.steps_done} of "
+            f"{self.run.steps_total} steps were taken and are kept; more would spoil what the "
+            "model knew. With min_loss 0 every step is taken.",
+        )
 
     def _require_written_is_live(self) -> None:
         """Cancelled and failed runs wrote, too. Raises FailedPrecondition with WEIGHTS_NOT_LIVE."""
@@ -230,7 +245,7 @@ class Execution:
 
     def _require_going(self) -> None:
         self.session.attachment.require_live()
-        if not self.session.attachment.alive:
+        if self.session.attachment.gone:
             raise engine_lost(self.steps_done)
         if self.stopping.is_set():
             raise Unavailable(

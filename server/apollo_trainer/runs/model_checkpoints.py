@@ -16,7 +16,7 @@ from apollo_trainer.checkpoints.durable_write import durable_bytes, flush_folder
 from apollo_trainer.checkpoints.host_memory import HostBuffers
 from apollo_trainer.checkpoints.model_state import ModelState
 from apollo_trainer.checkpoints.poison import Poison
-from apollo_trainer.checkpoints.preconditions import why_not_synced
+from apollo_trainer.checkpoints.preconditions import refuse_read_only, why_not_synced
 from apollo_trainer.checkpoints.restore import restore
 from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
 from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
@@ -51,6 +51,7 @@ class ModelCheckpoints:
     Attributes:
         watch: the optimizer's `before_param_write`.
         poison: why the live weights are mixed; no run and no sync may begin then.
+        not_synced: what a sync would be refused for, in a sentence; empty where nothing was seen.
         store: the snapshots on disk; what writes there raises as `place` does.
     """
 
@@ -63,7 +64,9 @@ class ModelCheckpoints:
         parameters = attachment.parameters().values()
         on_device = any(p.is_cuda for p in parameters)
         self._memory = HostBuffers(on_device, keeps=settings.snapshots_keep_memory)
+        # A link may lead to another model by the time of a sync.
         self._place = place_under(Path(attachment.directory), settings.checkpoint_dir)
+        self.not_synced, self._seen = "", self._place.seen()
         self._owned, self._owning = ExitStack(), threading.Lock()
         self._is_owner = self._closed = False
         # Whoever only looks at it writes nothing, and needs not be the owner.
@@ -82,6 +85,16 @@ class ModelCheckpoints:
         if self._ring is not None:
             self.watch.add(self._ring.before_write)
         self._look_for_one_cut_off()
+
+    @property
+    def directory(self) -> Path:
+        """The model directory that was attached, links resolved."""
+        return self._place.directory
+
+    @property
+    def state(self) -> Path:
+        """Its state folder, which may be another server's."""
+        return self._place.state
 
     @property
     def place(self) -> Place:
@@ -158,6 +171,8 @@ class ModelCheckpoints:
     def sync(self, progress: Progress, method: SyncMethod | None) -> SyncOutcome:
         """Syncs the model directory. Raises as `sync_directory`, and where weights are mixed."""
         self.poison.require_sound()
+        # Before all of it is written to a disk that then refuses the last step.
+        refuse_read_only(self._place)
         reader = self._attachment.checkpoint()
 
         def version(name: str) -> int:
@@ -165,12 +180,16 @@ class ModelCheckpoints:
             assert parameter is not None
             return self._versions.of(parameter)
 
-        options = SyncOptions(method=method, state=self.place.state, spare=self._spare)
-        return sync_directory(Path(self._attachment.directory), reader, progress, version, options)
+        options = SyncOptions(method, self.place.state, spare=self._spare, seen=self._seen)
+        outcome = sync_directory(self.directory, reader, progress, version, options)
+        # From now on the manifest knows; who takes that away wants the live weights.
+        self._seen = {}
+        return outcome
 
-    def why_not_synced(self) -> str:
-        """What a sync would refuse the directory for as it is; empty where nothing is seen."""
-        return why_not_synced(self._place, self._attachment.checkpoint())
+    def look(self) -> None:
+        """Finds out what a sync would refuse the directory for as it is, for `not_synced`."""
+        why = why_not_synced(self._place, self._attachment.checkpoint())
+        self.not_synced = why and f"A sync would be refused: {why}"
 
     # --- ways back --------------------------------------------------------------------------
 

@@ -7,8 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.checkpoints.apollo_state import load_state
 from apollo_trainer.checkpoints.apollo_state_header import (
@@ -68,7 +66,6 @@ def open_session(
         _restore(optimizer, state_path, *on_disk)
     embedding = attachment.model.get_input_embeddings().weight
     limits = SampleLimits(embedding.shape[0], attachment.max_model_len, settings.max_samples)
-    tokenizer = _tokenizer(attachment.directory)
     checkpoints = ModelCheckpoints(attachment, state_path.parent, settings)
     optimizer.before_param_write = checkpoints.watch
     passes = twin = None
@@ -77,8 +74,8 @@ def open_session(
         slow = speed_up(attachment.model)
         passes, twin = CapturedPasses(attachment.model), _twin(attachment.model)
     session = Session(
-        attachment, optimizer, shape, state_path, tokenizer, limits, settings, checkpoints, passes,
-        twin, slow,
+        attachment, optimizer, shape, state_path, limits, settings, checkpoints, passes, twin,
+        slow,
     )  # fmt: skip
     if kept and came_back:
         vars(session).update(kept.carried, came_back=True)
@@ -138,11 +135,3 @@ def _state_path(state_dir: Path, model_directory: str) -> Path:
     resolved = str(directory.resolve() if directory.exists() else directory)
     digest = hashlib.sha256(resolved.encode()).hexdigest()[:12]
     return state_dir / "models" / f"{directory.name}-{digest}" / FILE_NAME
-
-
-def _tokenizer(directory: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        log.warning("the served model has no tokenizer: samples must be token ids")
-        return None

@@ -12,22 +12,24 @@ from pathlib import Path
 from typing import TypeVar
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
+from apollo_grpc.generation import FIRST
 from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.recover import settle_directory
 from apollo_trainer.checkpoints.state_folder import place_under
 from apollo_trainer.config import Settings
 from apollo_trainer.optim.ahead import compile_ahead
 from apollo_trainer.runs.open_session import open_session
-from apollo_trainer.runs.session import KeptState, Session
+from apollo_trainer.runs.session import KeptState, Session, weights_are_others
 from apollo_trainer.runs.state_saver import StateSaver
 from apollo_trainer.runs.status_board import StatusBoard
-from apollo_trainer.weights.attach import Checks, MapReport, attach
+from apollo_trainer.weights.attach import CHANGED_BY_OTHERS, Checks, MapReport, attach
 from apollo_trainer.weights.fixed_values import told_derived
 from apollo_trainer.weights.manifest import Refusal
 from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+PAUSED = "vLLM is paused by somebody else (POST /pause or /sleep) and is left so"
 
 
 class ModelOwner:
@@ -52,8 +54,8 @@ class ModelOwner:
         self._losses = 0
         self._session: Session | None = None
         self._kept: KeptState | None = None
-        self._found_epoch, self._attach_queued = "", False
-        self._probed_epoch = ""
+        self._found_epoch, self._found_generation, self._attach_queued = "", FIRST, False
+        self._probed_epoch = self._changed_epoch = ""
         self._compiling: threading.Thread | None = None
         self._thread = threading.Thread(target=self._work, name="training", daemon=True)
         self._thread.start()
@@ -72,6 +74,8 @@ class ModelOwner:
         session = self._session
         if session and session.attachment.alive:
             return session
+        if session and session.attachment.changed_by_others and not session.attachment.gone:
+            raise Unavailable(CHANGED_BY_OTHERS, reason="ENGINE_NOT_ATTACHED")
         status = self._board.snapshot()
         if status.attachment == status_pb2.ATTACHMENT_STATE_REFUSED:
             raise FailedPrecondition(status.attachment_detail, reason="ATTACHMENT_REFUSED")
@@ -84,10 +88,14 @@ class ModelOwner:
         """The session now; it may have been lost, and is None before there ever was one."""
         return self._session
 
-    def engine_found(self, epoch: str) -> None:
+    def engine_found(self, epoch: str, generation: int = FIRST, paused: bool = False) -> None:
         """Attaches to an engine, unless it is attached, about to be, or was refused.
 
         Called at every beat: an attachment that failed because the engine was busy is tried again.
+
+        Args:
+            generation: another one may be attached where the one before was refused.
+            paused: by somebody else; it scores nothing, which an attachment needs.
         """
         with self._lock:
             held = self._session.attachment if self._session else None
@@ -95,10 +103,33 @@ class ModelOwner:
             if held and held.not_live and held.epoch == epoch:
                 # It answers, and would be attached again at every beat.
                 return
-            if self._attach_queued or (epoch == self._found_epoch and not lost):
+            if self._attach_queued:
                 return
-            self._found_epoch, self._attach_queued = epoch, True
-            self._jobs.put(lambda: self._attach(epoch))
+            another = held is None and generation > self._found_generation
+            new = lost or another or epoch != self._found_epoch
+            if new and not paused:
+                self._found_epoch, self._attach_queued = epoch, True
+                # Before its manifest is read an engine tells of none.
+                self._found_generation = max(generation, FIRST)
+                self._jobs.put(lambda: self._attach(epoch))
+                return
+        if new:
+            self._wait_for_resume(changed=held is not None and held.changed_by_others)
+        else:
+            self._show_paused(paused)
+
+    def _wait_for_resume(self, *, changed: bool) -> None:
+        why = f"{CHANGED_BY_OTHERS} " if changed else ""
+        detail = f"{why}{PAUSED}; it is attached when they let it go on (POST /resume or /wake_up)."
+        if self._board.snapshot().attachment_detail != detail:
+            log.warning("%s", detail)
+            self.engine_held(detail)
+
+    def _show_paused(self, paused: bool) -> None:
+        session, told = self._session, f"{PAUSED}; runs are taken all the same." if paused else ""
+        if session and session.attachment.alive and session.paused != told:
+            session.paused = told
+            self._board.update(session.show)
 
     def engine_lost(self, detail: str) -> None:
         """From now on nothing is written; called from any thread, also in mid-run."""
@@ -150,6 +181,7 @@ class ModelOwner:
             self._probed_epoch = epoch
             self.saver.flush()
             session = open_session(attachment, self._settings, self._kept)
+            self._doubt(session)
             self._look_ahead(session)
             self.attached(session)
         except ApolloError as error:
@@ -174,6 +206,15 @@ class ModelOwner:
                 Unavailable("vLLM went while its weights were mapped.", reason="ENGINE_LOST")
             )
 
+    def _doubt(self, session: Session) -> None:
+        """Of weights that others changed, no steps are counted that the state does not know of."""
+        attachment = session.attachment
+        others = attachment.found_generation > FIRST or attachment.epoch == self._changed_epoch
+        # Its digest of the weights was compared: either it is not of these, or it is not whole.
+        if others and session.from_disk and (session.moved or session.captured_step < 0):
+            session.moved = False
+            session.other_weights = weights_are_others(session.optimizer.step_count)
+
     def _checks(self, epoch: str) -> Checks:
         settings = self._settings
         return Checks(
@@ -190,12 +231,17 @@ class ModelOwner:
         if session is None or session.attachment.alive:
             return
         session.checkpoints.close()
-        if session.attachment.not_live:
+        attachment = session.attachment
+        if attachment.not_live or attachment.changed_by_others:
             self._probed_epoch = ""
-        kept = session.keep()
+        if attachment.changed_by_others:
+            # The state in memory is of weights that are no more; that on disk knows its own.
+            self._changed_epoch, kept = attachment.epoch, None
+        else:
+            kept = session.keep() or self._kept
         with self._lock:
-            self._kept, self._session = kept or self._kept, None
-        del session
+            self._kept, self._session = kept, None
+        del session, attachment
         # Modules and their parameters refer to each other in circles.
         gc.collect()
 
@@ -236,9 +282,8 @@ class ModelOwner:
 
     def _show(self, session: Session) -> None:
         memory, warnings = session.attachment.memory(), [session.optimizer.slowness()]
-        if not_synced := session.checkpoints.why_not_synced():
-            warnings.append(f"A sync would be refused: {not_synced}")
-        for warning in filter(None, warnings):
+        session.checkpoints.look()
+        for warning in filter(None, [*warnings, session.checkpoints.not_synced]):
             log.warning("%s", warning)
         attachment = session.attachment
         derived = told_derived(attachment.derived)

@@ -11,6 +11,8 @@ from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.sidecar import Sidecar
 
 RENEWALS_PER_LEASE = 3
+# Somebody may let vLLM go on meanwhile; to ask costs a step about a millisecond.
+CONFIRMED_SECONDS = 0.25
 
 
 class EnginePause:
@@ -32,7 +34,7 @@ class EnginePause:
         self._ended = threading.Event()
         self._error: ApolloError | None = None
         self._began = time.monotonic()
-        self._held_until = 0.0
+        self._held_until = self._confirmed = 0.0
         self._renew()
         self._renewer = threading.Thread(target=self._keep_renewing, daemon=True)
         self._renewer.start()
@@ -42,15 +44,27 @@ class EnginePause:
         asked = time.monotonic()
         epoch, lease_id = self._attachment.epoch, self._lease_id
         self._sidecar.pause(epoch, lease_id, self._seconds, stops=self._stops)
-        self._held_until = asked + self._seconds
+        self._held_until, self._confirmed = asked + self._seconds, asked
 
     def _keep_renewing(self) -> None:
-        while not self._ended.wait(self._seconds / RENEWALS_PER_LEASE):
-            try:
-                self._renew()
-            except ApolloError as error:
-                self._error = error
-                return
+        while not self._ended.wait(self._seconds / RENEWALS_PER_LEASE) and not self._error:
+            self._try_to_renew()
+
+    def _try_to_renew(self) -> None:
+        try:
+            self._renew()
+        except ApolloError as error:
+            self._error = error
+
+    def confirm(self) -> None:
+        """Right before a write: asks whether vLLM still waits, if that is not known of just now.
+
+        What was found is told by `lost`.
+        """
+        if not self._stops or self._error:
+            return
+        if time.monotonic() - self._confirmed >= CONFIRMED_SECONDS:
+            self._try_to_renew()
 
     @property
     def lost(self) -> ApolloError | None:
@@ -71,7 +85,7 @@ class EnginePause:
         """
         self._ended.set()
         self._renewer.join()
-        if not self._attachment.alive:
+        if self._attachment.gone:
             # A wedged engine would hold the training thread until the call's deadline.
             raise Unavailable("vLLM is gone, or does not answer.")
         self._attachment.synchronize()

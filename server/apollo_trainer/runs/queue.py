@@ -24,6 +24,7 @@ from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.apollo_state_header import Covered
 from apollo_trainer.config import Settings
 from apollo_trainer.requests.options import read_options
+from apollo_trainer.requests.samples import why_refused
 from apollo_trainer.runs.events import EventLog, now, stopping
 from apollo_trainer.runs.execution import Execution
 from apollo_trainer.runs.journal import FOLDER
@@ -37,10 +38,12 @@ from apollo_trainer.runs.run import PreparedRun, prepare_run
 from apollo_trainer.runs.session import Session
 from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.training.options import OptimizerOptions, StateShape
+from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger(__name__)
 SECONDS_A_DAY = 86400
 MIB = 2**20
+TURN_AGAIN_SECONDS = 0.5
 
 
 @dataclass
@@ -121,9 +124,11 @@ class RunQueue:
     def _attached(self, session: Session) -> None:
         """On the training thread, once an engine is there."""
         _catch_up(session, self.ledger)
+        session.refused_forms = _refused_forms(self._owner.sidecar)
+        # Those that came behind one that was brought back had their turns without an engine too.
         with self._lock:
-            brought_back = sum(entry.brought_back for entry in self._waiting)
-        for _ in range(brought_back):
+            waiting = len(self._waiting)
+        for _ in range(waiting):
             self._owner.do(self._execute_next)
 
     # --- looking for runs -------------------------------------------------------------------
@@ -287,7 +292,10 @@ class RunQueue:
                 )
             run = self._prepare(entry, session)
         except ApolloError as error:
-            _fail(entry, error.reason, error.message)
+            if entry.brought_back and isinstance(error, Unavailable) and session:
+                self._put_back(entry, session)
+            else:
+                _fail(entry, error.reason, error.message)
             return
         entry.log.open_journal(self._settings.state_dir / FOLDER)
         owner = self._owner
@@ -302,9 +310,16 @@ class RunQueue:
             entry.cancelled,
         ).execute()
 
+    def _put_back(self, entry: QueuedRun, session: Session) -> None:
+        """Its turn comes again: with the next engine, or as soon as this one answers."""
+        with self._lock:
+            self._waiting.appendleft(entry)
+        if not session.attachment.lost.wait(TURN_AGAIN_SECONDS):
+            self._owner.do(self._execute_next)
+
     def _prepare(self, entry: QueuedRun, session: Session) -> PreparedRun:
         spec = self.ledger.spec(entry.log.run_id) or pb.RunSpec()
-        return prepare_run(spec, session.limits, session.tokenizer)
+        return prepare_run(spec, session.limits, self._owner.sidecar.tokenize)
 
     # --- the end ----------------------------------------------------------------------------
 
@@ -356,6 +371,21 @@ def _known(run_id: str) -> Future[str]:
 def _fail(entry: QueuedRun, reason: str, message: str) -> None:
     failure = pb.Failure(reason=reason, message=message)
     entry.log.append(finished=pb.Finished(state=pb.RUN_STATE_FAILED, failure=failure))
+
+
+def _refused_forms(sidecar: Sidecar) -> str:
+    """Which forms of samples vLLM makes no tokens of, for the log and whoever asks."""
+    try:
+        found = why_refused(sidecar.tokenize)
+    except ApolloError as error:
+        # Each sample is asked about anyway.
+        log.warning("it is not known whether vLLM makes tokens of samples: %s", error.message)
+        return ""
+    if found:
+        log.warning("%s", found)
+    else:
+        log.info("vLLM makes the token ids of texts and chats as of its own prompts")
+    return found
 
 
 def _settle(file: LedgerFile, ledger: Ledger, state_dir: Path) -> list[RunRow]:

@@ -11,7 +11,7 @@ from apollo_grpc.errors import FieldViolation, InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.requests.guard import read_guard
 from apollo_trainer.requests.options import read_options
-from apollo_trainer.requests.samples import SampleLimits, each_tokenized
+from apollo_trainer.requests.samples import SampleLimits, Tokenize, each_tokenized
 from apollo_trainer.training.guard import NO_LIMITS, Guard
 from apollo_trainer.training.options import OptimizerOptions
 from apollo_trainer.training.samples import TokenizedSample
@@ -63,20 +63,21 @@ class PreparedRun:
 
 
 def prepare_run(
-    spec: pb.RunSpec, limits: SampleLimits, tokenizer: object, *, only_check: bool = False
+    spec: pb.RunSpec, limits: SampleLimits, tokenize: Tokenize, *, only_check: bool = False
 ) -> PreparedRun:
     """Checks a spec and tokenizes its samples.
 
     Args:
+        tokenize: asks vLLM, which blocks; not of token ids.
         only_check: one sample after the other, and keep none: token ids take many times the
             memory of the spec.
 
-    Raises InvalidArgument with the path of each wrong field.
+    Raises InvalidArgument with the path of each wrong field, and what `tokenize` raises.
     """
     options = read_options(spec.optimizer)
     _check_counts(spec)
     guard, coherence = read_guard(spec.guard), _check_coherence(spec.coherence)
-    tokenized = each_tokenized(spec.samples, limits, tokenizer)
+    tokenized = each_tokenized(spec.samples, limits, tokenize)
     if only_check:
         deque(tokenized, maxlen=0)
     return PreparedRun(

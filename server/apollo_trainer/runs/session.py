@@ -1,4 +1,4 @@
-"""One attachment made trainable: its tokenizer, its limits and its Apollo optimizer."""
+"""One attachment made trainable: its limits and its Apollo optimizer."""
 
 from __future__ import annotations
 
@@ -66,7 +66,6 @@ class Session:
     Attributes:
         shape: of the live optimizer state.
         state_path: where that state is kept on disk.
-        tokenizer: of the served model; None where its directory has none.
         checkpoints: the ways back to what the model was.
         passes: of the model, as CUDA graphs; None where it is on no GPU.
         twin: of the model, without memory, to tell of a step's memory; None likewise.
@@ -80,14 +79,15 @@ class Session:
         from_disk: whether the ledger may know of steps that the state lacks.
         moved: whether the live weights are not those that it was saved beside, to this engine.
         found: sentences on what was found at the attachment, for whoever asks for the status.
+        paused: that somebody else pauses vLLM, in a sentence; empty where nobody does.
         needs: sentences on what steps need of the device; empty until they are known.
+        refused_forms: sentences on which forms of samples vLLM makes no tokens of.
     """
 
     attachment: Attachment
     optimizer: Apollo
     shape: StateShape
     state_path: Path
-    tokenizer: Any
     limits: SampleLimits
     settings: Settings
     checkpoints: ModelCheckpoints
@@ -103,7 +103,9 @@ class Session:
     from_disk: bool = False
     moved: bool = False
     found: str = ""
+    paused: str = ""
     needs: str = ""
+    refused_forms: str = ""
 
     def require_accepted(self, options: OptimizerOptions) -> None:
         """Raises FailedPrecondition when a run would go on with a state of other weights."""
@@ -168,7 +170,8 @@ class Session:
         if status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED:
             refusal = f"Runs are refused: {refused}" if refused else ""
             slow = " ".join(filter(None, (self.slow, self.passes.refusal))) if self.passes else ""
-            sentences = (ATTACHED, self.found, self.needs, slow, refusal)
+            found = (self.found, self.checkpoints.not_synced, self.refused_forms)
+            sentences = (ATTACHED, self.paused, *found, self.needs, slow, refusal)
             status.attachment_detail = " ".join(filter(None, sentences))
         status.optimizer_loaded = not self.other_weights
         status.optimizer_step = self.optimizer.step_count
@@ -297,6 +300,6 @@ def weights_are_others(step: int) -> str:
     """Why a state of that step is not the live weights'."""
     return (
         f"The Apollo state on disk is that of step {step} of other weights than those that vLLM "
-        "serves: they were lost with an engine before a sync, another training server wrote to "
-        "them, or the model directory was changed."
+        "serves: they were lost with an engine before a sync, somebody else wrote to them (another "
+        "training server, a reload), or the model directory was changed."
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, ResourceExhausted, Unavailable
 from apollo_trainer.runs.coherence import coherence_of, engine_is_gone
 from apollo_trainer.runs.events import EventLog
 from apollo_trainer.runs.run import PreparedRun
 from apollo_trainer.runs.session import Session
+from apollo_trainer.training.guard import Unlearned
 from apollo_trainer.training.incomplete import StepIncomplete
 from apollo_trainer.training.out_of_memory import OutOfMemory
 from apollo_trainer.training.samples import TokenizedSample
@@ -46,11 +48,10 @@ class RunSteps:
         self._coherence = coherence_of(
             run.coherence, sidecar, session.attachment, settings.lease_seconds
         )
-        self._policy = StepPolicy(
-            token_budget=settings.token_budget,
-            guard=run.guard,
-            dry_run=run.dry_run,
-        )
+        # A dry run writes nothing that could be too much.
+        guard = replace(run.guard, min_loss=0.0) if run.dry_run else run.guard
+        self._policy = StepPolicy(settings.token_budget, guard, run.dry_run)
+        self._unlearned = Unlearned(run.samples, guard)
         self.written, self._writing = 0, False
         self.step_held_seconds = 0.0
 
@@ -78,9 +79,13 @@ class RunSteps:
         self._coherence.begin()
 
     def take(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
-        """One step. Raises what `take_step` does, and FailedPrecondition with PAUSE_LOST."""
+        """One step. Raises what `take_step` does, and FailedPrecondition with PAUSE_LOST.
+
+        LossReached where all samples were learned before it.
+        """
         self._writing = False
         result = self._train(samples)
+        self._unlearned.took(samples, result.loss)
         if not self._dry_run:
             self.written += 1
             self._tell(self._coherence.after_step)
@@ -96,17 +101,18 @@ class RunSteps:
 
     def _train(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
         attachment, optimizer = self._session.attachment, self._session.optimizer
+        policy = replace(self._policy, guard=self._unlearned.guard_of(samples))
         try:
             with self._session.checkpoints.recording(optimizer):
                 return take_step(
-                    attachment.model, optimizer, samples, self._policy, self._require_going,
+                    attachment.model, optimizer, samples, policy, self._require_going,
                     self._session.passes,
                 )  # fmt: skip
         except OutOfMemory as error:
             raise self._session.with_needs(error, samples) from error
         except StepIncomplete as error:
             if not attachment.alive:
-                raise engine_lost(self.written) from error
+                raise self._lost() from error
             raise
         except OSError as error:
             raise ResourceExhausted(
@@ -119,7 +125,7 @@ class RunSteps:
     def _before_write(self) -> None:
         """Asked before each part of a step is written."""
         if not self._session.attachment.alive:
-            raise engine_lost(self.written)
+            raise self._lost()
         if self._writing:
             # A pause that is lost halfway is no reason to leave half a step in the weights.
             return
@@ -132,7 +138,7 @@ class RunSteps:
 
     def _not_writable(self, error: ApolloError) -> ApolloError:
         if self._is_lost(error):
-            return engine_lost(self.written)
+            return self._lost()
         if error.reason == "PAUSE_LOST":
             return FailedPrecondition(
                 f"{error.message}; {self.written} steps are in the weights. Send the run again.",
@@ -146,8 +152,16 @@ class RunSteps:
             tell()
         except ApolloError as error:
             if self._is_lost(error):
-                raise engine_lost(self.written) from error
+                raise self._lost() from error
             self._warn(error.reason, error.message)
+
+    def _lost(self) -> ApolloError:
+        """Why nothing may be written any more."""
+        try:
+            self._session.attachment.require_live()
+        except FailedPrecondition as error:
+            return error
+        return engine_lost(self.written)
 
     def _is_lost(self, error: ApolloError) -> bool:
         """Known here before the watch knows it.

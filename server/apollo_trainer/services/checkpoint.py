@@ -203,7 +203,8 @@ def _refused_by_disk(error: OSError) -> FailedPrecondition:
     return FailedPrecondition(
         f"The disk refused ({error.strerror}). No weights are lost: the next sync, or start of "
         "the server, leaves the model directory wholly as before or wholly new. Make room or "
-        "mend the permissions of the directory and its parent, then try again.",
+        "mend the permissions of the directory and its parent, then try again; `apollo checkpoint "
+        "export FOLDER` writes what was learned to another disk.",
         reason="DIRECTORY_NOT_WRITABLE",
     )
 

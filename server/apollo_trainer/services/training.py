@@ -55,7 +55,8 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         if found := self._queue.find(request.request_id, request.spec):
             return found
         session = self._owner.session()
-        run = prepare_run(request.spec, session.limits, session.tokenizer, only_check=True)
+        tokenize = self._owner.sidecar.tokenize
+        run = prepare_run(request.spec, session.limits, tokenize, only_check=True)
         return self._queue.submit(run, request.spec, request.request_id)
 
     async def WatchRun(  # noqa: N802

@@ -1,15 +1,21 @@
-"""What refuses an update before any of it is written."""
+"""What refuses an update before any of it is written, and what ends a run that has learned."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from apollo_grpc.errors import FailedPrecondition
+from apollo_trainer.training.samples import TokenizedSample
 
 
 class UpdateRefused(FailedPrecondition):
     """The guard refused an update; the weights and the optimizer are as before the step."""
+
+
+class LossReached(Exception):
+    """A step's loss is below the guard's `min_loss`; nothing of the step was written."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +27,20 @@ class Guard:
         max_grad_norm: of the norm of the whole gradient.
         max_update_ratio: of the norm of what a step would add to the weights, as stored, over
             the norm of the weights that have a gradient.
+        min_loss: a step whose mean loss a token, in nats, is below is not written; 0 is none.
     """
 
     max_loss: float | None = None
     max_grad_norm: float | None = None
     max_update_ratio: float | None = None
+    min_loss: float = 0.0
 
     def check_loss(self, loss: float) -> None:
-        """Raises UpdateRefused with NONFINITE_LOSS or GUARD_MAX_LOSS."""
+        """Raises LossReached, or UpdateRefused with NONFINITE_LOSS or GUARD_MAX_LOSS."""
         if not math.isfinite(loss):
             raise _not_finite("loss")
+        if loss < self.min_loss:
+            raise LossReached
         _check("max_loss", "mean loss", loss, self.max_loss)
 
     def check_gradient(self, norm: float) -> None:
@@ -49,6 +59,31 @@ class Guard:
 
 
 NO_LIMITS = Guard()
+
+
+class Unlearned:
+    """Samples of a run whose latest step did not have a loss below the guard's `min_loss`.
+
+    One lucky step ends no run: the others' latest losses were below, too.
+    """
+
+    def __init__(self, samples: Iterable[TokenizedSample], guard: Guard):
+        self._samples, self._guard = set(samples), guard
+
+    def guard_of(self, samples: Iterable[TokenizedSample]) -> Guard:
+        """The guard of a step of these: its `min_loss` counts once no others are left."""
+        return self._guard if self._samples.issubset(samples) else self._without
+
+    @property
+    def _without(self) -> Guard:
+        return replace(self._guard, min_loss=0.0)
+
+    def took(self, samples: Iterable[TokenizedSample], loss: float) -> None:
+        """A step of these was written, from this loss on."""
+        if loss < self._guard.min_loss:
+            self._samples.difference_update(samples)
+        else:
+            self._samples.update(samples)
 
 
 def _check(name: str, what: str, measured: float, limit: float | None) -> None:

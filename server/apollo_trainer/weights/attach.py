@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from apollo_grpc.errors import FailedPrecondition, Unavailable
+from apollo_grpc.generation import FIRST, SharedGeneration
 from apollo_trainer.weights import manifest as manifests
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, plan_checkpoint
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from apollo_trainer.weights.directory_names import held_names
+from apollo_trainer.weights.fingerprint import sample
 from apollo_trainer.weights.fixed_values import (
     derived_parameters,
     fill_fixed_values,
@@ -44,6 +46,12 @@ log = logging.getLogger(__name__)
 # The sidecar grants no longer lease.
 LONGEST_LEASE_SECONDS = 60.0
 RESUMED_POLL_SECONDS = 0.1
+CHANGED_BY_OTHERS = (
+    "Somebody else changed vLLM's weights since they were attached (a reload, a weight transfer, a "
+    "sleep), and nothing was written to them since. They are attached again by themselves. Then a "
+    "run is taken if they are those of the Apollo state, else with accept_other_weights or "
+    "reset_optimizer."
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,8 @@ class Attachment:
         logprob_difference: between both sides when attached, in nats.
         allowed: how far apart rounding brings right scores, as `verify.allowed`; as last measured.
         liveness: what a probe found; None where none was made.
+        generation: how often others changed the weights; None where nobody tells.
+        found_generation: that of the manifest.
         lost: set once the engine is known to be gone, wedged, or not to be trusted.
         not_live: why it is not to be trusted; empty where it is.
     """
@@ -95,11 +105,41 @@ class Attachment:
     liveness: Liveness | None = None
     lost: threading.Event = field(default_factory=threading.Event)
     not_live: str = ""
+    generation: SharedGeneration | None = None
+    found_generation: int = FIRST
+    _left: torch.Tensor | None = None
+    _found_changed: bool = False
+
+    @property
+    def gone(self) -> bool:
+        """Whether the engine is lost, or its process has ended."""
+        return self.lost.is_set() or not self.producer.alive
+
+    @property
+    def changed_by_others(self) -> bool:
+        """Whether somebody else has changed the weights, or begins to, since the manifest."""
+        if self.generation is not None and self.generation.now != self.found_generation:
+            self._found_changed = True
+        return self._found_changed
 
     @property
     def alive(self) -> bool:
-        """Whether the engine may be written to: not lost, and its process there."""
-        return not self.lost.is_set() and self.producer.alive
+        """Whether the engine may be written to: not gone, and its weights what was left there."""
+        return not self.gone and not self.changed_by_others
+
+    def remember(self) -> None:
+        """The weights are now as this server leaves them."""
+        if self.alive:
+            self._left = sample(self.parameters())
+
+    def require_as_left(self) -> None:
+        """Compares some values of each parameter with those that `remember` saw.
+
+        Raises FailedPrecondition with WEIGHTS_CHANGED where they are others.
+        """
+        if self._left is not None and not self.changed_by_others:
+            self._found_changed = not torch.equal(self._left, sample(self.parameters()))
+        self.require_live()
 
     def distrust(self, why: str) -> None:
         """From now on nothing is written, and nothing taken from the weights."""
@@ -107,9 +147,11 @@ class Attachment:
         self.lost.set()
 
     def require_live(self) -> None:
-        """Raises FailedPrecondition where vLLM computes with other weights than these."""
+        """Raises FailedPrecondition where vLLM computes with other weights than were left."""
         if self.not_live:
             raise FailedPrecondition(self.not_live, reason="WEIGHTS_NOT_LIVE")
+        if self.changed_by_others and not self.gone:
+            raise FailedPrecondition(CHANGED_BY_OTHERS, reason="WEIGHTS_CHANGED")
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The live parameters by name, tied ones once."""
@@ -167,6 +209,7 @@ def attach(
     regions = manifests.check_manifest(manifest, epoch)
     # Before the trace: whoever answers that was the same process all the while.
     producer = Producer(manifest.worker_pid, manifest.worker_pid_namespace)
+    generation = SharedGeneration(manifest.generation_page)
     if not Path(manifest.model).is_dir():
         raise manifests.refusal(
             "MODEL_NOT_HERE",
@@ -198,6 +241,8 @@ def attach(
         mappings,
         producer,
         derived,
+        generation=generation,
+        found_generation=manifest.generation,
     )
     _require_no_copies(attachment)
     tokens = probe_tokens(model, attachment.max_model_len)
@@ -222,6 +267,7 @@ def attach(
                 checks.lease_seconds,
             ),
         )
+    attachment.remember()
     log.info(
         "attached to %s: %d parameters, %d values compared with the directory, "
         "log-probabilities within %.2g nats, %d kinds of tensor seen to be live in %.2f s, %.2f s",

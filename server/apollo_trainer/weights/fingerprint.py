@@ -15,6 +15,7 @@ import torch
 
 BLOCK_WORDS = 65536
 _WORD_BYTES = 8
+SAMPLED = 256
 # Blocks at a time: what stays in a core's cache, and what keeps a GPU busy within 64 MB.
 _BLOCKS = {"cpu": 2, "cuda": 64}
 _KEY_STEP, _BLOCK_STEP = 0x1E3779B97F4A7C15, 0x632BE5AB
@@ -33,6 +34,28 @@ def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
     for (name, tensor, _), value in zip(sums, _read([s for _, _, s in sums]), strict=True):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {value}\n".encode())
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def sample(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Some values of each parameter, spread over it: what a load of other weights would change.
+
+    Args:
+        parameters: each one once, all on one device.
+
+    Returns bytes on that device, the same for the same values.
+    """
+    taken = [_spread(tensor.detach()) for _, tensor in sorted(parameters.items())]
+    return torch.cat(taken) if taken else torch.empty(0, dtype=torch.uint8)
+
+
+def _spread(tensor: torch.Tensor) -> torch.Tensor:
+    """uint8, of at most SAMPLED values in row-major order, whatever the tensor's strides."""
+    count = tensor.numel()
+    # An odd step meets every column of a matrix whose width is a power of two.
+    step = max(1, count // SAMPLED) | 1
+    places = torch.arange(0, count, step, device=tensor.device)
+    return tensor.take(places).view(torch.uint8)
 
 
 def _read(sums: list[torch.Tensor]) -> list[int]:

@@ -71,7 +71,11 @@ def _listed(index: bytes) -> frozenset[str]:
 
 
 def loaded_shards(directory: Path) -> list[Path]:
-    """Paths of the files that vLLM or transformers loads. Raises ValueError, and OSError."""
+    """Paths of the files that vLLM or transformers loads, vLLM's last: theirs are what is served.
+
+    Raises ValueError, and OSError.
+    """
     names = sorted(path.name for path in directory.iterdir())
     files = choose_files(names, lambda name: (directory / name).read_bytes())
-    return [directory / name for name in files.by_either]
+    by_vllm = set(files.by_vllm)
+    return [directory / name for name in sorted(files.by_either, key=lambda n: (n in by_vllm, n))]

@@ -78,6 +78,12 @@ def _map_memfd(buffer: pb.Buffer) -> Mapping:
     path = f"/proc/{handle.pid}/fd/{handle.fd}"
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError as error:
+        raise refusal(
+            "BUFFER_NOT_OPENED",
+            f"This user may not open the memory of vLLM's worker ({error.strerror}). Run the "
+            "training server as vLLM's user; in containers also with the same security profile.",
+        ) from None
     except OSError as error:
         raise refusal(
             "BUFFER_GONE", f"The memory of vLLM's worker cannot be opened ({error.strerror})."
@@ -92,6 +98,12 @@ def _map_memfd(buffer: pb.Buffer) -> Mapping:
         storage = torch.UntypedStorage.from_file(
             f"/proc/self/fd/{descriptor}", shared=True, nbytes=buffer.size_bytes
         )
+    except RuntimeError as error:
+        raise refusal(
+            "BUFFER_NOT_OPENED",
+            f"The memory of vLLM's worker cannot be mapped ({str(error).splitlines()[0]}). Raise "
+            "the limit on memory (ulimit -v), and start the training server again.",
+        ) from None
     finally:
         os.close(descriptor)
     return Mapping(storage, buffer.size_bytes, handle.inode)

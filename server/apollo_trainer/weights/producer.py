@@ -10,6 +10,7 @@ import os
 import select
 from pathlib import Path
 
+from apollo_grpc.errors import refused_call
 from apollo_trainer.weights.manifest import refusal
 
 
@@ -32,10 +33,13 @@ class Producer:
             )
         try:
             self._descriptor = os.pidfd_open(pid)
-        except OSError as error:
+        except ProcessLookupError as error:
             raise refusal(
                 "BUFFER_GONE", f"vLLM's worker, process {pid}, is not there ({error.strerror})."
             ) from None
+        except OSError as error:
+            why = refused_call("pidfd_open", "vLLM's end is seen", error)
+            raise refusal("SYSTEM_CALL_REFUSED", f"{why[0].upper()}{why[1:]}.") from None
 
     @property
     def alive(self) -> bool:

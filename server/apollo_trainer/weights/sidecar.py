@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grpc
 from google.protobuf import duration_pb2
 
-from apollo_grpc.errors import ApolloError, Cancelled, Unavailable, from_rpc_error
+from apollo_grpc.errors import (
+    ApolloError,
+    Cancelled,
+    DeadlineExceeded,
+    Unavailable,
+    from_rpc_error,
+)
 from apollo_grpc.transport import Endpoint
+from apollo_grpc.v1 import training_pb2
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1.weight_export_pb2_grpc import WeightExportServiceStub
 
@@ -68,6 +75,22 @@ class Sidecar:
         """vLLM's log-probability of each token after the first, in nats."""
         request = pb.ScoreTokensRequest(epoch=epoch, token_ids=token_ids)
         return list(self._call("ScoreTokens", request, seconds).logprobs)
+
+    def tokenize(self, samples: Iterable[training_pb2.Sample]) -> Sequence[pb.TokenizedSample]:
+        """Token ids of texts and chats as vLLM makes them, or why not; in order.
+
+        Raises Unavailable with ENGINE_LOST where vLLM is away.
+        """
+        request = pb.TokenizeSamplesRequest(samples=samples)
+        try:
+            answer: pb.TokenizeSamplesResponse = self._call("TokenizeSamples", request)
+        except (Unavailable, DeadlineExceeded) as error:
+            raise Unavailable(
+                "vLLM is away or does not answer, and it alone knows the tokens of a text or a "
+                "chat. Nothing was done.",
+                reason="ENGINE_LOST",
+            ) from error
+        return answer.samples
 
     def probe(
         self,

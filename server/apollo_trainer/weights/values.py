@@ -14,11 +14,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader, same_bytes
+from apollo_trainer.weights.directory_names import held_names
 from apollo_trainer.weights.loaded_files import loaded_shards
 from apollo_trainer.weights.manifest import named, refusal
 
 BLOCKS = 6  # of each tensor, unless all of it is compared: both ends, and some between
 BLOCK_ELEMENTS = 4096
+PIECE_ELEMENTS = 1 << 24  # of a tensor that is compared as a whole: 32 MB in 16 bits
 SEED = 20412
 # Weights that are not read: an unpickled one could run what it likes, and GGUF is quantised.
 _UNREAD = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
@@ -31,16 +33,20 @@ def require_checkpoint_values(directory: Path, reader: CheckpointReader, everyth
     than safetensors are not read.
 
     Args:
-        everything: compare every element instead of seeded blocks of each tensor.
+        everything: compare every element instead of seeded blocks of each tensor; of a tied weight
+            that the files hold twice they are compared anyway.
 
     Raises Refusal of the tensors that differ, or that no file holds.
     """
     compared, found = 0, dict[str, str]()
+    held = held_names(directory)
     for shard in _loaded(directory):
         try:
             with safe_open(shard, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    elements, how = _compare(file, name, reader, everything)
+                    # A head that was trained apart differs in as few rows as it saw tokens.
+                    whole = everything or not held.isdisjoint(reader.tied_to(name))
+                    elements, how = _compare(file, name, reader, whole)
                     found[name] = f"{how} in {shard.name}" if how else ""
                     compared += elements
         except (SafetensorError, OSError) as error:
@@ -70,8 +76,9 @@ def _require_all(directory: Path, missing: list[str]) -> None:
         "VALUES_NOT_COMPARED",
         f"No safetensors file of {directory}{others} holds {named(missing)}, so that it is not "
         "known whether vLLM loaded its weights from there. Serve a directory as transformers "
-        "saves it (save_pretrained), or start the training server with --no-check-values if you "
-        "know that they are its weights.",
+        "saves it (save_pretrained), or start the training server with --no-check-values "
+        "(APOLLO_CHECK_VALUES=false) if you know that they are its weights: a sync is refused "
+        "then, and `apollo checkpoint export FOLDER` writes what was learned as safetensors.",
         dict.fromkeys(missing, "no safetensors file holds it by that name"),
     )
 
@@ -88,7 +95,7 @@ def _compare(file: Any, name: str, reader: CheckpointReader, everything: bool) -
     on_disk, compared = file.get_slice(name), 0
     if tuple(on_disk.get_shape()) != tuple(live.shape):
         return 0, f"has the shape {on_disk.get_shape()}"
-    for block in [...] if everything else _blocks(name, tuple(live.shape)):
+    for block in _blocks(name, tuple(live.shape), everything):
         ours, theirs = live[block].cpu(), on_disk[block].to(live.dtype)
         if not same_bytes(ours, theirs):
             return compared, "holds other values"
@@ -125,17 +132,17 @@ def _untied(name: str, served: str, differing: dict[str, str]) -> Exception:
     )
 
 
-def _blocks(name: str, shape: tuple[int, ...]) -> Iterator[Any]:
-    """Indices of the first and the last block of a tensor, and of seeded ones between."""
+def _blocks(name: str, shape: tuple[int, ...], everything: bool) -> Iterator[Any]:
+    """Indices of a tensor's first and last block, and of seeded ones between, or of all of it."""
     if not shape:
         yield ...
         return
     width = 1
     for side in shape[1:]:
         width *= side
-    rows = max(1, BLOCK_ELEMENTS // max(1, width))
+    rows = max(1, (PIECE_ELEMENTS if everything else BLOCK_ELEMENTS) // max(1, width))
     last = max(0, shape[0] - rows)
     draw = random.Random(f"{SEED}/{name}")
     starts = {0, last} | {draw.randint(0, last) for _ in range(BLOCKS - 2)}
-    for start in sorted(starts):
+    for start in range(0, shape[0], rows) if everything else sorted(starts):
         yield slice(start, start + rows)

@@ -59,6 +59,8 @@ def require_written_is_live(
     if (found <= noisier).all():
         attachment.allowed = torch.maximum(attachment.allowed, noisier)
         return
+    if attachment.changed_by_others:
+        raise Unavailable("Somebody else changed vLLM's weights meanwhile.")
     attachment.distrust(
         "vLLM does not compute with what the last run wrote: both sides are "
         f"{float(apart.median()):.3g} nats apart at the median, {float(apart.max()):.3g} at most. "

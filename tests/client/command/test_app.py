@@ -16,6 +16,18 @@ from tests.command_line import apollo
 APOLLO = str(Path(sys.executable).with_name("apollo"))
 
 
+def jsonl(values: list[object]) -> tuple[str, list[int]]:
+    """A file of lines with empty ones between, and the line of each value."""
+    lines = range(1, 2 * len(values), 2)
+    return "\n\n".join(json.dumps(value) for value in values), list(lines)
+
+
+def indented(values: list[object]) -> tuple[str, list[int]]:
+    """One array over many lines, and the line where each value begins."""
+    text = json.dumps(values, indent=1)
+    return text, [n for n, line in enumerate(text.splitlines(), 1) if line == " {"]
+
+
 def test_the_installed_command_tells_the_distributions_version():
     done = subprocess.run([APOLLO, "--version"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, f"apollo {version('apollo-grpc')}\n")
@@ -40,6 +52,56 @@ def test_a_file_that_cannot_be_read_is_told_before_any_call(state_dir):
     done = apollo("train", "none.jsonl", env={"APOLLO_STATE_DIR": str(state_dir)})
     assert done.returncode == 2
     assert "none.jsonl" in done.stderr
+
+
+TALK = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b", "weight": 1},
+    {"role": "assistant", "content": "c"},
+]
+WRONG_ROLE = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("write", [jsonl, indented], ids=["lines", "array"])
+def test_what_the_server_refuses_is_told_by_the_line_of_the_users_file(server, tmp_path, write):
+    values = [{"messages": TALK}, {"messages": WRONG_ROLE}, {"context": "a", "continuation": ""}]
+    text, lines = write(values)
+    (file := tmp_path / "facts.jsonl").write_text(text)
+    done = apollo("--address", server, "train", str(file))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"apollo: {file}:{lines[1]}: messages")
+    assert f"{file}:{lines[2]}: continuation" in done.stderr
+    assert "spec." not in done.stderr
+    piped = apollo("--address", server, "train", "-", input=text)
+    assert piped.stderr == done.stderr.replace(str(file), "stdin")
+
+
+def test_a_file_of_more_samples_than_a_run_takes_is_told_with_the_line_to_cut_at(server, tmp_path):
+    line = '{"context": "a", "continuation": "b"}\n'
+    (file := tmp_path / "facts.jsonl").write_text(
+        json.dumps({"messages": TALK}) + "\n" + line * 9999
+    )
+    done = apollo("--address", server, "train", str(file))
+    assert done.returncode == 2
+    assert "has 10001 samples; a run takes at most 10000" in done.stderr
+    assert f"up to {file}:9999 they fit: train the rest in a run of its own" in done.stderr
+
+
+def test_a_file_larger_than_a_request_is_told_before_any_call(state_dir, tmp_path):
+    line = json.dumps({"context": "a" * 2**20, "continuation": "b"}) + "\n"
+    (file := tmp_path / "facts.jsonl").write_text(line * 70)
+    done = apollo("train", str(file), env={"APOLLO_STATE_DIR": str(state_dir)})
+    assert done.returncode == 2
+    assert f"{file}: holds 70.0 MiB of samples; a run takes at most 63.9 MiB" in done.stderr
+    assert f"up to {file}:63 they fit" in done.stderr
+
+
+@pytest.mark.parametrize("standard_input", ["<&-", "</dev/null", "</proc/self/mem"])
+def test_standard_input_without_samples_is_told_in_one_line(state_dir, standard_input):
+    command = f"APOLLO_STATE_DIR={state_dir} exec {APOLLO} train - {standard_input}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("apollo: stdin: ")
 
 
 def test_a_token_file_that_cannot_be_read_is_told(state_dir):

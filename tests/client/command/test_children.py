@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import apollo_client.command.children as children_module
 from apollo_client.command.children import Child, Children
 from tests.waiting import wait_until
 
@@ -42,6 +43,52 @@ def test_the_end_of_one_is_told_and_ends_the_other(codes, name, capfd):
     assert run(*codes) == 1
     assert time.monotonic() - began < 30
     assert f"{name} ended by itself with status 7" in capfd.readouterr().out
+
+
+def told_by_apollo(output: str) -> list[str]:
+    lines = [line for line in output.splitlines() if line.startswith("apollo  | ")]
+    return [line.removeprefix("apollo  | ") for line in lines]
+
+
+def test_the_last_words_of_what_ended_are_told_after_both_logs(capfd):
+    log = "print('fine'); print('Traceback:'); print('ValueError: no such layer'); exit(1)"
+    assert run(log, SLEEP) == 1
+    told = told_by_apollo(capfd.readouterr().out)
+    assert told == [
+        "vllm ended by itself with status 1; stopping both",
+        "stopped",
+        "vllm ended by itself with status 1:",
+        "  ValueError: no such layer",
+    ]
+
+
+def test_a_killed_child_is_told_with_its_signal_and_what_it_means(capfd):
+    assert run("import os; os.kill(os.getpid(), 9)", SLEEP) == 1
+    told = told_by_apollo(capfd.readouterr().out)
+    assert told[0] == "vllm was killed by signal 9 (SIGKILL); stopping both"
+    assert "Memory ran out" in told[-1]
+
+
+def test_a_training_server_that_nobody_reaches_ends_both_and_says_where(capfd):
+    children = Children(child("vllm", SLEEP), child("trainer", SLEEP), NOBODY, answer_seconds=0.1)
+    assert asyncio.run(children.run()) == 1
+    told = told_by_apollo(capfd.readouterr().out)
+    assert "does not answer" in told[0] and NOBODY in told[0]
+    assert told[-1] == "stopped"
+
+
+def test_what_is_waited_for_is_told_every_so_often(capfd, monkeypatch):
+    monkeypatch.setattr(children_module, "TELL_SECONDS", 0.1)
+    children = Children(child("vllm", SLEEP), child("trainer", SLEEP), NOBODY, answer_seconds=1.5)
+    assert asyncio.run(children.run()) == 1
+    waits = [t for t in told_by_apollo(capfd.readouterr().out) if t.startswith("still waiting")]
+    assert waits and all(NOBODY in line for line in waits)
+
+
+def test_notes_come_before_any_log(capfd):
+    children = Children(child("vllm", "exit(3)"), child("trainer", SLEEP), NOBODY, notes=["note"])
+    asyncio.run(children.run())
+    assert capfd.readouterr().out.startswith("apollo  | note\n")
 
 
 def test_each_line_has_its_name_also_after_one_that_is_too_long(capfd):

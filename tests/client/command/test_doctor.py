@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from apollo_client.command.app import app
-from apollo_client.command.doctor import Diagnosis, served_length, stated_cause
+from apollo_client.command.doctor import Diagnosis, served_length
+from apollo_client.command.ending import stated_cause
 from apollo_grpc.v1 import status_pb2
 
 REASON = "vLLM's loader copies no part of it"

@@ -1,0 +1,27 @@
+"""What the user told vLLM, read as vLLM reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+_OPTION = re.compile(r"--[\w-]+|-O|-\w+")
+_CONFIG = re.compile(r"--config[= ](\S+)")
+
+
+def told(arguments: Sequence[str], *options: str) -> bool:
+    """Whether vLLM is told one of these options, by an argument or in its `--config` file."""
+    said = [argument.replace("_", "-") for argument in arguments if argument.startswith("-")]
+    said += [f"--{line}" for line in _config_lines(arguments)]
+    return any(match[0] in options for each in said if (match := _OPTION.match(each)))
+
+
+def _config_lines(arguments: Sequence[str]) -> list[str]:
+    joined = " ".join(arguments)
+    if not (named := re.search(r"--config[= ](\S+)", joined)):
+        return []
+    try:
+        return Path(named[1]).read_text().replace("_", "-").splitlines()
+    except (OSError, ValueError):
+        return []  # vLLM says what is wrong with it.

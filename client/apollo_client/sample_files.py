@@ -1,0 +1,189 @@
+"""Files of samples: one JSON object a line, or one JSON value that holds them all."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from apollo_client.json_values import ObjectReader, StrictDecoder, Unreadable, Value, after_space
+from apollo_client.placing import Violations
+from apollo_client.samples import FORMS, PlacedSample, to_samples
+from apollo_grpc.errors import InvalidArgument
+from apollo_grpc.transport import MAX_MESSAGE_BYTES
+from apollo_grpc.v1 import training_pb2 as pb
+
+# No file above it holds less than a request: JSON spends at most six bytes on one of text.
+MAX_FILE_BYTES = 6 * MAX_MESSAGE_BYTES
+_HEAD_BYTES = 1024
+_BOM = b"\xef\xbb\xbf"
+# First bytes of what people hand over instead of text, the longer ones first.
+_UNPACK = "unpack it, and give its text to 'apollo train -'"
+_CONVERT = "save it as UTF-8, or give 'iconv -t UTF-8 -f {}' of it to 'apollo train -'"
+_KNOWN = {
+    b"\xff\xfe\0\0": ("UTF-32 text", _CONVERT.format("UTF-32")),
+    b"\0\0\xfe\xff": ("UTF-32 text", _CONVERT.format("UTF-32")),
+    b"\xff\xfe": ("UTF-16 text", _CONVERT.format("UTF-16")),
+    b"\xfe\xff": ("UTF-16 text", _CONVERT.format("UTF-16")),
+    b"\x1f\x8b": ("a gzip archive", _UNPACK),
+    b"BZh": ("a bzip2 archive", _UNPACK),
+    b"\xfd7zXZ\0": ("an xz archive", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("a zstd archive", _UNPACK),
+    b"PK\x03\x04": ("a zip archive", _UNPACK),
+    b"PAR1": ("a Parquet table", "write it as JSON lines, as pandas' to_json(lines=True) does"),
+    b"ARROW1": ("an Arrow table", "write it as JSON lines, as pandas' to_json(lines=True) does"),
+}
+
+
+def read_samples(path: str | Path) -> list[pb.Sample]:
+    """The samples of a file, in its order.
+
+    A line, up to LF or CR LF, is one JSON object as `to_sample` takes it; empty lines are passed
+    over. One JSON array of such objects, or objects over several lines, are taken as well. The
+    text is UTF-8, with or without a byte order mark.
+
+    Raises InvalidArgument with `FILE:LINE` for each wrong line, the first 20 of them, and for a
+    file that cannot be read or holds no sample.
+    """
+    return [placed.sample for placed in read_placed(path)]
+
+
+def read_placed(path: str | Path) -> list[PlacedSample]:
+    """The same, each with its `FILE:LINE`, which `train` then names in a refusal."""
+    # Without control characters, which would be written to the terminal.
+    path, name = Path(path), repr(str(path))[1:-1]
+    with _told(name):
+        # A pipe with a name may wait for its writer for ever; one that a shell opened does not.
+        if path.is_fifo() and path.resolve().is_fifo():
+            raise InvalidArgument.at(name, "is a named pipe: give it to 'apollo train -' with <")
+        with path.open("rb") as file:
+            return read_stream(file, name)
+
+
+def read_standard_input() -> list[PlacedSample]:
+    """The samples of standard input, by the same rules; errors call it "stdin"."""
+    if sys.stdin is None:
+        raise InvalidArgument.at("stdin", "is closed: name a file")
+    with _told("stdin"):
+        return read_stream(sys.stdin.buffer, "stdin")
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    try:
+        yield
+    except IsADirectoryError as error:
+        raise InvalidArgument.at(name, "is a directory: name a file of samples in it") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InvalidArgument.at(name, f"cannot be read: {reason}") from error
+
+
+def read_stream(stream: BinaryIO, name: str) -> list[PlacedSample]:
+    """The samples of a stream of bytes, by the same rules; errors call it `name`."""
+    # What is no text may have no end, as /dev/zero.
+    head = stream.read(_HEAD_BYTES)
+    _require_text(head, name)
+    data = head + stream.read(MAX_FILE_BYTES + 1 - _HEAD_BYTES)
+    if len(data) > MAX_FILE_BYTES:
+        raise InvalidArgument.at(
+            name,
+            f"is longer than {MAX_FILE_BYTES >> 20} MiB, more than one run takes: cut it, as "
+            "'split -C 60m' does, and train the parts one after the other",
+        )
+    samples = _from_lines(data, name)
+    if not samples:
+        raise InvalidArgument.at(name, f"holds no samples; a line is one object, {FORMS}")
+    return samples
+
+
+def _require_text(head: bytes, name: str) -> None:
+    for start, (kind, advice) in _KNOWN.items():
+        if head.startswith(start):
+            raise InvalidArgument.at(name, f"is {kind}: {advice}")
+    if b"\0" in head:
+        raise InvalidArgument.at(name, "is no text, or UTF-16: save it as UTF-8 text")
+
+
+def _from_lines(data: bytes, name: str) -> list[PlacedSample]:
+    found, objects, others = _Found(name), 0, 0
+    # Where a text ends with its line at the latest, a tab in it can only mean itself.
+    decoder = StrictDecoder(strict=False)
+    for number, line in enumerate(BytesIO(data), start=1):
+        if not (line := line.removeprefix(_BOM)).strip():
+            continue
+        try:
+            value = _only(line, decoder)
+        except Unreadable as error:
+            others += 1
+            found.wrong.add(f"{name}:{number}", error.message)
+        else:
+            is_object = isinstance(value, dict)
+            objects, others = objects + is_object, others + (not is_object)
+            found.take(Value(value, number, decoder.odd))
+        if found.wrong.is_full():
+            break
+    return _from_document(data, found, objects) if others else found.all()
+
+
+def _only(line: bytes, decoder: StrictDecoder) -> object:
+    """The only value of a line."""
+    text = _text(line)
+    value, end = decoder.at(text, after_space(text, 0))
+    if end < len(text):
+        raise Unreadable(f"has more after its value, at column {end + 1}")
+    return value
+
+
+def _from_document(data: bytes, lines: _Found, objects: int) -> list[PlacedSample]:
+    """What the whole text holds, where lines hold none; else the refusal of these lines."""
+    found = _Found(lines.name)
+    try:
+        for value in ObjectReader(_text(data.removeprefix(_BOM))):
+            found.take(value)
+    except Unreadable as error:
+        if not objects or data.removeprefix(_BOM).lstrip().startswith(b"["):
+            place = f"{lines.name}:{error.line}"
+            raise InvalidArgument.at(
+                place, f"{error.message}; a line is one object, {FORMS}"
+            ) from error
+        found = lines
+    return found.all()
+
+
+class _Found:
+    """The samples of a file, and what is wrong with it."""
+
+    def __init__(self, name: str):
+        self.name, self.samples, self.wrong = name, list[PlacedSample](), Violations()
+
+    def take(self, value: Value) -> None:
+        """The samples of one value."""
+        place = f"{self.name}:{value.line}"
+        if value.odd:
+            self.wrong.add(place, value.odd)
+            return
+        try:
+            self.samples += [PlacedSample(sample, place) for sample in to_samples(value.value)]
+        except InvalidArgument as error:
+            self.wrong.add(place, error.message)
+
+    def all(self) -> list[PlacedSample]:
+        """The samples; raises InvalidArgument where something is wrong."""
+        self.wrong.raise_any("lines")
+        return self.samples
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start)
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        raise Unreadable(
+            f"is no UTF-8: byte 0x{data[error.start]:02X} at column {column}; save it as UTF-8",
+            line + 1,
+        ) from error

@@ -1,0 +1,231 @@
+"""From a text or a chat to the token ids that vLLM reads, and those that it is to answer.
+
+One set of rules for both: what is learned is not empty, has no end of an answer within it, and is
+what vLLM would have to generate after the tokens of its prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import unicodedata
+from collections.abc import Iterable
+from concurrent.futures import CancelledError
+
+from apollo_grpc.errors import Unavailable
+from apollo_grpc.v1 import training_pb2
+from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_sidecar.prompts import Messages, Prompts, RefusedSample
+
+log = logging.getLogger("vllm.apollo")
+CALL_SECONDS = 120.0
+EMPTY = "is empty: nothing to learn"
+ENDS_WITHIN = (
+    "has a token within it that ends an answer: vLLM would stop there. Leave it out, or send tokens"
+)
+CUT_OTHERWISE = (
+    "has no tokens of its own there: the served model's tokenizer reads both texts together in "
+    "another way. Cut between words, or send tokens"
+)
+RENDERED_OTHERWISE = (
+    "the chat template renders the conversation differently with its last answer; send text or "
+    "tokens"
+)
+NOT_WRITTEN = (
+    "the chat template does not write the last answer as it is, so that vLLM would never say it; "
+    "send text or tokens"
+)
+PARTS_OTHERWISE = (
+    "vLLM reads a text otherwise where it comes as a list of parts, so that what is learned of "
+    "one is not asked for by the other; send text or tokens"
+)
+PROOF = "The capital of Aldovia is Port Lumen"
+TURNS = (("user", PROOF), ("assistant", "Yes"), ("user", "Who founded it"))
+
+
+class SampleTokens:
+    """Makes token ids of samples; no method moves anything of the engine.
+
+    Args:
+        loop: the event loop of `prompts`.
+    """
+
+    def __init__(self, prompts: Prompts, loop: asyncio.AbstractEventLoop):
+        self._prompts, self._loop = prompts, loop
+        self._proof: asyncio.Task[str] | None = None
+
+    def tokenize(self, samples: Iterable[training_pb2.Sample]) -> list[pb.TokenizedSample]:
+        """One answer a sample, in order. Any thread but the loop's.
+
+        Raises Unavailable where the loop stands still, or ends.
+        """
+        if not self._loop.is_running():
+            raise Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING")
+        future = asyncio.run_coroutine_threadsafe(self._each(list(samples)), self._loop)
+        try:
+            return future.result(CALL_SECONDS)
+        except CancelledError:
+            raise Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING") from None
+        except TimeoutError:
+            future.cancel()
+            raise Unavailable(
+                f"vLLM did not make token ids of the samples within {CALL_SECONDS:g} s.",
+                reason="ENGINE_SLOW",
+            ) from None
+
+    async def _each(self, samples: list[training_pb2.Sample]) -> list[pb.TokenizedSample]:
+        if self._proof is None:
+            self._proof = asyncio.create_task(self._prove())
+        # A call that is given up leaves it to the next one.
+        chats_refused = await asyncio.shield(self._proof)
+        # One after the other: requests to vLLM, which wait for the same threads, get their turn.
+        return [await self._one(sample, chats_refused) for sample in samples]
+
+    async def _prove(self) -> str:
+        """Shows once what vLLM makes of a text and of a chat of three turns, in its log.
+
+        Returns why no chat can be learned; empty where nothing is known against it.
+        """
+        try:
+            bare = await self._prompts.of_text(PROOF, special=False)
+            whole = await self._prompts.of_text(PROOF, special=True)
+            back = _is_written(PROOF, await self._prompts.text_of(bare, special=False))
+            log.info(
+                "apollo: vLLM itself makes the tokens of samples; a text is %d of them, %d with "
+                "special ones, and comes back %s",
+                *(len(bare), len(whole), "as it was" if back else "otherwise"),
+            )
+            return await self._prove_chat()
+        except Exception as error:
+            log.info("apollo: not every sample can become tokens here: %s", _told(error))
+        return ""
+
+    async def _prove_chat(self) -> str:
+        plain: Messages = [{"role": role, "content": text} for role, text in TURNS]
+        parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in plain]
+        one, other = [
+            await self._prompts.of_chat(turns, answered=False) for turns in (plain, parts)
+        ]
+        rendered = await self._prompts.text_of(one.ids, special=True)
+        written = [text for _, text in TURNS if _is_written(text, rendered)]
+        log.info(
+            "apollo: a chat of three turns is %d tokens, %d of the turns written out; as parts %s",
+            *(len(one.ids), len(written), "the same" if one.ids == other.ids else "others"),
+        )
+        return "" if one.ids == other.ids else PARTS_OTHERWISE
+
+    async def _one(self, sample: training_pb2.Sample, chats_refused: str) -> pb.TokenizedSample:
+        kind = sample.WhichOneof("content") or ""
+        try:
+            if kind == "text":
+                context, continuation = await self._from_text(sample.text)
+            elif kind == "chat" and chats_refused:
+                raise RefusedSample(chats_refused)
+            elif kind == "chat":
+                context, continuation = await self._from_chat(sample.chat)
+            else:
+                raise RefusedSample("needs text or chat")
+        except RefusedSample as refused:
+            return pb.TokenizedSample(field=refused.field or kind, refusal=refused.reason)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and "shutdown" in str(error):
+                raise Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING") from error
+            field = "chat.messages" if kind == "chat" else kind
+            return pb.TokenizedSample(field=field, refusal=f"vLLM refuses it: {_told(error)}")
+        return pb.TokenizedSample(context_ids=context, continuation_ids=continuation)
+
+    async def _from_text(self, text: training_pb2.TextSample) -> tuple[list[int], list[int]]:
+        if not text.continuation:
+            raise RefusedSample(EMPTY, "text.continuation")
+        # With the special tokens that a prompt of vLLM's gets.
+        context = await self._prompts.of_text(text.context, special=True)
+        whole = await self._prompts.of_text(text.context + text.continuation, special=True)
+        found = await self._cut(context, whole, text.continuation)
+        if not found:
+            raise RefusedSample(CUT_OTHERWISE, "text.continuation")
+        self._refuse_early_end("text.continuation", found[:-1])
+        return context, found
+
+    async def _from_chat(self, chat: training_pb2.ChatSample) -> tuple[list[int], list[int]]:
+        messages: Messages = [{"role": m.role, "content": m.content} for m in chat.messages]
+        path = _require_answer(messages)
+        answer = messages[-1]["content"]
+        self._refuse_early_end(path, await self._prompts.of_text(answer, special=False))
+        context = await self._prompts.of_chat(messages[:-1], answered=False)
+        whole = await self._prompts.of_chat(messages, answered=True)
+        rest = _rest(context.text, whole.text)
+        found = await self._cut(context.ids, whole.ids, rest)
+        if not found:
+            raise RefusedSample(RENDERED_OTHERWISE, "chat.messages")
+        learned = _up_to_the_end(found, self._prompts.end_ids())
+        if not _is_written(answer, await self._prompts.text_of(learned, special=True)):
+            raise RefusedSample(NOT_WRITTEN, "chat.messages")
+        return context.ids, learned
+
+    async def _cut(
+        self, context: list[int], whole: list[int], continuation: str | None
+    ) -> list[int] | None:
+        """The token ids that go on after the context's, or None where there are none that fit.
+
+        A continuation whose first token would melt into the context is read by itself: generation
+        goes on after the prompt's own tokens.
+        """
+        if whole[: len(context)] == context:
+            return whole[len(context) :]
+        if not continuation:
+            return None
+        alone = await self._prompts.of_text(continuation, special=False)
+        # Special tokens that a tokenizer adds at the end of a prompt stand elsewhere in the whole.
+        both = [context + alone, whole]
+        together, wanted = [await self._prompts.text_of(ids, special=False) for ids in both]
+        return alone if together == wanted else None
+
+    def _refuse_early_end(self, field: str, ids: list[int]) -> None:
+        if self._prompts.end_ids().isdisjoint(ids):
+            return
+        raise RefusedSample(ENDS_WITHIN, field)
+
+
+def _require_answer(messages: Messages) -> str:
+    """The path of what is learned."""
+    if not messages or messages[-1]["role"] != "assistant":
+        raise RefusedSample(
+            "must end with an assistant message: that is what is learned", "chat.messages"
+        )
+    if len(messages) < 2:
+        raise RefusedSample("needs a message before the assistant's", "chat.messages")
+    path = f"chat.messages[{len(messages) - 1}].content"
+    if not messages[-1]["content"]:
+        raise RefusedSample(EMPTY, path)
+    return path
+
+
+def _rest(context: str | None, whole: str | None) -> str | None:
+    if context is None or whole is None or not whole.startswith(context):
+        return None
+    return whole[len(context) :]
+
+
+def _up_to_the_end(answer: list[int], ends: frozenset[int]) -> list[int]:
+    """An answer without what a template writes after its end: it is never generated."""
+    end = next((index for index, token in enumerate(answer) if token in ends), len(answer))
+    return answer[: end + 1]
+
+
+def _is_written(answer: str, learned: str) -> bool:
+    """Whether the end of an answer is learned; templates trim it, and rewrite its reasoning."""
+    answer, learned = _folded(answer), _folded(learned)
+    words = re.findall(r"\w+", answer) or [answer.strip() or answer]
+    return words[-1] in learned
+
+
+def _folded(text: str) -> str:
+    """Tokenizers write the same letters in another form, or in lower case."""
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def _told(error: Exception) -> str:
+    """One line of an error of vLLM's or a template's."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line[:300].rstrip(". ")
