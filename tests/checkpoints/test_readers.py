@@ -27,21 +27,28 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Reader:
-    """Maps all shards of the folder that it opened, again and again, and keeps the last maps."""
+    """Maps all shards of the folder that it opened, again and again, and keeps the last maps.
+
+    Attributes:
+        syncs: that have ended.
+    """
 
     def __init__(self, folder: Path):
         self._folder, self._stop = folder, threading.Event()
-        self.seen = set[int | str]()
+        self.seen, self.syncs = set[int | str](), 0
         self.held: list[tuple[int | str, dict[str, mmap.mmap]]] = []
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
         while not self._stop.is_set():
-            # A folder that was exchanged and is being removed lacks files: that is no mix.
+            before = self.syncs
             try:
                 mapped = self._mapped()
             except FileNotFoundError:
+                # The folder that it opened is whole until the sync after the next.
+                if self.syncs == before:
+                    self.seen.add("a file is missing")
                 continue
             generation = which({name: data[:] for name, data in mapped.items()})
             self.seen.add(generation)
@@ -71,6 +78,7 @@ def test_a_reader_that_maps_in_the_middle_of_syncs_sees_one_generation(folder: P
     reader = Reader(folder)
     for number in range(SYNCS):
         synced(folder, number % 3 + 1, SyncOptions())
+        reader.syncs += 1
     reader.end()
     assert reader.seen == {1, 2, 3}
     # What was mapped stays what it was, whatever was synced since.

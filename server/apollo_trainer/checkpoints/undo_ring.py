@@ -156,7 +156,7 @@ class UndoRing:
         if not 0 < count <= len(self._updates):
             raise OutOfRange(
                 f"{len(self._updates)} updates can be taken back, not {count}; nothing was "
-                "changed. Ask for fewer, or restore a snapshot.",
+                "changed. Restore a snapshot" + (", or ask for fewer." if self._updates else "."),
                 reason="UNDO_OUT_OF_RANGE",
             )
         taken = [self._updates[-1 - n] for n in range(count)]

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from apollo_grpc.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from apollo_grpc.errors import FailedPrecondition, OutOfRange, ResourceExhausted, Unavailable
 from apollo_trainer.checkpoints.durable_write import durable_bytes, flush_folder
 from apollo_trainer.checkpoints.host_memory import HostBuffers
 from apollo_trainer.checkpoints.model_state import ModelState
@@ -225,9 +225,18 @@ class ModelCheckpoints:
         """
         # It would write what the last updates wrote, which may not be all that is mixed.
         self.poison.require_sound()
-        ring = UndoRing(0) if self._ring is None else self._ring
         parameters, writing = self._attachment.parameters(), self._at_work(paused)
-        ring.undo(count, parameters, optimizer, self.poison, writing)
+        if self._ring is None:
+            raise self._no_undo(sum(p.nbytes for p in parameters.values()))
+        self._ring.undo(count, parameters, optimizer, self.poison, writing)
+
+    def _no_undo(self, weights: int) -> OutOfRange:
+        return OutOfRange(
+            f"No updates are kept of this model: its weights take {-(-weights // MIB)} MiB, and "
+            f"undo_mebibytes is {self._settings.undo_mebibytes}. Nothing was changed. Restore a "
+            "snapshot, or start the training server with a larger --undo-mebibytes.",
+            reason="UNDO_OFF",
+        )
 
     @contextmanager
     def _at_work(self, paused: Pausing) -> Iterator[None]:
