@@ -38,7 +38,12 @@ def refusal(**settings: Any) -> ApolloError:
 
 
 def program(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Code as `python -c` runs it, with nothing of torch imported."""
+    """Code as `python -c` runs it, with nothing of torch imported.
+
+    It is not measured: it may not be able to write what it covered.
+    """
+    given = options.pop("env", None) or os.environ
+    options["env"] = {name: given[name] for name in given if not name.startswith("COVERAGE")}
     return subprocess.run(
         [sys.executable, "-c", code],
         text=True,

@@ -85,9 +85,12 @@ def check(
     torch.testing.assert_close(weighted, expected.weighted, rtol=1e-5, atol=1e-6)
     got, wanted = gradients(model, weighted), gradients(model, expected.weighted)
     assert got.keys() == wanted.keys()
-    for name in got:
-        apart = torch.linalg.vector_norm(got[name] - wanted[name])
-        assert apart <= 1e-4 * torch.linalg.vector_norm(wanted[name]) + 1e-6, name
+    norms = {name: float(torch.linalg.vector_norm(value)) for name, value in wanted.items()}
+    # Queries that see one key learn nothing: what is left of them is rounding of the others.
+    noise = 1e-6 * max(1.0, *norms.values())
+    for name, norm in norms.items():
+        off = float(torch.linalg.vector_norm(got[name] - wanted[name]))
+        assert off <= 1e-4 * norm + noise, name
 
 
 @pytest.mark.parametrize("way", ["own", "grouped", "apart"])

@@ -172,7 +172,7 @@ def pair(built: Pair) -> Iterator[Pair]:
 )
 def test_a_guard_that_fires(pair: Pair, guard: Guard, policy: StepPolicy) -> None:
     trained, before = pair[0], pair[0].everything()
-    (name,) = (name for name, limit in vars(guard).items() if limit is not None)
+    (name,) = (name for name, limit in vars(guard).items() if limit)
     for dry_run in (False, True):
         with pytest.raises(UpdateRefused, match="This update was not written") as caught:
             trained.step(StepPolicy(policy.token_budget, guard, dry_run))

@@ -130,7 +130,7 @@ def test_a_killed_server_cannot_freeze_the_engine(qwen3):
 
 
 def test_questions_wait_while_a_run_is_at_work_and_are_answered_after_it(qwen3):
-    stream = qwen3.client.train([SAMPLE], epochs=20)
+    stream = qwen3.client.train([SAMPLE], epochs=20, min_loss=0)
     events = read_steps(stream, 1)
     answered = qwen3.complete([70, 71, 72], max_tokens=4)
     assert qwen3.client.status().active_run_id == "" or answered
