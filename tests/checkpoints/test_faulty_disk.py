@@ -16,8 +16,11 @@ from tests.checkpoints.crash_protocols import files, reader
 from tests.checkpoints.faulty_disk import SHORT_WRITE, FaultyFiles, tree
 
 FAULTS = (
-    *("EIO", "ENOSPC", SHORT_WRITE),
-    *(pytest.param(n, marks=pytest.mark.long) for n in ("EINTR", "EDQUOT", "EROFS", "EACCES")),
+    *("EIO", SHORT_WRITE),
+    *(
+        pytest.param(name, marks=pytest.mark.long)
+        for name in ("ENOSPC", "EINTR", "EDQUOT", "EROFS", "EACCES")
+    ),
 )
 METHODS = (None, SyncMethod.ROLLFORWARD, SyncMethod.IN_PLACE)
 ENOUGH = 400

@@ -18,7 +18,7 @@ from apollo_trainer import memory_command, recover_command
 from apollo_trainer.config import Settings
 from tests import hostile
 
-EXAMPLES = int(os.environ.get("SOAK_COMMAND_LINES", "60"))
+EXAMPLES = int(os.environ.get("SOAK_COMMAND_LINES", "30"))
 # Ended when it was asked to, refused, and wrong settings.
 STATUSES = {0, 1, 2}
 FLAGS = [f"--{name.replace('_', '-')}" for name in Settings.model_fields]

@@ -136,4 +136,4 @@ def test_questions_wait_while_a_run_is_at_work_and_are_answered_after_it(qwen3):
     assert qwen3.client.status().active_run_id == "" or answered
     events += stream
     assert events[-1].finished.state == pb.RUN_STATE_SUCCEEDED
-    assert answered["choices"][0]["text"]
+    assert answered["usage"]["completion_tokens"] > 0

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from apollo_client.command.app import app, main
 from tests import hostile
 
-EXAMPLES = int(os.environ.get("SOAK_COMMAND_LINES", "150"))
+EXAMPLES = int(os.environ.get("SOAK_COMMAND_LINES", "100"))
 # Done, refused or failed, wrong input, nobody there, and left by Ctrl-C.
 STATUSES = {0, 1, 2, 3, 130}
 # Starts another Python; `test_doctor.py` has it.

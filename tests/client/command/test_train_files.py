@@ -17,7 +17,7 @@ from apollo_client.command.app import app
 
 # Building it takes longer than running it.
 APOLLO = get_command(app)
-EXAMPLES = int(os.environ.get("SOAK_MALFORMED", "200"))
+EXAMPLES = int(os.environ.get("SOAK_MALFORMED", "80"))
 FUZZED = settings(
     max_examples=EXAMPLES,
     deadline=None,
