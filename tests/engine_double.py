@@ -83,7 +83,7 @@ class ClientDouble:
         calls: in their order, but for those of a probe.
         changed: what a probe has changed.
         on_probe: told the number of a probe's call, after its change and before its scores.
-        before: called by a method's name when it is; what it raises, the method does.
+        before: called by a method's name, or a worker's, when it is; what it raises, that does.
     """
 
     errored = False
@@ -104,6 +104,7 @@ class ClientDouble:
         return self._paused
 
     async def collective_rpc(self, method: str, args: tuple[bytes, ...] = ()) -> list[Any]:
+        self._begin(method)
         if method == "apollo_manifest":
             answer: Any = self._model.live.manifest()
             answer.model, answer.max_model_len = str(self._model.folder), MAX_MODEL_LEN

@@ -116,6 +116,25 @@ def test_a_reload_in_mid_run_ends_it_before_the_next_write(
     assert same(engine, loaded)
 
 
+def test_a_reload_right_before_a_lease_would_refuse_it_is_not_written_over(
+    attached: Any, all_events: Events, wait: Wait
+) -> None:
+    engine, trainer = attached
+    coherence = pb.Coherence(mode=pb.COHERENCE_MODE_PAUSE_STEP)
+    log = trainer.submit(epochs=100_000, optimizer=FAST, coherence=coherence)
+    wait(lambda: log.sequence > 4, "the third step")
+    loaded: list[Any] = []
+
+    def reload_now() -> None:
+        loaded.append(engine.model.values())
+        engine.model.live.generation.advance()
+
+    engine.client.before["apollo_hold"] = reload_now
+    ended = finished(all_events(log))
+    assert ended.failure.reason == "WEIGHTS_CHANGED"
+    assert same(engine, loaded[0]) and len(loaded) == 1
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_change_that_nobody_told_of_is_seen_before_the_next_runs_first_write(
     attached: Any, all_events: Events, wait: Wait, mode: Any

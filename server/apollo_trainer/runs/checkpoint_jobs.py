@@ -239,6 +239,8 @@ class CheckpointJobs:
         attachment.require_as_left()
         pause = EnginePause(self._owner.sidecar, attachment, session.settings.lease_seconds)
         try:
+            # Somebody may have changed them before the lease began, which refuses that.
+            attachment.require_live()
             yield
         finally:
             attachment.remember()

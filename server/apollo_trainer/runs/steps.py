@@ -133,6 +133,9 @@ class RunSteps:
             self._coherence.before_write()
         except ApolloError as error:
             raise self._not_writable(error) from error
+        if not self._session.attachment.alive:
+            # Somebody changed them before the lease began, which refuses that.
+            raise self._lost()
         self._log.begin_step(self.written + 1)
         self._writing = True
 
