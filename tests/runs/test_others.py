@@ -116,6 +116,25 @@ def test_a_reload_in_mid_run_ends_it_before_the_next_write(
     assert same(engine, loaded)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_after_a_reload_of_what_the_state_is_of_no_step_of_the_lost_run_is_counted(
+    attached: Any, all_events: Events, wait: Wait, mode: Any
+) -> None:
+    engine, trainer = attached
+    assert finished(all_events(trainer.submit(epochs=2, optimizer=FAST))).steps_done == 2
+    trainer.owner.saver.flush()
+    loaded, session = engine.model.values(), trainer.owner.live_session
+    log = trainer.submit(
+        epochs=100_000, optimizer=FAST, coherence=pb.Coherence(mode=mode, cache_policy=1)
+    )
+    wait(lambda: log.sequence > 4, "the third step")
+    engine.model.live.generation.advance()
+    assert finished(all_events(log)).failure.reason == "WEIGHTS_CHANGED"
+    reload(engine, loaded)
+    attached_again(trainer, session, wait)
+    assert all_events(trainer.submit(optimizer=FAST))[1].started.optimizer_step == 2
+
+
 def test_a_reload_right_before_a_lease_would_refuse_it_is_not_written_over(
     attached: Any, all_events: Events, wait: Wait
 ) -> None:

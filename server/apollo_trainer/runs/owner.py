@@ -210,10 +210,12 @@ class ModelOwner:
         """Of weights that others changed, no steps are counted that the state does not know of."""
         attachment = session.attachment
         others = attachment.found_generation > FIRST or attachment.epoch == self._changed_epoch
+        if not (others and session.from_disk):
+            return
         # Its digest of the weights was compared: either it is not of these, or it is not whole.
-        if others and session.from_disk and (session.moved or session.captured_step < 0):
-            session.moved = False
+        if session.moved or session.captured_step < 0:
             session.other_weights = weights_are_others(session.optimizer.step_count)
+        session.moved = session.from_disk = False
 
     def _checks(self, epoch: str) -> Checks:
         settings = self._settings
