@@ -75,7 +75,7 @@ class Blocking:
 
     def after_closing(self) -> list[Any]:
         """What is still read from streams after their client was closed, once it is."""
-        watched, followed = self.client.watch(), self.client.train([("a", "b")], epochs=100)
+        watched, followed = self.client.watch(), self.client.train([("a", "b")], epochs=10)
         next(watched), next(followed)
         self.client.close()
         return [*watched, *followed]
@@ -138,7 +138,7 @@ class Asyncio:
 
     def after_closing(self) -> list[Any]:
         async def close() -> list[Any]:
-            watched, followed = self.client.watch(), self.client.train([("a", "b")], epochs=100)
+            watched, followed = self.client.watch(), self.client.train([("a", "b")], epochs=10)
             await anext(watched)
             await anext(followed)
             await self.client.close()

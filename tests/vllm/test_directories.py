@@ -98,6 +98,7 @@ def assert_serves(stack: Stack, folder: Path, tolerance: float = TOLERANCE) -> N
     assert apart.median() < tolerance
 
 
+@pytest.mark.long
 def test_shards_of_float32_served_in_bfloat16_with_more_beside_them(
     serve: Serve, tmp_path: Path
 ) -> None:
