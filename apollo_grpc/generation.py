@@ -22,18 +22,12 @@ class SharedGeneration:
     Args:
         handle: as in WeightManifest; it must be of a process of this PID namespace.
 
-    Raises FailedPrecondition where that process has ended.
+    Raises as `open_memfd`.
     """
 
     def __init__(self, handle: pb.MemfdHandle):
+        descriptor = open_memfd(handle, SIZE_BYTES, os.O_RDONLY)
         try:
-            descriptor = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise _gone(error.strerror or str(error)) from None
-        try:
-            found = os.fstat(descriptor)
-            if (found.st_ino, found.st_size) != (handle.inode, SIZE_BYTES):
-                raise _gone("it is another file")
             self._page = mmap.mmap(descriptor, SIZE_BYTES, prot=mmap.PROT_READ)
         finally:
             os.close(descriptor)
@@ -44,7 +38,35 @@ class SharedGeneration:
         return int.from_bytes(self._page[:], "little")
 
 
-def _gone(why: str) -> FailedPrecondition:
-    return FailedPrecondition(
-        f"The memory of vLLM's worker cannot be opened ({why}).", reason="BUFFER_GONE"
+def open_memfd(handle: pb.MemfdHandle, size_bytes: int, access: int) -> int:
+    """A descriptor of one's own for a memfd of vLLM's worker, for the caller to close.
+
+    The process may have ended and its pid been given to another: the file is checked first.
+
+    Args:
+        access: os.O_RDONLY or os.O_RDWR.
+
+    Raises FailedPrecondition with BUFFER_GONE where it is not there any more, BUFFER_NOT_OPENED
+    where this user may not open it.
+    """
+    try:
+        descriptor = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", access | os.O_CLOEXEC)
+    except PermissionError as error:
+        raise FailedPrecondition(
+            f"This user may not open the memory of vLLM's worker ({error.strerror}). Run the "
+            "training server as vLLM's user; in containers also with the same security profile.",
+            reason="BUFFER_NOT_OPENED",
+        ) from None
+    except OSError as error:
+        raise FailedPrecondition(
+            f"The memory of vLLM's worker cannot be opened ({error.strerror}).",
+            reason="BUFFER_GONE",
+        ) from None
+    found = os.fstat(descriptor)
+    if (found.st_ino, found.st_size) == (handle.inode, size_bytes):
+        return descriptor
+    os.close(descriptor)
+    raise FailedPrecondition(
+        "The memory of vLLM's worker cannot be opened: it is not what its manifest says.",
+        reason="BUFFER_GONE",
     )

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from apollo_grpc.errors import FailedPrecondition
+from apollo_grpc.generation import open_memfd
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_trainer.weights.cuda_mapping import device_index, open_ipc_handle, own_segments
 from apollo_trainer.weights.manifest import LiveView, refusal
@@ -70,30 +72,13 @@ def _open_on_gpu(buffer: pb.Buffer) -> Any:
 
 
 def _map_memfd(buffer: pb.Buffer) -> Mapping:
-    """Maps a memfd of the engine's worker.
-
-    The process may have ended and its pid been given to another: the file is checked first.
-    """
+    """Maps a memfd of the engine's worker."""
     handle = buffer.memfd
-    path = f"/proc/{handle.pid}/fd/{handle.fd}"
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except PermissionError as error:
-        raise refusal(
-            "BUFFER_NOT_OPENED",
-            f"This user may not open the memory of vLLM's worker ({error.strerror}). Run the "
-            "training server as vLLM's user; in containers also with the same security profile.",
-        ) from None
-    except OSError as error:
-        raise refusal(
-            "BUFFER_GONE", f"The memory of vLLM's worker cannot be opened ({error.strerror})."
-        ) from None
+        descriptor = open_memfd(handle, buffer.size_bytes, os.O_RDWR)
+    except FailedPrecondition as error:
+        raise refusal(error.reason, error.message) from None
     try:
-        found = os.fstat(descriptor)
-        if found.st_ino != handle.inode or found.st_size != buffer.size_bytes:
-            raise refusal(
-                "BUFFER_GONE", "The memory of vLLM's worker is not what its manifest says."
-            )
         # Mapped through our own descriptor, so that it is the file that was just checked.
         storage = torch.UntypedStorage.from_file(
             f"/proc/self/fd/{descriptor}", shared=True, nbytes=buffer.size_bytes
