@@ -15,6 +15,7 @@ from apollo_trainer.training.attention import NAME
 from apollo_trainer.training.batch import Mixing, plan_batches
 from apollo_trainer.training.capture import TOLERANCE, Capture
 from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.delta_rule import choose_delta_rule
 from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.gradients import StepGradients
 from apollo_trainer.training.guard import Guard, UpdateRefused
@@ -226,6 +227,7 @@ def test_a_model_that_keeps_states_is_captured(make_model: Make) -> None:
     losses = []
     for captured in (False, True):
         model = on_gpu(make_model, "qwen3_next", torch.bfloat16)
+        choose_delta_rule(model)
         passes = CapturedPasses(model) if captured else None
         optimizer = optimizer_of(model)
         losses.append([take_step(model, optimizer, [ONE], passes=passes).loss for _ in range(20)])

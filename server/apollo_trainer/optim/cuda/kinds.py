@@ -28,8 +28,8 @@ GRAM_ANY = {"BLOCK_T": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 FACTORS = {"BLOCK_N": 128, "BLOCK_T": 64, "num_warps": 4, "num_stages": 3}
 FACTORS_ANY = {"BLOCK_N": 64, "BLOCK_T": 32, "num_warps": 4, "num_stages": 2}
 WRITE_FACTORS = {
-    "BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_T": 32, "REPEATS": 1, "STAGES": 1, "PARTS": 1,
-    "num_warps": 4, "num_stages": 4,
+    "BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_T": 32, "REPEATS": 1, "STAGES": 1, "PARTS": 2,
+    "num_warps": 4, "num_stages": 4, "maxnreg": 80,
 }  # fmt: skip
 
 
