@@ -15,6 +15,7 @@ from apollo_grpc.v1 import status_pb2
 from apollo_trainer.runs import owner
 from apollo_trainer.runs.session import Session
 from apollo_trainer.training.twin import twin_of
+from apollo_trainer.weights.fingerprint import fingerprint
 from tests.waiting import wait_until
 
 Start = Callable[..., Any]
@@ -82,3 +83,25 @@ def test_nothing_is_told_of_a_model_whose_passes_go_by_values(
     session.needs = ""
     session.find_needs()
     assert session.needs == ""
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["found", "no memory"])
+def test_kernels_are_compiled_by_a_step_that_is_not_written(
+    start_engine: Start, start_trainer: Start, sessions: list[Session], fails: bool
+) -> None:
+    start_engine()
+    start_trainer().wait_for(ATTACHED)
+    (session,) = sessions
+    passes, before = list[int](), fingerprint(session.attachment.parameters())
+
+    def passing(*_: Any) -> None:
+        passes.append(1)
+        if fails:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    session.attachment.model.model.norm.register_forward_pre_hook(passing)
+    session.compile_passes()
+    assert passes
+    assert fingerprint(session.attachment.parameters()) == before
+    assert session.optimizer.step_count == 0
+    assert all(p.grad is None for p in session.attachment.model.parameters())

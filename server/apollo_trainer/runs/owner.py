@@ -311,6 +311,7 @@ class ModelOwner:
         self._compiling.start()
         if session.twin is not None:
             session.find_needs()
+            session.compile_passes()
             self._compiling.join()
 
     # --- work between two runs --------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from apollo_grpc.errors import FailedPrecondition
+from apollo_grpc.errors import ApolloError, FailedPrecondition
 from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.apollo_state_header import (
     OPTIMIZER_KEY,
@@ -34,11 +34,14 @@ from apollo_trainer.training.needs import CANNOT, told
 from apollo_trainer.training.options import OptimizerOptions, StateShape
 from apollo_trainer.training.out_of_memory import OutOfMemory
 from apollo_trainer.training.samples import TokenizedSample
+from apollo_trainer.training.step import StepPolicy, take_step
 from apollo_trainer.weights.attach import Attachment
 from apollo_trainer.weights.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 ATTACHED = "vLLM's live weights are mapped and verified."
+# Tokens of the step that has kernels compiled: a context, and what is learned.
+_TRIED = (1024, 128)
 # Of a session, what an engine that comes back finds as it was.
 _CARRIED = ("other_weights", "on_disk", "captured_step", "saves", "covered")
 
@@ -190,6 +193,21 @@ class Session:
         self.needs = " ".join(sentences)
         for sentence in sentences:
             log.info("%s", sentence)
+
+    def compile_passes(self) -> None:
+        """Compiles the kernels of the model's passes, by a step that is found and never written.
+
+        On the training thread, before there is a run: seconds where no cache on disk has them.
+        """
+        share = min(1.0, self.limits.max_tokens / sum(_TRIED))
+        context, learned = (tuple(1 for _ in range(int(share * count))) for count in _TRIED)
+        sample, policy = TokenizedSample(context, learned), StepPolicy(dry_run=True)
+        try:
+            take_step(self.attachment.model, self.optimizer, [sample], policy)
+        except ApolloError as error:
+            log.info("the first step compiles its kernels: %s", error)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def with_needs(self, error: OutOfMemory, samples: Sequence[TokenizedSample]) -> OutOfMemory:
         """The refusal of a step of these samples, with what it needs where that can be known."""
