@@ -42,17 +42,19 @@ test-vllm: ## Test the sidecar on another release of vLLM: make test-vllm VLLM=0
 	@.ci/install-vllm $(VLLM)
 	@.venv-vllm-$(VLLM)/bin/python -m pytest tests/sidecar tests/weights tests/vllm
 
-check: install ## Lint, types, contract, and that the checked-in stubs are the generated ones
+check: install ## Lint, types, contract, and that checked-in stubs and calls are the generated ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint protos
 	$(BIN)/buf format --diff --exit-code protos
 	.ci/check-stubs
+	$(BIN)/python .ci/check-calls.py
 
-protos: install ## Generate apollo_grpc/v1 from protos/
+protos: install ## Generate apollo_grpc/v1 from protos/, and the blocking client's calls
 	$(BIN)/buf format --write protos
 	.ci/check-stubs --write
+	$(BIN)/python .ci/check-calls.py --write
 
 lock: ## Resolve .ci/lock.txt anew (needs uv)
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \

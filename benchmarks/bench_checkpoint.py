@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from apollo_trainer.checkpoints.state_folder import SyncMethod
+from apollo_trainer.checkpoints.directory.state_folder import SyncMethod
 from benchmarks import snapshot_costs
 from benchmarks.machine import installed, origin, pick_device, result_path, write_json
 from benchmarks.saving_peers import PEERS

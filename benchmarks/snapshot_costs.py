@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from apollo_trainer.checkpoints.delta_file import decode_tensor, encode_tensor
-from apollo_trainer.checkpoints.digest import digest
-from apollo_trainer.checkpoints.frames import FRAME
+from apollo_trainer.checkpoints.disk.digests import digest
+from apollo_trainer.checkpoints.disk.threads import background_threads, threads_for
 from apollo_trainer.checkpoints.host_memory import HostBuffers
-from apollo_trainer.checkpoints.model_state import ModelState
-from apollo_trainer.checkpoints.restore import restore
-from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
-from apollo_trainer.checkpoints.snapshots import SnapshotCopy
-from apollo_trainer.checkpoints.spread import background_threads, threads_for
-from apollo_trainer.checkpoints.undo_ring import UndoRing
+from apollo_trainer.checkpoints.snapshots.copy import SnapshotCopy
+from apollo_trainer.checkpoints.snapshots.delta_file import decode_tensor, encode_tensor
+from apollo_trainer.checkpoints.snapshots.frames import FRAME
+from apollo_trainer.checkpoints.snapshots.model_state import ModelState
+from apollo_trainer.checkpoints.snapshots.restoring import restore
+from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
+from apollo_trainer.checkpoints.snapshots.undo_ring import UndoRing
 from apollo_trainer.optim import Apollo
 from benchmarks.shapes import Shapes
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from apollo_trainer.checkpoints.durable_write import flush_file
-from apollo_trainer.checkpoints.spare import Spare
-from apollo_trainer.checkpoints.state_folder import SyncMethod
-from apollo_trainer.checkpoints.survey import SyncOutcome
-from apollo_trainer.checkpoints.sync import SyncOptions, sync_directory
-from apollo_trainer.checkpoints.tensor_file import write_tensors
+from apollo_trainer.checkpoints.directory.spare import Spare
+from apollo_trainer.checkpoints.directory.state_folder import SyncMethod
+from apollo_trainer.checkpoints.directory.survey import SyncOutcome
+from apollo_trainer.checkpoints.directory.sync import SyncOptions, sync_directory
+from apollo_trainer.checkpoints.disk.durable import flush_file
+from apollo_trainer.checkpoints.disk.tensor_file import write_tensors
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, CheckpointTensor
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from benchmarks.shapes import Shapes

@@ -34,11 +34,9 @@ from apollo_grpc.v1 import (
 )
 from apollo_trainer import memory_command, recover_command
 from apollo_trainer.config import Settings, described, read_settings, unknown_names
-from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
-from apollo_trainer.runs.engine_watch import EngineWatch, no_engine
-from apollo_trainer.runs.owner import ModelOwner
-from apollo_trainer.runs.queue import RunQueue
-from apollo_trainer.runs.status_board import StatusBoard
+from apollo_trainer.engine import EngineWatch, ModelOwner, StatusBoard, no_engine
+from apollo_trainer.operations import CheckpointJobs
+from apollo_trainer.runs import RunQueue
 from apollo_trainer.services.checkpoint import CheckpointService
 from apollo_trainer.services.status import StatusService
 from apollo_trainer.services.streams import StreamLimit

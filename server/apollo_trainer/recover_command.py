@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition
-from apollo_trainer.checkpoints.new_folder import remove_unfinished
-from apollo_trainer.checkpoints.recover import recover
-from apollo_trainer.checkpoints.state_folder import Place, held, place_under
+from apollo_trainer.checkpoints.directory import Place, held, place_under, recover
+from apollo_trainer.checkpoints.disk import remove_unfinished
 
 NAME = "recover"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from apollo_trainer.checkpoints.state_folder import place_of, read_manifest
+from apollo_trainer.checkpoints.directory.state_folder import place_of, read_manifest
 from tests.checkpoints.crash_protocols import MODEL, Protocol, files, fresh
 from tests.checkpoints.crash_recorder import MemoryFiles, PowerFailure
 

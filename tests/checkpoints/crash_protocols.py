@@ -11,12 +11,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from apollo_trainer.checkpoints.recover import recover
-from apollo_trainer.checkpoints.shard_header import build_header
-from apollo_trainer.checkpoints.spare import Spare
-from apollo_trainer.checkpoints.state_folder import held, is_untouched, place_of
-from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, sync_directory
-from apollo_trainer.checkpoints.tensor_file import bytes_of
+from apollo_trainer.checkpoints.directory.recovery import recover
+from apollo_trainer.checkpoints.directory.spare import Spare
+from apollo_trainer.checkpoints.directory.state_folder import held, is_untouched, place_of
+from apollo_trainer.checkpoints.directory.sync import SyncMethod, SyncOptions, sync_directory
+from apollo_trainer.checkpoints.disk.shard_header import build_header
+from apollo_trainer.checkpoints.disk.tensor_file import bytes_of
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, CheckpointTensor
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from tests.checkpoints.crash_recorder import MemoryFiles

@@ -20,8 +20,8 @@ from typing import Any
 
 from safetensors.torch import load
 
-from apollo_trainer.checkpoints.file_ops import FileOps
-from apollo_trainer.checkpoints.shard_header import LENGTH, parse_metadata
+from apollo_trainer.checkpoints.disk.file_ops import FileOps
+from apollo_trainer.checkpoints.disk.shard_header import LENGTH, parse_metadata
 
 SECTOR = 512
 Name = tuple[int, str]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from apollo_trainer.checkpoints.export import export_directory
-from apollo_trainer.checkpoints.model_state import ModelState
-from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
+from apollo_trainer.checkpoints.directory.export import export_directory
+from apollo_trainer.checkpoints.snapshots.model_state import ModelState
+from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
 from tests.checkpoints.crash_matrix import Counts
 from tests.checkpoints.crash_protocols import MODEL, fresh, reader
 from tests.checkpoints.crash_recorder import MemoryFiles

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from apollo_trainer.checkpoints.file_ops import FileOps
+from apollo_trainer.checkpoints.disk.file_ops import FileOps
 
 CALLS = (
     "create", "pwrite", "fsync", "fdatasync", "sync_folder", "rename", "exchange", "link", "unlink",

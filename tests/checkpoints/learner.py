@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from apollo_trainer.checkpoints.model_state import ModelState, capture
-from apollo_trainer.checkpoints.write_watch import WriteWatch
+from apollo_trainer.checkpoints.snapshots.model_state import ModelState, capture
+from apollo_trainer.checkpoints.snapshots.write_watch import WriteWatch
 from apollo_trainer.optim import Apollo
 from apollo_trainer.weights.checkpoint_reader import same_bytes
 

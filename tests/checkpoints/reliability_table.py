@@ -69,7 +69,7 @@ A loader that opens several shards by their paths, one after the other, may open
 a sync and the second after it. One that must not opens the directory, and loads
 `/proc/self/fd/N` of that handle; or, where the directory is rolled forward too, it loads an export,
 which never changes.
-(`tests/checkpoints/test_holders.py`, which looks 10,000 times.)
+(`tests/checkpoints/directory/test_holders.py`, which looks 10,000 times.)
 
 """
 WITHOUT = """\

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from apollo_trainer.checkpoints.verify import verify_directory
+from apollo_trainer.checkpoints.directory.verify import verify_directory
 from tests.checkpoints.crash_matrix import Counts, enumerate_crashes, flushes, loaded
 from tests.checkpoints.crash_protocols import MODEL, NAIVE, OURS, Protocol, fresh, reader
 from tests.checkpoints.crash_store import (

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from apollo_trainer.checkpoints.digest import digest
+from apollo_trainer.checkpoints.disk.digests import digest
 from apollo_trainer.checkpoints.host_memory import HostBuffers
-from apollo_trainer.checkpoints.restore import restore
-from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
-from apollo_trainer.checkpoints.snapshots import SnapshotCopy, SnapshotWriter
-from apollo_trainer.checkpoints.undo_ring import UndoRing
+from apollo_trainer.checkpoints.snapshots.copy import SnapshotCopy, SnapshotWriter
+from apollo_trainer.checkpoints.snapshots.restoring import restore
+from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
+from apollo_trainer.checkpoints.snapshots.undo_ring import UndoRing
 from tests.checkpoints.learner import Learner, assert_same
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from apollo_trainer.checkpoints.preconditions import why_not_synced
-from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
-from apollo_trainer.checkpoints.spare import Spare
-from apollo_trainer.checkpoints.state_folder import place_under
-from apollo_trainer.checkpoints.sync import SyncMethod, SyncOptions, sync_directory
-from apollo_trainer.checkpoints.tensor_file import write_tensors
-from apollo_trainer.checkpoints.verify import verify_directory
+from apollo_trainer.checkpoints.directory.preconditions import why_not_synced
+from apollo_trainer.checkpoints.directory.spare import Spare
+from apollo_trainer.checkpoints.directory.state_folder import place_under
+from apollo_trainer.checkpoints.directory.sync import SyncMethod, SyncOptions, sync_directory
+from apollo_trainer.checkpoints.directory.verify import verify_directory
+from apollo_trainer.checkpoints.disk.tensor_file import write_tensors
+from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, CheckpointTensor
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from tests.checkpoints.conftest import LiveDirectory
 from tests.checkpoints.crash_protocols import files, reader
+from tests.checkpoints.directory.test_faulty_disk import generation_of, made, synced
 from tests.checkpoints.faulty_disk import tree
 from tests.checkpoints.learner import Learner, assert_same
 from tests.checkpoints.private_mounts import (
@@ -36,7 +37,6 @@ from tests.checkpoints.private_mounts import (
     used_bytes,
     with_private_mounts,
 )
-from tests.checkpoints.test_faulty_disk import generation_of, made, synced
 
 PAGE = 4096
 MEGABYTE = 1 << 20

@@ -21,7 +21,7 @@ from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.runs.events import EventLog, Life
 from apollo_trainer.runs.journal import FOLDER, SEGMENT_BYTES, Journal, journals_in, read_journal
-from tests.runs.books import finish
+from tests.books import finish
 from tests.waiting import WAIT_SECONDS, wait_until
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 
+from apollo_grpc.times import duration
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.runs.events import EventLog, duration
+from apollo_trainer.runs.events import EventLog
 
 SUCCEEDED = pb.Finished(state=pb.RUN_STATE_SUCCEEDED)
 

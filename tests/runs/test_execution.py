@@ -12,10 +12,10 @@ import torch
 import apollo_trainer.runs.steps as steps_module
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.apollo_state_header import FILE_NAME
+from apollo_trainer.checkpoints.apollo_state.header import FILE_NAME
+from apollo_trainer.engine.state_saver import CapturedState
+from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.optim import apollo
-from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
-from apollo_trainer.runs.state_saver import CapturedState
 
 Events = Callable[[Any], list[pb.RunEvent]]
 FAST = pb.OptimizerConfig(lr=1e-2)

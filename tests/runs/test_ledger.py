@@ -20,7 +20,7 @@ from apollo_trainer.runs.journal import SEGMENT_BYTES, Journal, read_journal
 from apollo_trainer.runs.ledger import write_events
 from apollo_trainer.runs.ledger_file import FILE_NAME
 from apollo_trainer.runs.retention import Retention
-from tests.runs.books import finish
+from tests.books import finish
 from tests.waiting import slowness, wait_until
 
 
@@ -117,7 +117,7 @@ def test_a_ledger_damaged_under_a_reader_is_data_loss(open_books: Any, state_dir
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from tests.runs.books import Books
+from tests.books import Books
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.runs import journal
 
@@ -210,7 +210,7 @@ def test_a_run_that_comes_after_the_end_is_refused_and_nobody_waits_for_it(open_
 FULL = """
 import resource, sys, time
 from pathlib import Path
-from tests.runs.books import Books, finish
+from tests.books import Books, finish
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import training_pb2 as pb
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.runs.events import EventLog
 from apollo_trainer.runs.queue import Store
-from tests.runs.books import Books, finish
+from tests.books import Books, finish
 
 
 class LedgerMachine(RuleBasedStateMachine):

@@ -11,7 +11,7 @@ from typing import Any
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.runs.ledger_file import FILE_NAME
 from apollo_trainer.runs.retention import Retention
-from tests.runs.books import SPEC, Books, finish
+from tests.books import SPEC, Books, finish
 from tests.waiting import slowness
 
 

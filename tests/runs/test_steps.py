@@ -13,7 +13,7 @@ import apollo_trainer.runs.steps as steps_module
 from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.runs.coherence import Coherence
+from apollo_trainer.engine.coherence import Coherence
 
 Events = Callable[[Any], list[pb.RunEvent]]
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED

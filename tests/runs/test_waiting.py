@@ -11,8 +11,8 @@ import pytest
 from apollo_grpc.errors import ResourceExhausted, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
-from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs
+from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
+from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.training.samples import TokenizedSample
 
 LONG = {"epochs": 100_000, "dry_run": True}

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from apollo_grpc.errors import ApolloError, Cancelled, NotFound
 from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.file_ops import FileOps
-from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
-from apollo_trainer.checkpoints.value_exchange import Exchange
+from apollo_trainer.checkpoints.disk.file_ops import FileOps
+from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
+from apollo_trainer.checkpoints.snapshots.value_exchange import Exchange
 from tests.checkpoints.faulty_disk import tree
 
 FAST = pb.OptimizerConfig(lr=1e-2)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.file_ops import FileOps
+from apollo_trainer.checkpoints.disk.file_ops import FileOps
 
 
 def test_a_sync_brings_the_learned_weights_to_the_directory(

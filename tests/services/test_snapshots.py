@@ -23,10 +23,10 @@ from apollo_grpc.errors import (
 )
 from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.snapshot_store import SnapshotStore
-from apollo_trainer.checkpoints.snapshots import SnapshotCopy
-from apollo_trainer.checkpoints.value_exchange import Exchange
-from apollo_trainer.runs import model_checkpoints
+from apollo_trainer.checkpoints.snapshots.copy import SnapshotCopy
+from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
+from apollo_trainer.checkpoints.snapshots.value_exchange import Exchange
+from apollo_trainer.engine import model_checkpoints
 from apollo_trainer.runs.execution import Execution
 
 FAST = pb.OptimizerConfig(lr=1e-2)

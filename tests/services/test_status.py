@@ -14,8 +14,8 @@ import apollo_trainer.services.status as status_module
 from apollo_grpc.errors import InvalidArgument, ResourceExhausted
 from apollo_grpc.v1 import status_pb2 as pb
 from apollo_grpc.v1.training_pb2 import RunEvent
+from apollo_trainer.engine.status_board import KEPT_EVENTS, StatusBoard
 from apollo_trainer.main import SERVICES
-from apollo_trainer.runs.status_board import KEPT_EVENTS, StatusBoard
 from apollo_trainer.watching.ring import Ring
 
 

@@ -15,7 +15,7 @@ from statistics import median
 
 from apollo_client import ApolloClient
 from apollo_grpc.errors import ApolloError, FailedPrecondition
-from apollo_trainer.runs.model_checkpoints import CUT_OFF
+from apollo_trainer.engine.model_checkpoints import CUT_OFF
 from tests.server_process import ServerProcess
 
 OPERATIONS: dict[str, Callable[[ApolloClient], object]] = {

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import apollo_trainer.runs.status_board as board_module
+import apollo_trainer.engine.status_board as board_module
 import apollo_trainer.watching.ring as ring_module
 from apollo_grpc.v1 import status_pb2, training_pb2
-from apollo_trainer.runs.status_board import KEPT_EVENTS, StatusBoard
+from apollo_trainer.engine.status_board import KEPT_EVENTS, StatusBoard
 from apollo_trainer.watching.ring import MAX_BYTES, Ring, Update, Watcher
 
 

@@ -15,9 +15,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from google.protobuf import duration_pb2, timestamp_pb2
-
 from apollo_grpc.errors import OutOfRange, Unavailable
+from apollo_grpc.times import now
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.runs.journal import Journal
 
@@ -25,20 +24,6 @@ log = logging.getLogger(__name__)
 # Events of a run at work that are kept in memory for its readers; older ones are read from disk.
 TAIL = 1024
 PAGE = 512
-
-
-def now() -> timestamp_pb2.Timestamp:
-    """The time as protobuf writes it."""
-    stamp = timestamp_pb2.Timestamp()
-    stamp.GetCurrentTime()
-    return stamp
-
-
-def duration(seconds: float) -> duration_pb2.Duration:
-    """Seconds as protobuf writes them."""
-    made = duration_pb2.Duration()
-    made.FromNanoseconds(int(seconds * 1e9))
-    return made
 
 
 class Store(Protocol):

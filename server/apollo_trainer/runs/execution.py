@@ -10,16 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, ResourceExhausted, Unavailable
+from apollo_grpc.times import duration
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.apollo_state_header import Covered
-from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
+from apollo_trainer.checkpoints.apollo_state import Covered
+from apollo_trainer.checkpoints.snapshots import SnapshotInfo
+from apollo_trainer.engine import CapturedState, Saved, Session, StateSaver, StatusBoard
 from apollo_trainer.optim.ahead import compile_ahead
-from apollo_trainer.runs.events import EventLog, duration
+from apollo_trainer.runs.events import EventLog
 from apollo_trainer.runs.run import PreparedRun
-from apollo_trainer.runs.session import Session
-from apollo_trainer.runs.state_saver import CapturedState, Saved, StateSaver
-from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.runs.steps import RunSteps, engine_lost
 from apollo_trainer.training.evaluate import evaluate
 from apollo_trainer.training.guard import LossReached

@@ -19,24 +19,23 @@ from apollo_grpc.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from apollo_grpc.times import now
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.apollo_state_header import Covered
+from apollo_trainer.checkpoints.apollo_state import Covered
 from apollo_trainer.config import Settings
+from apollo_trainer.engine import ModelOwner, Session, StatusBoard
 from apollo_trainer.requests.options import read_options
 from apollo_trainer.requests.samples import why_refused
-from apollo_trainer.runs.events import EventLog, now, stopping
+from apollo_trainer.runs.events import EventLog, stopping
 from apollo_trainer.runs.execution import Execution
 from apollo_trainer.runs.journal import FOLDER
 from apollo_trainer.runs.ledger import Acceptance, Ledger, RunRow, canonical, digest_of
 from apollo_trainer.runs.ledger_file import LedgerFile
 from apollo_trainer.runs.ledger_writer import LedgerWriter, Store
-from apollo_trainer.runs.owner import ModelOwner
 from apollo_trainer.runs.recovery import settle
 from apollo_trainer.runs.retention import Retention
 from apollo_trainer.runs.run import PreparedRun, prepare_run
-from apollo_trainer.runs.session import Session
-from apollo_trainer.runs.status_board import StatusBoard
 from apollo_trainer.training.options import OptimizerOptions, StateShape
 from apollo_trainer.weights.sidecar import Sidecar
 

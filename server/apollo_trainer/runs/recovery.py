@@ -10,9 +10,9 @@ import logging
 import sqlite3
 from pathlib import Path
 
+from apollo_grpc.times import now
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.apollo_state_header import saved_steps
-from apollo_trainer.runs.events import now
+from apollo_trainer.checkpoints.apollo_state import saved_steps
 from apollo_trainer.runs.journal import (
     FOLDER,
     JournalContents,

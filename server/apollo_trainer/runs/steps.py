@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, ResourceExhausted, Unavailable
-from apollo_trainer.runs.coherence import coherence_of, engine_is_gone
+from apollo_trainer.engine import Session, coherence_of, engine_is_gone
 from apollo_trainer.runs.events import EventLog
 from apollo_trainer.runs.run import PreparedRun
-from apollo_trainer.runs.session import Session
 from apollo_trainer.training.guard import Unlearned
 from apollo_trainer.training.incomplete import StepIncomplete
 from apollo_trainer.training.out_of_memory import OutOfMemory

@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 from apollo_grpc.errors import FailedPrecondition, InvalidArgument
 from apollo_grpc.v1 import checkpoint_pb2 as pb
 from apollo_grpc.v1 import checkpoint_pb2_grpc as pb_grpc
-from apollo_trainer.checkpoints.sync import Progress, SyncMethod
-from apollo_trainer.runs.checkpoint_jobs import CheckpointJobs, find_snapshot
-from apollo_trainer.runs.job import stopped
-from apollo_trainer.runs.owner import ModelOwner
+from apollo_trainer.checkpoints.directory import Progress, SyncMethod
+from apollo_trainer.engine import ModelOwner
+from apollo_trainer.operations import CheckpointJobs, find_snapshot, stopped
 from apollo_trainer.services import checkpoint_results as results
 from apollo_trainer.services.repeated import RepeatedCalls
 from apollo_trainer.services.streams import StreamLimit

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from apollo_grpc.v1 import checkpoint_pb2 as pb
-from apollo_trainer.checkpoints.adopt import Adoption
-from apollo_trainer.checkpoints.export import Exported
-from apollo_trainer.checkpoints.snapshot_info import SnapshotInfo
-from apollo_trainer.checkpoints.sync import SyncOutcome
-from apollo_trainer.checkpoints.verify import Verification
-from apollo_trainer.runs.checkpoint_jobs import Restored
+from apollo_trainer.checkpoints.directory import Adoption, Exported, SyncOutcome, Verification
+from apollo_trainer.checkpoints.snapshots import SnapshotInfo
+from apollo_trainer.operations import Restored
 
 
 def sync_result(done: tuple[SyncOutcome, int]) -> pb.SyncResult:

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from apollo_grpc.errors import InvalidArgument
+from apollo_grpc.times import now
 from apollo_grpc.v1 import status_pb2 as pb
 from apollo_grpc.v1 import status_pb2_grpc as pb_grpc
-from apollo_trainer.runs.events import now
-from apollo_trainer.runs.status_board import StatusBoard
+from apollo_trainer.engine import StatusBoard
 from apollo_trainer.services.streams import StreamLimit
 from apollo_trainer.watching.ring import Ring, Watcher
 

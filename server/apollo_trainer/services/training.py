@@ -10,11 +10,8 @@ from typing import Any
 from apollo_grpc.errors import InvalidArgument, NotFound
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_grpc.v1 import training_pb2_grpc as pb_grpc
-from apollo_trainer.runs.events import PAGE, require_next, require_reached
-from apollo_trainer.runs.ledger import RunRow
-from apollo_trainer.runs.owner import ModelOwner
-from apollo_trainer.runs.queue import RunQueue
-from apollo_trainer.runs.run import prepare_run
+from apollo_trainer.engine import ModelOwner
+from apollo_trainer.runs import PAGE, RunQueue, RunRow, prepare_run, require_next, require_reached
 from apollo_trainer.services.paging import read_page_request, token_after
 from apollo_trainer.services.streams import StreamLimit
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from apollo_grpc.v1 import status_pb2 as pb
-from apollo_trainer.runs.status_board import KEPT_EVENTS, StatusBoard
+from apollo_trainer.engine import KEPT_EVENTS, StatusBoard
 
 MAX_BYTES = 16 * 2**20
 # Between two statuses: one that changes with every step is not told with every step. And for each

@@ -1,0 +1,101 @@
+"""Files that survive a crash: flushed, swapped and digested, on whatever disk there is."""
+
+from apollo_trainer.checkpoints.disk.digests import (
+    RunningDigest,
+    algorithm_of,
+    digest,
+    file_digest,
+    in_blocks,
+    matches,
+    raw_bytes,
+)
+from apollo_trainer.checkpoints.disk.durable import (
+    TEMPORARY,
+    durable_bytes,
+    durable_write,
+    flush_file,
+    flush_folder,
+    write_new,
+)
+from apollo_trainer.checkpoints.disk.file_ops import CANNOT_EXCHANGE, FILES, FileOps, FileStat
+from apollo_trainer.checkpoints.disk.new_folders import (
+    copy_file,
+    flush_folders,
+    new_folder_beside,
+    remove_unfinished,
+)
+from apollo_trainer.checkpoints.disk.shard_header import (
+    DTYPES,
+    NAME_OF,
+    ShardHeader,
+    TensorPlace,
+    parse_metadata,
+    whole_numbers,
+)
+from apollo_trainer.checkpoints.disk.store_folder import StoreFolder, own_bytes
+from apollo_trainer.checkpoints.disk.tensor_file import (
+    PIECE,
+    bytes_of,
+    digest_at,
+    digest_of,
+    digest_of_pieces,
+    pieces_at,
+    pieces_of,
+    read_header,
+    write_pieces,
+    write_tensors,
+)
+from apollo_trainer.checkpoints.disk.threads import (
+    background_threads,
+    in_batches,
+    spread,
+    spread_by_size,
+    threads_for,
+)
+
+__all__ = [
+    "CANNOT_EXCHANGE",
+    "DTYPES",
+    "FILES",
+    "NAME_OF",
+    "PIECE",
+    "TEMPORARY",
+    "FileOps",
+    "FileStat",
+    "RunningDigest",
+    "ShardHeader",
+    "StoreFolder",
+    "TensorPlace",
+    "algorithm_of",
+    "background_threads",
+    "bytes_of",
+    "copy_file",
+    "digest",
+    "digest_at",
+    "digest_of",
+    "digest_of_pieces",
+    "durable_bytes",
+    "durable_write",
+    "file_digest",
+    "flush_file",
+    "flush_folder",
+    "flush_folders",
+    "in_batches",
+    "in_blocks",
+    "matches",
+    "new_folder_beside",
+    "own_bytes",
+    "parse_metadata",
+    "pieces_at",
+    "pieces_of",
+    "raw_bytes",
+    "read_header",
+    "remove_unfinished",
+    "spread",
+    "spread_by_size",
+    "threads_for",
+    "whole_numbers",
+    "write_new",
+    "write_pieces",
+    "write_tensors",
+]

@@ -1,0 +1,24 @@
+"""One vLLM engine: found, attached, watched, paused, and given up."""
+
+from apollo_trainer.engine.coherence import coherence_of, engine_is_gone
+from apollo_trainer.engine.engine_watch import EngineWatch, no_engine
+from apollo_trainer.engine.owner import ModelOwner
+from apollo_trainer.engine.pause import EnginePause
+from apollo_trainer.engine.session import Session
+from apollo_trainer.engine.state_saver import CapturedState, Saved, StateSaver
+from apollo_trainer.engine.status_board import KEPT_EVENTS, StatusBoard
+
+__all__ = [
+    "KEPT_EVENTS",
+    "CapturedState",
+    "EnginePause",
+    "EngineWatch",
+    "ModelOwner",
+    "Saved",
+    "Session",
+    "StateSaver",
+    "StatusBoard",
+    "coherence_of",
+    "engine_is_gone",
+    "no_engine",
+]

@@ -1,0 +1,85 @@
+"""Watches the sidecar: finds an engine when it appears, and knows when it is gone or wedged."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from apollo_grpc.errors import ApolloError, printable
+from apollo_trainer.engine.owner import ModelOwner
+from apollo_trainer.weights.sidecar import Sidecar
+
+log = logging.getLogger(__name__)
+RETRY_SECONDS = 0.25
+# The sidecar beats four times a second; a silent engine is to be lost within two seconds.
+SILENCE_SECONDS = 1.1
+# This process may itself have been stopped, and have beats to read first.
+GRACE_SECONDS = 0.25
+
+
+def no_engine(address: str) -> str:
+    """What a user reads while there is no sidecar."""
+    return (
+        f"No sidecar answers at {printable(address)}: start vLLM with VLLM_PLUGINS=apollo and "
+        "apollo-grpc installed beside it, or run 'apollo up MODEL'."
+    )
+
+
+class EngineWatch:
+    """Two threads: one reads the beats of WatchGeneration, one notices when they stay away."""
+
+    def __init__(self, sidecar: Sidecar, owner: ModelOwner):
+        self._sidecar, self._owner = sidecar, owner
+        self._stopped, self._beat = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._heard = False
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for work, name in ((self._read, "engine-watch"), (self._guard, "engine-silence"))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                for generation in self._sidecar.generations():
+                    with self._lock:
+                        self._heard = True
+                    self._beat.set()
+                    self._owner.version_told(generation.epoch, generation.weight_version)
+                    self._owner.engine_found(
+                        generation.epoch, generation.generation, generation.paused_by_others
+                    )
+            except ApolloError as error:
+                log.debug("the watch ended: %s", error.message)
+                if error.reason == "ENGINE_HELD":
+                    self._owner.engine_held(error.message)
+            self._lose("vLLM is gone.")
+            self._stopped.wait(RETRY_SECONDS)
+
+    def _guard(self) -> None:
+        while not self._stopped.is_set():
+            silent = not (self._beat.wait(SILENCE_SECONDS) or self._beat.wait(GRACE_SECONDS))
+            self._beat.clear()
+            if silent and self._lose("vLLM does not answer: it is stopped or wedged."):
+                self._sidecar.abandon()
+
+    def _lose(self, what: str) -> bool:
+        """Tells the owner, once for each engine that was heard; returns whether it did."""
+        with self._lock:
+            was_heard, self._heard = self._heard, False
+        # A stopped server closes the channel, which is no word about the engine.
+        if not was_heard or self._stopped.is_set():
+            return False
+        log.warning("%s", what)
+        self._owner.engine_lost(f"{what} {no_engine(self._sidecar.address)}")
+        return True
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._stopped.set()
+        self._beat.set()
+        self._sidecar.close()
+        for thread in self._threads:
+            thread.join()

@@ -1,0 +1,137 @@
+"""Opens the session of a new attachment: finds the Apollo state that belongs to its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from apollo_grpc.errors import FailedPrecondition
+from apollo_trainer.checkpoints.apollo_state import (
+    FILE_NAME,
+    OPTIMIZER_KEY,
+    RUNNING_FILE_NAME,
+    SHAPE_KEY,
+    StateOf,
+    load_state,
+    newest_state,
+    state_of,
+)
+from apollo_trainer.config import Settings
+from apollo_trainer.engine.model_checkpoints import ModelCheckpoints
+from apollo_trainer.engine.session import KeptState, Session, new_optimizer, weights_are_others
+from apollo_trainer.optim import Apollo
+from apollo_trainer.requests.samples import SampleLimits
+from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.context_check import require_frozen_context
+from apollo_trainer.training.faster import speed_up
+from apollo_trainer.training.needs import CANNOT
+from apollo_trainer.training.options import StateShape
+from apollo_trainer.training.twin import twin_of
+from apollo_trainer.weights.attach import Attachment
+from apollo_trainer.weights.fingerprint import fingerprint
+from apollo_trainer.weights.verify import probe_tokens
+
+log = logging.getLogger(__name__)
+
+
+def open_session(
+    attachment: Attachment, settings: Settings, kept: KeptState | None = None
+) -> Session:
+    """The session of a new attachment, with the Apollo state that belongs to its weights.
+
+    Args:
+        kept: of an engine that was lost; taken when it is this one, else the state on disk is.
+
+    Raises FailedPrecondition when the model cannot learn after a frozen context, or the state on
+    disk is unreadable or of another model.
+    """
+    require_frozen_context(
+        attachment.model, probe_tokens(attachment.model, attachment.max_model_len)
+    )
+    state_path = _state_path(settings.state_dir, attachment.directory)
+    came_back = kept is not None and kept.epoch == attachment.epoch
+    newest = newest_state(state_path.parent, attachment.epoch)
+    on_disk = (kept.tensors, kept.description) if kept and came_back else load_state(newest)
+    shape = configured = StateShape(settings.rank, settings.variant, settings.rounding)
+    if on_disk:
+        shape = StateShape(**on_disk[1][SHAPE_KEY])
+    if shape != configured:
+        log.warning(
+            "the Apollo state on disk is %s; the settings %s are for new ones", shape, configured
+        )
+    optimizer = new_optimizer(attachment, shape, settings)
+    if on_disk:
+        _restore(optimizer, state_path, *on_disk)
+    embedding = attachment.model.get_input_embeddings().weight
+    limits = SampleLimits(embedding.shape[0], attachment.max_model_len, settings.max_samples)
+    checkpoints = ModelCheckpoints(attachment, state_path.parent, settings)
+    optimizer.before_param_write = checkpoints.watch
+    passes = twin = None
+    slow = ""
+    if embedding.is_cuda:
+        slow = speed_up(attachment.model)
+        passes, twin = CapturedPasses(attachment.model), _twin(attachment.model)
+    session = Session(
+        attachment, optimizer, shape, state_path, limits, settings, checkpoints, passes, twin,
+        slow,
+    )  # fmt: skip
+    if kept and came_back:
+        vars(session).update(kept.carried, came_back=True)
+        checkpoints.poison.why = kept.mixed
+        return session
+    session.captured_step = optimizer.step_count
+    session.saves = max(
+        state_of(state_path.with_name(name)).saves for name in (FILE_NAME, RUNNING_FILE_NAME)
+    )
+    if on_disk:
+        _compare(session, StateOf.read(on_disk[1]))
+    return session
+
+
+def _twin(model: Any) -> Any | None:
+    try:
+        return twin_of(model)
+    except CANNOT as error:
+        log.info("it is not known what a step needs of the device: %s", error)
+        return None
+
+
+def _compare(session: Session, state: StateOf) -> None:
+    """Finds out whether a state on disk is that of the live weights."""
+    attachment = session.attachment
+    session.from_disk, session.covered = True, state.covered
+    session.on_disk = state.epoch == attachment.epoch
+    if state.fingerprint and state.fingerprint == fingerprint(attachment.parameters()):
+        # A restore that was cut off had then not begun to write, or was whole and saved.
+        session.checkpoints.end_restore()
+    elif session.on_disk and not state.fingerprint:
+        # Of the middle of a run; whole, it is of use with the next engine too.
+        session.captured_step = -1
+    elif session.on_disk:
+        session.moved = True
+    else:
+        session.other_weights = weights_are_others(session.optimizer.step_count)
+
+
+def _restore(
+    optimizer: Apollo, path: Path, tensors: dict[str, Any], description: dict[str, Any]
+) -> None:
+    try:
+        optimizer.load_named_state(tensors, description[OPTIMIZER_KEY])
+    except ValueError as error:
+        raise FailedPrecondition(
+            f"The Apollo state {path} does not fit the model that vLLM serves ({error}); it was "
+            "left as it is, and nothing is trained. Move it away to begin with a new state.",
+            reason="STATE_OF_ANOTHER_MODEL",
+        ) from error
+    log.info("restored the Apollo state at step %d from %s", optimizer.step_count, path)
+
+
+def _state_path(state_dir: Path, model_directory: str) -> Path:
+    """One folder a model directory; the digest keeps two directories of one name apart."""
+    directory = Path(model_directory)
+    resolved = str(directory.resolve() if directory.exists() else directory)
+    digest = hashlib.sha256(resolved.encode()).hexdigest()[:12]
+    return state_dir / "models" / f"{directory.name}-{digest}" / FILE_NAME

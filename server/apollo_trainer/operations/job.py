@@ -1,0 +1,63 @@
+"""A job that its caller may stop, as long as that leaves all as it was."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from typing import TypeVar
+
+from apollo_grpc.errors import Cancelled
+from apollo_trainer.checkpoints.directory import Progress
+
+T = TypeVar("T")
+
+
+class Job(Future[T]):
+    """What a call began.
+
+    While it waits, `cancel` ends it at once. While it works, it ends by an error at its next
+    progress, and whoever does the work cleans up as after any error.
+
+    Args:
+        tell: told of its progress.
+    """
+
+    def __init__(self, tell: Progress):
+        super().__init__()
+        self._tell, self._deciding = tell, threading.Lock()
+        self._asked = self._closed = False
+
+    def cancel(self) -> bool:
+        """Asks it to stop; False where it has ended otherwise, or is past the point."""
+        if super().cancel():
+            return True
+        if self.done():
+            return isinstance(self.exception(), Cancelled)
+        with self._deciding:
+            self._asked = not self._closed
+            return self._asked
+
+    def progress(self, done: int, total: int, current: str) -> None:
+        """Tells its progress. Raises Cancelled where it is to stop; never at the end."""
+        if current:
+            self._require_wanted()
+        self._tell(done, total, current)
+
+    def close(self) -> None:
+        """From here on it cannot be stopped. Raises Cancelled where it is to stop."""
+        with self._deciding:
+            self._closed = not self._asked
+        self._require_wanted()
+
+    def _require_wanted(self) -> None:
+        with self._deciding:
+            if self._asked:
+                raise stopped()
+
+
+def stopped() -> Cancelled:
+    """What a job that was stopped ends with."""
+    return Cancelled(
+        "The job was stopped as asked; all is as it was before. The same call begins it anew.",
+        reason="JOB_CANCELLED",
+    )

@@ -1,0 +1,182 @@
+"""An engine is found, lost in silence, found again, and never trained with another's state."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apollo_grpc.errors import FailedPrecondition
+from apollo_grpc.v1 import status_pb2
+from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
+from tests.waiting import at_most
+
+Events = Callable[[Any], list[pb.RunEvent]]
+ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
+DETACHED = status_pb2.ATTACHMENT_STATE_DETACHED
+FAST = pb.OptimizerConfig(lr=1e-2)
+NOTICE_SECONDS = 2.0
+
+
+@pytest.fixture
+def worker(attached: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that the engine takes for its worker."""
+    engine, _ = attached
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+    engine.engine._worker_pid = process.pid
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_stopped_worker_is_noticed_within_two_seconds_and_found_again(
+    attached: Any, worker: Any
+) -> None:
+    engine, trainer = attached
+    with at_most(NOTICE_SECONDS):
+        worker.send_signal(signal.SIGSTOP)
+        trainer.wait_for(DETACHED)
+    assert "wedged" in trainer.status.attachment_detail
+    worker.send_signal(signal.SIGCONT)
+    trainer.wait_for(ATTACHED, engine.engine.epoch)
+
+
+def test_a_loss_is_told_before_the_collection_that_stops_every_thread(
+    attached: Any, wait: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, trainer = attached
+    told: list[int] = []
+    monkeypatch.setattr("gc.collect", lambda: told.append(trainer.status.attachment))
+    engine.stop()
+    wait(lambda: told, "the collection of what was unmapped")
+    assert told[0] == DETACHED
+
+
+def test_a_paused_engine_that_does_not_answer_fails_its_run_within_two_seconds(
+    attached: Any, all_events: Events, wait: Any
+) -> None:
+    engine, trainer = attached
+    trainer.owner.session().settings.lease_seconds = 2.0
+    log = trainer.submit(epochs=100_000)
+    wait(lambda: log.sequence > 4, "a step")
+    # One answer may be on its way; then three beats fail.
+    with at_most(NOTICE_SECONDS + 0.5):
+        engine.client.answers_pings = False
+        finished = all_events(log)[-1].finished
+    assert finished.failure.reason == "ENGINE_LOST"
+    engine.client.answers_pings = True
+    wait(lambda: not engine.engine.leases.active, "the end of the lease")
+    trainer.wait_for(ATTACHED, engine.engine.epoch)
+
+
+def test_the_state_in_memory_is_kept_for_an_engine_that_comes_back(
+    attached: Any, worker: Any, all_events: Events, wait: Any
+) -> None:
+    _, trainer = attached
+    trainer.owner.session().settings.lease_seconds = 2.0
+    log = trainer.submit(epochs=100_000, optimizer=FAST)
+    wait(lambda: log.sequence > 6, "steps")
+    worker.send_signal(signal.SIGSTOP)
+    finished = all_events(log)[-1].finished
+    assert finished.failure.reason == "ENGINE_LOST"
+    worker.send_signal(signal.SIGCONT)
+    # Nothing was saved after the run; the steps are in the weights, which are still there.
+    assert trainer.wait_for(ATTACHED).optimizer_step == finished.steps_done
+    assert not trainer.owner.session().other_weights
+
+
+def test_a_lost_engines_memory_is_unmapped(attached: Any, wait: Any) -> None:
+    engine, _ = attached
+    inode = os.fstat(engine.model.live._fd).st_ino
+
+    def mapped() -> int:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return sum(line.split(maxsplit=5)[4] == str(inode) for line in lines)
+
+    assert mapped() == 2
+    engine.stop()
+    wait(lambda: mapped() == 1, "the trainer's unmapping")
+
+
+def test_a_state_is_not_used_on_other_weights_until_told(
+    attached: Any, start_engine: Any, all_events: Events
+) -> None:
+    engine, trainer = attached
+    all_events(trainer.submit(epochs=3, optimizer=FAST))
+    # Its weights go with it: nothing was synced.
+    engine.stop()
+    trainer.wait_for(DETACHED)
+    new = start_engine()
+    status = trainer.wait_for(ATTACHED, new.engine.epoch)
+    assert "Runs are refused" in status.attachment_detail
+    assert not status.optimizer_loaded
+    before = new.model.values()
+    with pytest.raises(FailedPrecondition, match="accept_other_weights") as refused:
+        trainer.submit(optimizer=FAST)
+    assert refused.value.reason == "STATE_OF_OTHER_WEIGHTS"
+    assert all(torch.equal(before[n], value) for n, value in new.model.values().items())
+
+    accepting = pb.OptimizerConfig(lr=1e-2, accept_other_weights=True)
+    events = all_events(trainer.submit(optimizer=accepting))
+    assert events[1].started.optimizer_step == 3
+    # Told once, it is the state of these weights.
+    assert all_events(trainer.submit(optimizer=FAST))[1].started.optimizer_step == 4
+
+
+def test_a_reset_begins_a_state_of_the_weights_that_are_there(
+    attached: Any, start_engine: Any, all_events: Events
+) -> None:
+    engine, trainer = attached
+    all_events(trainer.submit(epochs=3, optimizer=FAST))
+    engine.stop()
+    trainer.wait_for(DETACHED)
+    trainer.wait_for(ATTACHED, start_engine().engine.epoch)
+    reset = pb.OptimizerConfig(lr=1e-2, reset_optimizer=True)
+    assert all_events(trainer.submit(optimizer=reset))[1].started.optimizer_step == 0
+
+
+def test_a_refused_state_stays_as_it_is_on_disk(
+    attached: Any, start_engine: Any, start_trainer: Any, all_events: Events
+) -> None:
+    engine, trainer = attached
+    all_events(trainer.submit(epochs=3, optimizer=FAST))
+    path = trainer.owner.session().state_path
+    saved = path.read_bytes()
+    engine.stop()
+    trainer.wait_for(DETACHED)
+    trainer.wait_for(ATTACHED, start_engine().engine.epoch)
+    trainer.stop()
+    assert path.read_bytes() == saved
+    assert "Runs are refused" in start_trainer().wait_for(ATTACHED).attachment_detail
+
+
+def test_synced_weights_are_those_of_the_state_after_a_restart(
+    attached: Any, start_engine: Any, all_events: Events
+) -> None:
+    engine, trainer = attached
+    all_events(trainer.submit(epochs=3, optimizer=FAST))
+    CheckpointJobs(trainer.owner, trainer.board).sync(lambda *_: None).result(30)
+    engine.stop()
+    trainer.wait_for(DETACHED)
+    assert trainer.wait_for(ATTACHED, start_engine().engine.epoch).optimizer_step == 3
+    assert all_events(trainer.submit(optimizer=FAST))[1].started.optimizer_step == 3
+
+
+def test_a_new_server_waits_for_the_pause_of_one_that_died(
+    attached: Any, start_trainer: Any
+) -> None:
+    engine, trainer = attached
+    trainer.stop()
+    engine.engine.leases.acquire("of a server that died", 1.0, "keep")
+    began = time.monotonic()
+    start_trainer().wait_for(ATTACHED)
+    assert time.monotonic() - began > 0.7
