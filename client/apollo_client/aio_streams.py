@@ -1,0 +1,118 @@
+"""Streams of the asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import grpc.aio
+
+from apollo_client.connection import readable
+from apollo_client.lifetime import Lifetime, is_cancelled
+from apollo_client.resume import Patience, Resume
+from apollo_grpc.errors import ApolloError
+from apollo_grpc.transport import Endpoint
+from apollo_grpc.v1 import training_pb2
+
+T = TypeVar("T")
+Begin = Callable[[Any, Any], Any]
+
+
+class AsyncStream(Generic[T]):
+    """Messages of one call, as they arrive. Raises the `ApolloError` that ended it, if one did.
+
+    A call that the server refused for now, before its first message, is made again.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[], Any],
+        patience: Patience,
+        endpoint: Endpoint,
+        lifetime: Lifetime,
+        read: Callable[[Any], T],
+    ):
+        self._open, self._patience = call, patience
+        self._endpoint, self._lifetime, self._read = endpoint, lifetime, read
+        self._left = False
+        self._call = call()
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        while True:
+            self._lifetime.require_here()
+            try:
+                message = await self._call.read()
+            except asyncio.CancelledError:
+                # Also raised for a call that was left, which would pass for this task's own end.
+                if self._has_left() and not is_cancelled():
+                    raise StopAsyncIteration from None
+                raise
+            except grpc.RpcError as raised:
+                if self._lifetime.closed:
+                    raise StopAsyncIteration from None
+                error = readable(raised, self._endpoint)
+            else:
+                if message is grpc.aio.EOF:
+                    raise StopAsyncIteration
+                self._patience.heard()
+                return self._read(message)
+            await self._again(error)
+
+    async def _again(self, error: ApolloError | None) -> None:
+        """Makes the call again, in a while; raises where that makes no sense."""
+        if not self._has_left():
+            await asyncio.sleep(self._patience.wait_after(error))
+        if self._has_left():
+            raise StopAsyncIteration
+        self._call = self._open()
+
+    def _has_left(self) -> bool:
+        return self._left or self._lifetime.closed
+
+    def close(self) -> None:
+        """Leaves the stream: iterating it ends. What it watched goes on."""
+        self._left = True
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncRunStream(AsyncStream[training_pb2.RunEvent]):
+    """The events of one run, none lost and none twice, also when the server is restarted."""
+
+    def __init__(
+        self, begin: Begin, stub: Any, resume: Resume, endpoint: Endpoint, lifetime: Lifetime
+    ):
+        self._resume = resume
+
+        def call() -> Any:
+            request = resume.request()
+            known = isinstance(request, training_pb2.WatchRunRequest)
+            return begin(stub.WatchRun if known else stub.Train, request)
+
+        super().__init__(call, resume, endpoint, lifetime, lambda response: response.event)
+
+    async def __anext__(self) -> training_pb2.RunEvent:
+        while not self._resume.ended:
+            try:
+                event = await super().__anext__()
+            except StopAsyncIteration:
+                await self._again(None)
+                continue
+            if self._resume.take(event):
+                return event
+        raise StopAsyncIteration

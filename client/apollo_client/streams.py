@@ -1,0 +1,112 @@
+"""Streams of the blocking client."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import grpc
+
+from apollo_client.connection import readable
+from apollo_client.lifetime import Lifetime
+from apollo_client.resume import Patience, Resume
+from apollo_grpc.errors import ApolloError
+from apollo_grpc.transport import Endpoint
+from apollo_grpc.v1 import training_pb2
+
+T = TypeVar("T")
+Begin = Callable[[Any, Any], Any]
+
+
+class Stream(Generic[T]):
+    """Messages of one call, as they arrive. Raises the `ApolloError` that ended it, if one did.
+
+    A call that the server refused for now, before its first message, is made again.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[], Any],
+        patience: Patience,
+        endpoint: Endpoint,
+        lifetime: Lifetime,
+        read: Callable[[Any], T],
+    ):
+        self._open, self._patience = call, patience
+        self._endpoint, self._lifetime, self._read = endpoint, lifetime, read
+        self._leaving = threading.Event()
+        self._call = call()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        while True:
+            self._lifetime.require_here()
+            try:
+                message = next(self._call)
+            except grpc.RpcError as raised:
+                if self._lifetime.closed:
+                    raise StopIteration from None
+                error = readable(raised, self._endpoint)
+            else:
+                self._patience.heard()
+                return self._read(message)
+            self._again(error)
+
+    def _again(self, error: ApolloError | None) -> None:
+        """Makes the call again, in a while; raises where that makes no sense."""
+        # Left meanwhile: nobody waits for the next message.
+        if self._has_left() or self._leaving.wait(self._patience.wait_after(error)):
+            raise StopIteration
+        if self._has_left():
+            raise StopIteration
+        self._call = self._open()
+
+    def _has_left(self) -> bool:
+        return self._lifetime.closed or self._leaving.is_set()
+
+    def close(self) -> None:
+        """Leaves the stream: iterating it ends. What it watched goes on."""
+        self._leaving.set()
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class RunStream(Stream[training_pb2.RunEvent]):
+    """The events of one run, none lost and none twice, also when the server is restarted."""
+
+    def __init__(
+        self, begin: Begin, stub: Any, resume: Resume, endpoint: Endpoint, lifetime: Lifetime
+    ):
+        self._resume = resume
+
+        def call() -> Any:
+            request = resume.request()
+            known = isinstance(request, training_pb2.WatchRunRequest)
+            return begin(stub.WatchRun if known else stub.Train, request)
+
+        super().__init__(call, resume, endpoint, lifetime, lambda response: response.event)
+
+    def __next__(self) -> training_pb2.RunEvent:
+        while not self._resume.ended:
+            try:
+                event = super().__next__()
+            except StopIteration:
+                self._again(None)
+                continue
+            if self._resume.take(event):
+                return event
+        raise StopIteration
