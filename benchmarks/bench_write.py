@@ -24,19 +24,14 @@ from apollo_trainer.optim.cuda import kinds
 TOKENS, WARM, STEPS = 200, 2, 5
 # Rows, columns, tokens a product, parts, warps, stages, most registers a thread.
 TILES = [
-    (64, 64, 32, 1, 4, 4, None),
-    (64, 64, 32, 2, 4, 4, None),
-    (64, 64, 32, 2, 4, 4, 96),
     (64, 64, 32, 2, 4, 4, 80),
-    (64, 64, 32, 1, 4, 4, 96),
+    (64, 128, 32, 4, 4, 3, None),
     (64, 128, 32, 4, 4, 3, 128),
-    (64, 128, 32, 2, 4, 3, 168),
-    (128, 64, 32, 2, 8, 3, None),
-    (128, 128, 32, 2, 16, 3, 128),
-    (128, 128, 32, 4, 16, 3, 64),
-    (128, 128, 32, 4, 8, 3, 128),
     (128, 128, 64, 4, 8, 2, 128),
-    (128, 256, 32, 4, 16, 3, 128),
+    (128, 128, 64, 4, 8, 3, 128),
+    (128, 128, 32, 4, 8, 4, 128),
+    (128, 256, 64, 4, 16, 2, 128),
+    (128, 256, 32, 4, 8, 3, None),
 ]
 
 
@@ -61,14 +56,12 @@ def main() -> None:
         free()
 
 
-def _launch(
-    rows: int, cols: int, tokens: int, parts: int, warps: int, stages: int, registers: int | None
-) -> Iterator[tuple[str, int]]:
-    names = ("BLOCK_ROWS", "BLOCK_COLS", "BLOCK_T", "PARTS", "num_warps", "num_stages")
-    yield from zip(names, (rows, cols, tokens, parts, warps, stages), strict=True)
+def _launch(*tile: int | None) -> Iterator[tuple[str, int]]:
+    names = ["BLOCK_ROWS", "BLOCK_COLS", "BLOCK_T", "PARTS", "num_warps", "num_stages"]
+    for name, value in zip([*names, "maxnreg"], tile, strict=True):
+        if value is not None:
+            yield name, value
     yield from (("REPEATS", 1), ("STAGES", 1))
-    if registers:
-        yield "maxnreg", registers
 
 
 def _write_ms(weights: Weights) -> float:

@@ -11,10 +11,12 @@ from apollo_trainer.optim.cuda.columns import (
     BETA1,
     COLS,
     FIELDS,
+    FIRST,
     GROUP,
     P_KEY,
     P_OFFSET,
     REFRESH,
+    ROUND_KEY,
     ROWS,
     SETTINGS,
     STEP_PTR,
@@ -22,47 +24,86 @@ from apollo_trainer.optim.cuda.columns import (
 
 
 @triton.jit
-def _philox(c0, c1, c2, c3, k0, k1):
+def keys_of(k0, k1):
+    """The keys of Philox's ten rounds, two of each."""
+    k0, k1, keys = k0.to(tl.uint32), k1.to(tl.uint32), ()
     for _ in tl.static_range(10):
-        high0 = tl.umulhi(c0, 0xD2511F53)
-        high1 = tl.umulhi(c2, 0xCD9E8D57)
-        low0 = c0 * 0xD2511F53
-        low1 = c2 * 0xCD9E8D57
-        c0 = high1 ^ c1 ^ k0
-        c2 = high0 ^ c3 ^ k1
-        c1 = low1
-        c3 = low0
+        keys += (k0, k1)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
+    return keys
+
+
+@triton.jit
+def _philox(c0, c1, c2, c3, keys):
+    # One instruction makes all 64 bits of a product, where its halves apart would take two.
+    for i in tl.static_range(10):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ keys[2 * i]
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ keys[2 * i + 1]
+        c1 = product1.to(tl.uint32)
+        c3 = product0.to(tl.uint32)
     return c0, c1, c2, c3
 
 
 @triton.jit
-def _blocks(block, step, k0, k1):
+def _blocks(block, step, keys):
     """The four words of each Philox block (int64 numbers)."""
     zero = (block * 0).to(tl.uint32)
     low = (block & 0xFFFFFFFF).to(tl.uint32)
     high = (block >> 32).to(tl.uint32)
     s0 = zero + (step & 0xFFFFFFFF).to(tl.uint32)
     s1 = zero + (step >> 32).to(tl.uint32)
-    return _philox(low, high, s0, s1, zero + k0.to(tl.uint32), zero + k1.to(tl.uint32))
+    return _philox(low, high, s0, s1, keys)
 
 
 @triton.jit
 def bits16(element, step, k0, k1):
     """16 random bits of each element by its number, as `philox.draw_16_bits` draws them."""
-    w0, w1, w2, w3 = _blocks(element >> 3, step, k0, k1)
+    w0, w1, w2, w3 = _blocks(element >> 3, step, keys_of(k0, k1))
     which = ((element >> 1) & 3).to(tl.int32)
     word = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
     return tl.where((element & 1) == 1, word >> 16, word & 0xFFFF)
 
 
 @triton.jit
-def bits16_of_blocks(block, step, k0, k1):
+def bits16_of_blocks(block, step, keys):
     """The same for whole blocks: eight elements for one draw, in three more dimensions of 2."""
-    w0, w1, w2, w3 = _blocks(block, step, k0, k1)
+    w0, w1, w2, w3 = _blocks(block, step, keys)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     return tl.join(words & 0xFFFF, words >> 16)
+
+
+@triton.jit
+def draws(d, number, STOCHASTIC: tl.constexpr):
+    """What bits of a matrix are drawn with: its first element, the step and the keys."""
+    drawn = (0, 0, 0, 0, 0)
+    if STOCHASTIC:
+        k0, k1 = tl.load(d + ROUND_KEY), tl.load(d + ROUND_KEY + 1)
+        drawn = (tl.load(d + FIRST), tl.load(number), k0, k1, keys_of(k0, k1))
+    return drawn
+
+
+@triton.jit
+def bits_of_tile(drawn, a, first_col, cols, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                 BLOCK_COLS: tl.constexpr):  # fmt: skip
+    """16 random bits of each element of rows a and the columns from the first on."""
+    first, step, k0, k1, keys = drawn
+    if ALIGNED:
+        blocks = (first_col >> 3) + tl.arange(0, BLOCK_COLS // 8)
+        blocks = ((first >> 3) + wide(a, cols >> 3))[:, None] + blocks[None, :]
+        bits = tl.reshape(bits16_of_blocks(blocks, step, keys), (BLOCK_ROWS, BLOCK_COLS))
+    else:
+        b = first_col + tl.arange(0, BLOCK_COLS)
+        bits = bits16((first + wide(a, cols))[:, None] + b[None, :], step, k0, k1)
+    return bits
+
+
+@triton.jit
+def wide(x, y):
+    """A product of numbers below 2 ** 32 in 64 bits: one instruction, where int64 takes four."""
+    return x.to(tl.uint32).to(tl.int64) * y.to(tl.uint32).to(tl.int64)
 
 
 @triton.jit
@@ -98,7 +139,8 @@ def draw_projections(desc, tiles, table, P, corrections, number, settings, RANK:
     refresh = tl.load(settings + REFRESH).to(tl.int64)
     window = (tl.load(number) - 1) // refresh
     block = (first >> 3) + tl.arange(0, BLOCK // 8)
-    bits = bits16_of_blocks(block, window, tl.load(d + P_KEY), tl.load(d + P_KEY + 1))
+    keys = keys_of(tl.load(d + P_KEY), tl.load(d + P_KEY + 1))
+    bits = bits16_of_blocks(block, window, keys)
     bits = tl.reshape(bits, (BLOCK,))
     # The table is odd: half of it fits the fast memory beside the tensor cores.
     upper = (bits >> 15) == 1

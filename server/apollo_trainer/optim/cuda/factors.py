@@ -29,6 +29,7 @@ from apollo_trainer.optim.cuda.columns import (
     ROWS,
     TOKENS,
 )
+from apollo_trainer.optim.cuda.draw import wide
 from apollo_trainer.optim.cuda.project import leave
 
 
@@ -53,7 +54,7 @@ def both(d, G_TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:
         U, V = tl.multiple_of(U, 16), tl.multiple_of(V, 16)
         u_row, v_row = tl.multiple_of(u_row, 8), tl.multiple_of(v_row, 8)
-    return U + first * u_row, u_row, V + first * v_row, v_row, count
+    return U + wide(first, u_row), u_row, V + wide(first, v_row), v_row, count
 
 
 @triton.jit
@@ -63,13 +64,14 @@ def product(U, u_row, i, rows, V, v_row, j, cols, count, G_TYPE: tl.constexpr,
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     # Offsets within a block of tokens fit 32 bits, which are half the work of 64.
     t = tl.arange(0, BLOCK_T)
-    u_at = t[:, None] * u_row.to(tl.int32) + i.to(tl.int32)[None, :]
-    v_at = t[:, None] * v_row.to(tl.int32) + j.to(tl.int32)[None, :]
-    left, u_mask, v_mask = count.to(tl.int32), (i < rows)[None, :], (j < cols)[None, :]
+    u_at = t[:, None] * u_row.to(tl.int32) + i[None, :]
+    v_at = t[:, None] * v_row.to(tl.int32) + j[None, :]
+    # Of what is outside the matrix no token is read: one comparison tells, and not three.
+    left = count.to(tl.int32)
+    u_left, v_left = tl.where(i < rows, left, 0)[None, :], tl.where(j < cols, left, 0)[None, :]
     for t0 in range(0, left, BLOCK_T):
-        inside = (t < left - t0)[:, None]
-        u = tl.load(U + u_at, mask=inside & u_mask, other=0.0)
-        v = tl.load(V + v_at, mask=inside & v_mask, other=0.0)
+        u = tl.load(U + u_at, mask=t[:, None] < u_left - t0, other=0.0)
+        v = tl.load(V + v_at, mask=t[:, None] < v_left - t0, other=0.0)
         acc = _dot(tl.trans(u), v, acc, G_TYPE)
         U += BLOCK_T * u_row
         V += BLOCK_T * v_row

@@ -28,8 +28,13 @@ GRAM_ANY = {"BLOCK_T": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 FACTORS = {"BLOCK_N": 128, "BLOCK_T": 64, "num_warps": 4, "num_stages": 3}
 FACTORS_ANY = {"BLOCK_N": 64, "BLOCK_T": 32, "num_warps": 4, "num_stages": 2}
 WRITE_FACTORS = {
-    "BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_T": 32, "REPEATS": 1, "STAGES": 1, "PARTS": 2,
-    "num_warps": 4, "num_stages": 4, "maxnreg": 80,
+    "BLOCK_ROWS": 64, "BLOCK_COLS": 128, "BLOCK_T": 32, "REPEATS": 1, "STAGES": 1, "PARTS": 4,
+    "num_warps": 4, "num_stages": 3,
+}  # fmt: skip
+# Elements one by one take many registers: half the tile a thread spills none.
+WRITE_FACTORS_ANY = {
+    "BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_T": 32, "REPEATS": 1, "STAGES": 1, "PARTS": 4,
+    "num_warps": 8, "num_stages": 2,
 }  # fmt: skip
 
 
@@ -91,7 +96,10 @@ class Kind:
     @property
     def writing(self) -> dict[str, int]:
         """Tile and launch of the write; BLOCK_T is read for factors alone."""
-        return WRITE_FACTORS if self.factored else WRITE
+        if not self.factored:
+            return WRITE
+        fast = self.aligned and self.g_dtype == torch.bfloat16
+        return WRITE_FACTORS if fast else WRITE_FACTORS_ANY
 
     @property
     def lanes(self) -> int:
