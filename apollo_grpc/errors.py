@@ -1,23 +1,15 @@
-"""The one table between domain errors and gRPC statuses.
+"""Domain errors, one for each gRPC code.
 
-Servers raise an `ApolloError`; an interceptor turns it into a google.rpc.Status with exactly one
-ErrorInfo (and a BadRequest for bad input). Clients get the same `ApolloError` back and never meet
-`grpc.RpcError`.
+Servers raise an `ApolloError`, `statuses.py` carries it over the wire, and clients get the same
+`ApolloError` back; they never meet `grpc.RpcError`.
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import grpc
-from google.protobuf import any_pb2
-from google.protobuf.message import DecodeError
-from google.rpc import code_pb2, error_details_pb2, status_pb2
-
-DOMAIN = "apollo.dev"
-DETAILS_KEY = "grpc-status-details-bin"
 
 
 @dataclass(frozen=True)
@@ -191,97 +183,13 @@ class Unknown(ApolloError):
 
 
 ERROR_OF_CODE: dict[grpc.StatusCode, type[ApolloError]] = {
-    error.code: error
-    for error in (
-        InvalidArgument,
-        FailedPrecondition,
-        Unavailable,
-        NotFound,
-        AlreadyExists,
-        ResourceExhausted,
-        OutOfRange,
-        Aborted,
-        Cancelled,
-        DeadlineExceeded,
-        Unauthenticated,
-        PermissionDenied,
-        Unimplemented,
-        DataLoss,
-        Internal,
-        Unknown,
-    )
+    error.code: error for error in ApolloError.__subclasses__()
 }
-
-
-def to_status(error: ApolloError) -> status_pb2.Status:
-    """The google.rpc.Status of an error: one ErrorInfo, and what else there is to say.
-
-    That is a BadRequest where fields are wrong, a RetryInfo where the call may be made again.
-    """
-    metadata = {key: printable(value) for key, value in error.metadata.items()}
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
-    status = status_pb2.Status(code=error.code.value[0], message=printable(error.message))
-    _pack(status, info)
-    if error.violations:
-        bad_request = error_details_pb2.BadRequest()
-        for violation in error.violations:
-            bad_request.field_violations.add(
-                field=printable(violation.field), description=printable(violation.description)
-            )
-        _pack(status, bad_request)
-    if error.retry_seconds:
-        retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromNanoseconds(int(error.retry_seconds * 1e9))
-        _pack(status, retry)
-    return status
 
 
 def printable(text: str) -> str:
     """The text with what is no UTF-8, as in the names of files, spelt out."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def from_status(status: status_pb2.Status) -> ApolloError:
-    """The error that `to_status` made a status from."""
-    info, bad_request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
-    retry = error_details_pb2.RetryInfo()
-    for detail in status.details:
-        for message in (info, bad_request, retry):
-            if detail.Is(message.DESCRIPTOR):
-                detail.Unpack(message)
-    code = next((c for c in grpc.StatusCode if c.value[0] == status.code), grpc.StatusCode.UNKNOWN)
-    error = ERROR_OF_CODE.get(code, Unknown)
-    if error is InvalidArgument:
-        return InvalidArgument(
-            status.message,
-            reason=info.reason,
-            metadata=dict(info.metadata),
-            violations=[
-                FieldViolation(v.field, v.description) for v in bad_request.field_violations
-            ],
-        )
-    return error(
-        status.message,
-        reason=info.reason,
-        metadata=dict(info.metadata),
-        retry_seconds=retry.retry_delay.ToNanoseconds() / 1e9,
-    )
-
-
-def from_rpc_error(error: Any) -> ApolloError:
-    """The domain error behind a failed call, of grpc or grpc.aio.
-
-    A status without details, as the transport itself makes them, keeps its code and text.
-    """
-    trailers = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
-    for key, value in trailers or ():
-        if key == DETAILS_KEY:
-            # Details that another program garbled must not hide the status itself.
-            with contextlib.suppress(DecodeError):
-                return from_status(status_pb2.Status.FromString(value))
-    code: grpc.StatusCode = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
-    details = (error.details() if hasattr(error, "details") else None) or str(error)
-    return from_status(status_pb2.Status(code=code.value[0], message=details))
 
 
 def refused_call(call: str, purpose: str, error: OSError) -> str:
@@ -294,19 +202,3 @@ def refused_call(call: str, purpose: str, error: OSError) -> str:
         f"this system refuses {call} ({error.strerror}), by which {purpose}; allow it in the "
         "container's seccomp profile (Docker: --security-opt seccomp=FILE)"
     )
-
-
-def code_name(error: ApolloError) -> str:
-    """The canonical name of an error's code, such as `INVALID_ARGUMENT`."""
-    return str(code_pb2.Code.Name(error.code.value[0]))
-
-
-def _pack(
-    status: status_pb2.Status,
-    detail: error_details_pb2.ErrorInfo
-    | error_details_pb2.BadRequest
-    | error_details_pb2.RetryInfo,
-) -> None:
-    packed = any_pb2.Any()
-    packed.Pack(detail)
-    status.details.append(packed)

@@ -20,24 +20,16 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from apollo_grpc.errors import (
-    DETAILS_KEY,
-    ERROR_OF_CODE,
     ApolloError,
     DeadlineExceeded,
-    FieldViolation,
     Internal,
     InvalidArgument,
     Unauthenticated,
-    to_status,
 )
+from apollo_grpc.statuses import abort_arguments
 
 log = logging.getLogger(__name__)
 
-# Clients refuse trailers above 8 KiB unless told otherwise, and would see RESOURCE_EXHAUSTED
-# instead of the error. The text travels twice: percent-encoded (up to 3 bytes for one), and
-# within the status in base64.
-MAX_TEXT_BYTES = 1024
-MAX_STATUS_BYTES = 3072
 # For the largest message at 5 Mbit/s. Whoever is slower keeps others waiting.
 READ_SECONDS = 120.0
 
@@ -58,37 +50,6 @@ def _as_domain_error(error: Exception) -> ApolloError:
         f"The server made a mistake; its log has the details under incident {incident}.",
         metadata={"incident": incident},
     )
-
-
-def _abort_arguments(error: ApolloError) -> tuple[grpc.StatusCode, str, tuple[Any, ...]]:
-    error = _fitting(error)
-    details = ((DETAILS_KEY, to_status(error).SerializeToString()),)
-    return error.code, error.message, details
-
-
-def _fitting(error: ApolloError) -> ApolloError:
-    """The error with its text cut, and later violations left out, so that it can be received."""
-    message = _cut(error.message)
-    violations = [FieldViolation(_cut(v.field), _cut(v.description)) for v in error.violations]
-    fitting = _with(error, message, violations)
-    while violations and to_status(fitting).ByteSize() > MAX_STATUS_BYTES:
-        violations = violations[: len(violations) // 2]
-        fitting = _with(error, message, violations)
-    return fitting
-
-
-def _with(error: ApolloError, message: str, violations: list[FieldViolation]) -> ApolloError:
-    given: dict[str, Any] = {"reason": error.reason, "metadata": error.metadata}
-    if isinstance(error, InvalidArgument):
-        return InvalidArgument(message, violations=violations, **given)
-    return ERROR_OF_CODE[error.code](message, retry_seconds=error.retry_seconds, **given)
-
-
-def _cut(text: str) -> str:
-    encoded = text.encode("utf-8", "backslashreplace")
-    if len(encoded) <= MAX_TEXT_BYTES:
-        return encoded.decode()
-    return encoded[: MAX_TEXT_BYTES - 4].decode(errors="ignore") + " ..."
 
 
 def _rebuild(handler: Handler, wrapper: SyncErrors) -> Handler:
@@ -212,7 +173,7 @@ class AioErrors(grpc.aio.ServerInterceptor):
             except (grpc.aio.AbortError, grpc.RpcError):
                 raise
             except Exception as error:
-                await context.abort(*_abort_arguments(_as_domain_error(error)))
+                await context.abort(*abort_arguments(_as_domain_error(error)))
 
         return call
 
@@ -295,7 +256,7 @@ class SyncErrors(grpc.ServerInterceptor):
 
 
 def _abort(error: Exception, context: Any) -> NoReturn:
-    code, message, details = _abort_arguments(_as_domain_error(error))
+    code, message, details = abort_arguments(_as_domain_error(error))
     context.set_trailing_metadata(details)
     context.abort(code, message)
     raise AssertionError("abort returns only by raising")

@@ -20,7 +20,7 @@ import torch
 from apollo_trainer.checkpoints.disk.digests import digest
 from apollo_trainer.checkpoints.disk.threads import background_threads, threads_for
 from apollo_trainer.checkpoints.host_memory import HostBuffers
-from apollo_trainer.checkpoints.snapshots.copy import SnapshotCopy
+from apollo_trainer.checkpoints.snapshots.copy_on_write import SnapshotCopy
 from apollo_trainer.checkpoints.snapshots.delta_file import decode_tensor, encode_tensor
 from apollo_trainer.checkpoints.snapshots.frames import FRAME
 from apollo_trainer.checkpoints.snapshots.model_state import ModelState

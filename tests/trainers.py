@@ -15,7 +15,7 @@ from apollo_trainer.config import Settings
 from apollo_trainer.engine.engine_watch import EngineWatch
 from apollo_trainer.engine.owner import ModelOwner
 from apollo_trainer.engine.status_board import StatusBoard
-from apollo_trainer.runs.events import EventLog
+from apollo_trainer.ledger.events import EventLog
 from apollo_trainer.runs.queue import RunQueue
 from apollo_trainer.runs.run import prepare_run
 from apollo_trainer.weights.sidecar import Sidecar

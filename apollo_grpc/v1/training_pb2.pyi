@@ -72,7 +72,7 @@ class _CoherenceMode:
 class _CoherenceModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_CoherenceMode.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     COHERENCE_MODE_UNSPECIFIED: _CoherenceMode.ValueType  # 0
-    """PAUSE_RUN."""
+    """PAUSE_STEP."""
     COHERENCE_MODE_LIVE: _CoherenceMode.ValueType  # 1
     """Write while vLLM decodes."""
     COHERENCE_MODE_PAUSE_STEP: _CoherenceMode.ValueType  # 2
@@ -83,7 +83,7 @@ class _CoherenceModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._
 class CoherenceMode(_CoherenceMode, metaclass=_CoherenceModeEnumTypeWrapper): ...
 
 COHERENCE_MODE_UNSPECIFIED: CoherenceMode.ValueType  # 0
-"""PAUSE_RUN."""
+"""PAUSE_STEP."""
 COHERENCE_MODE_LIVE: CoherenceMode.ValueType  # 1
 """Write while vLLM decodes."""
 COHERENCE_MODE_PAUSE_STEP: CoherenceMode.ValueType  # 2
@@ -889,6 +889,7 @@ class Step(google.protobuf.message.Message):
     MICRO_BATCHES_FIELD_NUMBER: builtins.int
     FULL_GRADIENTS_FIELD_NUMBER: builtins.int
     DRY_RUN_FIELD_NUMBER: builtins.int
+    WAIT_TIME_FIELD_NUMBER: builtins.int
     step: builtins.int
     """From 1 within the run."""
     loss: builtins.float
@@ -926,6 +927,10 @@ class Step(google.protobuf.message.Message):
     def pause_time(self) -> google.protobuf.duration_pb2.Duration:
         """How long vLLM was held for this step alone; a pause around the run is in `finished`."""
 
+    @property
+    def wait_time(self) -> google.protobuf.duration_pb2.Duration:
+        """How long the step waited for its turn, so that vLLM kept its share of tokens."""
+
     def __init__(
         self,
         *,
@@ -945,9 +950,10 @@ class Step(google.protobuf.message.Message):
         micro_batches: builtins.int = ...,
         full_gradients: global___FullGradients.ValueType = ...,
         dry_run: builtins.bool = ...,
+        wait_time: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["backward_time", b"backward_time", "forward_time", b"forward_time", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backward_time", b"backward_time", "changed_fraction", b"changed_fraction", "dry_run", b"dry_run", "forward_time", b"forward_time", "full_gradients", b"full_gradients", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "loss_sum", b"loss_sum", "micro_batches", b"micro_batches", "optimizer_step", b"optimizer_step", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time", "step", b"step", "tokens", b"tokens", "update_norm", b"update_norm"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["backward_time", b"backward_time", "forward_time", b"forward_time", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time", "wait_time", b"wait_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["backward_time", b"backward_time", "changed_fraction", b"changed_fraction", "dry_run", b"dry_run", "forward_time", b"forward_time", "full_gradients", b"full_gradients", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "loss_sum", b"loss_sum", "micro_batches", b"micro_batches", "optimizer_step", b"optimizer_step", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time", "step", b"step", "tokens", b"tokens", "update_norm", b"update_norm", "wait_time", b"wait_time"]) -> None: ...
 
 global___Step = Step
 

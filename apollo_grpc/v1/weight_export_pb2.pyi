@@ -852,6 +852,8 @@ class WatchGenerationResponse(google.protobuf.message.Message):
     GENERATION_FIELD_NUMBER: builtins.int
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
     PAUSED_BY_OTHERS_FIELD_NUMBER: builtins.int
+    ITERATION_ENDS_FIELD_NUMBER: builtins.int
+    ITERATION_SECONDS_FIELD_NUMBER: builtins.int
     epoch: builtins.str
     generation: builtins.int
     """As in WeightManifest; 0 before a manifest was asked for."""
@@ -860,6 +862,17 @@ class WatchGenerationResponse(google.protobuf.message.Message):
     """Somebody else than a training server paused vLLM, or put it to sleep: it
     scores nothing until they let it go on.
     """
+    @property
+    def iteration_ends(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Iterations of vLLM since the message before that gave a request another
+        token: when each ended, in seconds of the host's CLOCK_MONOTONIC. Empty where
+        vLLM was started with --disable-log-stats.
+        """
+
+    @property
+    def iteration_seconds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """How long each took: the mean of the seconds since its requests' last tokens."""
+
     def __init__(
         self,
         *,
@@ -867,7 +880,9 @@ class WatchGenerationResponse(google.protobuf.message.Message):
         generation: builtins.int = ...,
         weight_version: builtins.int = ...,
         paused_by_others: builtins.bool = ...,
+        iteration_ends: collections.abc.Iterable[builtins.float] | None = ...,
+        iteration_seconds: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "generation", b"generation", "paused_by_others", b"paused_by_others", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "generation", b"generation", "iteration_ends", b"iteration_ends", "iteration_seconds", b"iteration_seconds", "paused_by_others", b"paused_by_others", "weight_version", b"weight_version"]) -> None: ...
 
 global___WatchGenerationResponse = WatchGenerationResponse

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from apollo_grpc.addresses import is_loopback, require_address
-from apollo_grpc.errors import ApolloError, InvalidArgument, Unavailable, from_rpc_error
+from apollo_grpc.errors import ApolloError, InvalidArgument, Unavailable
 from apollo_grpc.locations import server_address, socket_path, state_folder
+from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.tokens import as_token, read_token
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import checkpoint_pb2

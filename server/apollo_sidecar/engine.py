@@ -1,18 +1,13 @@
-"""The engine as the sidecar uses it: blocking calls on vLLM's own asyncio client.
-
-Calls come from gRPC's threads and run on vLLM's event loop, which is never blocked.
-"""
+"""One vLLM engine as the sidecar uses it, from gRPC's threads."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-import time
 import uuid
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.generation import FIRST, SharedGeneration
@@ -22,12 +17,12 @@ from apollo_sidecar.leases import PauseLeases
 from apollo_sidecar.other_writers import HELD
 from apollo_sidecar.others_pause import WHO, OthersPause
 from apollo_sidecar.own_batch import SCORE_PREFIX
+from apollo_sidecar.token_times import Iteration, TokenTimes, listen
 from apollo_sidecar.trainer_hold import TrainerHold
+from apollo_sidecar.vllm_calls import VllmCalls
+from apollo_sidecar.weight_version import WeightVersion
 
 log = logging.getLogger("vllm.apollo")
-CALL_SECONDS = 120.0
-RESET_ATTEMPTS = 20
-RESET_WAIT_SECONDS = 0.05
 # A watcher takes an engine that it has not heard of for five beats for wedged.
 BEAT_SECONDS = 0.25
 # A paused engine has nothing else to do than to answer.
@@ -37,26 +32,24 @@ PROBE = "probe"
 PUT_BACK_ATTEMPTS = 3
 # The mode of a lease for writes while vLLM decodes.
 NO_PAUSE = "none"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What a watcher needs to know about the exported weights."""
+    """What a watcher needs to know: of the exported weights, and of tokens since the last one."""
 
     epoch: str
     generation: int
     weight_version: int
     paused_by_others: bool
+    iterations: list[Iteration]
 
 
 class Engine:
     """Pause, resume, cache reset, weight version, export and scoring on one vLLM engine.
 
     Args:
-        client: vLLM's AsyncLLM (vllm/v1/engine/async_llm.py); the methods used here are the same
-            in 0.26, 0.32 and 0.33.
-        loop: the event loop that `client` lives on.
+        client: vLLM's AsyncLLM, and the event loop that it lives on, as of `VllmCalls`.
         weight_version: updates that were counted before.
         as_loaded: whether nobody can have written to the weights yet.
 
@@ -74,42 +67,19 @@ class Engine:
         weight_version: int = 0,
         as_loaded: bool = True,
     ):
-        self._client, self._loop = client, loop
         self.epoch = uuid.uuid4().hex
-        self._weight_version = weight_version
+        self._vllm = VllmCalls(client, loop)
+        self._version = WeightVersion(self._vllm, weight_version, as_loaded=as_loaded)
         self._worker_pid = 0
-        self._as_loaded = as_loaded
         # What an API server that ended left in the worker is not known.
         self._probed = not as_loaded
-        self._changed = threading.Condition()
-        # Owed to vLLM: the version that its answers carry, and the drop of what it cached.
-        self._unstamped = self._stale_caches = False
         self.paused, self.hold = False, TrainerHold()
         self._others, self._resumes = OthersPause(client, lambda: self.paused), 0
         self._generation: SharedGeneration | None = None
-        self.leases = PauseLeases(self._pause, self._resume, self._tell, self._require_kept)
-
-    def _call(self, coroutine: Coroutine[Any, Any, T], seconds: float = CALL_SECONDS) -> T:
-        if not self._loop.is_running():
-            coroutine.close()
-            raise Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result(seconds)
-        except TimeoutError:
-            # A pause that takes effect after it was given up would have no lease to end it.
-            future.cancel()
-            raise Unavailable(
-                f"vLLM did not answer within {seconds:g} s.", reason="ENGINE_SLOW"
-            ) from None
-        except Exception as error:
-            # By name: the module is vLLM's, which the tests of this class do without.
-            if type(error).__name__ != "EngineDeadError":
-                raise
-            raise Unavailable(
-                "vLLM's engine ended while it was asked; vLLM's log says why.",
-                reason="ENGINE_STOPPING",
-            ) from error
+        self._token_times = TokenTimes()
+        if not listen(client, self._token_times):
+            log.info("apollo: vLLM measures no times between tokens; training sets no pace by them")
+        self.leases = PauseLeases(self._pause, self._resume, self._version.tell, self._require_kept)
 
     def require_epoch(self, epoch: str) -> None:
         """Raises FailedPrecondition when the caller speaks of another engine process."""
@@ -122,31 +92,19 @@ class Engine:
 
     def manifest(self) -> pb.WeightManifest:
         """The weights of every worker; one worker in this version."""
-        manifest = pb.WeightManifest.FromString(self._ask_worker("apollo_manifest"))
+        manifest = pb.WeightManifest.FromString(self._vllm.ask_worker("apollo_manifest"))
         self._worker_pid = manifest.worker_pid
         manifest.epoch = self.epoch
-        manifest.weight_version = self._weight_version
-        manifest.as_loaded = self._as_loaded and manifest.generation <= FIRST
+        manifest.weight_version = self._version.number
+        manifest.as_loaded = self._version.as_loaded and manifest.generation <= FIRST
         if manifest.HasField("generation_page"):
             self._generation = self._generation or SharedGeneration(manifest.generation_page)
         return manifest
 
     def trace(self, request: pb.TraceCheckpointMapRequest) -> pb.TraceCheckpointMapResponse:
         """Runs the shadow load in the worker."""
-        answer = self._ask_worker("apollo_trace", request.SerializeToString())
+        answer = self._vllm.ask_worker("apollo_trace", request.SerializeToString())
         return pb.TraceCheckpointMapResponse.FromString(answer)
-
-    def _ask_worker(self, method: str, *args: bytes) -> bytes:
-        answers = self._call(self._client.collective_rpc(method, args=args))
-        if len(answers) != 1:
-            raise FailedPrecondition(
-                f"vLLM runs {len(answers)} workers; this version trains models on one.",
-                reason="TENSOR_PARALLEL_UNSUPPORTED",
-            )
-        reason, message, payload = answers[0]
-        if reason:
-            raise FailedPrecondition(message, reason=reason)
-        return bytes(payload)
 
     def score(self, token_ids: list[int]) -> list[float]:
         """vLLM's log-probability of each token after the first, in nats.
@@ -155,14 +113,14 @@ class Engine:
         """
         if self.paused:
             raise Unavailable("The engine is paused; score after the resume.", reason="PAUSED")
-        self._call(self._others.look())
+        self._vllm.wait_for(self._others.look())
         if self._others.wanted:
             raise Unavailable(
                 f"vLLM is paused by {WHO} and scores nothing until they let it go on "
                 "(POST /resume or /wake_up).",
                 reason="PAUSED_BY_OTHERS",
             )
-        return self._call(self._score(token_ids))
+        return self._vllm.wait_for(self._score(token_ids))
 
     async def _score(self, token_ids: list[int]) -> list[float]:
         from vllm import SamplingParams
@@ -172,7 +130,7 @@ class Engine:
         )
         request_id = f"{SCORE_PREFIX}{uuid.uuid4().hex}"
         prompt = {"prompt_token_ids": token_ids}
-        outputs = [o async for o in self._client.generate(prompt, sampling, request_id)]
+        outputs = [o async for o in self._vllm.client.generate(prompt, sampling, request_id)]
         scored = zip(token_ids[1:], list(outputs[-1].prompt_logprobs)[1:], strict=True)
         return [float(entry[token].logprob) for token, entry in scored]
 
@@ -185,7 +143,7 @@ class Engine:
 
         def ask() -> bytes:
             self._probed = True
-            return self._ask_worker("apollo_probe", request.SerializeToString())
+            return self._vllm.ask_worker("apollo_probe", request.SerializeToString())
 
         # Bytes that are changed after the lease has ended would be put back by nobody.
         return pb.ProbeWeightsResponse.FromString(self.leases.during(request.lease_id, ask))
@@ -196,7 +154,7 @@ class Engine:
             if not self._probed:
                 return
             try:
-                self._ask_worker("apollo_put_back")
+                self._vllm.ask_worker("apollo_put_back")
                 self._probed = False
             except ApolloError as error:
                 log.error("apollo: vLLM stays paused. %s", error.message)
@@ -206,21 +164,21 @@ class Engine:
     def _pause(self, mode: str) -> None:
         if mode != PROBE:
             # Its holder may write from now on, and die without a word of what it wrote.
-            self._as_loaded = False
+            self._version.as_loaded = False
         if mode == NO_PAUSE:
             # One that an earlier lease could not resume would wait for the end of this one.
             self._go_on()
-            self._ask_worker("apollo_hold")
+            self._vllm.ask_worker("apollo_hold")
             return
         if not self.paused:
-            self._call(self._others.look())
+            self._vllm.wait_for(self._others.look())
         self.paused, self._resumes = True, self._others.resumes
         # `keep` leaves the cache alone whatever clear_cache says in some versions; the reset at
         # the resume is what clears it, and its answer is checked.
         kept = "keep" if mode == PROBE else mode
-        self._call(self._others.pause(mode=kept, clear_cache=False))
+        self._vllm.wait_for(self._others.pause(mode=kept, clear_cache=False))
         # Otherwise the step in flight would read weights that are being written (vLLM 0.26).
-        if self._ask_worker("apollo_hold") == HELD:
+        if self._vllm.ask_worker("apollo_hold") == HELD:
             # The pause that was found is of a lease whose API server ended.
             self._others.wanted = False
         if mode == PROBE:
@@ -232,7 +190,7 @@ class Engine:
         if not self.paused:
             return
         try:
-            kept = self._call(self._others.look(), PING_SECONDS)
+            kept = self._vllm.wait_for(self._others.look(), PING_SECONDS)
         except Unavailable as error:
             # A wedged engine computes nothing either; watchers hear of it.
             log.debug("apollo: the paused engine does not answer: %s", error)
@@ -247,10 +205,10 @@ class Engine:
     def _resume(self, updates: int, reset_caches: bool) -> None:
         self._put_back()
         try:
-            self._tell(updates, reset_caches)
+            self._version.tell(updates, reset_caches)
         finally:
             try:
-                self._ask_worker("apollo_let_go")
+                self._vllm.ask_worker("apollo_let_go")
             finally:
                 self._go_on()
 
@@ -260,37 +218,8 @@ class Engine:
             if self._others.wanted:
                 log.info("apollo: vLLM stays paused, as %s left it", WHO)
             else:
-                self._call(self._others.resume())
+                self._vllm.wait_for(self._others.resume())
             self.paused = False
-
-    def _tell(self, updates: int, reset_caches: bool) -> None:
-        """Counts updates; then all that vLLM is owed, whichever part of it fails."""
-        if updates:
-            self._stale_caches |= reset_caches
-            self._count(updates)
-        try:
-            self._stamp()
-        finally:
-            if self._stale_caches:
-                self.reset_caches()
-
-    def reset_caches(self) -> None:
-        """Drops cached prefixes, of waiting requests too, which are then computed anew.
-
-        Raises Unavailable when vLLM keeps refusing because blocks are held; the end of the next
-        lease tries again.
-        """
-        self._stale_caches = True
-        for _ in range(RESET_ATTEMPTS):
-            if self._call(self._client.reset_prefix_cache(reset_running_requests=True)):
-                self._stale_caches = False
-                return
-            time.sleep(RESET_WAIT_SECONDS)
-        raise Unavailable(
-            "vLLM did not drop its prefix cache: answers may still use prefixes of older weights. "
-            "Call ResetCaches again when fewer requests are running.",
-            reason="CACHE_NOT_RESET",
-        )
 
     @property
     def weight_version(self) -> int:
@@ -298,41 +227,31 @@ class Engine:
 
         Those of a training server that died in a pause count as one.
         """
-        return self._weight_version
+        return self._version.number
 
     def raise_version(self, updates: int) -> None:
-        """Counts updates of the weights, stamps outputs with it where vLLM can, tells watchers."""
-        self._count(updates)
-        self._stamp()
+        """Counts updates of the weights, as `WeightVersion.raise_by`."""
+        self._version.raise_by(updates)
 
-    def _count(self, updates: int) -> None:
-        self._as_loaded = False
-        with self._changed:
-            self._weight_version += updates
-            self._changed.notify_all()
-        self._unstamped = hasattr(self._client, "update_weight_version")
-
-    def _stamp(self) -> None:
-        if self._unstamped:
-            self._call(self._client.update_weight_version(str(self._weight_version)))
-            self._unstamped = False
+    def reset_caches(self) -> None:
+        """Drops cached prefixes, as `WeightVersion.reset_caches`."""
+        self._version.reset_caches()
 
     def generations(self) -> Iterator[Generation | None]:
         """The generation now, at each change and at each beat; None for a beat without an answer.
 
         Ends when the engine or vLLM's event loop does.
         """
-        told = -1
-        while self._loop.is_running() and not self._client.errored:
+        _, count = self._token_times.since(0)
+        while self._vllm.alive:
+            told = self._version.number
             if self._responds():
-                told = self._weight_version
                 generation = self._generation.now if self._generation else 0
-                yield Generation(self.epoch, generation, told, self._others.wanted)
+                new, count = self._token_times.since(count)
+                yield Generation(self.epoch, generation, told, self._others.wanted, new)
             else:
                 yield None
-            with self._changed:
-                if told in (-1, self._weight_version):
-                    self._changed.wait(BEAT_SECONDS)
+            self._version.wait_for_another(told, BEAT_SECONDS)
 
     def _responds(self) -> bool:
         """Whether the engine is known to answer; one that decodes is not asked, only watched."""
@@ -341,7 +260,7 @@ class Engine:
         if not (self.paused or self._others.wanted):
             return True
         try:
-            self._call(self._others.look(), PING_SECONDS)
+            self._vllm.wait_for(self._others.look(), PING_SECONDS)
         except Exception as error:
             log.debug("apollo: the paused engine does not answer: %s", error)
             return False

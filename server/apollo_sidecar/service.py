@@ -112,6 +112,8 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
                     generation=generation.generation,
                     weight_version=generation.weight_version,
                     paused_by_others=generation.paused_by_others,
+                    iteration_ends=[each.ended for each in generation.iterations],
+                    iteration_seconds=[each.gap for each in generation.iterations],
                 )
 
 

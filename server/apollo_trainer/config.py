@@ -209,6 +209,13 @@ class Settings(BaseSettings):
         description="calls of all kinds open at one time; those of one host over TCP may be half "
         "of them",
     )
+    serving_share: float = Field(
+        default=0.9,
+        ge=0,
+        lt=1,
+        description="of the tokens that vLLM would make undisturbed; steps wait where it makes "
+        "fewer beside training; 0: no step waits",
+    )
     lease_seconds: float = Field(
         default=10.0, gt=0, le=60, description="vLLM resumes by itself this long after a crash"
     )

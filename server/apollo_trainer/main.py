@@ -41,7 +41,7 @@ from apollo_trainer.services.checkpoint import CheckpointService
 from apollo_trainer.services.status import StatusService
 from apollo_trainer.services.streams import StreamLimit
 from apollo_trainer.services.training import TrainingService
-from apollo_trainer.watching.ring import Ring
+from apollo_trainer.watching import Ring
 from apollo_trainer.weights.sidecar import Sidecar
 
 log = logging.getLogger("apollo_trainer")

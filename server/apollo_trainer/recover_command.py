@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition
-from apollo_trainer.checkpoints.directory import Place, held, place_under, recover
-from apollo_trainer.checkpoints.disk import remove_unfinished
+from apollo_trainer.checkpoints.directory import Place, place_under, recover_directory
 
 NAME = "recover"
 
@@ -34,10 +33,13 @@ def command(program: str, arguments: list[str]) -> int:
 
 
 def _settled(place: Place) -> str:
-    """What was found. Raises as `recover` does, and FailedPrecondition where nothing says how."""
+    """Settles the directory; returns what it is now, in a sentence.
+
+    Raises as `recover_directory`, and FailedPrecondition where the state folder is missing.
+    """
     if not place.directory.is_dir():
         raise FailedPrecondition(f"{place.directory} is no folder; nothing was written.")
-    remove_unfinished(place.directory.parent, place.ops)
+    manifest = recover_directory(place)
     if place.ops.found(place.state) is None:
         if place.ops.found(place.aside):
             raise FailedPrecondition(
@@ -46,8 +48,6 @@ def _settled(place: Place) -> str:
                 "--checkpoint-dir."
             )
         return f"{place.directory} was never synced; there is nothing to settle."
-    with held(place):
-        manifest = recover(place)
     generation = manifest.generation if manifest else 0
     return f"{place.directory} is whole, of generation {generation}; vLLM can start from it."
 

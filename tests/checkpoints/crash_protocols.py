@@ -15,8 +15,8 @@ from apollo_trainer.checkpoints.directory.recovery import recover
 from apollo_trainer.checkpoints.directory.spare import Spare
 from apollo_trainer.checkpoints.directory.state_folder import held, is_untouched, place_of
 from apollo_trainer.checkpoints.directory.sync import SyncMethod, SyncOptions, sync_directory
+from apollo_trainer.checkpoints.disk.digests import raw_bytes
 from apollo_trainer.checkpoints.disk.shard_header import build_header
-from apollo_trainer.checkpoints.disk.tensor_file import bytes_of
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, CheckpointTensor
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from tests.checkpoints.crash_recorder import MemoryFiles
@@ -45,7 +45,7 @@ def files(generation: int) -> dict[str, bytes]:
     for shard in SHARDS:
         tensors = {n: t for n, t in weights(generation).items() if n[0] == shard[0]}
         header = build_header(tensors, {"format": "pt"})
-        content[shard] = header.raw + b"".join(bytes_of(tensors[n]) for n in header.tensors)
+        content[shard] = header.raw + b"".join(raw_bytes(tensors[n]).data for n in header.tensors)
     return content
 
 

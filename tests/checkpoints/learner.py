@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from apollo_trainer.checkpoints.snapshots.model_state import ModelState, capture
+from apollo_trainer.checkpoints.snapshots.model_state import ModelState, to_host
 from apollo_trainer.checkpoints.snapshots.write_watch import WriteWatch
 from apollo_trainer.optim import Apollo
 from apollo_trainer.weights.checkpoint_reader import same_bytes
@@ -73,6 +73,16 @@ class Learner:
 
     def assert_is(self, wanted: ModelState) -> None:
         assert_same(self.state(), wanted)
+
+
+def capture(parameters: Mapping[str, torch.Tensor], optimizer: Apollo) -> ModelState:
+    """A copy of all, between two steps."""
+    moments, description = optimizer.named_state()
+    return ModelState(
+        {name: to_host(p) for name, p in parameters.items()},
+        {name: to_host(t) for name, t in moments.items()},
+        copy.deepcopy(description),
+    )
 
 
 def assert_same(a: ModelState, b: ModelState) -> None:

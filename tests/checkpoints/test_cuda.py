@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from apollo_trainer.checkpoints.disk.digests import digest
 from apollo_trainer.checkpoints.host_memory import HostBuffers
-from apollo_trainer.checkpoints.snapshots.copy import SnapshotCopy, SnapshotWriter
+from apollo_trainer.checkpoints.snapshots.copy_on_write import SnapshotCopy
 from apollo_trainer.checkpoints.snapshots.restoring import restore
 from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.snapshots.undo_ring import UndoRing
@@ -36,14 +37,14 @@ def test_a_devices_bytes_have_the_digest_of_the_hosts(size: int) -> None:
 
 def test_snapshots_beside_steps_are_each_of_one_step(tmp_path: Path, learner: Learner) -> None:
     store, buffers, wanted, futures = SnapshotStore(tmp_path), HostBuffers(), [], []
-    writer = SnapshotWriter(store)
+    writer = ThreadPoolExecutor(1)
     for number in range(2, 10):
         wanted.append(learner.state())
         copying = SnapshotCopy(learner.parameters, learner.optimizer, {}, buffers)
         learner.watch.add(copying.before_write)
-        futures.append(writer.write(copying.start(), f"before {number}"))
+        futures.append(writer.submit(copying.start().write_to, store, f"before {number}"))
         learner.train(number, 1)
-    writer.stop()
+    writer.shutdown()
     for future, state in zip(futures, wanted, strict=True):
         assert_same(store.load(future.result().id), state)
 
@@ -51,8 +52,8 @@ def test_snapshots_beside_steps_are_each_of_one_step(tmp_path: Path, learner: Le
 def test_what_a_step_comes_to_first_the_device_copies_before_it_writes(learner: Learner) -> None:
     wanted = learner.state()
     copying = SnapshotCopy(learner.parameters, learner.optimizer)
-    with learner.watch.telling(copying.before_write):
-        learner.train(2, 3)
+    learner.watch.add(copying.before_write)
+    learner.train(2, 3)
     assert_same(copying.state(), wanted)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apollo_trainer.checkpoints.host_memory import HostBuffers, empty_host
+from apollo_trainer.checkpoints.host_memory import HostBuffers, empty_like_host
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (0, 5), (2, 3, 4), (2**22,)])
@@ -13,7 +13,7 @@ from apollo_trainer.checkpoints.host_memory import HostBuffers, empty_host
 def test_fresh_memory_has_the_shape_and_can_be_written(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    memory = empty_host(shape, dtype)
+    memory = empty_like_host(torch.empty(shape, dtype=dtype, device="meta"))
     assert (tuple(memory.shape), memory.dtype, memory.is_contiguous()) == (shape, dtype, True)
     memory.fill_(1)
     assert bool((memory == 1).all())

@@ -22,9 +22,9 @@ from apollo_grpc.errors import (
     NotFound,
     ResourceExhausted,
     Unauthenticated,
-    from_rpc_error,
 )
 from apollo_grpc.interceptors import AioErrors, SyncErrors, TokenCheck
+from apollo_grpc.statuses import from_rpc_error
 
 SECRET = "/var/lib/private/weights.bin"
 BAD_FIELDS = InvalidArgument(

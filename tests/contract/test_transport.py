@@ -11,7 +11,8 @@ import grpc
 import pytest
 
 from apollo_grpc.addresses import is_loopback
-from apollo_grpc.errors import FailedPrecondition, InvalidArgument, from_rpc_error
+from apollo_grpc.errors import FailedPrecondition, InvalidArgument
+from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.transport import SERVER_OPTIONS, Endpoint, ServerTls, lock_socket, open_port
 
 LOOPBACK = ["127.0.0.1:5", "127.8.8.8:5", "localhost:5", "[::1]:5", "dns:///localhost:5"]

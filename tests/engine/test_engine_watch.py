@@ -24,6 +24,7 @@ Events = Callable[[Any], list[pb.RunEvent]]
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
 DETACHED = status_pb2.ATTACHMENT_STATE_DETACHED
 FAST = pb.OptimizerConfig(lr=1e-2)
+PAUSE_RUN = pb.Coherence(mode=pb.COHERENCE_MODE_PAUSE_RUN)
 NOTICE_SECONDS = 2.0
 
 
@@ -66,7 +67,7 @@ def test_a_paused_engine_that_does_not_answer_fails_its_run_within_two_seconds(
 ) -> None:
     engine, trainer = attached
     trainer.owner.session().settings.lease_seconds = 2.0
-    log = trainer.submit(epochs=100_000)
+    log = trainer.submit(epochs=100_000, coherence=PAUSE_RUN)
     wait(lambda: log.sequence > 4, "a step")
     # One answer may be on its way; then three beats fail.
     with at_most(NOTICE_SECONDS + 0.5):

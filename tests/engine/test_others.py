@@ -19,6 +19,7 @@ DETACHED = status_pb2.ATTACHMENT_STATE_DETACHED
 Events = Callable[[Any], list[pb.RunEvent]]
 Wait = Callable[..., None]
 FAST = pb.OptimizerConfig(lr=1e-2)
+PAUSE_RUN = pb.Coherence(mode=pb.COHERENCE_MODE_PAUSE_RUN)
 ACCEPTING = pb.OptimizerConfig(lr=1e-2, accept_other_weights=True)
 MODES = (pb.COHERENCE_MODE_PAUSE_RUN, pb.COHERENCE_MODE_PAUSE_STEP, pb.COHERENCE_MODE_LIVE)
 
@@ -250,7 +251,7 @@ def test_a_user_who_lets_vllm_go_on_in_mid_run_ends_it_before_the_next_write(
     attached: Any, all_events: Events, wait: Wait
 ) -> None:
     engine, trainer = attached
-    log = trainer.submit(epochs=100_000, optimizer=FAST)
+    log = trainer.submit(epochs=100_000, optimizer=FAST, coherence=PAUSE_RUN)
     wait(lambda: log.sequence > 4, "the third step")
     engine.call(engine.client.resume_generation())
     ended = finished(all_events(log))

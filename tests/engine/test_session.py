@@ -13,7 +13,9 @@ import torch
 
 from apollo_grpc.v1 import status_pb2
 from apollo_trainer.engine import owner
+from apollo_trainer.engine.open_session import compile_passes, find_needs
 from apollo_trainer.engine.session import Session
+from apollo_trainer.training.options import OptimizerOptions
 from apollo_trainer.training.twin import twin_of
 from apollo_trainer.weights.fingerprint import fingerprint
 from tests.waiting import wait_until
@@ -81,7 +83,7 @@ def test_nothing_is_told_of_a_model_whose_passes_go_by_values(
     (session,) = sessions
     session.twin.model.norm.register_forward_hook(lambda *a: float(a[2].sum()) and None)
     session.needs = ""
-    session.find_needs()
+    find_needs(session)
     assert session.needs == ""
 
 
@@ -100,8 +102,21 @@ def test_kernels_are_compiled_by_a_step_that_is_not_written(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     session.attachment.model.model.norm.register_forward_pre_hook(passing)
-    session.compile_passes()
+    compile_passes(session)
     assert passes
     assert fingerprint(session.attachment.parameters()) == before
     assert session.optimizer.step_count == 0
     assert all(p.grad is None for p in session.attachment.model.parameters())
+
+
+def test_the_weight_version_is_the_sessions_never_falls_and_is_what_the_status_shows(
+    attached: Any,
+) -> None:
+    _, trainer = attached
+    session, epoch = trainer.owner.session(), trainer.owner.session().attachment.epoch
+    with session.trying(OptimizerOptions()):
+        trainer.owner.engine_told(epoch, 7, [])
+    for told, version in ((epoch, 5), ("another engine", 9)):
+        trainer.owner.engine_told(told, version, [])
+        assert session.weight_version == trainer.status.weight_version == 7
+    assert session.extra()["weight_version"] == 7

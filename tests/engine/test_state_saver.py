@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.apollo_state.file import load_state
-from apollo_trainer.checkpoints.apollo_state.header import FILE_NAME, RUNNING_FILE_NAME
+from apollo_trainer.checkpoints.apollo_state import FILE_NAME, RUNNING_FILE_NAME, load_state
 from apollo_trainer.engine.state_saver import CapturedState, Saved, StateSaver
 
 Events = Callable[[Any], list[pb.RunEvent]]

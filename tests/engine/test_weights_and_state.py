@@ -20,12 +20,13 @@ import torch
 from apollo_grpc.errors import Aborted, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.apollo_state.header import FILE_NAME, RUNNING_FILE_NAME
+from apollo_trainer.checkpoints.apollo_state import FILE_NAME, RUNNING_FILE_NAME
 from apollo_trainer.checkpoints.snapshots.value_exchange import Exchange
 from apollo_trainer.engine.model_checkpoints import ModelCheckpoints
 from apollo_trainer.engine.pause import EnginePause
 from apollo_trainer.engine.state_saver import CapturedState, StateSaver
-from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs, Restored
+from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
+from apollo_trainer.operations.restore import Restored
 from tests.waiting import wait_until
 
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED

@@ -12,7 +12,7 @@ import torch
 from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.apollo_state.header import state_of
+from apollo_trainer.checkpoints.apollo_state import state_of
 from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
 
 Events = Callable[[Any], list[pb.RunEvent]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from apollo_trainer.optim import Apollo
 from apollo_trainer.optim.gradients import summed_gradients
-from apollo_trainer.optim.preview import Previewer
+from apollo_trainer.optim.preview import Preview
 
 KINDS = {
     "channel": {"rank": 4},
@@ -54,18 +55,22 @@ def test_a_preview_is_the_step_that_follows_to_the_last_bit(kind: str, dtype: to
             param.grad = torch.randn_like(param)
         state, count = state_of(optimizer), optimizer.step_count
         before = {name: p.detach().clone() for name, p in params.items()}
-        previewer = Previewer(optimizer)
-        previews = {name: previewer.of(p, p.grad) for name, p in params.items()}
+        previews = {name: Preview(optimizer, {p: p.grad}) for name, p in params.items()}
+        whole = Preview(optimizer, {p: p.grad for p in params.values()})
         assert all(torch.equal(before[name], p) for name, p in params.items())
         assert all(torch.equal(state[name], t) for name, t in state_of(optimizer).items())
         assert optimizer.step_count == count
         optimizer.step()
         for name, p in params.items():
             moved = (p.detach().double() - before[name].double()).norm()
-            assert float(previews[name].update_norm) == pytest.approx(float(moved), rel=1e-12)
-            assert float(previews[name].changed) == (p != before[name]).sum()
+            assert previews[name].update_norm() == pytest.approx(float(moved), rel=1e-12)
+            assert previews[name].changed() == (p != before[name]).sum()
             weights = float(before[name].double().norm())
-            assert float(previews[name].weight_norm) == pytest.approx(weights, rel=1e-12)
+            assert previews[name].weight_norm() == pytest.approx(weights, rel=1e-12)
+        each = previews.values()
+        assert whole.update_norm() == pytest.approx(math.hypot(*(e.update_norm() for e in each)))
+        assert whole.weight_norm() == pytest.approx(math.hypot(*(e.weight_norm() for e in each)))
+        assert whole.changed() == sum(e.changed() for e in each)
 
 
 def test_a_small_parameter_of_a_large_model_is_previewed_as_the_model_is_stepped() -> None:
@@ -74,12 +79,12 @@ def test_a_small_parameter_of_a_large_model_is_previewed_as_the_model_is_stepped
     torch.manual_seed(10)
     for param in params.values():
         param.grad = torch.randn_like(param)
-    previews = {name: Previewer(optimizer).of(p, p.grad) for name, p in params.items()}
+    previews = {name: Preview(optimizer, {p: p.grad}) for name, p in params.items()}
     before = {name: p.detach().clone() for name, p in params.items()}
     optimizer.step()
     for name, p in params.items():
         moved = (p.detach().double() - before[name].double()).norm()
-        assert float(previews[name].update_norm) == pytest.approx(float(moved), rel=1e-12), name
+        assert previews[name].update_norm() == pytest.approx(float(moved), rel=1e-12), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -91,17 +96,17 @@ def test_a_tied_pair_is_previewed_as_it_is_stepped(impl: Any, dtype: torch.dtype
     optimizer = Apollo([("one", one), ("other", other)], lr=1e-3, rank=4, impl=impl)
     one.grad, other.grad = torch.randn_like(one), torch.randn_like(one)
     gradient, before = summed_gradients(optimizer)[one], one.detach().clone()
-    preview = Previewer(optimizer).of(one, gradient)
+    preview = Preview(optimizer, {one: gradient})
     optimizer.step()
     moved = (one.detach().double() - before.double()).norm()
-    assert float(preview.update_norm) == pytest.approx(float(moved), rel=1e-12)
+    assert preview.update_norm() == pytest.approx(float(moved), rel=1e-12)
 
 
 def test_a_gradient_that_is_not_finite_is_counted_by_nobody() -> None:
     params = parameters(torch.float32)
     optimizer = Apollo(params.items(), rank=4)
     nan = torch.full_like(params["tall"], torch.nan)
-    assert float(Previewer(optimizer).of(params["tall"], nan).update_norm) == 0
+    assert Preview(optimizer, {params["tall"]: nan}).update_norm() == 0
     assert optimizer.skipped_nonfinite == 0
 
 
@@ -110,4 +115,4 @@ def test_the_published_code_has_no_preview() -> None:
     del params["stack"]
     optimizer = Apollo(params.items(), rank=4, eps=1e-6, compat="apollo-torch")
     with pytest.raises(ValueError, match="preview"):
-        Previewer(optimizer)
+        Preview(optimizer, {})

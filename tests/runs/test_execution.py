@@ -12,13 +12,14 @@ import torch
 import apollo_trainer.runs.steps as steps_module
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.apollo_state.header import FILE_NAME
+from apollo_trainer.checkpoints.apollo_state import FILE_NAME
 from apollo_trainer.engine.state_saver import CapturedState
 from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.optim import apollo
 
 Events = Callable[[Any], list[pb.RunEvent]]
 FAST = pb.OptimizerConfig(lr=1e-2)
+PAUSE_RUN = pb.Coherence(mode=pb.COHERENCE_MODE_PAUSE_RUN)
 
 
 def finished_of(events: list[pb.RunEvent]) -> pb.Finished:
@@ -46,7 +47,7 @@ def test_vllm_is_paused_for_the_run_and_drops_its_caches_before_it_goes_on(
     attached: Any, all_events: Events
 ) -> None:
     engine, trainer = attached
-    events = all_events(trainer.submit(epochs=3))
+    events = all_events(trainer.submit(epochs=3, coherence=PAUSE_RUN))
     assert engine.calls == ["pause keep", "reset caches", "resume"]
     assert finished_of(events).weight_version == trainer.status.weight_version == 3
     assert finished_of(events).pause_time.ToNanoseconds() > 0
@@ -61,7 +62,7 @@ def test_a_refused_step_ends_the_run_resumes_vllm_and_changes_nothing(
     with torch.no_grad():
         engine.model.module.model.norm.weight[0] = math.nan
     before = engine.model.values()
-    events = all_events(trainer.submit(epochs=3))
+    events = all_events(trainer.submit(epochs=3, coherence=PAUSE_RUN))
     assert kinds(events) == ["queued", "started", "checkpoint", "finished"]
     assert finished_of(events).state == pb.RUN_STATE_FAILED
     assert finished_of(events).failure.reason == "NONFINITE_LOSS"
@@ -138,7 +139,7 @@ def test_a_pause_that_vllm_ended_fails_the_run_before_the_next_write(
         return take_step(*arguments)
 
     monkeypatch.setattr(steps_module, "take_step", end_the_pause_then_step)
-    finished = finished_of(all_events(trainer.submit(epochs=100_000)))
+    finished = finished_of(all_events(trainer.submit(epochs=100_000, coherence=PAUSE_RUN)))
     assert finished.failure.reason == "PAUSE_LOST"
     assert 0 < finished.steps_done < 100_000
 
@@ -174,7 +175,7 @@ def test_stopping_ends_the_run_after_its_step_and_saves(
     assert finished.failure.reason == "SERVER_STOPPED"
     with pytest.raises(Unavailable, match="are kept"):
         all_events(waiting)
-    assert engine.calls[-1] == "resume"
+    assert engine.calls[-2:] == ["resume", "reset caches"]
     again = start_trainer()
     kept = again.queue.log_of(waiting.run_id)
     events = all_events(kept)
@@ -210,7 +211,7 @@ def test_an_engine_that_goes_after_the_last_step_fails_the_run_and_saves_nothing
         return result
 
     monkeypatch.setattr(steps_module, "take_step", take_the_last_step)
-    events = all_events(trainer.submit())
+    events = all_events(trainer.submit(coherence=PAUSE_RUN))
     assert kinds(events) == ["queued", "started", "step", "finished"]
     assert finished_of(events).failure.reason == "ENGINE_LOST"
     assert not list(trainer.settings.state_dir.rglob(FILE_NAME))

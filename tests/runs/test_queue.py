@@ -10,7 +10,7 @@ import pytest
 
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.engine.state_saver import CapturedState
-from apollo_trainer.runs.ledger import Ledger
+from apollo_trainer.ledger.ledger import Ledger
 from tests.waiting import WAIT_SECONDS
 
 Events = Callable[[Any], list[pb.RunEvent]]

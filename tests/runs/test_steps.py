@@ -177,7 +177,8 @@ def test_a_run_ends_well_once_every_sample_is_learned(
     (_, after) = (event.evaluated for event in events if event.HasField("evaluated"))
     assert max(after.losses) < 0.5
     assert kinds(events)[-3:] == ["evaluated", "checkpoint", "finished"]
-    assert engine.calls == ["pause keep", "reset caches", "resume"]
+    assert engine.calls.count("pause keep") == engine.calls.count("resume") == len(losses)
+    assert engine.calls[-1] == "reset caches"
     again = all_events(
         trainer.submit(samples=TWO, samples_per_step=2, guard=pb.Guard(min_loss=0.5))
     )

@@ -15,7 +15,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import apollo_trainer.main as server_module
-from apollo_grpc.errors import ApolloError, from_rpc_error
+from apollo_grpc.errors import ApolloError
+from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb

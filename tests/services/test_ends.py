@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 import pytest
 
-from apollo_grpc.errors import ApolloError, NotFound, from_rpc_error
+from apollo_grpc.errors import ApolloError, NotFound
+from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
 

@@ -11,7 +11,8 @@ from typing import Any
 import grpc
 import pytest
 
-from apollo_grpc.errors import ApolloError, FailedPrecondition, from_rpc_error
+from apollo_grpc.errors import ApolloError, FailedPrecondition
+from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
 from tests.checkpoints.private_mounts import fill, tmpfs, with_private_mounts

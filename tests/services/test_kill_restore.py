@@ -15,8 +15,7 @@ import torch
 
 from apollo_client import ApolloClient
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.apollo_state.file import load_state
-from apollo_trainer.checkpoints.apollo_state.header import FILE_NAME, OPTIMIZER_KEY
+from apollo_trainer.checkpoints.apollo_state import FILE_NAME, OPTIMIZER_KEY, load_state
 from tests.server_process import ServerProcess, served
 from tests.soak.kill_checkpoints import Operation
 from tests.waiting import wait_until

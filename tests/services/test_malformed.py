@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from apollo_grpc.errors import from_rpc_error
+from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import checkpoint_pb2, status_pb2, weight_export_pb2
 from apollo_grpc.v1 import training_pb2 as pb

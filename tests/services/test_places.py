@@ -241,7 +241,7 @@ def test_a_clock_that_goes_back_leaves_runs_in_their_order(
     caller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A clock that goes back a day between two runs."""
-    import apollo_trainer.runs.events as events_module
+    import apollo_trainer.ledger.events as events_module
 
     first = caller.train()
     real = events_module.now

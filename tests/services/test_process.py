@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from apollo_trainer.checkpoints.apollo_state.file import load_state
+from apollo_trainer.checkpoints.apollo_state import load_state
 from apollo_trainer.main import main
 
 

@@ -23,11 +23,11 @@ from apollo_grpc.errors import (
 )
 from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.snapshots.copy import SnapshotCopy
+from apollo_trainer.checkpoints.snapshots.copy_on_write import SnapshotCopy
 from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.snapshots.value_exchange import Exchange
 from apollo_trainer.engine import model_checkpoints
-from apollo_trainer.runs.execution import Execution
+from apollo_trainer.runs.saving import RunSaves
 
 FAST = pb.OptimizerConfig(lr=1e-2)
 
@@ -273,14 +273,14 @@ def test_an_export_is_a_model_directory_of_the_live_weights(
 def test_automatic_snapshots_are_taken_before_runs_and_in_them(
     start_engine: Any, start_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = Execution._snapshot_while_running
+    take = RunSaves._snapshot_while_running
 
-    def in_time(run: Execution, step: int) -> None:
+    def in_time(saves: RunSaves, step: int) -> None:
         # Steps of a millisecond would overtake the disk.
-        run._wait_for_snapshots()
-        take(run, step)
+        saves._wait_for_snapshots()
+        take(saves, step)
 
-    monkeypatch.setattr(Execution, "_snapshot_while_running", in_time)
+    monkeypatch.setattr(RunSaves, "_snapshot_while_running", in_time)
     start_engine()
     caller = start_server(snapshot_before_runs=True, snapshot_steps=2, automatic_snapshots=3)
     caller.wait_attached()

@@ -13,18 +13,19 @@ import grpc
 import pytest
 from google.protobuf import duration_pb2
 
-from apollo_grpc.errors import from_rpc_error
 from apollo_grpc.interceptors import SyncErrors
+from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.transport import SERVER_OPTIONS, Endpoint, open_port
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1 import weight_export_pb2_grpc as pb_grpc
 from apollo_sidecar import leases
-from apollo_sidecar.engine import RESET_ATTEMPTS, Engine
+from apollo_sidecar.engine import Engine
 from apollo_sidecar.generation import GenerationPage
 from apollo_sidecar.others_pause import OthersPause
 from apollo_sidecar.sample_tokens import SampleTokens
 from apollo_sidecar.service import WeightExportService
 from apollo_sidecar.vllm_prompts import VllmPrompts
+from apollo_sidecar.weight_version import RESET_ATTEMPTS
 from tests.waiting import wait_until
 
 
@@ -402,7 +403,7 @@ class StampedClient(Client):
 def stamped(sidecar, monkeypatch):
     """The same sidecar on such a vLLM; what failed is tried again at once."""
     monkeypatch.setattr(leases, "RETRY_SECONDS", 0.01)
-    sidecar.client = sidecar.engine._client = StampedClient()
+    sidecar.client = sidecar.engine._vllm.client = StampedClient()
     sidecar.engine._others = OthersPause(sidecar.client, lambda: sidecar.engine.paused)
     return sidecar
 
@@ -435,7 +436,7 @@ def test_a_cache_that_was_not_reset_is_reset_later(stamped):
     stamped.client.refused_resets = RESET_ATTEMPTS
     stamped.pause()
     assert failure(stamped.resume, changed=True).reason == "CACHE_NOT_RESET"
-    wait_until(lambda: not stamped.engine._stale_caches, "the reset")
+    wait_until(lambda: not stamped.engine._version._stale_caches, "the reset")
 
 
 def without_pause(sidecar, name="a", **named):

@@ -58,9 +58,9 @@ def in_batches(
     contexts, sums = FrozenContexts(model), [0.0] * len(samples)
     model.zero_grad()
     for batch in plan_batches(samples, budget, mixing):
-        loss = batch_loss(model, batch, contexts)
-        torch.autograd.backward([loss.weighted / 10])
-        for index, loss_sum in zip(batch.indices, loss.sums.tolist(), strict=True):
+        weighted, of_samples = batch_loss(model, batch, contexts)
+        torch.autograd.backward([weighted / 10])
+        for index, loss_sum in zip(batch.indices, of_samples.tolist(), strict=True):
             sums[index] = loss_sum
     return sums, gradients(model)
 

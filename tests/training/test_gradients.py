@@ -42,8 +42,8 @@ def run_passes(model: Any, mixing: Mixing, budget: int) -> None:
     """Backward passes over SAMPLES."""
     contexts = FrozenContexts(model)
     for batch in plan_batches(SAMPLES, budget, mixing):
-        loss = batch_loss(model, batch, contexts, 5.0)
-        torch.autograd.backward([loss.weighted])
+        weighted, _ = batch_loss(model, batch, contexts, 5.0)
+        torch.autograd.backward([weighted])
 
 
 def expect_autograds(model: Any, mixing: Mixing, budget: int) -> dict[str, Gradient]:

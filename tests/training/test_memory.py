@@ -47,7 +47,7 @@ def passes(model: Any, shape: StepShape, bucketed: bool) -> tuple[int, int]:
             if bucketed:
                 loss = losses(model, inputs)[0]
             else:
-                loss = batch_loss(model, batch, FrozenContexts(model)).weighted
+                loss, _ = batch_loss(model, batch, FrozenContexts(model))
             torch.autograd.backward([loss])
         del loss
         return seen.peak, seen.live

@@ -15,7 +15,7 @@ import apollo_trainer.optim.cuda.stepper as stepper_module
 import apollo_trainer.training.step as step_module
 from apollo_trainer.optim import Apollo
 from apollo_trainer.optim.cuda import FusedStepper
-from apollo_trainer.optim.preview import Previewer
+from apollo_trainer.optim.preview import Preview
 from apollo_trainer.training.captured import CapturedPasses
 from apollo_trainer.training.gradients import StepGradients
 from apollo_trainer.training.out_of_memory import OutOfMemory
@@ -92,7 +92,7 @@ ENTERED: dict[str, tuple[Any, str, StepPolicy]] = {
     "preparing": (Apollo, "prepare", AT_ONCE),
     "setting aside": (stepper_module, "set_aside", AT_ONCE),
     "squares": (FusedStepper, "squares", AT_ONCE),
-    "previewing": (Previewer, "of", PREVIEWING),
+    "previewing": (Preview, "_add", PREVIEWING),
     "beginning": (FusedStepper, "begin", AT_ONCE),
 }
 

@@ -54,7 +54,7 @@ PHASES = {
     "gradients.settle": "settling",
     "gradients.summed_gradients": "settling",
     "scratch.set_aside": "setting aside",
-    "preview.of": "previewing",
+    "preview._add": "previewing",
     "apollo.prepare": "preparing",
     "step._judge": "judging",
 }
@@ -128,9 +128,10 @@ class Recorded:
         if self._left is None:
             mine = StepGradients(self._model.parameters())
             with mine.collecting():
-                loss = batch_loss(self._model, batch, FrozenContexts(self._model), divisor)
-                torch.autograd.backward([loss.weighted])
-            self._left = loss.sums, mine.held
+                contexts = FrozenContexts(self._model)
+                weighted, sums = batch_loss(self._model, batch, contexts, divisor)
+                torch.autograd.backward([weighted])
+            self._left = sums, mine.held
         sums, collected = self._left
         gradients.replay(collected, copy=True)
         return sums

@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apollo_trainer.checkpoints.apollo_state.file import load_state
-from apollo_trainer.checkpoints.apollo_state.header import FILE_NAME, OPTIMIZER_KEY
+from apollo_trainer.checkpoints.apollo_state import FILE_NAME, OPTIMIZER_KEY, load_state
 from apollo_trainer.checkpoints.directory.state_folder import place_of
 from tests.vllm.families import FAMILIES
 

@@ -11,24 +11,21 @@ from typing import Annotated, Any
 
 import typer
 import typer.main
-from rich.console import Console
 
-from apollo_client.client import ApolloClient, RunStream
-from apollo_client.command import checkpoint, display, doctor, up
-from apollo_client.command.outcome import INTERRUPTED, REFUSED, output_status, reported_errors
-from apollo_client.sample_files import read_placed, read_standard_input
+from apollo_client.client import ApolloClient
+from apollo_client.command import checkpoint, display, doctor, train, up
+from apollo_client.command.display import Json
+from apollo_client.command.outcome import output_status, reported_errors
 from apollo_grpc.addresses import require_address
 from apollo_grpc.locations import server_address, socket_path
 from apollo_grpc.standard_streams import prepare_streams
 from apollo_grpc.tokens import read_token
-from apollo_grpc.v1 import training_pb2
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
 
 
 @dataclass(frozen=True)
@@ -96,118 +93,7 @@ def connection(
     context.obj = Connection(address, token_file, ca, certificate, key)
 
 
-@app.command()
-def train(
-    context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="JSON lines or one array, or - for standard input.")],
-    epochs: Annotated[int | None, typer.Option(help="Passes over the samples.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate, on AdamW's scale.")] = None,
-    samples_per_step: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Shuffles each epoch.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the projection.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Decoupled.")] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Steps of a rising lr.")] = None,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Tell each sample's loss before and after.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Compute each step, and write nothing.")
-    ] = False,
-    coherence: Annotated[
-        str | None,
-        typer.Option(help="live, pause_step or pause_run (default): when vLLM waits for writes."),
-    ] = None,
-    cache_policy: Annotated[
-        str | None,
-        typer.Option(help="reset_at_end (default), reset_each_step or keep: vLLM's prefixes."),
-    ] = None,
-    max_loss: Annotated[float | None, typer.Option(help="A step above is not written.")] = None,
-    max_grad_norm: Annotated[float | None, typer.Option(help="Likewise.")] = None,
-    max_update_ratio: Annotated[
-        float | None, typer.Option(help="Likewise: of an update's norm over the weights'.")
-    ] = None,
-    min_loss: Annotated[
-        float | None,
-        typer.Option(
-            help="The run ends once each sample's latest loss is below; default 0.02 nats, 0 never."
-        ),
-    ] = None,
-    max_wall_time: Annotated[float | None, typer.Option(help="Seconds; then the run ends.")] = None,
-    reset_optimizer: Annotated[
-        bool, typer.Option("--reset-optimizer", help="Drop the optimizer's state first.")
-    ] = False,
-    accept_other_weights: Annotated[
-        bool,
-        typer.Option(
-            "--accept-other-weights",
-            help="Go on with a state of other weights, as after vLLM restarted without a sync.",
-        ),
-    ] = False,
-    request_id: Annotated[
-        str | None,
-        typer.Option(help="The same id and samples again attach to the first run."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Learn the samples of FILE; the model serves what it learned as soon as the run has ended.
-
-    A line is {"context": "...", "continuation": "..."}, or {"context_ids": [...],
-    "continuation_ids": [...]}, or {"messages": [...]} whose last one is the assistant's; messages
-    may have OpenAI's "weight": 0 or 1, and then each answer of weight 1 is learned. The
-    continuation is learned, the context is read. Ctrl-C leaves the run going.
-    """
-    options: Any = {
-        "epochs": epochs,
-        "lr": lr,
-        "samples_per_step": samples_per_step,
-        "seed": seed,
-        "rank": rank,
-        "weight_decay": weight_decay,
-        "warmup_steps": warmup_steps,
-        "evaluate": evaluate or None,
-        "dry_run": dry_run or None,
-        "coherence": coherence,
-        "cache_policy": cache_policy,
-        "max_loss": max_loss,
-        "max_grad_norm": max_grad_norm,
-        "max_update_ratio": max_update_ratio,
-        "min_loss": min_loss,
-        "max_wall_time": max_wall_time,
-        "reset_optimizer": reset_optimizer or None,
-        "accept_other_weights": accept_other_weights or None,
-    }
-    with reported_errors():
-        samples = read_standard_input() if str(file) == "-" else read_placed(file)
-        with context.obj.client() as client:
-            events = client.train(samples, request_id=request_id, **options)
-            finished = _follow(events, as_json)
-    if finished.state != training_pb2.RUN_STATE_SUCCEEDED:
-        raise typer.Exit(REFUSED)
-
-
-def _follow(stream: RunStream, as_json: bool) -> training_pb2.Finished:
-    run_id, finished = "", training_pb2.Finished()
-
-    def events() -> Any:
-        nonlocal run_id
-        for event in stream:
-            run_id = event.run_id
-            yield event
-
-    try:
-        if not as_json:
-            return display.RunDisplay(Console()).follow(events())
-        for event in events():
-            print(display.to_json(event), flush=True)
-            finished = event.finished
-    except KeyboardInterrupt:
-        where = (
-            f"Run {run_id} goes on; 'apollo watch {run_id}' follows it, 'apollo cancel {run_id}'"
-        )
-        where = f"{where} ends it." if run_id else "Nothing was heard of the run yet."
-        print(f"\n{where}", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-    return finished
+app.command("train")(train.command)
 
 
 @app.command()
@@ -236,9 +122,7 @@ def watch(
     """
     if run_id:
         with reported_errors(), context.obj.client() as client:
-            finished = _follow(client.watch_run(run_id, after), as_json)
-        if finished.state != training_pb2.RUN_STATE_SUCCEEDED:
-            raise typer.Exit(REFUSED)
+            train.follow(client.watch_run(run_id, after), as_json)
         return
     with reported_errors(), context.obj.client() as client:
         try:

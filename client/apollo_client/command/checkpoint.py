@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from apollo_client.command import display
+from apollo_client.command.display import Json
 from apollo_client.command.outcome import REFUSED, reported_errors
 
 app = typer.Typer(no_args_is_help=True, help="Snapshots, undo, export: the disk, and ways back.")
@@ -16,7 +17,6 @@ RequestId = Annotated[
     str,
     typer.Option("--request-id", help="Again with the same: attaches; 'cancel' stops it."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
 
 
 @app.command()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from rich.console import Console
@@ -19,6 +20,7 @@ from rich.progress import (
 
 from apollo_grpc.v1 import checkpoint_pb2, status_pb2, training_pb2
 
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
 MIB = 2**20
 

@@ -14,6 +14,7 @@ import typer
 from apollo_client.command.children import Child, Children
 from apollo_client.command.cores import split_cores
 from apollo_client.command.cpu_choices import KV_CACHE, eager, kv_cache
+from apollo_client.command.gpu_sharing import GpuSharing, shared_gpu
 from apollo_client.command.http_address import answers, url, why_not_free
 from apollo_client.command.model_folder import model_folder, why_not_servable
 from apollo_client.command.outcome import REFUSED, WRONG_INPUT, fail, reported_errors
@@ -33,6 +34,10 @@ def command(
     model: Annotated[Path, typer.Argument(help="A directory, or a hub id that is in the cache.")],
     host: Annotated[str, typer.Option(help="Where vLLM's HTTP API listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Its port.")] = 8000,
+    gpu_sharing: Annotated[
+        GpuSharing,
+        typer.Option(help="Both programs on one GPU: by turns (time), or side by side (mps)."),
+    ] = GpuSharing.AUTO,
 ) -> None:
     """Serve MODEL with vLLM and train it: starts both, ends both on Ctrl-C.
 
@@ -51,9 +56,12 @@ def command(
         _require_free(host, port, address, context.args)
         settings, notes = _cpu_settings(folder, context.args)
         arguments = [*named, *context.args]
-        vllm = vllm_child(folder, host, port, arguments, sidecar_address(), **settings)
-        trainer = trainer_child(address, sidecar_address())
-        status = asyncio.run(Children(vllm, trainer, address, notes=notes).run())
+        with shared_gpu(gpu_sharing, state_folder()) as shared:
+            settings |= shared.both
+            vllm = vllm_child(folder, host, port, arguments, sidecar_address(), **settings)
+            trainer = trainer_child(address, sidecar_address(), **shared.both, **shared.trainer)
+            both = Children(vllm, trainer, address, notes=[*notes, *shared.notes])
+            status = asyncio.run(both.run())
     raise typer.Exit(status)
 
 

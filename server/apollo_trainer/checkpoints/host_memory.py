@@ -1,4 +1,4 @@
-"""Host memory for tensors: cheap to touch, used again, and filled by a device beside the host.
+"""Host memory for tensors: buffers that are used again, and copies that a device makes into them.
 
 The first write to a page costs several times what the copy does. Measured on a virtual machine:
 into memory that was written before, 19 GB/s; into fresh memory, 3; into fresh huge pages, 10, but
@@ -10,42 +10,33 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# A contiguous CPU tensor of a tensor's shape and dtype, not initialised.
+# Allocates a contiguous CPU tensor of a tensor's shape and dtype, not initialised.
 Memory = Callable[[Tensor], Tensor]
 
 
-def empty_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A contiguous CPU tensor, not initialised.
-
-    numpy asks the kernel for huge pages where an array has 4 MiB or more; torch does not. For
-    work that is waited for; a step should not bet on what they cost.
-    """
-    size = prod(shape) * dtype.itemsize
-    if not size:
-        return torch.empty(shape, dtype=dtype)
-    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
-
-
 def empty_like_host(tensor: Tensor) -> Tensor:
-    """As `empty_host`, of a tensor's shape and dtype."""
-    return empty_host(tuple(tensor.shape), tensor.dtype)
+    """A contiguous CPU tensor of this shape and dtype, not initialised.
+
+    numpy asks the kernel for huge pages for arrays of 4 MiB or more; torch does not. Not for a
+    training step: huge pages can be slow to come.
+    """
+    array = np.empty(tuple(tensor.shape), f"i{tensor.itemsize}")
+    return torch.from_numpy(array).view(tensor.dtype)
 
 
 class HostBuffers:
-    """Buffers that are taken and given back; none is freed but by `clear` and `keep_only`.
+    """A pool of buffers; only `clear` and `keep_only` free them. Any thread.
 
     Args:
-        pinned: all of them; those for tensors of a CUDA device always are, so that copies run
-            beside the host.
-        keeps: what is given back; otherwise it is freed, and each one taken is fresh memory.
+        pinned: pin all of them. Buffers for tensors of a CUDA device always are, so that the device
+            copies while it computes.
+        keeps: keep what is given back; otherwise it is freed, and each buffer is fresh memory.
     """
 
     def __init__(self, pinned: bool = False, *, keeps: bool = True) -> None:
@@ -62,7 +53,7 @@ class HostBuffers:
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned)
 
     def give(self, *buffers: Tensor) -> None:
-        """Back, for whoever takes the next ones; nothing may read them any more."""
+        """Returns buffers to the pool; nothing may use them any more."""
         if not self._keeps:
             return
         with self._lock:
@@ -71,15 +62,12 @@ class HostBuffers:
                 self._free.setdefault(key, []).append(buffer)
 
     def keep_only(self, *buffers: Tensor) -> None:
-        """The same for all of one copy; what was kept before and nobody has taken is freed.
-
-        No more is kept than the last copy took, also where shapes have changed since.
-        """
+        """Frees the pool, then returns these buffers to it: it never holds more than one copy."""
         self.clear()
         self.give(*buffers)
 
     def clear(self) -> None:
-        """Frees those that nobody has taken."""
+        """Frees the buffers in the pool; those that are taken stay."""
         with self._lock:
             self._free.clear()
 
@@ -94,9 +82,9 @@ class Staging:
         self._block = torch.empty(0, dtype=torch.uint8)
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The tensor on the CPU, contiguous; what a device's was copied to holds until the next.
+        """The tensor on the CPU, contiguous; waits for the device.
 
-        Waits for the device. A tensor of the CPU is not copied.
+        A copy of a device's tensor is overwritten by the next call. A CPU tensor is not copied.
         """
         if tensor.device.type == "cpu":
             return tensor.contiguous()
@@ -106,8 +94,8 @@ class Staging:
         return host.copy_(tensor)
 
 
-class Reached:
-    """Whether a CUDA device has come as far as its current stream was when this was made."""
+class DeviceEvent:
+    """A CUDA event, recorded in the current stream; for a CPU there is nothing to wait for."""
 
     def __init__(self, on_device: bool):
         self._event: Any = None
@@ -116,61 +104,43 @@ class Reached:
             self._event.record()
 
     def wait(self) -> None:
-        """Ends when it has; at once on a CPU."""
+        """Returns when the device has reached the event."""
         if self._event is not None:
             self._event.synchronize()
 
-    def hold_back(self, stream: torch.cuda.Stream) -> None:
-        """What is given to the stream from now on begins when it has."""
-        if self._event is not None:
-            stream.wait_event(self._event)
+    @contextmanager
+    def in_stream_after(self, device: torch.device) -> Iterator[None]:
+        """In the block, a new stream is current, whose work begins after the event."""
+        if self._event is None:
+            yield
+            return
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_event(self._event)
+        with torch.cuda.stream(stream):
+            yield
 
 
-class Staged(Protocol):
-    """Values that will be in host memory."""
+class StagingCopy:
+    """Values in host memory, or on their way there.
 
-    def tensor(self) -> Tensor:
-        """They, once they are complete."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """Values that are in host memory, and stay there."""
-
-    values: Tensor
-
-    def tensor(self) -> Tensor:
-        """They."""
-        return self.values
-
-
-@contextmanager
-def beside(reached: Reached, device: torch.device) -> Iterator[None]:
-    """Within it, copies of a CUDA device are made beside what it does otherwise.
-
-    They begin when the device has come to `reached`. A CPU copies as ever.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    reached.hold_back(stream)
-    with torch.cuda.stream(stream):
-        yield
-
-
-class StagedCopy:
-    """A copy of a tensor in a buffer; a CUDA device goes on with it after this was constructed.
-
-    What the device does next, in the stream that is current, finds the tensor read.
+    Args:
+        on_device: a CUDA device writes them, by work that is in the current stream now.
     """
 
-    def __init__(self, tensor: Tensor, buffers: HostBuffers):
+    def __init__(self, values: Tensor, *, on_device: bool = False):
+        self._values, self._copied = values, DeviceEvent(on_device)
+
+    @classmethod
+    def of(cls, tensor: Tensor, buffers: HostBuffers) -> StagingCopy:
+        """Copies a tensor into a buffer; does not wait for a CUDA device.
+
+        What is put into the current stream afterwards may write the tensor.
+        """
         tensor = tensor.detach()
-        self._buffer = buffers.take(tensor).copy_(tensor, non_blocking=tensor.is_cuda)
-        self._copied = Reached(tensor.is_cuda)
+        buffer = buffers.take(tensor).copy_(tensor, non_blocking=tensor.is_cuda)
+        return cls(buffer, on_device=tensor.is_cuda)
 
     def tensor(self) -> Tensor:
-        """The copy, once it is complete."""
+        """The values; waits until the device has written them."""
         self._copied.wait()
-        return self._buffer
+        return self._values

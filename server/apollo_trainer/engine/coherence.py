@@ -1,4 +1,4 @@
-"""How a run's writes and vLLM's reads go together: which pauses are held, and when caches go.
+"""The coherence modes: when vLLM is paused for a run's writes, and when its caches are dropped.
 
 LIVE writes while vLLM decodes: a forward pass may read weights of two versions. PAUSE_STEP holds
 vLLM around each write, PAUSE_RUN around the whole run.
@@ -7,13 +7,12 @@ vLLM around each write, PAUSE_RUN around the whole run.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.engine.pause import EnginePause
-from apollo_trainer.weights.attach import Attachment
+from apollo_trainer.weights.attachment import Attachment
 from apollo_trainer.weights.sidecar import Sidecar
 
 # Reasons of a call that nobody answers any more.
@@ -21,49 +20,45 @@ _GONE = ("ENGINE_LOST", "ENGINE_STOPPING", Unavailable.default_reason)
 
 
 def engine_is_gone(error: ApolloError) -> bool:
-    """Whether a failed call says that there is no engine any more; a slow one still is there."""
+    """Whether a failed call means that the engine is gone; one that is slow is still there."""
     return isinstance(error, Unavailable) and error.reason in _GONE
 
 
-@dataclass
-class Written:
-    """What a run has done to the weights.
-
-    Attributes:
-        updates: whole updates that vLLM has not been told of.
-        dirty: whether vLLM's caches may be of older weights, by an unfinished update too.
-    """
-
-    updates: int = 0
-    dirty: bool = False
-
-
 class Coherence(ABC):
-    """The part that all modes share; one object a run.
+    """The part that all modes share; one object a run. Training thread.
 
-    `begin`, then for each step `before_write` (any number of times) and `after_step`, at last
+    Call `begin`, then for each step `before_write` (any number of times) and `after_step`, at last
     `end`. All raise the sidecar's error, and `before_write` whatever forbids the write.
 
     Attributes:
+        stops: whether vLLM waits while a lease lasts.
+        serves: whether vLLM decodes between two writes.
         held_seconds: how long vLLM was paused for the run so far.
         step_held_seconds: how long for the last step alone.
         weight_version: the last one that the sidecar told of; None before.
         untold: whether the sidecar will count an update that it could not be told of.
     """
 
+    stops = serves = True
+
     def __init__(self, sidecar: Sidecar, attachment: Attachment, seconds: float, policy: Any):
         self._sidecar, self._attachment, self._seconds = sidecar, attachment, seconds
-        self._policy = policy or pb.CACHE_POLICY_RESET_AT_END
-        self._written, self._wrote = Written(), False
+        policy = policy or pb.CACHE_POLICY_RESET_AT_END
+        self._resets_each_step = policy == pb.CACHE_POLICY_RESET_EACH_STEP
+        self._resets_at_end = policy != pb.CACHE_POLICY_KEEP
+        self._pause: EnginePause | None = None
+        # Whole updates that vLLM has not been told of, and whether its caches may be of older
+        # weights, by an unfinished update too.
+        self._updates, self._dirty, self._wrote = 0, False, False
         self.held_seconds = self.step_held_seconds = 0.0
         self.weight_version: int | None = None
         self.untold = False
 
     def begin(self) -> None:  # noqa: B027
-        """Before the first step."""
+        """Prepares for the first step."""
 
     def before_write(self) -> None:
-        """Right before weights are written.
+        """Makes sure, right before weights are written, that they may be.
 
         Raises Unavailable where the engine is gone, FailedPrecondition where it went on early, or
         with WEIGHTS_CHANGED where somebody else changed its weights.
@@ -74,18 +69,14 @@ class Coherence(ABC):
         self._hold()
         if not self._wrote:
             self._attachment.require_as_left()
-        self._wrote = self._written.dirty = True
-
-    @abstractmethod
-    def _hold(self) -> None:
-        """Makes sure that vLLM is where the mode wants it for a write."""
+        self._wrote = self._dirty = True
 
     @abstractmethod
     def after_step(self) -> None:
-        """The step's update is whole; vLLM is told of it."""
+        """Tells vLLM of the step's update, which is whole."""
 
     def end(self) -> None:
-        """After the last step, whole or not: vLLM goes on, with caches as the policy says."""
+        """Lets vLLM go on after the last step, whole or not; drops caches as the policy says."""
         try:
             if self._wrote:
                 self._attachment.remember()
@@ -96,37 +87,15 @@ class Coherence(ABC):
     def _end(self) -> None:
         """What `end` does in this mode."""
 
-    @property
-    def _resets_each_step(self) -> bool:
-        return bool(self._policy == pb.CACHE_POLICY_RESET_EACH_STEP)
-
-    @property
-    def _resets_at_end(self) -> bool:
-        return bool(self._policy != pb.CACHE_POLICY_KEEP)
-
-    def _reset_caches(self) -> None:
-        if self._written.dirty:
-            self._sidecar.reset_caches(self._attachment.epoch)
-            self._written.dirty = False
-
-
-class _Leasing(Coherence):
-    """What writes under a lease.
-
-    Attributes:
-        stops: whether vLLM waits while the lease lasts.
-    """
-
-    stops = True
-    _pause: EnginePause | None = None
-
-    def _acquire(self) -> None:
+    def _acquire(self) -> EnginePause:
         self._pause = EnginePause(self._sidecar, self._attachment, self._seconds, stops=self.stops)
+        return self._pause
 
     def _hold(self) -> None:
-        if self._pause:
-            self._pause.confirm()
-        lost = self._pause.lost if self._pause else None
+        """Acquires the lease where there is none; raises where it has ended."""
+        pause = self._pause or self._acquire()
+        pause.confirm()
+        lost = pause.lost
         if lost and engine_is_gone(lost):
             raise lost
         if lost:
@@ -139,37 +108,39 @@ class _Leasing(Coherence):
         pause, self._pause = self._pause, None
         if pause is None:
             return
-        written = self._written
-        self.untold = changed = written.dirty = bool(written.dirty or written.updates)
+        self.untold = changed = self._dirty = bool(self._dirty or self._updates)
         try:
             self.weight_version = pause.end(
-                weights_changed=changed, updates=written.updates, keep_caches=not reset_caches
+                weights_changed=changed, updates=self._updates, keep_caches=not reset_caches
             )
             self.untold = False
             # Caches that vLLM did not drop are still to be dropped at the end.
-            written.dirty = changed and not reset_caches
+            self._dirty = changed and not reset_caches
         finally:
             self._count(pause)
-            written.updates = 0
+            self._updates = 0
 
     def _count(self, pause: EnginePause) -> None:
         self.step_held_seconds = pause.held_seconds
         self.held_seconds += self.step_held_seconds
 
+    def _reset_caches(self) -> None:
+        if self._dirty:
+            self._sidecar.reset_caches(self._attachment.epoch)
+            self._dirty = False
 
-class Live(_Leasing):
+
+class Live(Coherence):
     """Writes while vLLM decodes; the sidecar knows, and counts an update if the writer dies."""
 
     stops = False
 
     def _hold(self) -> None:
-        if self._pause is None:
-            self._acquire()
         super()._hold()
         self.untold = True
 
     def after_step(self) -> None:
-        """One update more."""
+        """Counts one update more."""
         self._attachment.synchronize()
         self.weight_version = self._sidecar.raise_version(self._attachment.epoch, 1)
         self.untold = False
@@ -190,8 +161,10 @@ class Live(_Leasing):
             self.untold = False
 
 
-class PauseRun(_Leasing):
-    """vLLM waits while the run is at work; no step is held for alone."""
+class PauseRun(Coherence):
+    """vLLM waits for the whole run; no step holds it alone."""
+
+    serves = False
 
     def _count(self, pause: EnginePause) -> None:
         self.held_seconds += pause.held_seconds
@@ -201,25 +174,20 @@ class PauseRun(_Leasing):
         self._acquire()
 
     def after_step(self) -> None:
-        """vLLM is told at the end: it reads nothing before."""
-        self._written.updates += 1
+        """Tells vLLM at the end alone: it reads nothing before."""
+        self._updates += 1
 
     def _end(self) -> None:
         """Lets vLLM go on."""
         self._release(reset_caches=self._resets_at_end)
 
 
-class PauseStep(_Leasing):
+class PauseStep(Coherence):
     """vLLM decodes during forward and backward, and waits while weights are written."""
-
-    def _hold(self) -> None:
-        if self._pause is None:
-            self._acquire()
-        super()._hold()
 
     def after_step(self) -> None:
         """Lets vLLM go on with the update."""
-        self._written.updates += 1
+        self._updates += 1
         self._release(reset_caches=self._resets_each_step)
 
     def _end(self) -> None:
@@ -230,7 +198,7 @@ class PauseStep(_Leasing):
 
 
 _MODES: dict[int, type[Coherence]] = {
-    pb.COHERENCE_MODE_UNSPECIFIED: PauseRun,
+    pb.COHERENCE_MODE_UNSPECIFIED: PauseStep,
     pb.COHERENCE_MODE_PAUSE_RUN: PauseRun,
     pb.COHERENCE_MODE_PAUSE_STEP: PauseStep,
     pb.COHERENCE_MODE_LIVE: Live,
@@ -240,5 +208,5 @@ _MODES: dict[int, type[Coherence]] = {
 def coherence_of(
     asked: pb.Coherence, sidecar: Sidecar, attachment: Attachment, lease_seconds: float
 ) -> Coherence:
-    """The mode that a spec asks for, and its cache policy; unset is PAUSE_RUN, RESET_AT_END."""
+    """Makes the mode and cache policy of a spec; unset they are PAUSE_STEP and RESET_AT_END."""
     return _MODES[asked.mode](sidecar, attachment, lease_seconds, asked.cache_policy)

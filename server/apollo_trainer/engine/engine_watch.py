@@ -1,4 +1,4 @@
-"""Watches the sidecar: finds an engine when it appears, and knows when it is gone or wedged."""
+"""Watches the sidecar, and tells the owner when an engine appears and when it is gone or wedged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRACE_SECONDS = 0.25
 
 
 def no_engine(address: str) -> str:
-    """What a user reads while there is no sidecar."""
+    """Returns what a user reads while there is no sidecar."""
     return (
         f"No sidecar answers at {printable(address)}: start vLLM with VLLM_PLUGINS=apollo and "
         "apollo-grpc installed beside it, or run 'apollo up MODEL'."
@@ -26,7 +26,7 @@ def no_engine(address: str) -> str:
 
 
 class EngineWatch:
-    """Two threads: one reads the beats of WatchGeneration, one notices when they stay away."""
+    """Runs two threads: one reads the sidecar's beats, one notices when they stay away."""
 
     def __init__(self, sidecar: Sidecar, owner: ModelOwner):
         self._sidecar, self._owner = sidecar, owner
@@ -47,7 +47,10 @@ class EngineWatch:
                     with self._lock:
                         self._heard = True
                     self._beat.set()
-                    self._owner.version_told(generation.epoch, generation.weight_version)
+                    iterations = zip(
+                        generation.iteration_ends, generation.iteration_seconds, strict=False
+                    )
+                    self._owner.engine_told(generation.epoch, generation.weight_version, iterations)
                     self._owner.engine_found(
                         generation.epoch, generation.generation, generation.paused_by_others
                     )
@@ -66,7 +69,7 @@ class EngineWatch:
                 self._sidecar.abandon()
 
     def _lose(self, what: str) -> bool:
-        """Tells the owner, once for each engine that was heard; returns whether it did."""
+        """Tells the owner once for each engine that was heard; returns whether it did."""
         with self._lock:
             was_heard, self._heard = self._heard, False
         # A stopped server closes the channel, which is no word about the engine.
@@ -77,7 +80,7 @@ class EngineWatch:
         return True
 
     def stop(self) -> None:
-        """Ends the watch."""
+        """Ends both threads."""
         self._stopped.set()
         self._beat.set()
         self._sidecar.close()

@@ -1,12 +1,11 @@
-"""What is kept of one attached model to go back to: snapshots on disk, updates in memory."""
+"""What one attached model can go back to: snapshots on disk, updates in memory."""
 
 from __future__ import annotations
 
 import json
-import logging
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from apollo_trainer.checkpoints.snapshots import (
     SnapshotCopy,
     SnapshotInfo,
     SnapshotStore,
-    SnapshotWriter,
     UndoRing,
     WriteVersions,
     WriteWatch,
@@ -41,25 +39,26 @@ from apollo_trainer.checkpoints.snapshots import (
 )
 from apollo_trainer.config import Settings
 from apollo_trainer.optim import Apollo
-from apollo_trainer.weights.attach import Attachment
+from apollo_trainer.weights.attachment import Attachment
 
-log = logging.getLogger(__name__)
 MIB = 2**20
 CUT_OFF = "restore-at-work.json"
 Pausing = AbstractContextManager[None]
 
 
 class ModelCheckpoints:
-    """Snapshots, undo and restore of one attachment; used by the training thread.
+    """Snapshots, undo, restore and sync of one attachment; used by the training thread.
 
     Args:
-        folder: of the server's own; it holds the mark of a restore that is at work.
+        folder: the server's own for this model; a mark in it says that a restore is at work.
 
     Attributes:
+        directory: the model directory that was attached, links resolved.
+        state: its state folder, which may be another server's.
         watch: the optimizer's `before_param_write`.
         poison: why the live weights are mixed; no run and no sync may begin then.
-        not_synced: what a sync would be refused for, in a sentence; empty where nothing was seen.
-        store: the snapshots on disk; what writes there raises as `place` does.
+        not_synced: why a sync would be refused, in a sentence; empty where nothing was found.
+        store: the snapshots on disk; its writes raise as `place` does.
     """
 
     def __init__(self, attachment: Attachment, folder: Path, settings: Settings):
@@ -71,50 +70,41 @@ class ModelCheckpoints:
         parameters = attachment.parameters().values()
         on_device = any(p.is_cuda for p in parameters)
         self._memory = HostBuffers(on_device, keeps=settings.snapshots_keep_memory)
-        # A link may lead to another model by the time of a sync.
+        # Resolved once: a link may lead to another model by the time of a sync.
         self._place = place_under(Path(attachment.directory), settings.checkpoint_dir)
+        self.directory, self.state = self._place.directory, self._place.state
         self.not_synced, self._seen = "", self._place.seen()
         self._owned, self._owning = ExitStack(), threading.Lock()
         self._is_owner = self._closed = False
-        # Whoever only looks at it writes nothing, and needs not be the owner.
+        # Owned at the first write: several servers may read.
         self.store = SnapshotStore(
-            self._place.state,
+            self.state,
             keep_automatic=settings.automatic_snapshots,
             budget_bytes=settings.snapshot_mebibytes * MIB,
             own=lambda: self.place,
         )
-        self._writer: SnapshotWriter | None = None
+        self._writer = ThreadPoolExecutor(1, "snapshot-writer")
         self._snapshot: Future[SnapshotInfo] | None = None
-        budget = settings.undo_mebibytes * MIB
-        weights = sum(p.nbytes for p in parameters)
-        # A copy of the weights at every step is what a larger model would pay for it.
-        self._ring = UndoRing(budget) if weights <= budget else None
-        if self._ring is not None:
+        budget, self._weights = settings.undo_mebibytes * MIB, sum(p.nbytes for p in parameters)
+        self._ring = UndoRing(budget)
+        # Undo copies the weights at every step: a larger model goes without.
+        self._keeps_updates = self._weights <= budget
+        if self._keeps_updates:
             self.watch.add(self._ring.before_write)
         self._look_for_one_cut_off()
 
     @property
-    def directory(self) -> Path:
-        """The model directory that was attached, links resolved."""
-        return self._place.directory
-
-    @property
-    def state(self) -> Path:
-        """Its state folder, which may be another server's."""
-        return self._place.state
-
-    @property
     def place(self) -> Place:
-        """The model directory and its state folder, which from now on are this server's alone.
+        """The model directory and its state folder, which this server owns from now on. Any thread.
 
-        Raises Unavailable where another server keeps them, OSError where the folder cannot be made.
+        Raises Unavailable where another server owns them, OSError where the folder cannot be made.
         """
         with self._owning:
-            # A lock that is taken after the end would never be let go of.
+            # Nobody would release a lock that is taken after `close`.
             if self._closed:
                 raise Unavailable("vLLM went. Nothing was done.", reason="ENGINE_LOST")
             if not self._is_owner:
-                self._place.state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self.state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._owned.enter_context(owned(self._place))
                 self._is_owner = True
             return self._place
@@ -123,8 +113,8 @@ class ModelCheckpoints:
 
     @contextmanager
     def recording(self, optimizer: Apollo) -> Iterator[None]:
-        """Around one update: it can be taken back afterwards, one that failed halfway too."""
-        if self._ring is None:
+        """Around one update: it can be undone afterwards, also where it failed halfway."""
+        if not self._keeps_updates:
             yield
             return
         parameters = self._attachment.parameters()
@@ -135,13 +125,12 @@ class ModelCheckpoints:
             self._ring.end(parameters)
 
     def forget_updates(self) -> None:
-        """They belong to an optimizer that is no more."""
-        if self._ring is not None:
-            self._ring.clear()
+        """Drops all updates: they belong to an optimizer that is no more."""
+        self._ring.clear()
 
     @property
     def snapshot_at_work(self) -> Future[SnapshotInfo] | None:
-        """The snapshot that is being copied or written; no other one can begin before its end."""
+        """The snapshot that is being copied or written; another can begin after it."""
         return None if self._snapshot is None or self._snapshot.done() else self._snapshot
 
     def snapshot(
@@ -151,10 +140,10 @@ class ModelCheckpoints:
         name: str = "",
         progress: Progress = lambda *_: None,
     ) -> Future[SnapshotInfo]:
-        """Begins a snapshot of this moment, between two steps; what it copies late, steps copy.
+        """Begins a snapshot of this moment, between two steps; it is copied while they go on.
 
         Args:
-            extra: what JSON can hold, kept with the state.
+            extra: kept with the state; what JSON can hold.
             name: the user's; without one it is automatic.
 
         Raises ResourceExhausted while another one is at work: each holds a copy of the weights.
@@ -166,19 +155,16 @@ class ModelCheckpoints:
                 reason="SNAPSHOT_AT_WORK",
             )
         _ = self.place
-        writer = self._writer = self._writer or SnapshotWriter(self.store)
-        parameters = self._attachment.parameters()
-        copying = SnapshotCopy(parameters, optimizer, extra, self._memory)
+        copying = SnapshotCopy(self._attachment.parameters(), optimizer, extra, self._memory)
         self.watch.add(copying.before_write)
-        future = writer.write(copying.start(), name, progress)
-        self._snapshot = future
-        future.add_done_callback(lambda _: self.watch.remove(copying.before_write))
-        return future
+        self._snapshot = self._writer.submit(copying.start().write_to, self.store, name, progress)
+        self._snapshot.add_done_callback(lambda _: self.watch.remove(copying.before_write))
+        return self._snapshot
 
     def sync(self, progress: Progress, method: SyncMethod | None) -> SyncOutcome:
         """Syncs the model directory. Raises as `sync_directory`, and where weights are mixed."""
         self.poison.require_sound()
-        # Before all of it is written to a disk that then refuses the last step.
+        # Now, not after all is written and only the last rename fails.
         refuse_read_only(self._place)
         reader = self._attachment.checkpoint()
 
@@ -189,12 +175,12 @@ class ModelCheckpoints:
 
         options = SyncOptions(method, self.place.state, spare=self._spare, seen=self._seen)
         outcome = sync_directory(self.directory, reader, progress, version, options)
-        # From now on the manifest knows; who takes that away wants the live weights.
+        # From now on the manifest has what was seen; whoever deletes it asks for the live weights.
         self._seen = {}
         return outcome
 
     def look(self) -> None:
-        """Finds out what a sync would refuse the directory for as it is, for `not_synced`."""
+        """Sets `not_synced` from the directory as it is."""
         why = why_not_synced(self._place, self._attachment.checkpoint())
         self.not_synced = why and f"A sync would be refused: {why}"
 
@@ -202,65 +188,51 @@ class ModelCheckpoints:
 
     def load(self, snapshot: str) -> ModelState:
         """Decodes and verifies a snapshot. Raises as `SnapshotStore.load`."""
-        if self._ring is not None:
-            # It holds the memory after a restore, until what was live before is encoded.
+        if self._keeps_updates:
+            # The ring reads this memory after the restore: it cannot be the next snapshot's.
             return self.store.load(snapshot)
         return self.store.load(snapshot, self._memory.take)
 
     def put(self, state: ModelState, optimizer: Apollo, paused: Pausing) -> None:
         """Makes a state of `load` the live model, and uses it up. Raises as `restore`.
 
-        `end_restore` is to follow, once the new Apollo state is on disk.
+        Call `end_restore` once the new Apollo state is on disk.
 
         Args:
-            paused: vLLM, while the weights are written.
+            paused: pauses vLLM while the weights are written.
         """
-        if self._ring is not None:
-            self._ring.settle()
+        self._ring.settle()
+        keep = self._ring.add if self._keeps_updates else None
         with self._at_work(paused):
-            old = restore(state, self._attachment.parameters(), optimizer, self._ring, self.poison)
-        if self._ring is None:
+            old = restore(state, self._attachment.parameters(), optimizer, keep, self.poison)
+        if not self._keeps_updates:
             self._memory.keep_only(*old.parameters.values(), *old.moments.values())
 
     def undo(self, count: int, optimizer: Apollo, paused: Pausing) -> None:
-        """Takes the last updates back. Raises as `UndoRing.undo`, and where weights are mixed.
+        """Undoes the last updates. Raises as `UndoRing.undo`, and where weights are mixed.
 
-        `end_restore` is to follow, once the new Apollo state is on disk.
+        Call `end_restore` once the new Apollo state is on disk.
 
         Args:
-            paused: vLLM, while the weights are written.
+            paused: pauses vLLM while the weights are written.
         """
-        # It would write what the last updates wrote, which may not be all that is mixed.
+        # An undo writes only what the last updates wrote: other weights would stay mixed.
         self.poison.require_sound()
-        parameters, writing = self._attachment.parameters(), self._at_work(paused)
-        if self._ring is None:
-            raise self._no_undo(sum(p.nbytes for p in parameters.values()))
-        self._ring.undo(count, parameters, optimizer, self.poison, writing)
-
-    def _no_undo(self, weights: int) -> OutOfRange:
-        return OutOfRange(
-            f"No updates are kept of this model: its weights take {-(-weights // MIB)} MiB, and "
-            f"undo_mebibytes is {self._settings.undo_mebibytes}. Nothing was changed. Restore a "
-            "snapshot, or start the training server with a larger --undo-mebibytes.",
-            reason="UNDO_OFF",
-        )
+        if not self._keeps_updates:
+            raise OutOfRange(
+                f"No updates are kept of this model: its weights take {-(-self._weights // MIB)} "
+                f"MiB, and undo_mebibytes is {self._settings.undo_mebibytes}. Nothing was changed. "
+                "Restore a snapshot, or start the training server with a larger --undo-mebibytes.",
+                reason="UNDO_OFF",
+            )
+        writing = self._at_work(paused)
+        self._ring.undo(count, self._attachment.parameters(), optimizer, self.poison, writing)
 
     @contextmanager
     def _at_work(self, paused: Pausing) -> Iterator[None]:
-        """A mark on disk until `end_restore`: a server that is killed before leaves mixed weights,
-        or whole ones whose Apollo state is gone."""
+        """Marks a restore on disk, until `end_restore`: a server that is killed before leaves mixed
+        weights, or whole ones without their Apollo state."""
         was_there = self._mark.exists()
-        self._put_mark()
-        try:
-            with paused:
-                yield
-        except BaseException:
-            # All is as it was, with the state on disk that belongs to it.
-            if not (was_there or self.poison.why):
-                self._remove_mark()
-            raise
-
-    def _put_mark(self) -> None:
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             durable_bytes(self._mark, json.dumps({"epoch": self._attachment.epoch}).encode())
@@ -270,11 +242,19 @@ class ModelCheckpoints:
                 "Make room in the server's state folder, then ask again.",
                 reason="STATE_NOT_SAVED",
             ) from error
+        try:
+            with paused:
+                yield
+        except BaseException:
+            # The old weights are back, and their Apollo state is on disk.
+            if not (was_there or self.poison.why):
+                self._remove_mark()
+            raise
 
     def end_restore(self) -> str:
-        """The state of the live weights is on disk, so that neither is mixed with another's.
+        """The live weights and the state on disk belong together again: removes the mark.
 
-        Returns why the mark of the restore could not be removed; empty where there is none.
+        Returns why the mark could not be removed; empty where there is none.
         """
         self.poison.why = ""
         try:
@@ -305,11 +285,9 @@ class ModelCheckpoints:
         flush_folder(self._folder)
 
     def close(self) -> None:
-        """Ends the threads, once what they write is on disk."""
-        if self._writer:
-            self._writer.stop()
-        if self._ring is not None:
-            self._ring.stop()
+        """Ends the threads, once what they write is on disk, and releases the directory."""
+        self._writer.shutdown()
+        self._ring.stop()
         self._spare.remove()
         with self._owning:
             self._closed = True

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-from apollo_grpc.errors import FailedPrecondition
+import torch
+
+from apollo_grpc.errors import ApolloError, FailedPrecondition
 from apollo_trainer.checkpoints.apollo_state import (
     FILE_NAME,
     OPTIMIZER_KEY,
@@ -22,27 +25,33 @@ from apollo_trainer.config import Settings
 from apollo_trainer.engine.model_checkpoints import ModelCheckpoints
 from apollo_trainer.engine.session import KeptState, Session, new_optimizer, weights_are_others
 from apollo_trainer.optim import Apollo
-from apollo_trainer.requests.samples import SampleLimits
+from apollo_trainer.requests.samples import SampleLimits, why_refused
 from apollo_trainer.training.captured import CapturedPasses
 from apollo_trainer.training.context_check import require_frozen_context
 from apollo_trainer.training.faster import speed_up
-from apollo_trainer.training.needs import CANNOT
+from apollo_trainer.training.needs import CANNOT, told
 from apollo_trainer.training.options import StateShape
+from apollo_trainer.training.samples import TokenizedSample
+from apollo_trainer.training.step import StepPolicy, take_step
 from apollo_trainer.training.twin import twin_of
-from apollo_trainer.weights.attach import Attachment
+from apollo_trainer.weights.attachment import Attachment
 from apollo_trainer.weights.fingerprint import fingerprint
+from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.verify import probe_tokens
 
 log = logging.getLogger(__name__)
+# Tokens of the step that has kernels compiled: a context, and what is learned.
+_TRIED = (1024, 128)
 
 
 def open_session(
     attachment: Attachment, settings: Settings, kept: KeptState | None = None
 ) -> Session:
-    """The session of a new attachment, with the Apollo state that belongs to its weights.
+    """Opens the session of a new attachment, with the Apollo state that belongs to its weights.
 
     Args:
-        kept: of an engine that was lost; taken when it is this one, else the state on disk is.
+        kept: the state of an engine that was lost; used when it is this engine, else the state on
+            disk is.
 
     Raises FailedPrecondition when the model cannot learn after a frozen context, or the state on
     disk is unreadable or of another model.
@@ -99,7 +108,7 @@ def _twin(model: Any) -> Any | None:
 
 
 def _compare(session: Session, state: StateOf) -> None:
-    """Finds out whether a state on disk is that of the live weights."""
+    """Finds out whether a state on disk belongs to the live weights."""
     attachment = session.attachment
     session.from_disk, session.covered = True, state.covered
     session.on_disk = state.epoch == attachment.epoch
@@ -113,6 +122,72 @@ def _compare(session: Session, state: StateOf) -> None:
         session.moved = True
     else:
         session.other_weights = weights_are_others(session.optimizer.step_count)
+
+
+def doubt(session: Session) -> None:
+    """Decides whose the weights are where others changed them, without steps of the ledger."""
+    if not session.from_disk:
+        return
+    # Its digest of the weights was compared: either it is not of these, or it is not whole.
+    if session.moved or session.captured_step < 0:
+        session.other_weights = weights_are_others(session.optimizer.step_count)
+    session.moved = session.from_disk = False
+
+
+def refused_forms(sidecar: Sidecar) -> str:
+    """Returns sentences on which forms of samples vLLM makes no tokens of, and logs them."""
+    try:
+        found = why_refused(sidecar.tokenize)
+    except ApolloError as error:
+        # Each sample is asked about anyway.
+        log.warning("it is not known whether vLLM makes tokens of samples: %s", error.message)
+        return ""
+    if found:
+        log.warning("%s", found)
+    else:
+        log.info("vLLM makes the token ids of texts and chats as of its own prompts")
+    return found
+
+
+def look_ahead(session: Session, compiling: Thread) -> None:
+    """Does on a GPU what the first run would wait for; nothing elsewhere. Training thread.
+
+    Args:
+        compiling: compiles for the optimizer; waited for.
+    """
+    if session.twin is not None:
+        find_needs(session)
+        compile_passes(session)
+        compiling.join()
+
+
+def find_needs(session: Session) -> None:
+    """Finds out what steps need of the device, in some seconds of computing."""
+    try:
+        free, _ = torch.cuda.mem_get_info()
+        sentences = told(session.step_memory(), session.limits.max_tokens, free)
+    except CANNOT as error:
+        log.info("it is not known what a step needs of the device: %s", error)
+        return
+    session.needs = " ".join(sentences)
+    for sentence in sentences:
+        log.info("%s", sentence)
+
+
+def compile_passes(session: Session) -> None:
+    """Compiles the kernels of the model's passes by a step that is never written.
+
+    It takes seconds where no cache on disk has them. Training thread, while no run is at work.
+    """
+    share = min(1.0, session.limits.max_tokens / sum(_TRIED))
+    context, learned = (tuple(1 for _ in range(int(share * count))) for count in _TRIED)
+    sample, policy = TokenizedSample(context, learned), StepPolicy(dry_run=True)
+    try:
+        take_step(session.attachment.model, session.optimizer, [sample], policy)
+    except ApolloError as error:
+        log.info("the first step compiles its kernels: %s", error)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _restore(
@@ -130,7 +205,7 @@ def _restore(
 
 
 def _state_path(state_dir: Path, model_directory: str) -> Path:
-    """One folder a model directory; the digest keeps two directories of one name apart."""
+    """Each model directory has a folder; the digest keeps two directories of one name apart."""
     directory = Path(model_directory)
     resolved = str(directory.resolve() if directory.exists() else directory)
     digest = hashlib.sha256(resolved.encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""vLLM's pause around a run: a lease, renewed while the run goes on. LIVE's does not pause."""
+"""The lease under which weights are written; vLLM is paused while it lasts, unless it is LIVE's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import uuid
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
-from apollo_trainer.weights.attach import Attachment
+from apollo_trainer.weights.attachment import Attachment
 from apollo_trainer.weights.sidecar import Sidecar
 
 RENEWALS_PER_LEASE = 3
@@ -16,14 +16,14 @@ CONFIRMED_SECONDS = 0.25
 
 
 class EnginePause:
-    """Holds vLLM until `end`; if this process dies, the lease runs out and vLLM goes on.
+    """Holds a lease until `end`, and renews it on a thread of its own.
 
-    It then counts an update and drops its caches, since nobody tells what was written.
+    If this process dies, the lease runs out: vLLM counts an update, drops its caches and goes on.
 
     Args:
-        stops: whether vLLM waits; without, it is only told that weights may be written.
+        stops: whether vLLM waits; else it is only told that weights may be written.
 
-    Raises the sidecar's error when the pause cannot begin.
+    Raises the sidecar's error when the lease is refused.
     """
 
     def __init__(
@@ -57,10 +57,7 @@ class EnginePause:
             self._error = error
 
     def confirm(self) -> None:
-        """Right before a write: asks whether vLLM still waits, if that is not known of just now.
-
-        What was found is told by `lost`.
-        """
+        """Renews the lease right before a write, unless that was done just now; see `lost`."""
         if not self._stops or self._error:
             return
         if time.monotonic() - self._confirmed >= CONFIRMED_SECONDS:
@@ -68,17 +65,17 @@ class EnginePause:
 
     @property
     def lost(self) -> ApolloError | None:
-        """Why vLLM may have gone on already; None while it certainly has not."""
+        """Why vLLM may have gone on already; None while it surely waits."""
         if self._error is None and time.monotonic() >= self._held_until:
             return FailedPrecondition("it ran out unrenewed", reason="LEASE_ENDED")
         return self._error
 
     def end(self, *, weights_changed: bool, updates: int = 0, keep_caches: bool = False) -> int:
-        """Lets vLLM go on, its caches dropped first when the weights changed.
+        """Ends the lease: vLLM drops its caches where the weights changed, and goes on.
 
         Args:
-            updates: how many were written; those that failed halfway not counted.
-            keep_caches: do not drop them.
+            updates: whole updates that were written.
+            keep_caches: whether the caches are not dropped.
 
         Returns the weight version. Raises the sidecar's error: vLLM then goes on when its lease
         runs out, or has gone on with caches of older weights.
@@ -99,5 +96,5 @@ class EnginePause:
 
     @property
     def held_seconds(self) -> float:
-        """Since the pause began."""
+        """Seconds since the lease began."""
         return time.monotonic() - self._began

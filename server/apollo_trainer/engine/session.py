@@ -1,8 +1,9 @@
-"""One attachment made trainable: its limits and its Apollo optimizer."""
+"""The session: one attachment with its Apollo optimizer and its weight version."""
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -11,8 +12,7 @@ from typing import Any
 
 import torch
 
-from apollo_grpc.errors import ApolloError, FailedPrecondition
-from apollo_grpc.v1 import status_pb2
+from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.checkpoints.apollo_state import (
     OPTIMIZER_KEY,
     RUNNING_FILE_NAME,
@@ -25,25 +25,24 @@ from apollo_trainer.checkpoints.apollo_state import (
 )
 from apollo_trainer.config import Settings
 from apollo_trainer.engine.model_checkpoints import ModelCheckpoints
+from apollo_trainer.engine.pace import Pace
 from apollo_trainer.engine.state_saver import CapturedState, StateSaver
 from apollo_trainer.optim import Apollo
 from apollo_trainer.requests.samples import SampleLimits
 from apollo_trainer.training.captured import CapturedPasses
 from apollo_trainer.training.memory import StepMemory
-from apollo_trainer.training.needs import CANNOT, told
+from apollo_trainer.training.needs import CANNOT
 from apollo_trainer.training.options import OptimizerOptions, StateShape
 from apollo_trainer.training.out_of_memory import OutOfMemory
 from apollo_trainer.training.samples import TokenizedSample
-from apollo_trainer.training.step import StepPolicy, take_step
-from apollo_trainer.weights.attach import Attachment
+from apollo_trainer.weights.attachment import Attachment
 from apollo_trainer.weights.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
-ATTACHED = "vLLM's live weights are mapped and verified."
-# Tokens of the step that has kernels compiled: a context, and what is learned.
-_TRIED = (1024, 128)
 # Of a session, what an engine that comes back finds as it was.
 _CARRIED = ("other_weights", "on_disk", "captured_step", "saves", "covered")
+# Of a session, what `begin_run` changes.
+_BEGUN = ("optimizer", "on_disk", "shape", "other_weights")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Session:
     Attributes:
         shape: of the live optimizer state.
         state_path: where that state is kept on disk.
-        checkpoints: the ways back to what the model was.
+        checkpoints: snapshots, undo and sync of the model.
         passes: of the model, as CUDA graphs; None where it is on no GPU.
         twin: of the model, without memory, to tell of a step's memory; None likewise.
         slow: which of the model's kernels are slow; a sentence, or empty.
@@ -81,10 +80,12 @@ class Session:
         came_back: whether the engine was lost from sight, and its state in memory was kept.
         from_disk: whether the ledger may know of steps that the state lacks.
         moved: whether the live weights are not those that it was saved beside, to this engine.
-        found: sentences on what was found at the attachment, for whoever asks for the status.
+        found: sentences on what was found at the attachment, for the status.
         paused: that somebody else pauses vLLM, in a sentence; empty where nobody does.
         needs: sentences on what steps need of the device; empty until they are known.
         refused_forms: sentences on which forms of samples vLLM makes no tokens of.
+        weight_version: updates of the live weights, the newest count; any thread reads it.
+        pace: how long steps wait for vLLM's tokens; any thread.
     """
 
     attachment: Attachment
@@ -109,6 +110,18 @@ class Session:
     paused: str = ""
     needs: str = ""
     refused_forms: str = ""
+    weight_version: int = field(init=False)
+    pace: Pace = field(init=False)
+    _counting: threading.Lock = field(init=False, default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.weight_version = self.attachment.weight_version
+        self.pace = Pace(self.settings.serving_share)
+
+    def count_version(self, version: int) -> None:
+        """Raises the weight version to that of the sidecar; never lowers it. Any thread."""
+        with self._counting:
+            self.weight_version = max(self.weight_version, version)
 
     def require_accepted(self, options: OptimizerOptions) -> None:
         """Raises FailedPrecondition when a run would go on with a state of other weights."""
@@ -120,33 +133,31 @@ class Session:
                 reason="STATE_OF_OTHER_WEIGHTS",
             )
 
-    def require_sound(self) -> None:
-        """Raises FailedPrecondition while weights and state are not one model's."""
+    def require_sound(self, options: OptimizerOptions | None = None) -> None:
+        """Raises FailedPrecondition while weights and state are not one model's.
+
+        Args:
+            options: of the run that would go on with them.
+        """
         self.checkpoints.poison.require_sound()
-        self.require_accepted(OptimizerOptions())
+        self.require_accepted(options or OptimizerOptions())
 
-    def optimizer_of(self, shape: StateShape) -> Apollo:
-        """The live optimizer where its state has that shape, else a new one."""
-        if shape == self.shape:
-            return self.optimizer
-        return self._new_optimizer(shape)
-
-    def _new_optimizer(self, shape: StateShape) -> Apollo:
+    def new_optimizer(self, shape: StateShape) -> Apollo:
+        """Makes an optimizer without history for the live weights."""
         optimizer = new_optimizer(self.attachment, shape, self.settings)
         optimizer.before_param_write = self.checkpoints.watch
         return optimizer
 
-    def extra(self, weight_version: int) -> dict[str, Any]:
-        """What a snapshot keeps beside weights and state."""
-        return {"shape": vars(self.shape), "weight_version": weight_version}
+    def extra(self) -> dict[str, Any]:
+        """Returns what a snapshot keeps beside weights and state."""
+        return {"shape": vars(self.shape), "weight_version": self.weight_version}
 
     def begin_run(self, options: OptimizerOptions) -> None:
         """Makes the optimizer what the run asks for. Raises FailedPrecondition on a mismatch."""
-        self.checkpoints.poison.require_sound()
-        self.require_accepted(options)
+        self.require_sound(options)
         shape = options.shape_on(self.shape)
         if options.reset:
-            self.optimizer = self._new_optimizer(shape)
+            self.optimizer = self.new_optimizer(shape)
         # Until it is saved, the state on disk is another one than this.
         self.on_disk = self.on_disk and not (options.reset or self.other_weights)
         self.shape, self.other_weights = shape, ""
@@ -155,8 +166,8 @@ class Session:
 
     @contextmanager
     def trying(self, options: OptimizerOptions) -> Iterator[None]:
-        """The optimizer as `begin_run` makes it, for a dry run; afterwards all is as it was."""
-        before, rounding = dict(vars(self)), self.optimizer.rounding
+        """Begins a dry run as `begin_run` does; afterwards all is as it was."""
+        before, rounding = {name: getattr(self, name) for name in _BEGUN}, self.optimizer.rounding
         groups = [dict(group) for group in self.optimizer.param_groups]
         try:
             self.begin_run(options)
@@ -167,69 +178,28 @@ class Session:
             for group, values in zip(self.optimizer.param_groups, groups, strict=True):
                 group.update(values)
 
-    def show(self, status: status_pb2.ServerStatus) -> None:
-        """Puts the optimizer into a status."""
-        refused = self.checkpoints.poison.refusal or self.other_weights
-        if status.attachment == status_pb2.ATTACHMENT_STATE_ATTACHED:
-            refusal = f"Runs are refused: {refused}" if refused else ""
-            slow = " ".join(filter(None, (self.slow, self.passes.refusal))) if self.passes else ""
-            found = (self.found, self.checkpoints.not_synced, self.refused_forms)
-            sentences = (ATTACHED, self.paused, *found, self.needs, slow, refusal)
-            status.attachment_detail = " ".join(filter(None, sentences))
-        status.optimizer_loaded = not self.other_weights
-        status.optimizer_step = self.optimizer.step_count
-        status.state_size_bytes = self.optimizer.state_size_bytes()
-
-    def find_needs(self) -> None:
-        """Finds out what steps need of the device, in some seconds of computing. Any thread."""
-        if self.twin is None:
-            return
-        try:
-            free, _ = torch.cuda.mem_get_info()
-            sentences = told(self._step_memory(), self.limits.max_tokens, free)
-        except CANNOT as error:
-            log.info("it is not known what a step needs of the device: %s", error)
-            return
-        self.needs = " ".join(sentences)
-        for sentence in sentences:
-            log.info("%s", sentence)
-
-    def compile_passes(self) -> None:
-        """Compiles the kernels of the model's passes, by a step that is found and never written.
-
-        On the training thread, before there is a run: seconds where no cache on disk has them.
-        """
-        share = min(1.0, self.limits.max_tokens / sum(_TRIED))
-        context, learned = (tuple(1 for _ in range(int(share * count))) for count in _TRIED)
-        sample, policy = TokenizedSample(context, learned), StepPolicy(dry_run=True)
-        try:
-            take_step(self.attachment.model, self.optimizer, [sample], policy)
-        except ApolloError as error:
-            log.info("the first step compiles its kernels: %s", error)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
     def with_needs(self, error: OutOfMemory, samples: Sequence[TokenizedSample]) -> OutOfMemory:
-        """The refusal of a step of these samples, with what it needs where that can be known."""
+        """Adds to the refusal of a step what its samples need, where that can be known."""
         if self.twin is None:
             return error
         try:
-            needed = self._step_memory().step_bytes(samples)
+            needed = self.step_memory().step_bytes(samples)
         except CANNOT:
             return error
         return error.with_needs(needed, torch.cuda.mem_get_info()[0])
 
-    def _step_memory(self) -> StepMemory:
+    def step_memory(self) -> StepMemory:
+        """Returns what tells a step's memory; for a session with a twin."""
         return StepMemory(self.twin, self.shape, self.settings.token_budget)
 
     def capture(self, *, running: bool) -> CapturedState:
-        """A copy of the Apollo state, to be put on disk by whoever has the time.
+        """Copies the Apollo state, for the saver to put on disk.
 
         Args:
-            running: in the middle of a run. Such a state has a file of its own and is of use with
-                this engine alone: the one of before the run is what belongs to the model
-                directory, should the engine be lost. Otherwise the fingerprint of the weights
-                that it belongs to goes with it.
+            running: in the middle of a run. Such a state has its own file and is of use with this
+                engine alone: if the engine is lost, the state of before the run is the one that
+                belongs to the model directory. Any other state is saved with the fingerprint of
+                its weights.
         """
         tensors, description = self.optimizer.named_state()
         self.saves, self.captured_step = self.saves + 1, self.optimizer.step_count
@@ -239,17 +209,13 @@ class Session:
         return CapturedState(
             path=running_path if running else self.state_path,
             tensors={n: t.detach().to("cpu", copy=True) for n, t in tensors.items()},
-            description={
-                OPTIMIZER_KEY: description,
-                SHAPE_KEY: vars(self.shape),
-                WEIGHTS_KEY: asdict(weights),
-            },
+            description=self._described(description) | {WEIGHTS_KEY: asdict(weights)},
             optimizer_step=self.optimizer.step_count,
             supersedes=None if running else running_path,
         )
 
     def save(self, saver: StateSaver, *, running: bool = False) -> str:
-        """Puts the live state on disk and waits; returns why that failed, empty where it did not.
+        """Puts the live state on disk and waits; returns why that failed, or an empty string.
 
         From then on a server that is killed goes on with weights and state together.
         """
@@ -258,15 +224,13 @@ class Session:
         return error or self.checkpoints.end_restore()
 
     def is_saved(self) -> bool:
-        """Whether the live state is on disk. Reads a header; nothing may wait to be saved."""
+        """Whether the live state is on disk. Reads a header; the saver must be idle."""
         newest = newest_state(self.state_path.parent, self.attachment.epoch)
-        return (self.captured_step, self.saves) == (
-            self.optimizer.step_count,
-            state_of(newest).saves,
-        )
+        saves = state_of(newest).saves
+        return (self.captured_step, self.saves) == (self.optimizer.step_count, saves)
 
     def catch_up(self, steps: int, *, in_doubt: bool) -> None:
-        """Takes the live weights for the state's and so many steps more, if that explains them.
+        """Counts steps that are in the weights and not in the state, if they explain the weights.
 
         Args:
             in_doubt: one step more may be in the weights, wholly or in part.
@@ -280,19 +244,21 @@ class Session:
             self.captured_step = -1
 
     def keep(self) -> KeptState | None:
-        """The state in memory, without a hold on the engine's; None in the middle of a step."""
+        """Returns the state in memory, apart from the engine's; None in the middle of a step."""
         try:
             tensors, description = self.optimizer.named_state()
         except RuntimeError:
             return None
-        wrapped = {OPTIMIZER_KEY: description, SHAPE_KEY: vars(self.shape)}
         carried = {name: getattr(self, name) for name in _CARRIED}
-        mixed = self.checkpoints.poison.why
-        return KeptState(self.attachment.epoch, tensors, wrapped, carried, mixed)
+        mixed, epoch = self.checkpoints.poison.why, self.attachment.epoch
+        return KeptState(epoch, tensors, self._described(description), carried, mixed)
+
+    def _described(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        return {OPTIMIZER_KEY: optimizer, SHAPE_KEY: vars(self.shape)}
 
 
 def new_optimizer(attachment: Attachment, shape: StateShape, settings: Settings) -> Apollo:
-    """An optimizer without history over the live parameters.
+    """Makes an optimizer without history over the live parameters.
 
     Raises FailedPrecondition where the weights cannot be trained with such a state.
     """
@@ -315,7 +281,7 @@ def new_optimizer(attachment: Attachment, shape: StateShape, settings: Settings)
 
 
 def weights_are_others(step: int) -> str:
-    """Why a state of that step is not the live weights'."""
+    """Says why a state of that step is not that of the live weights."""
     return (
         f"The Apollo state on disk is that of step {step} of other weights than those that vLLM "
         "serves: they were lost with an engine before a sync, somebody else wrote to them (another "

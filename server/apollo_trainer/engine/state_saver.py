@@ -1,6 +1,6 @@
-"""Puts the Apollo state on disk in the background: one write at a time, the newest last.
+"""Saves the Apollo state in the background: one write at a time, the newest last.
 
-The training thread copies the state between two steps; encoding and flushing are done here.
+The training thread copies the state between two steps; this thread encodes and flushes it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CapturedState:
 
     Attributes:
         path: the file that it replaces.
-        supersedes: a file that is of no use once this one is on disk.
+        supersedes: a file that is deleted once this one is on disk.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class CapturedState:
 
 @dataclass(frozen=True)
 class Saved:
-    """What became of a save: `error` is empty where the state is on disk."""
+    """The result of a save; `error` is empty where the state is on disk."""
 
     optimizer_step: int
     size_bytes: int = 0
@@ -64,7 +64,7 @@ class _Job:
 
 
 class StateSaver:
-    """A thread that saves until `stop`."""
+    """A thread that saves until `stop`; any thread may call it."""
 
     def __init__(self) -> None:
         self._jobs: deque[_Job] = deque()
@@ -74,7 +74,10 @@ class StateSaver:
         self._thread.start()
 
     def save(self, state: CapturedState, done: Done) -> None:
-        """Saves the state at the end of a run; a save that has not begun is taken over by it."""
+        """Queues a save; `done` is called on the saver's thread.
+
+        Replaces a queued save to the same file, whose `done` is called with this one's result.
+        """
         with self._changed:
             last = self._jobs[-1] if self._jobs else None
             if last and last.replaceable and last.state.path == state.path:
@@ -85,7 +88,7 @@ class StateSaver:
             self._changed.notify_all()
 
     def save_and_wait(self, state: CapturedState) -> Saved:
-        """The same, and returns when it is on disk, or failed."""
+        """Saves the state; returns when it is on disk, or when that failed."""
         future: Future[Saved] = Future()
         with self._changed:
             self._jobs.append(_Job(state, False, [future.set_result]))
@@ -98,7 +101,7 @@ class StateSaver:
         return not self._jobs and not self._busy
 
     def flush(self) -> None:
-        """Returns once nothing waits any more."""
+        """Returns when all saves have ended."""
         with self._changed:
             self._changed.wait_for(lambda: self.idle)
 
@@ -123,7 +126,7 @@ class StateSaver:
             return self._jobs.popleft()
 
     def stop(self) -> None:
-        """Saves what waits, and ends."""
+        """Returns when all saves have ended, and the thread with them."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

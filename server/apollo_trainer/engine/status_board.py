@@ -1,17 +1,25 @@
-"""How the training server is, kept up to date by whoever knows, and what is news of it."""
+"""The server's status as callers see it, and the news that watchers are sent.
+
+The board owns nothing that it shows: weight version, optimizer and attachment are the session's.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from apollo_grpc.times import duration
 from apollo_grpc.v1 import status_pb2 as pb
 from apollo_grpc.v1 import training_pb2
 
+if TYPE_CHECKING:
+    from apollo_trainer.engine.session import Session
+    from apollo_trainer.weights.attach import MapReport
+
+ATTACHED = "vLLM's live weights are mapped and verified."
 # Events that wait for a listener; nobody is told more of them at once.
 KEPT_EVENTS = 4096
 
@@ -27,10 +35,10 @@ class Listener(Protocol):
 
 
 class StatusBoard:
-    """The status, and news for one listener. Every method may be called from any thread.
+    """The status, and news for one listener. Any thread may call every method.
 
-    Whoever changes the status or publishes an event leaves a mark and goes on: what watchers get
-    of it is the listener's to make.
+    Changing the status or publishing an event never waits: it leaves a mark, and the listener
+    makes of it what watchers are sent.
 
     Args:
         version: of the training server.
@@ -51,7 +59,7 @@ class StatusBoard:
         self._listener: Listener | None = None
 
     def snapshot(self) -> pb.ServerStatus:
-        """The status now."""
+        """Returns a copy of the status."""
         copy = pb.ServerStatus()
         with self._lock:
             copy.CopyFrom(self._status)
@@ -61,7 +69,7 @@ class StatusBoard:
     def update(
         self, change: Callable[[pb.ServerStatus], None] | None = None, **fields: Any
     ) -> None:
-        """Changes the status."""
+        """Sets fields, then calls `change` with the status, which it may change further."""
         with self._lock:
             for name, value in fields.items():
                 setattr(self._status, name, value)
@@ -71,8 +79,48 @@ class StatusBoard:
         if listener:
             listener.status_changed()
 
+    def show(self, session: Session, **fields: Any) -> None:
+        """Shows a session's optimizer and weight version, and sets other fields with it."""
+        self.update(lambda status: _show(status, session), **fields)
+
+    def show_version(self, session: Session, **fields: Any) -> None:
+        """Shows a session's weight version, and sets other fields with it."""
+        self.update(lambda status: _show_version(status, session), **fields)
+
+    def show_attached(self, session: Session) -> None:
+        """Shows a new session and its attachment."""
+        attachment = session.attachment
+        memory = pb.WeightMemory(**vars(attachment.memory()))
+
+        def change(status: pb.ServerStatus) -> None:
+            status.weight_memory.CopyFrom(memory)
+            _show(status, session)
+
+        self.update(
+            change,
+            attachment=pb.ATTACHMENT_STATE_ATTACHED,
+            model=attachment.directory,
+            engine_epoch=attachment.epoch,
+            logprob_difference=attachment.logprob_difference,
+        )
+
+    def show_map(self, report: MapReport) -> None:
+        """Shows what the trace of vLLM's loader found."""
+        found = pb.WeightMap(
+            architecture=report.architecture,
+            parameters=report.parameters,
+            views=report.views,
+            derived=report.derived,
+        )
+        self.update(lambda status: status.weight_map.MergeFrom(found))
+
+    def show_refused(self, tensors: Mapping[str, str]) -> None:
+        """Shows each refused tensor and why."""
+        refused = [pb.RefusedWeight(name=name, reason=why) for name, why in tensors.items()]
+        self.update(lambda status: status.weight_map.refused.extend(refused))
+
     def publish(self, event: training_pb2.RunEvent) -> None:
-        """Keeps an event of a run for the listener, if there is one; it stays as it is now."""
+        """Keeps an event of a run for the listener, if there is one; nobody may change it later."""
         with self._lock:
             if (listener := self._listener) is None:
                 return
@@ -83,14 +131,14 @@ class StatusBoard:
     # --- the listener's side ----------------------------------------------------------------
 
     def listen(self, listener: Listener | None) -> None:
-        """From now on it is told of news; with None nobody is."""
+        """Sets the listener, which is called at news from now on; None for no listener."""
         with self._lock:
             self._listener = listener
             self._events.clear()
             self._published = 0
 
     def take_events(self) -> tuple[list[training_pb2.RunEvent], int]:
-        """Events since this was called last, and how many came before these and were not kept."""
+        """Returns the events since the last call, and how many older ones were not kept."""
         with self._lock:
             events, missed = list(self._events), self._published - len(self._events)
             self._events.clear()
@@ -98,7 +146,28 @@ class StatusBoard:
         return events, missed
 
     def take_status(self) -> pb.ServerStatus | None:
-        """The status, if it was changed since this was called last."""
+        """Returns the status if it was changed since the last call."""
         with self._lock:
             changed, self._changed = self._changed, False
         return self.snapshot() if changed else None
+
+
+def _show(status: pb.ServerStatus, session: Session) -> None:
+    refused = session.checkpoints.poison.refusal or session.other_weights
+    if status.attachment == pb.ATTACHMENT_STATE_ATTACHED:
+        passes = session.passes
+        slow = " ".join(filter(None, (session.slow, passes.refusal))) if passes else ""
+        found = (session.found, session.checkpoints.not_synced, session.refused_forms)
+        refusal = f"Runs are refused: {refused}" if refused else ""
+        sentences = (ATTACHED, session.paused, *found, session.needs, slow, refusal)
+        status.attachment_detail = " ".join(filter(None, sentences))
+    status.optimizer_loaded = not session.other_weights
+    status.optimizer_step = session.optimizer.step_count
+    status.state_size_bytes = session.optimizer.state_size_bytes()
+    _show_version(status, session)
+
+
+def _show_version(status: pb.ServerStatus, session: Session) -> None:
+    # That of an engine before this one may still be counted.
+    if status.engine_epoch == session.attachment.epoch:
+        status.weight_version = session.weight_version

@@ -1,6 +1,7 @@
-"""What callers ask of checkpoints: operations that last, are watched and can be cancelled."""
+"""Jobs on checkpoints that callers begin, watch and cancel."""
 
-from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs, Restored, find_snapshot
+from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.operations.job import stopped
+from apollo_trainer.operations.restore import Restored, find_snapshot
 
 __all__ = ["CheckpointJobs", "Restored", "find_snapshot", "stopped"]

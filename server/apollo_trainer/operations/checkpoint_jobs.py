@@ -1,18 +1,16 @@
-"""What is done about checkpoints between two runs, on the training thread."""
+"""The jobs on checkpoints: sync, verify, adopt, export, snapshots, restore, undo."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from apollo_grpc.errors import Aborted, ApolloError, OutOfRange, Unavailable
+from apollo_grpc.errors import Unavailable
 from apollo_grpc.times import now
-from apollo_grpc.v1 import status_pb2, training_pb2
+from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.directory import (
     Adoption,
     Exported,
@@ -25,83 +23,65 @@ from apollo_trainer.checkpoints.directory import (
     verify_directory,
 )
 from apollo_trainer.checkpoints.snapshots import SnapshotInfo
-from apollo_trainer.engine import EnginePause, ModelOwner, Session, StatusBoard, engine_is_gone
+from apollo_trainer.engine import ModelOwner, Session, StatusBoard
 from apollo_trainer.operations.job import Job
-from apollo_trainer.training.options import StateShape
+from apollo_trainer.operations.restore import Restore, Restored
 
-log = logging.getLogger(__name__)
-MAX_UNDO = 10_000
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a restore or an undo came to.
-
-    Attributes:
-        warnings: what went wrong once the weights were written.
-    """
-
-    weight_version: int
-    optimizer_step: int
-    bytes_written: int
-    warnings: list[training_pb2.Warning]
+T = TypeVar("T")
 
 
 class CheckpointJobs:
-    """Each method begins a job and returns its future; jobs wait for the run at work.
+    """Each method queues a job for the training thread and returns its future.
 
-    Any thread may call them, event loops too: they only put a job into the training thread's queue.
-    All raise Unavailable when the server stops or no engine is attached; what had not begun by the
-    server's stop ends with that.
+    Jobs wait for the run at work. Any thread may call, event loops too. All raise Unavailable when
+    the server stops; a future holds it where the job had not begun, or no engine is attached.
     """
 
     def __init__(self, owner: ModelOwner, board: StatusBoard):
         self._owner, self._board = owner, board
 
+    def _begin(self, progress: Progress, work: Callable[[Session, Job[T]], T]) -> Future[T]:
+        job = Job[T](progress)
+        return self._owner.between_runs(lambda: work(self._owner.session(), job), job)
+
     def sync(
         self, progress: Progress, method: SyncMethod | None = None
     ) -> Future[tuple[SyncOutcome, int]]:
         """Syncs the model directory; the result holds the weight version too."""
-        job = Job[tuple[SyncOutcome, int]](progress)
-        return self._owner.between_runs(lambda: self._sync(job.progress, method), job)
+        return self._begin(progress, lambda session, job: self._sync(session, job, method))
 
     def verify(self, progress: Progress, *, full: bool, live: bool) -> Future[Verification]:
         """Compares the model directory with its manifest."""
-        job = Job[Verification](progress)
 
-        def verify() -> Verification:
-            session = self._owner.session()
+        def verify(session: Session, job: Job[Verification]) -> Verification:
             place = session.checkpoints.place
             reader = session.attachment.checkpoint() if live else None
             return verify_directory(
                 place.directory, reader, full=full, progress=job.progress, state=place.state
             )
 
-        return self._owner.between_runs(verify, job)
+        return self._begin(progress, verify)
 
     def adopt(self, target: Path, progress: Progress) -> Future[Adoption]:
         """Copies the model directory to one of its own."""
-        job = Job[Adoption](progress)
-        return self._owner.between_runs(
-            lambda: adopt_directory(
-                self._owner.session().checkpoints.directory, target, job.progress
+        return self._begin(
+            progress,
+            lambda session, job: adopt_directory(
+                session.checkpoints.directory, target, job.progress
             ),
-            job,
         )
 
     def export(self, target: Path, progress: Progress) -> Future[tuple[Exported, int]]:
         """Writes the live weights into a new directory; the result holds their version too."""
-        job = Job[tuple[Exported, int]](progress)
 
-        def export() -> tuple[Exported, int]:
-            session = self._owner.session()
+        def export(session: Session, job: Job[tuple[Exported, int]]) -> tuple[Exported, int]:
             checkpoints, reader = session.checkpoints, session.attachment.checkpoint()
             checkpoints.poison.require_sound()
             source, state = checkpoints.directory, checkpoints.state
             exported = export_directory(source, target, reader, progress=job.progress, state=state)
-            return exported, self._version()
+            return exported, session.weight_version
 
-        return self._owner.between_runs(export, job)
+        return self._begin(progress, export)
 
     def snapshot(self, name: str, progress: Progress) -> Future[SnapshotInfo]:
         """Keeps weights and Apollo state; training goes on once they are copied.
@@ -119,21 +99,26 @@ class CheckpointJobs:
             if not done.set_running_or_notify_cancel():
                 return
             session.require_sound()
-            extra = session.extra(self._version())
             total = sum(p.nbytes for p in session.attachment.parameters().values())
             done.progress(0, total, "copying")
-            written = session.checkpoints.snapshot(session.optimizer, extra, name, done.progress)
-            written.add_done_callback(lambda future: _pass_on(future, done))
+            written = session.checkpoints.snapshot(
+                session.optimizer, session.extra(), name, done.progress
+            )
+            written.add_done_callback(lambda written: _settle(done, written))
 
         def queue() -> None:
-            begun = self._owner.between_runs(begin)
-            begun.add_done_callback(lambda begun: _pass_error(begun, done))
+            self._owner.between_runs(begin).add_done_callback(failed)
+
+        def failed(begun: Future[None]) -> None:
+            if begun.exception():
+                _settle(done, begun)
 
         def again() -> None:
             try:
                 queue()
             except Unavailable as error:
-                _fail(done, error)
+                with suppress(InvalidStateError):
+                    done.set_exception(error)
 
         queue()
         return done
@@ -151,53 +136,31 @@ class CheckpointJobs:
         self, snapshot: str, expected_version: int | None, progress: Progress
     ) -> Future[Restored]:
         """Puts a snapshot, by id or name, into the live model."""
-        job = Job[Restored](progress)
-        return self._owner.between_runs(
-            lambda: self._restore(self._owner.session(), snapshot, expected_version, job), job
+        return self._begin(
+            progress,
+            lambda session, job: self._back(session, expected_version).snapshot(snapshot, job),
         )
 
     def undo(self, updates: int, expected_version: int | None) -> Future[Restored]:
         """Takes the last updates back."""
+        return self._owner.between_runs(
+            lambda: self._back(self._owner.session(), expected_version).undo(updates)
+        )
 
-        def undo() -> Restored:
-            session = self._owner.session()
-            self._require_version(expected_version)
-            if not 0 < updates <= MAX_UNDO:
-                raise OutOfRange(
-                    f"{updates} updates cannot be taken back; nothing was changed.",
-                    reason="UNDO_OUT_OF_RANGE",
-                )
-            untold: list[ApolloError] = []
-            session.checkpoints.undo(updates, session.optimizer, self._paused(session, untold))
-            return self._restored(session, untold)
+    def _back(self, session: Session, expected_version: int | None) -> Restore:
+        return Restore(session, self._owner, self._board, expected_version)
 
-        return self._owner.between_runs(undo)
-
-    # --- on the training thread -------------------------------------------------------------
-
-    def _version(self) -> int:
-        return self._board.snapshot().weight_version
-
-    def _require_version(self, expected: int | None) -> None:
-        version = self._version()
-        if expected not in (None, version):
-            raise Aborted(
-                f"The live weights have version {version}, not {expected}; nothing was changed. "
-                "Look at what was learned meanwhile, then ask again.",
-                reason="WEIGHT_VERSION_CHANGED",
-                metadata={"weight_version": str(version)},
-            )
-
-    def _sync(self, progress: Progress, method: SyncMethod | None) -> tuple[SyncOutcome, int]:
-        session = self._owner.session()
+    def _sync(
+        self, session: Session, job: Job[tuple[SyncOutcome, int]], method: SyncMethod | None
+    ) -> tuple[SyncOutcome, int]:
         session.attachment.require_as_left()
         try:
-            outcome = session.checkpoints.sync(progress, method)
+            outcome = session.checkpoints.sync(job.progress, method)
         finally:
             # Room came or went, or somebody mended what was told at the attachment.
             session.checkpoints.look()
-            self._board.update(session.show)
-        version, directory = self._version(), session.attachment.directory
+            self._board.show(session)
+        version, directory = session.weight_version, session.attachment.directory
 
         def change(status: status_pb2.ServerStatus) -> None:
             status.last_sync.time.CopyFrom(now())
@@ -207,122 +170,11 @@ class CheckpointJobs:
         self._board.update(change)
         return outcome, version
 
-    def _restore(
-        self, session: Session, snapshot: str, expected: int | None, job: Job[Restored]
-    ) -> Restored:
-        self._require_version(expected)
-        info = find_snapshot(session, snapshot)
-        job.progress(0, info.weights_bytes, "decoding and verifying")
-        state = session.checkpoints.load(info.id)
-        shape = StateShape(**state.extra["shape"])
-        optimizer = session.optimizer_of(shape)
-        job.progress(0, info.weights_bytes, "writing")
-        # From the first weight that is written on it is finished, or taken back by itself.
-        job.close()
-        untold: list[ApolloError] = []
-        session.checkpoints.put(state, optimizer, self._paused(session, untold))
-        if optimizer is not session.optimizer:
-            session.optimizer, session.shape = optimizer, shape
-            session.checkpoints.forget_updates()
-        session.other_weights = ""
-        return self._restored(session, untold)
 
-    @contextmanager
-    def _paused(self, session: Session, untold: list[ApolloError]) -> Iterator[None]:
-        """vLLM waits while something else than a step writes the weights.
-
-        Args:
-            untold: takes what vLLM could not be told, for the weights are as they are by then.
-        """
-        attachment, before = session.attachment, self._version()
-        attachment.require_as_left()
-        pause = EnginePause(self._owner.sidecar, attachment, session.settings.lease_seconds)
-        try:
-            # Somebody may have changed them before the lease began, which refuses that.
-            attachment.require_live()
-            yield
-        finally:
-            attachment.remember()
-            if pause.lost:
-                untold.append(pause.lost)
-            try:
-                version = pause.end(weights_changed=True, updates=1)
-            except ApolloError as error:
-                untold.append(error)
-                # What the sidecar counts as well, once the lease has run out.
-                version = before + 1
-            self._owner.version_told(attachment.epoch, version)
-
-    def _restored(self, session: Session, untold: list[ApolloError]) -> Restored:
-        """Once the session is what was restored: the state is put on disk, then it is told.
-
-        Raises Unavailable where the engine went, and with it what was restored.
-        """
-        attachment = session.attachment
-        # That on disk is of what was live before.
-        session.on_disk, session.captured_step = False, -1
-        if any(engine_is_gone(error) for error in untold):
-            attachment.lost.set()
-        if not attachment.alive:
-            raise _lost()
-        self._board.update(session.show)
-        warnings = [_not_resumed(error, session.settings.lease_seconds) for error in untold[-1:]]
-        if error := session.save(self._owner.saver):
-            warnings.append(_not_saved(error))
-        written = sum(p.nbytes for p in attachment.parameters().values())
-        return Restored(self._version(), session.optimizer.step_count, written, warnings)
-
-
-def _lost() -> Unavailable:
-    return Unavailable(
-        "vLLM went as soon as its weights were written, and they are gone with it. The model "
-        "directory and the Apollo state on disk are as they were. Start vLLM again, then restore "
-        "a snapshot.",
-        reason="ENGINE_LOST",
-    )
-
-
-def _not_resumed(error: ApolloError, seconds: float) -> training_pb2.Warning:
-    message = (
-        f"Weights and Apollo state are the restored ones, but vLLM was not resumed as it should "
-        f"be: {error.message} It goes on by itself, with its caches dropped, in at most "
-        f"{seconds:g} s; a run that comes earlier is refused. If it does not, its log says why."
-    )
-    log.warning("%s (%s)", message, error.reason)
-    return training_pb2.Warning(reason="ENGINE_NOT_RESUMED", message=message)
-
-
-def _not_saved(error: str) -> training_pb2.Warning:
-    message = (
-        f"Weights and Apollo state are the restored ones, but the state could not be put on disk "
-        f"({error}). A server that is killed before the next run begins refuses to go on until a "
-        "restore. Make room in the server's state folder: the next run, or the server's end, "
-        "saves it."
-    )
-    log.warning("%s", message)
-    return training_pb2.Warning(reason="STATE_NOT_SAVED", message=message)
-
-
-def find_snapshot(session: Session, snapshot: str) -> SnapshotInfo:
-    """A snapshot by its id or its name. Raises NotFound, or DataLoss where it cannot be read."""
-    store = session.checkpoints.store
-    return store.get(store.id_of(snapshot))
-
-
-def _pass_on(future: Future[Any], done: Future[Any]) -> None:
-    error = future.exception()
-    if error is None:
-        done.set_result(future.result())
-    else:
-        done.set_exception(error)
-
-
-def _pass_error(begun: Future[None], done: Future[Any]) -> None:
-    if error := begun.exception():
-        _fail(done, error)
-
-
-def _fail(done: Future[Any], error: BaseException) -> None:
-    # One that was cancelled while it waited has its end.
+def _settle(done: Future[Any], ended: Future[Any]) -> None:
+    """Gives a job the end of another one; a job that was cancelled while it waited has its own."""
     with suppress(InvalidStateError):
-        done.set_exception(error)
+        if error := ended.exception():
+            done.set_exception(error)
+        else:
+            done.set_result(ended.result())

@@ -1,4 +1,4 @@
-"""A job that its caller may stop, as long as that leaves all as it was."""
+"""A job that its caller may cancel, as long as that leaves all as it was."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 class Job(Future[T]):
-    """What a call began.
+    """The future of what a call began.
 
-    While it waits, `cancel` ends it at once. While it works, it ends by an error at its next
-    progress, and whoever does the work cleans up as after any error.
+    `cancel` ends a waiting job at once. A job at work ends by an error at its next progress, and
+    whoever does the work cleans up as after any error.
 
     Args:
-        tell: told of its progress.
+        tell: called with its progress.
     """
 
     def __init__(self, tell: Progress):
@@ -28,7 +28,7 @@ class Job(Future[T]):
         self._asked = self._closed = False
 
     def cancel(self) -> bool:
-        """Asks it to stop; False where it has ended otherwise, or is past the point."""
+        """Asks it to stop; returns False where it has ended otherwise, or was closed."""
         if super().cancel():
             return True
         if self.done():
@@ -38,13 +38,13 @@ class Job(Future[T]):
             return self._asked
 
     def progress(self, done: int, total: int, current: str) -> None:
-        """Tells its progress. Raises Cancelled where it is to stop; never at the end."""
+        """Tells its progress. Raises Cancelled where it is to stop, but not at the end."""
         if current:
             self._require_wanted()
         self._tell(done, total, current)
 
     def close(self) -> None:
-        """From here on it cannot be stopped. Raises Cancelled where it is to stop."""
+        """Forbids to stop it from now on. Raises Cancelled where it is to stop already."""
         with self._deciding:
             self._closed = not self._asked
         self._require_wanted()
@@ -56,7 +56,7 @@ class Job(Future[T]):
 
 
 def stopped() -> Cancelled:
-    """What a job that was stopped ends with."""
+    """The error of a job that was stopped."""
     return Cancelled(
         "The job was stopped as asked; all is as it was before. The same call begins it anew.",
         reason="JOB_CANCELLED",

@@ -1,4 +1,4 @@
-"""Compiles what steps need before any is taken, by steps of parameters that are thrown away."""
+"""Compiles what steps need before any is taken, by stepping throwaway parameters."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _OfGradient = Callable[[Tensor], Gradient]
 def compile_ahead(optimizer: Apollo) -> None:
     """Compiles for an optimizer's parameters, some seconds at the first call in a process.
 
-    On any thread, also while another steps: none of its own parameters is stepped. What is on disk
-    from an earlier process is not compiled again for a GPU.
+    On any thread, also while another steps: the optimizer's own parameters are not touched. For a
+    GPU, kernels that an earlier process left on disk are not compiled again.
     """
     for path, device, dtype, rank in optimizer.compiled_kinds():
         if path == "cpu":
@@ -33,7 +33,7 @@ def compile_ahead(optimizer: Apollo) -> None:
 
 @lru_cache
 def compile_loops(dtype: torch.dtype, variant: Variant, rounding: RoundingMode) -> None:
-    """What any order of calls compiles is the same; a second thread waits for numba's own lock."""
+    """Compiles the loops of a CPU. A second thread waits for numba's lock."""
     for rank in (2, None):
         optimizer = Apollo(
             cpu.throwaway([dtype]), rank=rank, variant=variant, rounding=rounding, impl="fused"

@@ -7,18 +7,18 @@ Algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from apollo_trainer.optim import cpu, cuda, named_state
+from apollo_trainer.optim import cpu, cuda, paths
 from apollo_trainer.optim.change import Change
 from apollo_trainer.optim.cuda import FusedStepper, Work
 from apollo_trainer.optim.factored import Gradient, norm_of
 from apollo_trainer.optim.options import (
-    CHOICES,
     Compat,
     Impl,
     StepSettings,
@@ -27,15 +27,28 @@ from apollo_trainer.optim.options import (
     check_group,
     settings_for,
 )
-from apollo_trainer.optim.parameters import Slot, named, new_state, sort_out
-from apollo_trainer.optim.prepared import Path, PreparedStep
+from apollo_trainer.optim.parameters import Slot
 from apollo_trainer.optim.reference import Job, step_parameter
 from apollo_trainer.optim.rounding import Rounding, RoundingMode
+from apollo_trainer.optim.state import StatefulOptimizer
 
-_MANY = 0.01  # part of all weights that is worth a word where it is stepped slowly
+
+@dataclass
+class _PreparedStep:
+    """What a step works with, set aside before it begins.
+
+    Attributes:
+        gradients: that it is prepared for; None for the tensors' own.
+        works: the parameters with a gradient, and by which path each is stepped.
+        on_cuda: what the kernels of each device work with.
+    """
+
+    gradients: Mapping[Tensor, Gradient] | None
+    works: list[tuple[Slot, Gradient, paths.Path]]
+    on_cuda: dict[torch.device, cuda.Prepared]
 
 
-class Apollo(Optimizer):
+class Apollo(StatefulOptimizer):
     """APOLLO (arXiv 2412.05270, Algorithm 1), with states in float32 and weights written in place.
 
     Matrices [a, b] with min(a, b) >= rank are scaled channel by channel with factors learned in a
@@ -122,52 +135,17 @@ class Apollo(Optimizer):
             "proj_refresh": proj_refresh, "norm_growth_limit": norm_growth_limit,
         }  # fmt: skip
         check_group(defaults)
-        self.seed = seed
-        self.variant: Variant = variant
-        self.rounding: RoundingMode = rounding
         self.impl: Impl = impl
-        self.compat: Compat | None = compat
-        self.step_count = 0
         self.measure = self.wrote = False
         self.before_write: Callable[[], None] = lambda: None
         self.before_param_write: Callable[[Tensor], None] = lambda _: None
         self.last_update_norm: Tensor | None = None
         self.last_changed_fraction: Tensor | None = None
-        self._slots: list[Slot] = []
-        self.weights = 0
-        self._prepared: PreparedStep | None = None
-        self._skipped_before = 0
-        self._skipped: dict[torch.device, Tensor] = {}
+        self._prepared: _PreparedStep | None = None
         self._steppers: dict[torch.device, FusedStepper] = {}
-        super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group and allocates its state. Raises ValueError, and then adds nothing."""
-        own = sorted({*CHOICES, "seed"} & param_group.keys())
-        if own:
-            raise ValueError(f"{own[0]} belongs to the whole optimizer, not to a group.")
-        check_group({**self.defaults, **param_group})
-        if isinstance(param_group["params"], set):
-            raise TypeError("params is a set, whose order changes between runs; pass a list.")
-        rank = param_group.get("rank", self.defaults["rank"])
-        pairs = named(param_group["params"], len(self._slots))
-        new, ties = sort_out(
-            pairs, self._slots, len(self.param_groups), rank=rank, mode=self.rounding
+        super().__init__(
+            params, defaults, seed=seed, variant=variant, rounding=rounding, compat=compat
         )
-        super().add_param_group(
-            {
-                **param_group,
-                "params": [slot.param for slot in new],
-                "param_names": [slot.name for slot in new],
-            }
-        )
-        for slot in new:
-            slot.set_seed(self.seed)
-            self.weights += slot.param.numel()
-            self.state[slot.param] = new_state(slot, self.rounding)
-        self._slots += new
-        for tensor, slot in ties:
-            slot.aliases.append(tensor)
 
     @overload
     def step(
@@ -226,9 +204,10 @@ class Apollo(Optimizer):
 
     def _prepare(
         self, gradients: Mapping[Tensor, Gradient] | None, settings: list[StepSettings]
-    ) -> PreparedStep:
+    ) -> _PreparedStep:
         found = [(slot, slot.gradient(gradients)) for slot in self._slots]
-        works = [(slot, g, self._path(slot, g)) for slot, g in found if g is not None]
+        chosen = self.impl, self.compat, self.weights
+        works = [(slot, g, paths.path_of(slot, g, *chosen)) for slot, g in found if g is not None]
         on_cuda = dict[torch.device, list[Work]]()
         for slot, grad, path in works:
             if path == "cuda":
@@ -238,11 +217,11 @@ class Apollo(Optimizer):
             device: self._stepper(device).prepare(each, settings, self.rounding, self.measure)
             for device, each in on_cuda.items()
         }
-        return PreparedStep(gradients, works, kernels)
+        return _PreparedStep(gradients, works, kernels)
 
     def _take_prepared(
         self, gradients: Mapping[Tensor, Gradient] | None, settings: list[StepSettings]
-    ) -> PreparedStep:
+    ) -> _PreparedStep:
         prepared, self._prepared = self._prepared, None
         if prepared is not None and gradients is not None and prepared.gradients is gradients:
             return prepared
@@ -264,7 +243,7 @@ class Apollo(Optimizer):
         self._end(change)
 
     def _write(
-        self, prepared: PreparedStep, settings: list[StepSettings], change: Change | None
+        self, prepared: _PreparedStep, settings: list[StepSettings], change: Change | None
     ) -> None:
         on_cpu = list[Job]()
         for slot, grad, path in prepared.works:
@@ -288,53 +267,19 @@ class Apollo(Optimizer):
             self.last_changed_fraction = change.fraction(elements)
         self.step_count += 1
 
-    def _path(self, slot: Slot, grad: Gradient) -> Path:
-        if self.impl == "reference" or self.compat is not None:
-            return "reference"
-        if cuda.fits(slot, grad):
-            return "cuda"
-        if self._compiles and cpu.fits(slot, grad):
-            return "cpu"
-        if self.impl == "fused":
-            raise ValueError(
-                f"{slot.name}: impl='fused' takes bfloat16 and float32 parameters on CUDA, with "
-                "Triton installed, and these and float16 on a CPU, with numba installed, with "
-                "gradients of these dtypes; nothing was changed. Use impl='auto'."
-            )
-        return "reference"
-
-    @property
-    def _compiles(self) -> bool:
-        """Whether loops are compiled for those of its parameters that are on a CPU."""
-        return self.impl == "fused" or self.weights >= cpu.FEW_WEIGHTS
-
     def slowness(self) -> str:
-        """Why steps are slow, in a sentence: many weights that no compiled path takes; else empty.
+        """Why steps are slow, in a sentence; empty where they are not."""
+        return paths.slowness(self._slots, self.impl, self.compat, self.weights)
 
-        Where plain torch was asked for, or is as good, it is not slow.
-        """
-        slow = [slot for slot in self._slots if self._lacks_a_path(slot)]
-        weights = sum(slot.param.numel() for slot in slow)
-        if weights < self.weights * _MANY:
-            return ""
-        kinds = sorted({f"{s.param.dtype} on {s.param.device.type}" for s in slow})
-        return (
-            f"Steps are slow: {weights} of {self.weights} weights are stepped by plain torch, "
-            f"because no kernel or compiled loop here takes {', '.join(kinds)}."
-        )
+    def compiled_kinds(self) -> set[paths.Kind]:
+        """What has to be compiled before its parameters can be stepped."""
+        return paths.compiled_kinds(self._slots, self.impl, self.compat, self.weights)
 
-    def _lacks_a_path(self, slot: Slot) -> bool:
-        if self.impl != "auto" or self.compat is not None:
-            return False
-        wanted = slot.param.is_cuda or self._compiles
-        return wanted and self._path(slot, slot.param) == "reference"
-
-    def compiled_kinds(self) -> set[tuple[Path, torch.device, torch.dtype, int | None]]:
-        """Of parameters that are stepped by compiled code: how, and what it is compiled for."""
-        kinds = {
-            (self._path(s, s.param), s.param.device, s.param.dtype, s.rank) for s in self._slots
-        }
-        return {kind for kind in kinds if kind[0] != "reference"}
+    def load_named_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Takes over what `named_state` gave. Raises ValueError, and then changes nothing."""
+        super().load_named_state(tensors, meta)
+        # Their tables hold keys of the old seed.
+        self._steppers.clear()
 
     def _job(
         self, slot: Slot, grad: Gradient, settings: list[StepSettings], change: Change | None
@@ -347,93 +292,3 @@ class Apollo(Optimizer):
         if device not in self._steppers:
             self._steppers[device] = FusedStepper(device, self.variant == "mini")
         return self._steppers[device]
-
-    def _count_skipped(self, skipped: Tensor) -> None:
-        if skipped.device in self._skipped:
-            self._skipped[skipped.device] += skipped
-        else:
-            self._skipped[skipped.device] = skipped.to(torch.int64)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All that it was given: parameters, and tensors tied to them."""
-        return [tensor for slot in self._slots for tensor in (slot.param, *slot.aliases)]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Releases or zeroes the gradients, those of tied tensors included."""
-        super().zero_grad(set_to_none)
-        for slot in self._slots:
-            for alias in slot.aliases:
-                if set_to_none:
-                    alias.grad = None
-                elif alias.grad is not None:
-                    alias.grad.zero_()
-
-    @property
-    def skipped_nonfinite(self) -> int:
-        """Gradients skipped so far because they were not finite. Waits for the devices."""
-        return self._skipped_before + sum(int(n.item()) for n in self._skipped.values())
-
-    def state_size_bytes(self) -> int:
-        """Bytes of all state tensors; the same from construction on."""
-        return sum(t.nbytes for t in self._named_tensors().values())
-
-    def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The state for a file: flat tensors, and metadata that JSON can hold.
-
-        Tensors are the live ones, not copies, called `m.<parameter>`, `v.<parameter>`,
-        `step.<parameter>`, and where they exist `norm.<parameter>` and `low.<parameter>`.
-        """
-        meta = {
-            "seed": self.seed,
-            "step_count": self.step_count,
-            "skipped_nonfinite": self.skipped_nonfinite,
-            "variant": self.variant,
-            "rounding": self.rounding,
-            "compat": self.compat,
-            **named_state.contents(self._slots, self.param_groups),
-        }
-        return self._named_tensors(), meta
-
-    def load_named_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Takes over what `named_state` gave: moments, counters, seed and group settings.
-
-        Raises ValueError naming the parameter where the state is of another model or of other
-        options; the optimizer is then as it was.
-        """
-        groups = self.check_named_state(tensors, meta)
-        with torch.no_grad():
-            for name, tensor in self._named_tensors().items():
-                if tensors[name] is not tensor:
-                    tensor.copy_(tensors[name])
-        for group, settings in zip(self.param_groups, groups, strict=True):
-            group.update(settings)
-        self.seed, self.step_count = meta["seed"], meta["step_count"]
-        self._skipped_before, self._skipped = meta["skipped_nonfinite"], {}
-        for slot in self._slots:
-            slot.set_seed(self.seed)
-        # Their tables hold keys of the old seed.
-        self._steppers.clear()
-
-    def check_named_state(
-        self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
-    ) -> list[dict[str, Any]]:
-        """The settings of each group; raises as `load_named_state` does, and changes nothing."""
-        here = {"variant": self.variant, "rounding": self.rounding, "compat": self.compat}
-        mine = self._named_tensors()
-        return named_state.check(tensors, meta, here, self._slots, self.param_groups, mine)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as tensors and scalars: `torch.load(weights_only=True)` reads it back."""
-        return named_state.pack(*self.named_state(), self.param_groups)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave; raises as `load_named_state` does."""
-        self.load_named_state(*named_state.unpack(state_dict))
-
-    def _named_tensors(self) -> dict[str, Tensor]:
-        return {
-            named_state.tensor_name(part, slot.name): tensor
-            for slot in self._slots
-            for part, tensor in self.state[slot.param].items()
-        }

@@ -6,7 +6,7 @@ refused before the first tensor is written.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -45,22 +45,6 @@ def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check(
-    tensors: Mapping[str, Tensor],
-    meta: Mapping[str, Any],
-    options: Mapping[str, Any],
-    slots: Collection[Slot],
-    groups: list[dict[str, Any]],
-    expected: Mapping[str, Tensor],
-) -> list[dict[str, Any]]:
-    """All the checks below; returns the saved settings of each group."""
-    check_meta(meta, options)
-    check_parameters(meta, slots)
-    found = check_groups(meta, groups)
-    check_tensors(tensors, expected)
-    return found
-
-
 def check_meta(meta: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises ValueError unless the metadata is whole, of this version, and for these options."""
     missing = [key for key in _REQUIRED if key not in meta]
@@ -79,7 +63,7 @@ def check_meta(meta: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 
 def contents(slots: Iterable[Slot], groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the metadata says of the format, of every parameter and of every group."""
+    """The metadata's part on the format, the parameters and the groups."""
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -1,4 +1,4 @@
-"""What the optimizer knows of each parameter: its name, its kind, its keys and its ties."""
+"""What the optimizer knows of each parameter: its name, rank, random keys and tied tensors."""
 
 from __future__ import annotations
 

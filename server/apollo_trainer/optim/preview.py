@@ -1,8 +1,9 @@
-"""What a step would do to a parameter, found without writing to it or to its state."""
+"""What a step would do, found without writing to the parameters or to their state."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,32 +13,22 @@ from apollo_trainer.optim.factored import Gradient
 from apollo_trainer.optim.options import GROUP_OPTIONS
 
 
-@dataclass(frozen=True)
 class Preview:
-    """One parameter's next step; float64, 0-dim tensors on its device.
+    """What the next step of an optimizer would do with some gradients.
 
-    Attributes:
-        update_norm: Euclidean norm of the stored change.
-        changed: how many stored elements would have other bits.
-        weight_norm: of the weights before it.
-    """
-
-    update_norm: Tensor
-    changed: Tensor
-    weight_norm: Tensor
-
-
-class Previewer:
-    """Previews the next step of an optimizer, parameter by parameter.
-
-    A copy of the parameter and of its state is stepped by an optimizer of its own, with the same
+    A copy of each parameter and of its state is stepped by an optimizer of its own, with the same
     options, name, seed and step number: the draws depend on nothing else, so that the preview is
-    what the step will store. One copy exists at a time.
+    what the step will store. One copy exists at a time. Nothing waits for the device until a
+    result is read.
 
-    Raises ValueError for an optimizer in compat mode, whose draws depend on the other parameters.
+    Args:
+        gradients: by parameter, each of its shape; those of tied tensors summed.
+
+    Raises ValueError for an optimizer in compat mode, whose draws depend on the other parameters,
+    and KeyError where a tensor is no parameter, or tied to another that is one.
     """
 
-    def __init__(self, optimizer: Apollo):
+    def __init__(self, optimizer: Apollo, gradients: Mapping[Tensor, Gradient]):
         if optimizer.compat is not None:
             raise ValueError(f"compat={optimizer.compat!r} has no preview.")
         self._optimizer = optimizer
@@ -46,20 +37,33 @@ class Previewer:
             for group in optimizer.param_groups
             for param, name in zip(group["params"], group["param_names"], strict=True)
         }
+        self._updates = list[Tensor]()
+        self._changed, self._weights = list[Tensor](), list[Tensor]()
+        for param, gradient in gradients.items():
+            self._add(param, gradient)
+
+    def update_norm(self) -> float:
+        """Norm of what the step would add to the weights, as stored."""
+        return math.hypot(*map(float, self._updates))
+
+    def weight_norm(self) -> float:
+        """Norm of these parameters before the step."""
+        return math.hypot(*map(float, self._weights))
+
+    def changed(self) -> int:
+        """How many stored elements would have other bits."""
+        return round(sum(map(float, self._changed)))
 
     @torch.no_grad()
-    def of(self, param: Tensor, gradient: Gradient) -> Preview:
-        """The next step of a parameter with this gradient, of its shape.
-
-        Raises KeyError where the tensor is no parameter, or tied to another that is one.
-        """
+    def _add(self, param: Tensor, gradient: Gradient) -> None:
         copied = param.detach().clone()
         twin = self._twin(param, copied)
         twin.step(gradients={copied: gradient})
         update_norm, fraction = twin.last_update_norm, twin.last_changed_fraction
         assert update_norm is not None and fraction is not None
-        weight_norm: Tensor = torch.linalg.vector_norm(param.detach(), dtype=torch.float64)
-        return Preview(update_norm, fraction * param.numel(), weight_norm)
+        self._updates.append(update_norm)
+        self._changed.append(fraction * param.numel())
+        self._weights.append(torch.linalg.vector_norm(param.detach(), dtype=torch.float64))
 
     def _twin(self, param: Tensor, copied: Tensor) -> Apollo:
         """An optimizer of the copied parameter alone, in the state of the real one."""

@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 import uuid
-from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
-from apollo_grpc.errors import (
-    AlreadyExists,
-    ApolloError,
-    FailedPrecondition,
-    ResourceExhausted,
-    Unavailable,
-)
+from apollo_grpc.errors import AlreadyExists, ApolloError, ResourceExhausted, Unavailable
 from apollo_grpc.times import now
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.checkpoints.apollo_state import Covered
 from apollo_trainer.config import Settings
 from apollo_trainer.engine import ModelOwner, Session, StatusBoard
-from apollo_trainer.requests.options import read_options
-from apollo_trainer.requests.samples import why_refused
-from apollo_trainer.runs.events import EventLog, stopping
+from apollo_trainer.ledger import (
+    FOLDER,
+    Acceptance,
+    EventLog,
+    Retention,
+    RunRow,
+    digest_of,
+    stopping,
+)
 from apollo_trainer.runs.execution import Execution
-from apollo_trainer.runs.journal import FOLDER
-from apollo_trainer.runs.ledger import Acceptance, Ledger, RunRow, canonical, digest_of
-from apollo_trainer.runs.ledger_file import LedgerFile
-from apollo_trainer.runs.ledger_writer import LedgerWriter, Store
-from apollo_trainer.runs.recovery import settle
-from apollo_trainer.runs.retention import Retention
-from apollo_trainer.runs.run import PreparedRun, prepare_run
-from apollo_trainer.training.options import OptimizerOptions, StateShape
-from apollo_trainer.weights.sidecar import Sidecar
+from apollo_trainer.runs.recovery import catch_up, open_ledger
+from apollo_trainer.runs.run import PreparedRun, QueuedRun, prepare_run
+from apollo_trainer.training.options import OptimizerOptions
 
 log = logging.getLogger(__name__)
 SECONDS_A_DAY = 86400
@@ -45,37 +34,15 @@ MIB = 2**20
 TURN_AGAIN_SECONDS = 0.5
 
 
-@dataclass
-class QueuedRun:
-    """A run from its acceptance to its end.
-
-    Attributes:
-        digest: of its spec, which is read from the ledger in the run's turn.
-        size_bytes: of its spec.
-        brought_back: by a restart; such a run waits for an engine, others fail without one.
-        durable: its id, once it is on disk.
-    """
-
-    log: EventLog
-    request_id: str
-    digest: bytes
-    options: OptimizerOptions
-    size_bytes: int
-    durable: Future[str]
-    dry_run: bool = False
-    brought_back: bool = False
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-
 class RunQueue:
-    """All runs of one server.
+    """All runs of one server: accepted, executed in order on the owner's thread, looked up.
 
-    But for `stop`, no method waits for a run or for the ledger to be written. Event loops call
-    `log_of` alone: the others may read the disk.
+    Only `stop` waits for a run or for a write of the ledger. Event loops call `log_of` alone: the
+    others may read the disk.
 
     Args:
         owner: executes one run after the other.
-        board: told every change, and every event.
+        board: shows every change, and every event.
 
     Raises FailedPrecondition when the ledger cannot be used.
     """
@@ -85,57 +52,56 @@ class RunQueue:
         # Event loops take the first one, which is held over names and order alone; who accepts a
         # run holds the second one, over the ledger's reading too.
         self._lock, self._accepting = threading.Lock(), threading.Lock()
-        self._waiting: deque[QueuedRun] = deque()
-        self._active: QueuedRun | None = None
+        # In the order in which they were accepted, which is that of their turns.
         self._runs: dict[str, QueuedRun] = {}
+        self._active: QueuedRun | None = None
         self._stopped = False
-        file = LedgerFile(settings.state_dir)
-        self.ledger = Ledger(file)
-        waiting = _settle(file, self.ledger, settings.state_dir)
         keep = Retention(settings.ledger_days * SECONDS_A_DAY, settings.ledger_mebibytes * MIB)
-        self._writer = LedgerWriter(file, keep)
+        self.ledger, self._writer, waiting = open_ledger(settings.state_dir, keep)
         for row in waiting:
             self._bring_back(row)
         board.update(self._show_length)
         owner.attached = self._attached
 
     def _bring_back(self, row: RunRow) -> None:
-        """A run that waited when the server ended; its samples become token ids in its turn."""
-        spec = self.ledger.spec(row.run_id) or pb.RunSpec()
-        entry = QueuedRun(
-            self._new_log(row.run_id, row.last_sequence),
-            row.request_id or "",
-            row.digest,
-            read_options(spec.optimizer),
-            spec.ByteSize(),
-            _known(row.run_id),
-            spec.dry_run,
-            brought_back=True,
-        )
-        self._runs[row.run_id] = entry
-        self._waiting.append(entry)
+        """Queues a run that waited when the server ended."""
+        run_log = self._new_log(row.run_id, row.last_sequence)
+        spec, durable = self.ledger.spec(row.run_id) or pb.RunSpec(), _known(row.run_id)
+        self._add(QueuedRun(run_log, row.request_id or "", row.digest, spec, durable, True))
 
-    def _new_log(self, run_id: str, sequence: int) -> EventLog:
-        store = Store(self.ledger, self._writer)
+    def _add(self, entry: QueuedRun) -> QueuedRun:
+        with self._lock:
+            self._runs[entry.log.run_id] = entry
+        return entry
+
+    def _new_log(self, run_id: str, sequence: int = 0) -> EventLog:
         settled = partial(self._forget, run_id)
-        return EventLog(run_id, self._board.publish, store, sequence, settled)
+        return EventLog(run_id, self._board.publish, self._writer, sequence, settled)
+
+    def _forget(self, run_id: str) -> None:
+        with self._lock:
+            self._runs.pop(run_id, None)
+
+    def _waiting(self, *, active: bool = False) -> list[QueuedRun]:
+        """Returns the runs that wait, in order; after the one at work where it is asked for."""
+        with self._lock:
+            before = self._active if active else None
+            return [run for run in self._runs.values() if run.waits or run is before]
 
     def _attached(self, session: Session) -> None:
-        """On the training thread, once an engine is there."""
-        _catch_up(session, self.ledger)
-        session.refused_forms = _refused_forms(self._owner.sidecar)
+        """Queues the turns of the runs that wait. On the training thread, with a new session."""
+        catch_up(session, self.ledger)
         # Those that came behind one that was brought back had their turns without an engine too.
-        with self._lock:
-            waiting = len(self._waiting)
-        for _ in range(waiting):
+        for _ in self._waiting():
             self._owner.do(self._execute_next)
 
     # --- looking for runs -------------------------------------------------------------------
 
     def find(self, request_id: str, spec: pb.RunSpec) -> Future[str] | None:
-        """The run that a request began, if it did: its id once it is on disk, or the refusal.
+        """Returns the future of the run that a request began; None where it began none.
 
-        Raises AlreadyExists when it began one of another spec. Any thread but an event loop's.
+        The future is that of `submit`. Raises AlreadyExists when the request began a run of
+        another spec. Any thread but an event loop's.
         """
         if not request_id:
             return None
@@ -143,7 +109,7 @@ class RunQueue:
             entry = next((r for r in self._runs.values() if r.request_id == request_id), None)
         row = None if entry else self.ledger.run_of_request(request_id)
         found = entry or row
-        if found and found.digest != digest_of(canonical(spec)):
+        if found and found.digest != digest_of(spec):
             raise AlreadyExists(
                 "This request_id began a run of another spec; nothing was done. Send a new "
                 "request_id, or none.",
@@ -154,7 +120,7 @@ class RunQueue:
         return entry.durable if entry else None
 
     def log_of(self, run_id: str) -> EventLog | None:
-        """The log of a run that has not ended, or not wholly reached the disk. Any thread."""
+        """Returns the log of a run until it has ended and is on disk; None then. Any thread."""
         with self._lock:
             entry = self._runs.get(run_id)
         return entry.log if entry else None
@@ -162,18 +128,14 @@ class RunQueue:
     # --- taking runs ------------------------------------------------------------------------
 
     def submit(self, run: PreparedRun, spec: pb.RunSpec, request_id: str = "") -> Future[str]:
-        """Accepts a run; its id comes once it is on disk, its event `queued` with it.
-
-        Any thread but an event loop's.
-
-        Nothing of its samples is kept in memory.
+        """Accepts a run; the future holds its id once it and its event `queued` are on disk.
 
         Raises ResourceExhausted when the queue is full, FailedPrecondition when the optimizer
         state would be another than the run asks for, Unavailable when the server stops,
         AlreadyExists as `find` does. The future holds FailedPrecondition where the ledger cannot
-        be written.
+        be written. Any thread but an event loop's.
         """
-        digest = digest_of(canonical(spec))
+        digest = digest_of(spec)
         with self._accepting:
             # A retry may be faster than the call that it repeats.
             if found := self.find(request_id, spec):
@@ -181,7 +143,7 @@ class RunQueue:
             self._require_room(run.options, spec.ByteSize())
             entry = self._enqueue(run, spec, request_id, digest)
         self._board.update(self._show_length)
-        # Not before the locks are free: of a run that was refused already it is told here.
+        # Not before the locks are free: a run that was refused already is taken out here.
         entry.durable.add_done_callback(lambda _: self._accepted(entry))
         self._owner.do(self._execute_next)
         return entry.durable
@@ -190,85 +152,68 @@ class RunQueue:
         self, run: PreparedRun, spec: pb.RunSpec, request_id: str, digest: bytes
     ) -> QueuedRun:
         run_id = uuid.uuid4().hex
-        with self._lock:
-            position = pb.Queued(position=len(self._waiting) + bool(self._active))
+        position = pb.Queued(position=len(self._waiting(active=True)))
         queued = pb.RunEvent(run_id=run_id, sequence=1, event_time=now(), queued=position)
-        run_log = self._new_log(run_id, sequence=0)
+        run_log = self._new_log(run_id)
         run_log.begin_with(queued)
         durable = self._writer.accept(Acceptance(request_id, spec, run.steps_total, queued))
-        size = spec.ByteSize()
-        entry = QueuedRun(run_log, request_id, digest, run.options, size, durable, run.dry_run)
-        with self._lock:
-            self._runs[run_id] = entry
-            self._waiting.append(entry)
-        return entry
+        return self._add(QueuedRun(run_log, request_id, digest, spec, durable))
 
     def _accepted(self, entry: QueuedRun) -> None:
-        """The run is on disk, or is not to be. On the ledger's thread, or the submitter's."""
+        """Shows a run that is on disk; takes out one that was refused.
+
+        On the ledger's thread, or the submitter's.
+        """
         if entry.durable.exception() is None:
             entry.log.committed(1)
             return
-        with self._lock:
-            self._runs.pop(entry.log.run_id, None)
-            if entry in self._waiting:
-                self._waiting.remove(entry)
+        self._forget(entry.log.run_id)
         self._board.update(self._show_length)
 
     def _show_length(self, status: status_pb2.ServerStatus) -> None:
         # Read when it is told: of two threads that tell it, the last one tells the newest.
-        status.queue_length = len(self._waiting)
-
-    def _forget(self, run_id: str) -> None:
-        with self._lock:
-            self._runs.pop(run_id, None)
+        status.queue_length = len(self._waiting())
 
     def _require_room(self, options: OptimizerOptions, size_bytes: int) -> None:
         if self._stopped:
             raise stopping()
-        with self._lock:
-            waiting = list(self._waiting)
-        if len(waiting) >= self._settings.max_queued_runs:
+        waiting = self._waiting()
+        limit, limit_mebibytes = self._settings.max_queued_runs, self._settings.max_queued_mebibytes
+        if len(waiting) >= limit:
             raise ResourceExhausted(
                 f"{len(waiting)} runs are waiting, which is the limit; nothing was queued. "
                 "Try again when some have ended.",
                 reason="QUEUE_FULL",
-                metadata={"limit": str(self._settings.max_queued_runs)},
+                metadata={"limit": str(limit)},
             )
-        held, limit = sum(r.size_bytes for r in waiting), self._settings.max_queued_mebibytes
-        if held and held + size_bytes > limit * MIB:
+        held = sum(run.size_bytes for run in waiting)
+        if held and held + size_bytes > limit_mebibytes * MIB:
             raise ResourceExhausted(
                 f"The runs that wait have {held} bytes of samples, this one {size_bytes}: together "
-                f"more than the limit of {limit} MiB; nothing was queued. Try again when some have "
-                "ended.",
+                f"more than the limit of {limit_mebibytes} MiB; nothing was queued. Try again when "
+                "some have ended.",
                 reason="QUEUE_FULL",
-                metadata={"limit_mebibytes": str(limit)},
+                metadata={"limit_mebibytes": str(limit_mebibytes)},
             )
         session = self._owner.session()
         session.require_accepted(options)
-        options.shape_on(self._shape_after(session.shape))
-
-    def _shape_after(self, shape: StateShape) -> StateShape:
-        """What the optimizer's state is like once every run before has begun."""
-        with self._lock:
-            before = [self._active, *self._waiting]
-        for entry in before:
-            if entry and entry.options.reset and not entry.dry_run:
-                shape = entry.options.shape_on(shape)
-        return shape
+        # That of the optimizer's state once all runs before this one have begun.
+        shape = session.shape
+        for run in self._waiting(active=True):
+            if run.options.reset and not run.dry_run:
+                shape = run.options.shape_on(shape)
+        options.shape_on(shape)
 
     # --- executing --------------------------------------------------------------------------
 
     def _execute_next(self) -> None:
-        """On the training thread: the run that has waited longest, if any waits."""
+        """Executes the run that has waited longest, if any waits. Training thread."""
         session = self._owner.live_session
         with self._lock:
-            if self._stopped or not self._waiting:
+            entry = next((run for run in self._runs.values() if run.waits), None)
+            if self._stopped or entry is None or (entry.brought_back and session is None):
                 return
-            entry = self._waiting[0]
-            if session is None and entry.brought_back:
-                return
-            self._waiting.popleft()
-            self._active = entry
+            entry.waits, self._active = False, entry
         self._board.update(self._show_length, active_run_id=entry.log.run_id)
         try:
             # Its client has no answer before the disk has the run, nor has anybody its steps.
@@ -276,10 +221,9 @@ class RunQueue:
                 self._execute(entry, session)
         except Exception:
             log.exception("run %s was not executed", entry.log.run_id)
-            _fail(entry, "INTERNAL", "The run failed by a mistake of the server's; see its log.")
+            entry.fail("INTERNAL", "The run failed by a mistake of the server's; see its log.")
         finally:
-            with self._lock:
-                self._active = None
+            self._active = None
             self._board.update(active_run_id="")
 
     def _execute(self, entry: QueuedRun, session: Session | None) -> None:
@@ -289,59 +233,44 @@ class RunQueue:
                 raise Unavailable(
                     f"vLLM was gone when the run's turn came. {detail}", reason="ENGINE_LOST"
                 )
-            run = self._prepare(entry, session)
+            spec = self.ledger.spec(entry.log.run_id) or pb.RunSpec()
+            run = prepare_run(spec, session.limits, self._owner.sidecar.tokenize)
         except ApolloError as error:
             if entry.brought_back and isinstance(error, Unavailable) and session:
                 self._put_back(entry, session)
             else:
-                _fail(entry, error.reason, error.message)
+                entry.fail(error.reason, error.message)
             return
         entry.log.open_journal(self._settings.state_dir / FOLDER)
-        owner = self._owner
-        Execution(
-            session,
-            owner.sidecar,
-            self._board,
-            entry.log,
-            run,
-            owner.saver,
-            owner.stopping,
-            entry.cancelled,
-        ).execute()
+        Execution(session, self._owner, self._board, entry.log, run, entry.cancelled).execute()
 
     def _put_back(self, entry: QueuedRun, session: Session) -> None:
-        """Its turn comes again: with the next engine, or as soon as this one answers."""
-        with self._lock:
-            self._waiting.appendleft(entry)
+        """Gives it another turn: with the next engine, or as soon as this one answers."""
+        entry.waits = True
         if not session.attachment.lost.wait(TURN_AGAIN_SECONDS):
             self._owner.do(self._execute_next)
-
-    def _prepare(self, entry: QueuedRun, session: Session) -> PreparedRun:
-        spec = self.ledger.spec(entry.log.run_id) or pb.RunSpec()
-        return prepare_run(spec, session.limits, self._owner.sidecar.tokenize)
 
     # --- the end ----------------------------------------------------------------------------
 
     def cancel(self, run_id: str) -> EventLog | None:
-        """Asks a run to stop; returns the log of one that waited, and has ended by that.
+        """Asks a run to stop. Returns the log of one that waited, which has ended by that.
 
-        A run that has ended, or that there never was, is left alone. Any thread but an event
-        loop's.
+        Does nothing for a run that has ended or never was. Any thread but an event loop's.
         """
         with self._lock:
             entry = self._runs.get(run_id)
             if entry is None:
                 return None
             entry.cancelled.set()
-            if entry not in self._waiting:
+            if not entry.waits:
                 return None
-            self._waiting.remove(entry)
+            entry.waits = False
         self._board.update(self._show_length)
         entry.log.append(finished=pb.Finished(state=pb.RUN_STATE_CANCELLED))
         return entry.log
 
     def stop(self) -> None:
-        """Ends the run at work after its step; those that wait are kept. Readers are let go.
+        """Ends the run at work after its step, and every reader; runs that wait are kept.
 
         Any thread but an event loop's, and those of the server that it waits for.
         """
@@ -355,74 +284,13 @@ class RunQueue:
             run_log.close()
 
     def close(self) -> None:
-        """Ends reading, once nobody reads any more. Any thread."""
+        """Closes the ledger, once nobody reads it any more. Any thread."""
         self.ledger.close()
 
 
 def _known(run_id: str) -> Future[str]:
-    """Of a run that is on disk."""
+    """The future of a run that is on disk."""
     future: Future[str] = Future()
     future.set_running_or_notify_cancel()
     future.set_result(run_id)
     return future
-
-
-def _fail(entry: QueuedRun, reason: str, message: str) -> None:
-    failure = pb.Failure(reason=reason, message=message)
-    entry.log.append(finished=pb.Finished(state=pb.RUN_STATE_FAILED, failure=failure))
-
-
-def _refused_forms(sidecar: Sidecar) -> str:
-    """Which forms of samples vLLM makes no tokens of, for the log and whoever asks."""
-    try:
-        found = why_refused(sidecar.tokenize)
-    except ApolloError as error:
-        # Each sample is asked about anyway.
-        log.warning("it is not known whether vLLM makes tokens of samples: %s", error.message)
-        return ""
-    if found:
-        log.warning("%s", found)
-    else:
-        log.info("vLLM makes the token ids of texts and chats as of its own prompts")
-    return found
-
-
-def _settle(file: LedgerFile, ledger: Ledger, state_dir: Path) -> list[RunRow]:
-    try:
-        return settle(file, ledger, state_dir)
-    except (sqlite3.Error, OSError) as error:
-        ledger.close()
-        file.close()
-        raise FailedPrecondition(
-            f"The runs of an earlier server cannot be settled ({error}); the ledger and the "
-            "journals are as they were, and no run is taken. Make room in the state folder, then "
-            "start again.",
-            reason="LEDGER_NOT_WRITTEN",
-        ) from error
-
-
-def _catch_up(session: Session, ledger: Ledger) -> None:
-    """Counts the steps that a killed server wrote after the last save of the Apollo state.
-
-    Weights that neither the state nor those steps explain are taken for others.
-    """
-    row = ledger.latest_on(session.attachment.epoch)
-    if session.came_back:
-        # Its state in memory has seen every step, and the ledger may not have them yet.
-        return
-    if session.from_disk and not session.other_weights:
-        steps, in_doubt = _steps_since(session, row, ledger)
-        session.catch_up(steps, in_doubt=in_doubt)
-    session.covered = Covered(row.run_id, row.steps_done) if row else Covered()
-
-
-def _steps_since(session: Session, row: RunRow | None, ledger: Ledger) -> tuple[int, bool]:
-    """Steps that the state has not seen, and whether one more may be in the weights in part."""
-    if row is None:
-        return 0, False
-    if row.run_id == session.covered.run_id:
-        steps = row.steps_done - session.covered.steps
-    else:
-        steps = row.optimizer_step + row.steps_done - session.optimizer.step_count
-    last = ledger.events(row.run_id, row.last_sequence - 1, 1)
-    return max(0, steps), any(event.finished.next_step_in_doubt for event in last)

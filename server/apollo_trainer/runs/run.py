@@ -1,14 +1,17 @@
-"""What a run is once its request was checked: samples as token ids, options, steps."""
+"""A run before it is executed: checked, with samples as token ids, and queued."""
 
 from __future__ import annotations
 
 import random
+import threading
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import InitVar, dataclass, field
 
 from apollo_grpc.errors import FieldViolation, InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.ledger import EventLog
 from apollo_trainer.requests.guard import read_guard
 from apollo_trainer.requests.options import read_options
 from apollo_trainer.requests.samples import SampleLimits, Tokenize, each_tokenized
@@ -29,10 +32,10 @@ class PreparedRun:
         samples: none where the run was checked only.
         sample_count: of its spec.
         seed: shuffles each epoch; None keeps the order given.
-        max_seconds: the run ends as FAILED after so many; None: no limit.
+        max_seconds: the run fails after so many; None for no limit.
         coherence: how its writes and vLLM's reads go together.
-        dry_run: nothing is written, neither weights nor optimizer state.
-        evaluate: the loss of each sample is told before and after.
+        dry_run: whether neither weights nor optimizer state are written.
+        evaluate: whether the loss of each sample is told before and after.
     """
 
     samples: tuple[TokenizedSample, ...]
@@ -53,7 +56,7 @@ class PreparedRun:
         return self.epochs * -(-self.sample_count // self.samples_per_step)
 
     def batches(self) -> Iterator[tuple[TokenizedSample, ...]]:
-        """The samples of each step, in order."""
+        """Yields the samples of each step, in order."""
         for epoch in range(self.epochs):
             order = list(self.samples)
             if self.seed is not None:
@@ -62,15 +65,45 @@ class PreparedRun:
                 yield tuple(order[start : start + self.samples_per_step])
 
 
+@dataclass(eq=False)
+class QueuedRun:
+    """A run from its acceptance to its end; its samples are read from the ledger in its turn.
+
+    Attributes:
+        digest: of its spec.
+        durable: holds its id, once it is on disk.
+        brought_back: by a restart; such a run waits for an engine, others fail without one.
+        waits: whether it has not had its turn.
+        size_bytes: of its spec.
+    """
+
+    log: EventLog
+    request_id: str
+    digest: bytes
+    spec: InitVar[pb.RunSpec]
+    durable: Future[str]
+    brought_back: bool = False
+    waits: bool = True
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self, spec: pb.RunSpec) -> None:
+        self.options = read_options(spec.optimizer)
+        self.size_bytes, self.dry_run = spec.ByteSize(), spec.dry_run
+
+    def fail(self, reason: str, message: str) -> None:
+        """Ends it before it began."""
+        failure = pb.Failure(reason=reason, message=message)
+        self.log.append(finished=pb.Finished(state=pb.RUN_STATE_FAILED, failure=failure))
+
+
 def prepare_run(
     spec: pb.RunSpec, limits: SampleLimits, tokenize: Tokenize, *, only_check: bool = False
 ) -> PreparedRun:
     """Checks a spec and tokenizes its samples.
 
     Args:
-        tokenize: asks vLLM, which blocks; not of token ids.
-        only_check: one sample after the other, and keep none: token ids take many times the
-            memory of the spec.
+        tokenize: asks vLLM, and blocks; not called for token ids.
+        only_check: keeps no sample: token ids take many times the memory of the spec.
 
     Raises InvalidArgument with the path of each wrong field, and what `tokenize` raises.
     """
@@ -109,32 +142,31 @@ def _max_seconds(spec: pb.RunSpec) -> float | None:
 
 
 def _check_counts(spec: pb.RunSpec) -> None:
-    violations = [
-        FieldViolation(f"spec.{name}", f"is {value}; it must be from 0 (the default) to {most}")
-        for name, value, most in (
-            ("epochs", spec.epochs, MAX_EPOCHS),
-            ("samples_per_step", spec.samples_per_step, MAX_SAMPLES_PER_STEP),
-        )
-        if not 0 <= value <= most
-    ]
-    if violations:
-        first = violations[0]
-        raise InvalidArgument(f"{first.field}: {first.description}", violations=violations)
+    most = {"epochs": MAX_EPOCHS, "samples_per_step": MAX_SAMPLES_PER_STEP}
+    wrong = {
+        f"spec.{name}": f"is {getattr(spec, name)}; it must be from 0 (the default) to {limit}"
+        for name, limit in most.items()
+        if not 0 <= getattr(spec, name) <= limit
+    }
+    _require_none(wrong)
 
 
 def _check_coherence(coherence: pb.Coherence) -> pb.Coherence:
-    wrong = [
-        FieldViolation(f"spec.coherence.{name}", f"is {value}, which this version does not know")
-        for name, value, known in (
-            ("mode", coherence.mode, pb.CoherenceMode.values()),
-            ("cache_policy", coherence.cache_policy, pb.CachePolicy.values()),
-        )
-        if value not in known
-    ]
-    if wrong:
-        raise InvalidArgument(
-            f"{wrong[0].field}: {wrong[0].description}",
-            violations=wrong,
-            reason="OPTION_INVALID",
-        )
+    known: dict[str, Sequence[int]] = {
+        "mode": pb.CoherenceMode.values(),
+        "cache_policy": pb.CachePolicy.values(),
+    }
+    wrong = {
+        f"spec.coherence.{name}": f"is {getattr(coherence, name)}, which this version does not know"
+        for name, values in known.items()
+        if getattr(coherence, name) not in values
+    }
+    _require_none(wrong, reason="OPTION_INVALID")
     return coherence
+
+
+def _require_none(wrong: dict[str, str], reason: str = "") -> None:
+    violations = [FieldViolation(field, why) for field, why in wrong.items()]
+    if violations:
+        message = f"{violations[0].field}: {violations[0].description}"
+        raise InvalidArgument(message, violations=violations, reason=reason)

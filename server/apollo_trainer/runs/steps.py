@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, ResourceExhausted, Unavailable
+from apollo_grpc.times import duration
+from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.engine import Session, coherence_of, engine_is_gone
-from apollo_trainer.runs.events import EventLog
+from apollo_trainer.ledger import EventLog
 from apollo_trainer.runs.run import PreparedRun
 from apollo_trainer.training.guard import Unlearned
 from apollo_trainer.training.incomplete import StepIncomplete
@@ -16,20 +19,26 @@ from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import StepPolicy, StepResult, take_step
 from apollo_trainer.weights.sidecar import Sidecar
 
+_FULL_GRADIENTS = {
+    "": pb.FULL_GRADIENTS_UNSPECIFIED,
+    "LONG_STEP": pb.FULL_GRADIENTS_LONG_STEP,
+}
+
 
 class RunSteps:
-    """Takes a run's steps; a dry run's are tried, and neither pause vLLM nor write anything.
+    """Takes a run's steps; those of a dry run neither pause vLLM nor write anything.
 
-    `begin`, `take` for each step, and `end` in any case. All raise Unavailable with ENGINE_LOST
-    once vLLM is gone.
+    Call `begin`, `take` for each step, and `end` in any case. All raise Unavailable with
+    ENGINE_LOST once vLLM is gone. Training thread.
 
     Args:
         require_going: called before each micro-batch; what it raises ends the step unwritten.
-        warn: told a reason and a message when vLLM was not told of what was written.
+        warn: called with a reason and a message where vLLM was not told of what was written.
 
     Attributes:
         written: whole steps that are in the weights.
-        step_held_seconds: how long vLLM was held for the last step alone.
+        coherence: how long vLLM was held, and the weight version that it tells.
+        waited_seconds: of the last step, for its turn.
     """
 
     def __init__(
@@ -44,30 +53,14 @@ class RunSteps:
         self._session, self._log, self._dry_run = session, log, run.dry_run
         self._require_going, self._warn = require_going, warn
         settings = session.settings
-        self._coherence = coherence_of(
+        self.coherence = coherence_of(
             run.coherence, sidecar, session.attachment, settings.lease_seconds
         )
         # A dry run writes nothing that could be too much.
         guard = replace(run.guard, min_loss=0.0) if run.dry_run else run.guard
         self._policy = StepPolicy(settings.token_budget, guard, run.dry_run)
         self._unlearned = Unlearned(run.samples, guard)
-        self.written, self._writing = 0, False
-        self.step_held_seconds = 0.0
-
-    @property
-    def held_seconds(self) -> float:
-        """How long vLLM was paused for the run."""
-        return self._coherence.held_seconds
-
-    @property
-    def weight_version(self) -> int | None:
-        """The last one that vLLM told of; None where it told of none."""
-        return self._coherence.weight_version
-
-    @property
-    def untold(self) -> bool:
-        """Whether the sidecar will count an update that it could not be told of."""
-        return self._coherence.untold
+        self.written, self._writing, self.waited_seconds = 0, False, 0.0
 
     def begin(self) -> None:
         """Pauses vLLM where it is to wait for the whole run."""
@@ -75,20 +68,24 @@ class RunSteps:
             return
         # A step takes long enough for vLLM to go, or to go on, between its beginning and its write.
         self._session.optimizer.before_write = self._before_write
-        self._coherence.begin()
+        self.coherence.begin()
 
     def take(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
-        """One step. Raises what `take_step` does, and FailedPrecondition with PAUSE_LOST.
+        """Takes one step in its turn, as `_take`."""
+        pace = self._session.pace.step(self._require_going)
+        with pace if self.coherence.serves else nullcontext(0.0) as self.waited_seconds:
+            return self._take(samples)
 
-        LossReached where all samples were learned before it.
+    def _take(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
+        """Takes one step. Raises as `take_step`, FailedPrecondition with PAUSE_LOST where vLLM
+        went on early, and LossReached where all samples were learned before it.
         """
         self._writing = False
         result = self._train(samples)
         self._unlearned.took(samples, result.loss)
         if not self._dry_run:
             self.written += 1
-            self._tell(self._coherence.after_step)
-            self.step_held_seconds = self._coherence.step_held_seconds
+            self._tell(self.coherence.after_step)
         return result
 
     def end(self) -> None:
@@ -96,7 +93,7 @@ class RunSteps:
         if self._dry_run:
             return
         self._session.optimizer.before_write = lambda: None
-        self._tell(self._coherence.end)
+        self._tell(self.coherence.end)
 
     def _train(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
         attachment, optimizer = self._session.attachment, self._session.optimizer
@@ -122,14 +119,14 @@ class RunSteps:
             ) from error
 
     def _before_write(self) -> None:
-        """Asked before each part of a step is written."""
+        """Called before each part of a step is written; what it raises forbids the write."""
         if not self._session.attachment.alive:
             raise self._lost()
         if self._writing:
             # A pause that is lost halfway is no reason to leave half a step in the weights.
             return
         try:
-            self._coherence.before_write()
+            self.coherence.before_write()
         except ApolloError as error:
             raise self._not_writable(error) from error
         if not self._session.attachment.alive:
@@ -149,7 +146,7 @@ class RunSteps:
         return error
 
     def _tell(self, tell: Callable[[], None]) -> None:
-        """The weights are as they are: that vLLM could not be told of it is a warning."""
+        """Tells vLLM of what is written; where that fails it is a warning."""
         try:
             tell()
         except ApolloError as error:
@@ -158,7 +155,7 @@ class RunSteps:
             self._warn(error.reason, error.message)
 
     def _lost(self) -> ApolloError:
-        """Why nothing may be written any more."""
+        """Returns why nothing may be written any more."""
         try:
             self._session.attachment.require_live()
         except FailedPrecondition as error:
@@ -166,7 +163,7 @@ class RunSteps:
         return engine_lost(self.written)
 
     def _is_lost(self, error: ApolloError) -> bool:
-        """Known here before the watch knows it.
+        """Whether a call's error says that the engine is gone; the watch may not know it yet.
 
         Otherwise the state would be saved as that of weights that are gone.
         """
@@ -177,10 +174,33 @@ class RunSteps:
 
 
 def engine_lost(written: int) -> Unavailable:
-    """What a run fails with whose engine is gone, after so many whole steps."""
+    """The error of a run whose engine is gone, after so many whole steps."""
     return Unavailable(
         f"vLLM is gone; {written} steps were written to weights that are gone with it. "
         "The model directory and the Apollo state on disk are as they were before the run. "
         "Start vLLM again and send the run anew.",
         reason="ENGINE_LOST",
+    )
+
+
+def step_event(number: int, result: StepResult, steps: RunSteps, *, dry_run: bool) -> pb.Step:
+    """The event of the step that was taken last."""
+    return pb.Step(
+        step=number,
+        loss=result.loss,
+        loss_sum=result.loss_sum,
+        tokens=result.tokens,
+        grad_norm=result.grad_norm,
+        update_norm=result.update_norm,
+        learning_rate=result.learning_rate,
+        changed_fraction=result.changed_fraction,
+        optimizer_step=result.optimizer_step,
+        micro_batches=result.micro_batches,
+        full_gradients=_FULL_GRADIENTS[result.full_gradients],
+        dry_run=dry_run,
+        forward_time=duration(result.forward_seconds),
+        backward_time=duration(result.backward_seconds),
+        optimizer_time=duration(result.optimizer_seconds),
+        pause_time=duration(steps.coherence.step_held_seconds),
+        wait_time=duration(steps.waited_seconds),
     )

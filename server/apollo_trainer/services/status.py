@@ -12,7 +12,7 @@ from apollo_grpc.v1 import status_pb2 as pb
 from apollo_grpc.v1 import status_pb2_grpc as pb_grpc
 from apollo_trainer.engine import StatusBoard
 from apollo_trainer.services.streams import StreamLimit
-from apollo_trainer.watching.ring import Ring, Watcher
+from apollo_trainer.watching import Ring, Watcher
 
 HEARTBEAT_SECONDS = 15.0
 

@@ -11,7 +11,8 @@ from apollo_grpc.errors import InvalidArgument, NotFound
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_grpc.v1 import training_pb2_grpc as pb_grpc
 from apollo_trainer.engine import ModelOwner
-from apollo_trainer.runs import PAGE, RunQueue, RunRow, prepare_run, require_next, require_reached
+from apollo_trainer.ledger import PAGE, RunRow, require_next, require_reached
+from apollo_trainer.runs import RunQueue, prepare_run
 from apollo_trainer.services.paging import read_page_request, token_after
 from apollo_trainer.services.streams import StreamLimit
 

@@ -1,6 +1,6 @@
-"""What a CUDA device's memory grows by while tensors come and go, wherever these tensors are.
+"""How much memory torch's caching allocator would take from a CUDA device for some tensors.
 
-On the meta device the tensors have no memory, so that this is known before there is any.
+The tensors may be on the meta device: nothing has to be allocated to know it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class CachingAllocator:
 
 
 class Allocations(TorchDispatchMode):
-    """Has an allocator give memory to what is made inside, until it is let go of.
+    """Takes memory from an allocator for tensors made inside, and gives it back when they are gone.
 
     Views and what is written in place take none. Memory that a kernel has for itself is not seen.
 

@@ -68,7 +68,7 @@ def frozen_context(sample: TokenizedSample) -> TokenIds:
 def plan_batches(
     samples: Sequence[TokenizedSample], token_budget: int, mixing: Mixing
 ) -> list[MicroBatch]:
-    """Cuts a step into micro-batches; a frozen context is in one of them, or in a row of them.
+    """Cuts a step into micro-batches. Those of one frozen context follow each other.
 
     Args:
         token_budget: learned tokens of a micro-batch, padding included; of context tokens it may
@@ -91,7 +91,7 @@ def plan_batches(
 
 @dataclass(frozen=True)
 class _Size:
-    """What a plan must know of samples that may share a forward; their number and tokens."""
+    """Number and widths of samples that may share a forward."""
 
     samples: int = 0
     learned: int = 0  # of the longest continuation
@@ -109,7 +109,7 @@ class _Size:
 
 
 class _Planner:
-    """Fills one micro-batch after the other, each sample looked at a fixed number of times."""
+    """Fills one micro-batch after the other, in time linear in the number of samples."""
 
     def __init__(self, samples: Sequence[TokenizedSample], token_budget: int, mixing: Mixing):
         self._samples, self._budget, self._mixing = samples, token_budget, mixing

@@ -48,7 +48,7 @@ class Graph:
 
 
 class SaysOtherwise(RuntimeError):
-    """Losses or a gradient are not those of the passes."""
+    """A graph's losses or gradients are not those of the passes."""
 
 
 class Capture:
@@ -67,18 +67,18 @@ class Capture:
         try:
             self._pass(inputs)
         except Exception as error:
-            # Whoever captures finds out what it forbids.
+            # The first capture meets the same error, and refuses with it.
             log.info("no kernels are compiled ahead: %s: %s", type(error).__name__, error)
         free_unused()
 
     def of(self, bucket: Bucket, batch: MicroBatch, divisor: float) -> Graph | None:
-        """A bucket's graph; None where weights or losses are not finite, which tells nothing of it.
+        """A bucket's graph; None where losses or gradients are not finite: they prove no graph.
 
         Args:
             batch: of that bucket; its passes run as they are, and then as the graph.
             divisor: of all weights.
 
-        Raises what forbids it: SaysOtherwise, or any error of the passes.
+        Raises SaysOtherwise where the graph computes something else, or any error of the passes.
         """
         inputs = Inputs(bucket, self._model.device)
         inputs.fill(batch, divisor)
@@ -86,7 +86,7 @@ class Capture:
         return self._agreeing(inputs, said) if all(map(math.isfinite, said)) else None
 
     def _agreeing(self, inputs: Inputs, said: list[float]) -> Graph:
-        """A graph that says what the passes said. Raises what forbids that."""
+        """A graph that computes what the passes did; contexts are apart if the model allows it."""
         if self._is_apart(inputs):
             try:
                 return self._tried(inputs, said)
@@ -110,9 +110,9 @@ class Capture:
     def _as_it_is(self, batch: MicroBatch, divisor: float) -> list[float]:
         """What the micro-batch says that is not padded."""
         with self._collecting() as collected:
-            loss = batch_loss(self._model, batch, FrozenContexts(self._model), divisor)
-            torch.autograd.backward([loss.weighted])
-        return self._said(loss.sums, collected)
+            weighted, sums = batch_loss(self._model, batch, FrozenContexts(self._model), divisor)
+            torch.autograd.backward([weighted])
+        return self._said(sums, collected)
 
     def _warm_up(self, inputs: Inputs) -> None:
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]

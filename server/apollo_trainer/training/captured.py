@@ -26,10 +26,10 @@ from apollo_trainer.training.mixing import mixing_of
 from apollo_trainer.training.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
-# Of a refused bucket: it is tried again when so much more memory is free than it was then.
+# A bucket that was refused for memory is tried again when this many times as much is free.
 _MORE = 1.25
 _MOST = 16
-# Of what is free on the card and what graphs hold: the rest is for steps that run as they are.
+# Of free memory and what graphs hold, what graphs may hold: other steps need the rest.
 _SHARE = 0.5
 
 
@@ -49,8 +49,8 @@ class CapturedPasses:
         self._graphs: dict[Bucket, Graph] = {}
         self._uses: Counter[Bucket] = Counter()
         self._refused: dict[Bucket, _Refused] = {}
-        self._padding: Padding | None = None  # that the model takes, once it is known
-        self._let_go = set[Bucket]()  # for others, that came more often
+        self._padding: Padding | None = None  # what the model allows; None until it was tried
+        self._let_go = set[Bucket]()  # gave their memory to buckets that came more often
         self._why = ""
 
     def __len__(self) -> int:
@@ -100,7 +100,10 @@ class CapturedPasses:
         return self._padding
 
     def _is_worth_it(self, bucket: Bucket) -> bool:
-        """Not where it takes the place of one that comes as often, which would be captured next."""
+        """Whether it comes more often than a graph whose place it would take.
+
+        Else that one would be captured again next, and each would push the other out.
+        """
         full = len(self._graphs) >= _MOST or bucket in self._let_go
         least = min((self._uses[each] for each in self._graphs), default=0) if full else 0
         return self._uses[bucket] > max(1, 2 * least)
@@ -182,9 +185,9 @@ class CapturedPasses:
 
 
 def _places(model: Any) -> float:
-    """Within how many a model's attention is the same wherever in its row a token lies.
+    """Up to which width of a row padding does not change a model's attention.
 
-    Llama 4 scales queries by where they lie in the cache, and not by their positions.
+    Llama 4 scales queries by their place in the cache, padding included, not by their positions.
     """
     config = model.config.get_text_config()
     scaled = getattr(config, "attn_temperature_tuning", False)

@@ -32,7 +32,7 @@ def evaluate(
     with refusing_out_of_memory(batches, token_budget), torch.no_grad():
         for batch in batches:
             before_batch()
-            sums = batch_loss(model, batch, contexts).sums.tolist()
-            for index, loss_sum in zip(batch.indices, sums, strict=True):
+            _, sums = batch_loss(model, batch, contexts)
+            for index, loss_sum in zip(batch.indices, sums.tolist(), strict=True):
                 losses[index] = loss_sum / len(samples[index].continuation_ids)
     return losses

@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 
 def speed_up(model: Any) -> str:
-    """Has a model use them; returns a sentence on what stays slow, empty where nothing does.
+    """Replaces parts of a model by faster ones; returns a sentence on what stays slow, or "".
 
-    They are compiled here, in seconds where no compiled ones are kept, and not in a run.
+    Kernels are compiled here, not in a run; that takes seconds unless an earlier process did it.
     """
     told = choose_delta_rule(model)
     norms, grouped, gated, rotary = fuse_norms(model), use_grouped_attention(model), 0, False

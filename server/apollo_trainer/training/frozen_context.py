@@ -35,10 +35,10 @@ class FrozenContexts:
     _caches: dict[str, Any] = field(default_factory=dict)
 
     def rows_for(self, batch: MicroBatch) -> dict[str, Any]:
-        """Caches by argument, one row for each sample, for one forward; none where none is frozen.
+        """The caches for one forward, by the model's argument, with a row for each sample.
 
-        A forward changes the cache that it is given, also with use_cache=False: what another
-        micro-batch needs is copied before.
+        Empty where no context is frozen. A forward changes the cache that it is given, also with
+        use_cache=False: where the next micro-batch needs it, too, this returns a copy.
         """
         if not batch.context_width:
             return {}
@@ -55,15 +55,15 @@ class FrozenContexts:
 
 
 def caches_of(answer: Any) -> dict[str, Any]:
-    """The caches in a model's answer, by the argument that takes them back."""
+    """The caches in a model's answer, by the name of the argument that takes each."""
     return {name: answer[name] for name in CACHES if answer.get(name) is not None}
 
 
 def for_backward(cache: Any) -> Any:
-    """The cache of a context, made fit for a forward with gradient; returns it.
+    """Makes the cache of a context fit for a forward with gradient, and returns it.
 
-    Recurrent states are overwritten at the end of a forward whose backward still needs them;
-    taken as not made yet, they are written to new memory.
+    A forward overwrites recurrent states that its backward still needs. Marked as not initialized,
+    they are written to new memory instead.
     """
     for layer in getattr(cache, "layers", ()):
         if isinstance(layer, LinearAttentionCacheLayerMixin):
@@ -86,19 +86,6 @@ def batch_logits(model: Any, batch: MicroBatch, contexts: FrozenContexts) -> Ten
     return logits
 
 
-@dataclass(frozen=True)
-class _Padded:
-    """Left padding of contexts: what a model must be told about it."""
-
-    lengths: Tensor = field(repr=False)  # [rows]
-    width: int
-
-    def mask(self) -> Tensor:
-        """1 at real tokens: [rows, width]."""
-        places = torch.arange(self.width, device=self.lengths.device)
-        return (places >= self.width - self.lengths[:, None]).long()
-
-
 def _run(model: Any, batch: MicroBatch) -> dict[str, Any]:
     """The caches of a micro-batch's distinct contexts, a row each."""
     width, device = batch.context_width, model.device
@@ -107,8 +94,7 @@ def _run(model: Any, batch: MicroBatch) -> dict[str, Any]:
     )
     layout = {}
     if any(len(context) < width for context in batch.contexts):
-        padded = _Padded(torch.tensor([len(c) for c in batch.contexts], device=device), width)
-        mask = padded.mask()
+        mask = _seen(torch.tensor([len(c) for c in batch.contexts], device=device), width)
         layout = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     with torch.no_grad():
         return caches_of(model(ids, use_cache=True, logits_to_keep=1, **layout))
@@ -122,14 +108,20 @@ def _continuation_layout(
     if all(len(context) == width for context in batch.contexts):
         return {}
     rows = [len(batch.contexts[row]) for row in batch.context_rows]
-    padded = _Padded(torch.tensor(rows, device=device), width)
+    lengths = torch.tensor(rows, device=device)
     places = torch.arange(batch.learned_width, device=device).expand(len(rows), -1)
     last = torch.tensor([len(ids) - 1 for ids in inputs], device=device)
     # Positions of padding stay within what a sample of its own reaches: a table of positions
     # ends there.
-    positions = padded.lengths[:, None] + torch.minimum(places, last[:, None])
-    mask = torch.cat([padded.mask(), torch.ones_like(places)], dim=1)
+    positions = lengths[:, None] + torch.minimum(places, last[:, None])
+    mask = torch.cat([_seen(lengths, width), torch.ones_like(places)], dim=1)
     return {"attention_mask": mask, "position_ids": positions}
+
+
+def _seen(lengths: Tensor, width: int) -> Tensor:
+    """1 at the tokens of contexts of these lengths, 0 at the padding on their left."""
+    places = torch.arange(width, device=lengths.device)
+    return (places >= width - lengths[:, None]).long()
 
 
 def padded(ids: TokenIds, width: int) -> TokenIds:

@@ -47,11 +47,12 @@ class StepGradients:
 
     Args:
         params: leaves, each once.
-        passes: how many of a size are to come; they tell at the first whether factors pay.
+        passes: backward passes of the step; with the size of the first they tell whether factors
+            pay.
 
     Attributes:
-        held: what was collected and is not settled; a graph's, which makes it anew with each
-            replay, is taken again and again.
+        held: what was collected since the last `settle`. Those of a CUDA graph are never settled:
+            each replay writes to the same tensors, which `replay` then reads.
     """
 
     def __init__(self, params: Iterable[Tensor], passes: int = 1):
@@ -74,7 +75,7 @@ class StepGradients:
                 hook.remove()
 
     def settle(self) -> dict[Tensor, Gradient]:
-        """The gradient of each leaf that has one; they are let go of here."""
+        """The gradient of each leaf that has one. Nothing is held afterwards."""
         found: dict[Tensor, Gradient] = {}
         for key, param in self.params.items():
             parts, dense = self.held.parts.pop(key, None), self.held.sums.pop(key, None)
@@ -106,7 +107,7 @@ class StepGradients:
         self.add_whole(param, whole.index_add_(0, ids, rows.float()))
 
     def add_whole(self, param: Tensor, part: Tensor) -> None:
-        """Takes a gradient of the parameter's shape, which is the caller's no more."""
+        """Adds a gradient of the parameter's shape; the caller must not use that tensor again."""
         held = self.held.sums.get(id(param))
         if held is not None:
             part = held.to(torch.promote_types(held.dtype, torch.float32)).add_(part)
@@ -117,7 +118,7 @@ class StepGradients:
         """Takes what replayed passes left, as if they had run inside `collecting`.
 
         Args:
-            copy: the passes are replayed again before this is settled.
+            copy: True where the passes are replayed again before `settle`, which overwrites it.
         """
         for key, param in self.params.items():
             for left, right, whose in collected.parts.get(key, ()):
@@ -139,7 +140,7 @@ class StepGradients:
     @torch.no_grad()
     def _take(self, param: Tensor) -> None:
         part, param.grad = param.grad, None
-        # It is called for a parameter too whose products handed their factors on.
+        # The hook also runs for parameters whose gradient came as factors: these have no grad.
         if part is not None:
             self.add_whole(param, part)
 

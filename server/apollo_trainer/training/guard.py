@@ -1,4 +1,4 @@
-"""What refuses an update before any of it is written, and what ends a run that has learned."""
+"""Limits that refuse an update before it is written, and the loss that ends a run."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ NO_LIMITS = Guard()
 
 
 class Unlearned:
-    """Samples of a run whose latest step did not have a loss below the guard's `min_loss`.
+    """The samples of a run whose latest loss was not below the guard's `min_loss`.
 
-    One lucky step ends no run: the others' latest losses were below, too.
+    The run ends at a step whose loss is below, once no other samples are left here.
     """
 
     def __init__(self, samples: Iterable[TokenizedSample], guard: Guard):

@@ -20,10 +20,10 @@ class StepIncomplete(Internal):
 
 @contextmanager
 def telling_incomplete(optimizer: Apollo) -> Iterator[None]:
-    """Around a step: raises StepIncomplete for what fails once it is partly in the weights.
+    """Around a write: turns an error into StepIncomplete if part of the step is in the weights.
 
-    What forbids the write passes as it is: it must not be told as a write that failed halfway.
-    What a device failed at is known when its results are read: read them inside.
+    An error before the first write passes as it is. A device's errors come up when its results
+    are read: read them inside.
     """
     try:
         yield

@@ -9,7 +9,6 @@ context's keys and values: this is cheaper than masking the prompt's loss, and a
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,44 +27,31 @@ from apollo_trainer.training.samples import TokenizedSample
 IGNORED = -100  # cross_entropy's own mark: no loss and no gradient
 
 
-@dataclass(frozen=True)
-class BatchLoss:
-    """The loss of one micro-batch.
-
-    Attributes:
-        weighted: sum over its tokens of weight times loss, divided, with gradient; a scalar.
-        sums: of each sample's token losses, in nats and unweighted; float32 [samples], detached.
-        seconds: of the forward passes; on a GPU, of launching them.
-    """
-
-    weighted: torch.Tensor
-    sums: torch.Tensor
-    seconds: float
-
-
 def batch_loss(
     model: Any, batch: MicroBatch, contexts: FrozenContexts, divisor: float = 1.0
-) -> BatchLoss:
-    """Runs a micro-batch; equal to `continuation_loss` of each of its samples, but for rounding.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs a micro-batch; returns what `weighed` does.
+
+    Equal to `continuation_loss` of each of its samples, but for rounding.
 
     Args:
         divisor: of all weights, such as the sum of those of the whole step.
     """
-    began = time.perf_counter()
     logits = batch_logits(model, batch, contexts)
     targets, weights = targets_of(batch, batch.learned_width, divisor)
-    weighted, sums = weighed(
+    return weighed(
         logits,
         torch.tensor(targets, device=logits.device),
         torch.tensor(weights, dtype=torch.float32, device=logits.device),
     )
-    return BatchLoss(weighted, sums, time.perf_counter() - began)
 
 
 def weighed(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of weight times loss, with gradient, and each sample's sum of losses, float32, detached.
+    """The sum of weight times loss, and each sample's sum of losses in nats, without weights.
+
+    The first is a scalar with gradient, the second float32 [samples], detached.
 
     Args:
         logits: [samples, T, V].
@@ -106,18 +92,15 @@ class ContinuationLoss:
         weighted: sum over tokens of weight times loss, with gradient; a scalar.
         loss_sum: sum of the tokens' losses, in nats.
         tokens: continuation tokens.
-        seconds: of the forward passes.
     """
 
     weighted: torch.Tensor
     loss_sum: float
     tokens: int
-    seconds: float
 
 
 def continuation_loss(model: Any, sample: TokenizedSample) -> ContinuationLoss:
     """One sample by itself: what `batch_loss` must be equal to."""
-    began = time.perf_counter()
     logits = continuation_logits(model, sample.context_ids, sample.continuation_ids)
     targets = torch.tensor(sample.continuation_ids, device=logits.device)
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
@@ -128,7 +111,6 @@ def continuation_loss(model: Any, sample: TokenizedSample) -> ContinuationLoss:
         weighted=(losses * weights).sum(),
         loss_sum=float(losses.detach().sum()),
         tokens=len(sample.continuation_ids),
-        seconds=time.perf_counter() - began,
     )
 
 

@@ -7,7 +7,6 @@ followed through what they make: nothing is a formula that a change of the passe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,6 +31,7 @@ from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.twin import Kernels
 
 META = torch.device("meta")
+_Graph = tuple[Collected, int]  # what the passes of a CUDA graph leave, and the bytes it holds
 # What a device takes beside tensors, as measured on an H200: kernels' code that is not there from
 # the attachment on, and for each graph cuBLAS's workspaces and each kernel's part.
 CODE_BYTES, WORKSPACE_BYTES, KERNEL_BYTES = 50_000_000, 2 * 2**25, 20_000
@@ -84,12 +84,9 @@ class StepMemory:
         with Kernels(), Allocations(allocator):
             gradients = self._gradients(len(batches))
             for batch in batches:
-                self._pass(gradients, partial(self._batch_loss, batch, contexts))
+                self._pass(gradients, partial(batch_loss, self._model, batch, contexts))
             self._prepare(gradients)
         return allocator.reserved
-
-    def _batch_loss(self, batch: MicroBatch, contexts: FrozenContexts) -> Tensor:
-        return batch_loss(self._model, batch, contexts).weighted
 
     def captured(self, batches: Sequence[MicroBatch]) -> int:
         """Bytes of the graphs of these micro-batches, and of what a step has beside them."""
@@ -100,10 +97,10 @@ class StepMemory:
             if bucket not in graphs:
                 graphs[bucket] = self._graph(bucket)
             with Allocations(allocator):
-                gradients.replay(graphs[bucket].collected, copy=not alone)
+                gradients.replay(graphs[bucket][0], copy=not alone)
         with Allocations(allocator):
             self._prepare(gradients)
-        return allocator.reserved + sum(graph.bytes for graph in graphs.values())
+        return allocator.reserved + sum(size for _, size in graphs.values())
 
     def _graph(self, bucket: Bucket) -> _Graph:
         """As passes are captured: with contexts apart, unless the model does not allow that."""
@@ -117,13 +114,13 @@ class StepMemory:
     def _captured(self, bucket: Bucket, *, apart: bool) -> _Graph:
         allocator, inputs, gradients = CachingAllocator(), Inputs(bucket, META), self._gradients()
         with Kernels(), Allocations(allocator) as seen:
-            self._pass(gradients, lambda: losses(self._model, inputs, apart=apart)[0])
+            self._pass(gradients, partial(losses, self._model, inputs, apart=apart))
         size = allocator.reserved + WORKSPACE_BYTES + KERNEL_BYTES * seen.made
-        return _Graph(gradients.held, size)
+        return gradients.held, size
 
-    def _pass(self, gradients: StepGradients, loss: Callable[[], Tensor]) -> None:
+    def _pass(self, gradients: StepGradients, loss: Callable[[], tuple[Tensor, Tensor]]) -> None:
         with gradients.collecting():
-            torch.autograd.backward([loss()])
+            torch.autograd.backward([loss()[0]])
 
     def _gradients(self, passes: int = 1) -> StepGradients:
         return StepGradients(self._model.parameters(), passes)
@@ -135,14 +132,6 @@ class StepMemory:
         works = [Work(slot, g, self._state[slot.param]) for slot, g in given if g is not None]
         stepper = FusedStepper(META, self._shape.variant == "mini")
         stepper.prepare(works, [_SETTINGS], self._shape.rounding, True)
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """What a CUDA graph's passes leave, and the bytes that it holds."""
-
-    collected: Collected
-    bytes: int
 
 
 def _slots(model: Any, state: StateShape) -> Iterator[Slot]:

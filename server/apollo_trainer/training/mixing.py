@@ -63,7 +63,7 @@ def _works(model: Any, mixing: Mixing) -> bool:
 
 
 def _computes(model: Any) -> bool:
-    """Nothing is learned about a model whose weights are not finite now; they may be restored."""
+    """Whether logits are finite. If not, a try tells nothing, and is made again later."""
     with torch.no_grad():
         return bool(continuation_logits(model, (1, 2), (3,)).isfinite().all())
 
@@ -78,7 +78,7 @@ def _takes(model: Any, *names: str) -> bool:
 
 
 def _holds_keys_and_values_only(model: Any, ids: tuple[int, ...]) -> bool:
-    """A recurrent state would be that of a row's padding, and is not selected by row."""
+    """Whether the cache has no recurrent state, which would take in padding and cannot be split."""
     cache = model(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
     layers = getattr(cache, "layers", None)
     return bool(layers) and all(

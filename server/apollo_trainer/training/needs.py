@@ -9,8 +9,8 @@ from typing import Self
 from apollo_trainer.training.memory import StepMemory
 from apollo_trainer.training.samples import TokenizedSample
 
-_USUAL = 1024  # tokens of a sample that is told of beside the longest
-# What a twin cannot do: a model whose passes go by values has no shape in advance.
+_USUAL = 1024  # tokens of a usual sample
+# What a twin raises where the shapes in a model's passes depend on values.
 CANNOT = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
 
@@ -51,9 +51,9 @@ class StepShape:
 
 
 def lengths_of(longest: int) -> list[StepShape]:
-    """What is told of where a sample has at most so many tokens: a usual one and the longest.
+    """A usual step and the longest one, for samples of at most so many tokens.
 
-    A fourth of the usual one is learned, an eighth of the longest.
+    Of the usual one a fourth is learned, of the longest an eighth.
     """
     usual = min(_USUAL, longest)
     parts = {usual: max(1, usual // 4)}
@@ -63,7 +63,9 @@ def lengths_of(longest: int) -> list[StepShape]:
 
 
 def told(memory: StepMemory, longest: int, free: int) -> list[str]:
-    """Sentences on those lengths; raises one of `CANNOT` where it cannot be known.
+    """What steps of these lengths need and what is free, in sentences.
+
+    Raises one of `CANNOT` where it cannot be known.
 
     Args:
         longest: tokens of a sample.

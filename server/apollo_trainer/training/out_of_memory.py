@@ -41,7 +41,7 @@ def refusing_out_of_memory(
     """Turns a failed allocation inside into OutOfMemory; wrap nothing that has written.
 
     Args:
-        batches: what is run inside; none where a few tokens are tried before any step.
+        batches: the micro-batches that run inside; none where only a few tokens are tried.
     """
     try:
         yield

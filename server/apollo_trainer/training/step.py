@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,13 +20,13 @@ from apollo_trainer.optim import Apollo
 from apollo_trainer.optim.factored import Gradient
 from apollo_trainer.optim.gradients import summed_gradients
 from apollo_trainer.optim.options import settings_for
+from apollo_trainer.optim.preview import Preview
 from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
 from apollo_trainer.training.captured import CapturedPasses
 from apollo_trainer.training.frozen_context import FrozenContexts
 from apollo_trainer.training.gradients import StepGradients
 from apollo_trainer.training.guard import NO_LIMITS, Guard
 from apollo_trainer.training.incomplete import telling_incomplete
-from apollo_trainer.training.inspection import Inspection
 from apollo_trainer.training.loss import batch_loss, total_weight
 from apollo_trainer.training.mixing import mixing_of
 from apollo_trainer.training.out_of_memory import OutOfMemory, refusing_out_of_memory
@@ -77,14 +77,14 @@ class StepResult:
     loss_sum: float
     tokens: int
     grad_norm: float
-    update_norm: float
     learning_rate: float
-    changed_fraction: float
     forward_seconds: float
     backward_seconds: float
-    optimizer_seconds: float
     optimizer_step: int
-    micro_batches: int = 1
+    micro_batches: int
+    update_norm: float = 0.0
+    changed_fraction: float = 0.0
+    optimizer_seconds: float = 0.0
     full_gradients: FullGradients = ""
     skipped_tensors: int = 0
 
@@ -113,7 +113,7 @@ def take_step(
         step = None
         try:
             step = _Step(model, optimizer, samples, policy, before_batch, passes)
-            return _taken(step)
+            return step.take()
         except OutOfMemory:
             if passes is not None and passes.let_go():
                 # Graphs of other steps held what this one needs.
@@ -131,42 +131,18 @@ def _half(batches: Sequence[MicroBatch]) -> int:
     return max((b.learned_tokens for b in batches if len(b.samples) > 1), default=0) // 2
 
 
-def _taken(step: _Step) -> StepResult:
-    step.optimizer.zero_grad()
-    try:
-        with refusing_out_of_memory(step.batches, step.policy.token_budget):
-            return step.take()
-    finally:
-        step.optimizer.zero_grad()
-        step.optimizer.forget()
-
-
-@dataclass
-class _Times:
-    forward: float = 0.0
-    backward: float = 0.0
-    optimizer: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What a step is told as, known before it is written."""
-
-    loss_sum: float
-    grad_norm: float
-    learning_rate: float
-    skipped_before: int
-
-
 @dataclass
 class _Step:
+    """One try at a step; with less memory the next try has smaller micro-batches."""
+
     model: Any
     optimizer: Apollo
     samples: Sequence[TokenizedSample]
     policy: StepPolicy
     before_batch: Callable[[], None]
     passes: CapturedPasses | None = None
-    times: _Times = field(default_factory=_Times)
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         mixing = mixing_of(self.model) if len(self.samples) > 1 else Mixing.ONE
@@ -176,18 +152,26 @@ class _Step:
         self.collected = StepGradients(self.optimizer.tensors, len(self.batches))
 
     def take(self) -> StepResult:
+        """Takes the step; however it ends, no gradient of it is kept."""
+        self.optimizer.zero_grad()
+        try:
+            with refusing_out_of_memory(self.batches, self.policy.token_budget):
+                return self._take()
+        finally:
+            self.optimizer.zero_grad()
+            self.optimizer.forget()
+
+    def _take(self) -> StepResult:
         """Everything that may refuse, and then the write."""
         losses = self._pass()
         gradients = summed_gradients(self.optimizer, self.collected.settle())
-        guard, dry_run = self.policy.guard, self.policy.dry_run
-        previews = dry_run or guard.max_update_ratio is not None
-        inspection = Inspection(self.optimizer, gradients, previews=previews)
-        found = self._judge(losses, inspection)
-        if dry_run:
-            return self._result(found, self._previewed(inspection))
+        norm, preview = self.optimizer.prepare(gradients), self._preview(gradients)
+        judged = self._judge(losses, norm, preview)
+        if self.policy.dry_run:
+            return self._previewed(judged, preview)
+        skipped = self.optimizer.skipped_nonfinite
         with telling_incomplete(self.optimizer):
-            self._write(gradients)
-            return self._result(found, self._written())
+            return self._write(gradients, judged, skipped)
 
     def _pass(self) -> Tensor:
         """Forward and backward over all micro-batches; the sum of the losses, float64, 0-dim."""
@@ -196,7 +180,7 @@ class _Step:
             self.before_batch()
             began = time.perf_counter()
             of_samples = self._replayed(batch)
-            self.times.forward += time.perf_counter() - began
+            self.forward_seconds += time.perf_counter() - began
             if of_samples is None:
                 of_samples = self._run(batch)
             sums.append(of_samples.double().sum())
@@ -210,32 +194,41 @@ class _Step:
 
     def _run(self, batch: MicroBatch) -> Tensor:
         with self.collected.collecting():
-            loss = batch_loss(self.model, batch, self.contexts, self.weight)
-            self.times.forward += loss.seconds
             began = time.perf_counter()
-            torch.autograd.backward([loss.weighted])
-            self.times.backward += time.perf_counter() - began
-        return loss.sums
+            weighted, sums = batch_loss(self.model, batch, self.contexts, self.weight)
+            turned = time.perf_counter()
+            torch.autograd.backward([weighted])
+            self.forward_seconds += turned - began
+            self.backward_seconds += time.perf_counter() - turned
+        return sums
 
-    def _judge(self, losses: Tensor, inspection: Inspection) -> _Found:
-        """What the host waits for: whether this step may be written, and what it is told as."""
-        guard, norm = self.policy.guard, inspection.grad_norm().to(losses.device)
-        loss_sum, grad_norm = torch.stack([losses, norm]).tolist()
-        guard.check_loss(loss_sum / self.tokens)
+    def _preview(self, gradients: Mapping[Tensor, Gradient]) -> Preview | None:
+        """What the write would do; None where nobody asks, as it costs a copy of a parameter."""
+        asked = self.policy.dry_run or self.policy.guard.max_update_ratio is not None
+        return Preview(self.optimizer, gradients) if asked else None
+
+    def _judge(self, losses: Tensor, norm: Tensor, preview: Preview | None) -> StepResult:
+        """What the host waits for: whether this may be written, and what is known before it is."""
+        guard = self.policy.guard
+        loss_sum, grad_norm = torch.stack([losses, norm.to(losses.device)]).tolist()
+        tokens = sum(len(sample.continuation_ids) for sample in self.samples)
+        guard.check_loss(loss_sum / tokens)
         guard.check_gradient(grad_norm)
-        guard.check_update(inspection.update_norm(), inspection.weight_norm())
-        skipped = self.optimizer.skipped_nonfinite
-        return _Found(loss_sum, grad_norm, self._learning_rate(), skipped)
-
-    def _write(self, gradients: Mapping[Tensor, Gradient]) -> None:
-        began = time.perf_counter()
-        self.optimizer.step(gradients=gradients)
-        self.times.optimizer = time.perf_counter() - began
-
-    @property
-    def tokens(self) -> int:
-        """Continuation tokens of the step."""
-        return sum(len(sample.continuation_ids) for sample in self.samples)
+        if preview is not None:
+            guard.check_update(preview.update_norm(), preview.weight_norm())
+        many = self.collected.held.made > self.optimizer.weights * _MANY
+        return StepResult(
+            loss=loss_sum / tokens,
+            loss_sum=loss_sum,
+            tokens=tokens,
+            grad_norm=grad_norm,
+            learning_rate=self._learning_rate(),
+            forward_seconds=self.forward_seconds,
+            backward_seconds=self.backward_seconds,
+            optimizer_step=self.optimizer.step_count,
+            micro_batches=len(self.batches),
+            full_gradients="LONG_STEP" if many else "",
+        )
 
     def _learning_rate(self) -> float:
         """What the next step takes, after warm-up; the same for all groups here."""
@@ -243,33 +236,25 @@ class _Step:
         group, number = optimizer.param_groups[0], optimizer.step_count + 1
         return settings_for(group, number, optimizer.variant, optimizer.compat).lr
 
-    def _previewed(self, inspection: Inspection) -> tuple[float, float]:
-        """Norm of the update, and the part of the elements that it would change."""
-        elements = self.optimizer.weights
-        return inspection.update_norm(), inspection.changed() / max(1, elements)
+    def _previewed(self, judged: StepResult, preview: Preview | None) -> StepResult:
+        assert preview is not None
+        changed = preview.changed() / max(1, self.optimizer.weights)
+        return replace(judged, update_norm=preview.update_norm(), changed_fraction=changed)
 
-    def _written(self) -> tuple[float, float]:
-        """The same of what was stored."""
-        optimizer = self.optimizer
-        return _measured(optimizer.last_update_norm), _measured(optimizer.last_changed_fraction)
-
-    def _result(self, found: _Found, update: tuple[float, float]) -> StepResult:
-        (update_norm, changed_fraction), made = update, self.collected.held.made
-        return StepResult(
-            loss=found.loss_sum / self.tokens,
-            loss_sum=found.loss_sum,
-            tokens=self.tokens,
-            grad_norm=found.grad_norm,
-            update_norm=update_norm,
-            learning_rate=found.learning_rate,
-            changed_fraction=changed_fraction,
-            forward_seconds=self.times.forward,
-            backward_seconds=self.times.backward,
-            optimizer_seconds=self.times.optimizer,
-            optimizer_step=self.optimizer.step_count,
-            micro_batches=len(self.batches),
-            full_gradients="LONG_STEP" if made > self.optimizer.weights * _MANY else "",
-            skipped_tensors=self.optimizer.skipped_nonfinite - found.skipped_before,
+    def _write(
+        self, gradients: Mapping[Tensor, Gradient], judged: StepResult, skipped: int
+    ) -> StepResult:
+        """Writes the step. `skipped`: gradients that the optimizer had skipped before it."""
+        optimizer, began = self.optimizer, time.perf_counter()
+        optimizer.step(gradients=gradients)
+        seconds = time.perf_counter() - began
+        return replace(
+            judged,
+            update_norm=_measured(optimizer.last_update_norm),
+            changed_fraction=_measured(optimizer.last_changed_fraction),
+            optimizer_seconds=seconds,
+            optimizer_step=optimizer.step_count,
+            skipped_tensors=optimizer.skipped_nonfinite - skipped,
         )
 
 

@@ -1,7 +1,7 @@
-"""The newest updates as bytes: each is made once, on the event loop, for all who watch.
+"""The newest updates as bytes: each is serialized once, on the event loop, for all watchers.
 
-A watcher is a place in the ring and holds nothing itself: one that does not read costs no memory,
-and what the ring has let go of by then is lost to it, and counted.
+A watcher is a position in the ring and holds nothing: one that does not read costs no memory. What
+the ring has dropped before it was read is lost to the watcher, and counted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Update:
 
 
 class Ring:
-    """Belongs to the event loop on which it is made; listens to a board while anybody watches.
+    """A ring of updates, of the event loop on which it is made; listens while anybody watches.
 
     Attributes:
         end: number of the next update.
@@ -53,17 +53,17 @@ class Ring:
 
     @property
     def first(self) -> int:
-        """Number of the oldest update that is kept."""
+        """The number of the oldest update that is kept."""
         return self.end - len(self._updates)
 
     def at(self, number: int) -> Update:
-        """An update that is kept."""
+        """Returns an update that is kept, by its number."""
         return self._updates[number - self.first]
 
     # --- the board's side, on any thread ----------------------------------------------------
 
     def event_came(self) -> None:
-        """One wake-up of the loop for all that comes before it looks."""
+        """Wakes the loop, once for all events that come before it looks."""
         if not self._roused:
             self._roused = True
             # Nobody is left to be told where the loop has ended.
@@ -71,7 +71,7 @@ class Ring:
                 self._loop.call_soon_threadsafe(self._look)
 
     def status_changed(self) -> None:
-        """The same, unless the loop looks by itself soon."""
+        """Wakes the loop, unless it looks by itself soon."""
         if not self._resting:
             self.event_came()
 
@@ -141,7 +141,7 @@ class Ring:
     # --- watchers ---------------------------------------------------------------------------
 
     def subscribe(self) -> Watcher:
-        """A watcher whose first update is the status now; what changed just before may follow."""
+        """Adds a watcher; its first update is the status now, older changes may follow."""
         if not self._watchers:
             self._board.listen(self)
         self._watchers += 1
@@ -150,7 +150,7 @@ class Ring:
         return Watcher(self, Update(None, status.SerializeToString()))
 
     async def grown(self) -> None:
-        """Until there are more updates, or none comes any more."""
+        """Waits until there are more updates, or none comes any more."""
         more = self._loop.create_future()
         self._waiting[more] = None
         try:
@@ -159,24 +159,24 @@ class Ring:
             self._waiting.pop(more, None)
 
     def unsubscribe(self) -> None:
-        """One watcher fewer."""
+        """Removes a watcher; stops listening with the last one."""
         self._watchers -= 1
         if not self._watchers:
             self._board.listen(None)
 
     def close(self) -> None:
-        """Ends every watcher once it has read what there is, the last status among it."""
+        """Ends every watcher once it has read all, the last status included."""
         self._look(at_once=True)
         self.closed = True
         self._tell()
 
 
 class Watcher:
-    """A place in the ring, of one task of its event loop.
+    """A position in the ring, for one task of its event loop.
 
     Attributes:
-        lost: updates that the ring had let go of before they were taken; whoever tells of them
-            begins anew with 0.
+        lost: updates that the ring dropped before they were taken; whoever tells of them sets it
+            to 0.
     """
 
     def __init__(self, ring: Ring, status: Update):
@@ -189,7 +189,7 @@ class Watcher:
         return self._ring.closed and not self._status and self._next == self._ring.end
 
     def take(self) -> Update | None:
-        """The next update, if there is one."""
+        """Takes the next update; None where there is none yet."""
         if status := self._status:
             self._status = None
             return status
@@ -201,7 +201,7 @@ class Watcher:
         return self._ring.at(self._next - 1)
 
     async def wait(self, seconds: float) -> None:
-        """Until there are more than have been taken, or none comes any more; or for so long."""
+        """Waits until there is an update to take, none comes any more, or the time is over."""
         if self._next < self._ring.end or self._ring.closed:
             return
         with suppress(TimeoutError):
@@ -210,6 +210,6 @@ class Watcher:
 
 
 def _said(status: pb.ServerStatus) -> bytes:
-    """What makes it another status: its uptime does not."""
+    """Serializes a status without its uptime, to see whether it is another one."""
     status.ClearField("uptime")
     return status.SerializeToString(deterministic=True)

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from apollo_grpc.errors import FailedPrecondition, Unavailable
-from apollo_grpc.generation import FIRST, SharedGeneration
+from apollo_grpc.errors import Unavailable
+from apollo_grpc.generation import SharedGeneration
+from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_trainer.weights import manifest as manifests
-from apollo_trainer.weights.checkpoint_plan import CheckpointPlan, plan_checkpoint
-from apollo_trainer.weights.checkpoint_reader import CheckpointReader
+from apollo_trainer.weights.attachment import Attachment
+from apollo_trainer.weights.checkpoint_plan import plan_checkpoint
 from apollo_trainer.weights.directory_names import held_names
-from apollo_trainer.weights.fingerprint import sample
 from apollo_trainer.weights.fixed_values import (
     derived_parameters,
     fill_fixed_values,
     fix_parameters,
 )
 from apollo_trainer.weights.live_model import fill_with_views, meta_model
-from apollo_trainer.weights.liveness import Liveness, Probed, probe_liveness
-from apollo_trainer.weights.mapping import Mapping, MemoryUse, map_buffers, measure
+from apollo_trainer.weights.liveness import Probed, probe_liveness
+from apollo_trainer.weights.mapping import map_buffers
 from apollo_trainer.weights.producer import Producer
 from apollo_trainer.weights.row_order import reorder_outputs
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.values import require_checkpoint_values
 from apollo_trainer.weights.verify import (
-    FLOOR_NATS,
     allowed,
     log_probabilities,
     noise_of,
@@ -46,12 +43,6 @@ log = logging.getLogger(__name__)
 # The sidecar grants no longer lease.
 LONGEST_LEASE_SECONDS = 60.0
 RESUMED_POLL_SECONDS = 0.1
-CHANGED_BY_OTHERS = (
-    "Somebody else changed vLLM's weights since they were attached (a reload, a weight transfer, a "
-    "sleep), and nothing was written to them since. They are attached again by themselves. Then a "
-    "run is taken if they are those of the Apollo state, else with accept_other_weights or "
-    "reset_optimizer."
-)
 
 
 @dataclass(frozen=True)
@@ -69,106 +60,6 @@ class MapReport:
     parameters: int
     views: int
     derived: list[str]
-
-
-@dataclass
-class Attachment:
-    """One engine's live weights as a transformers model.
-
-    Attributes:
-        epoch: of the engine process; with another one all of this is dead.
-        directory: the model directory that vLLM serves.
-        model: transformers model whose parameters are the live weights.
-        plan: how parameters make checkpoint tensors.
-        derived: parameters that vLLM computes other values of; they are buffers here.
-        producer: the process that owns the memory.
-        logprob_difference: between both sides when attached, in nats.
-        allowed: how far apart rounding brings right scores, as `verify.allowed`; as last measured.
-        liveness: what a probe found; None where none was made.
-        generation: how often others changed the weights; None where nobody tells.
-        found_generation: that of the manifest.
-        lost: set once the engine is known to be gone, wedged, or not to be trusted.
-        not_live: why it is not to be trusted; empty where it is.
-    """
-
-    epoch: str
-    directory: str
-    max_model_len: int
-    weight_version: int
-    model: Any
-    plan: CheckpointPlan
-    mappings: dict[int, Mapping]
-    producer: Producer
-    derived: list[str] = field(default_factory=list)
-    logprob_difference: float = 0.0
-    allowed: torch.Tensor = field(default_factory=lambda: torch.tensor(FLOOR_NATS))
-    liveness: Liveness | None = None
-    lost: threading.Event = field(default_factory=threading.Event)
-    not_live: str = ""
-    generation: SharedGeneration | None = None
-    found_generation: int = FIRST
-    _left: torch.Tensor | None = None
-    _found_changed: bool = False
-
-    @property
-    def gone(self) -> bool:
-        """Whether the engine is lost, or its process has ended."""
-        return self.lost.is_set() or not self.producer.alive
-
-    @property
-    def changed_by_others(self) -> bool:
-        """Whether somebody else has changed the weights, or begins to, since the manifest."""
-        if self.generation is not None and self.generation.now != self.found_generation:
-            self._found_changed = True
-        return self._found_changed
-
-    @property
-    def alive(self) -> bool:
-        """Whether the engine may be written to: not gone, and its weights what was left there."""
-        return not self.gone and not self.changed_by_others
-
-    def remember(self) -> None:
-        """The weights are now as this server leaves them."""
-        if self.alive:
-            self._left = sample(self.parameters())
-
-    def require_as_left(self) -> None:
-        """Compares some values of each parameter with those that `remember` saw.
-
-        Raises FailedPrecondition with WEIGHTS_CHANGED where they are others.
-        """
-        if self._left is not None and not self.changed_by_others:
-            self._found_changed = not torch.equal(self._left, sample(self.parameters()))
-        self.require_live()
-
-    def distrust(self, why: str) -> None:
-        """From now on nothing is written, and nothing taken from the weights."""
-        self.not_live = why
-        self.lost.set()
-
-    def require_live(self) -> None:
-        """Raises FailedPrecondition where vLLM computes with other weights than were left."""
-        if self.not_live:
-            raise FailedPrecondition(self.not_live, reason="WEIGHTS_NOT_LIVE")
-        if self.changed_by_others and not self.gone:
-            raise FailedPrecondition(CHANGED_BY_OTHERS, reason="WEIGHTS_CHANGED")
-
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The live parameters by name, tied ones once."""
-        return dict(self.model.named_parameters())
-
-    def checkpoint(self) -> CheckpointReader:
-        """The live weights by the names of the model directory."""
-        return CheckpointReader(self.plan, self.parameters())
-
-    def synchronize(self) -> None:
-        """Waits until every write has arrived: before that vLLM must not go on."""
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-
-    def memory(self) -> MemoryUse:
-        """Where the parameters lie, measured now."""
-        return measure(list(self.parameters().values()), self.mappings.values())
 
 
 @dataclass(frozen=True)
@@ -206,6 +97,49 @@ def attach(
     """
     began = time.monotonic()
     manifest = sidecar.manifest()
+    attachment, views = _mapped(sidecar, manifest, epoch, traced)
+    tokens = probe_tokens(attachment.model, attachment.max_model_len)
+    # Before any value is read: while a dead server's probe is not put back, some are others.
+    scores = _scores_when_resumed(sidecar, attachment.epoch, tokens)
+    compared = 0
+    # Once trained, the weights are ahead of the directory, and rightly so.
+    if manifest.as_loaded and checks.values:
+        directory, reader = Path(attachment.directory), attachment.checkpoint()
+        compared = require_checkpoint_values(directory, reader, checks.all_values)
+    _verify(attachment, tokens, scores)
+    if checks.liveness:
+        probed = Probed(
+            attachment.epoch,
+            attachment.model,
+            views,
+            attachment.mappings,
+            tokens,
+            attachment.allowed,
+            checks.lease_seconds,
+        )
+        attachment.liveness = probe_liveness(sidecar, probed)
+    attachment.remember()
+    log.info(
+        "attached to %s: %d parameters, %d values compared with the directory, "
+        "log-probabilities within %.2g nats, %d kinds of tensor seen to be live in %.2f s, %.2f s",
+        manifest.model,
+        len(views),
+        compared,
+        attachment.logprob_difference,
+        len(attachment.liveness.proven) if attachment.liveness else 0,
+        attachment.liveness.seconds if attachment.liveness else 0.0,
+        time.monotonic() - began,
+    )
+    return attachment
+
+
+def _mapped(
+    sidecar: Sidecar,
+    manifest: pb.WeightManifest,
+    epoch: str,
+    traced: Callable[[MapReport], None],
+) -> tuple[Attachment, dict[str, manifests.LiveView]]:
+    """The weights as a model's parameters, none of their values read; and vLLM's view of each."""
     regions = manifests.check_manifest(manifest, epoch)
     # Before the trace: whoever answers that was the same process all the while.
     producer = Producer(manifest.worker_pid, manifest.worker_pid_namespace)
@@ -245,41 +179,7 @@ def attach(
         found_generation=manifest.generation,
     )
     _require_no_copies(attachment)
-    tokens = probe_tokens(model, attachment.max_model_len)
-    # Before any value is read: while a dead server's probe is not put back, some are others.
-    scores = _scores_when_resumed(sidecar, attachment.epoch, tokens)
-    compared = 0
-    # Once trained, the weights are ahead of the directory, and rightly so.
-    if manifest.as_loaded and checks.values:
-        directory, reader = Path(attachment.directory), attachment.checkpoint()
-        compared = require_checkpoint_values(directory, reader, checks.all_values)
-    _verify(attachment, tokens, scores)
-    if checks.liveness:
-        attachment.liveness = probe_liveness(
-            sidecar,
-            Probed(
-                attachment.epoch,
-                model,
-                views,
-                mappings,
-                tokens,
-                attachment.allowed,
-                checks.lease_seconds,
-            ),
-        )
-    attachment.remember()
-    log.info(
-        "attached to %s: %d parameters, %d values compared with the directory, "
-        "log-probabilities within %.2g nats, %d kinds of tensor seen to be live in %.2f s, %.2f s",
-        manifest.model,
-        len(views),
-        compared,
-        attachment.logprob_difference,
-        len(attachment.liveness.proven) if attachment.liveness else 0,
-        attachment.liveness.seconds if attachment.liveness else 0.0,
-        time.monotonic() - began,
-    )
-    return attachment
+    return attachment, views
 
 
 def _require_all_views(refused: dict[str, str], total: int) -> None:

@@ -15,8 +15,8 @@ from apollo_grpc.errors import (
     Cancelled,
     DeadlineExceeded,
     Unavailable,
-    from_rpc_error,
 )
+from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import training_pb2
 from apollo_grpc.v1 import weight_export_pb2 as pb

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from apollo_grpc.errors import Unavailable
-from apollo_trainer.weights.attach import Attachment
+from apollo_trainer.weights.attachment import Attachment
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.verify import (
     allowed,

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from apollo_trainer.checkpoints.disk.digests import raw_bytes
 from apollo_trainer.checkpoints.disk.file_ops import FILES
 from apollo_trainer.checkpoints.disk.shard_header import DTYPES, build_header, parse_header
 from apollo_trainer.checkpoints.disk.tensor_file import (
-    bytes_of,
     digest_at,
     read_header,
     write_tensors,
@@ -50,7 +50,7 @@ def test_a_file_is_the_one_that_the_library_writes(tmp_path: Path) -> None:
     for name, tensor in some_tensors().items():
         assert loaded[name].dtype == tensor.dtype
         assert loaded[name].shape == tensor.shape
-        assert bytes_of(loaded[name]) == bytes_of(tensor)
+        assert raw_bytes(loaded[name]).data == raw_bytes(tensor).data
 
 
 def test_digests_are_those_of_the_bytes_on_disk(tmp_path: Path) -> None:

@@ -10,10 +10,8 @@ import torch
 
 from apollo_grpc.errors import DataLoss, FailedPrecondition
 from apollo_trainer.checkpoints.disk import threads as spreading
-from apollo_trainer.checkpoints.snapshots import restoring
-from apollo_trainer.checkpoints.snapshots import value_exchange as exchange
-from apollo_trainer.checkpoints.snapshots.poison import Poison, PoisonedError
-from apollo_trainer.checkpoints.snapshots.restoring import restore
+from apollo_trainer.checkpoints.snapshots import restoring, value_exchange
+from apollo_trainer.checkpoints.snapshots.restoring import Poison, PoisonedError, restore
 from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.snapshots.undo_ring import UndoRing
 from tests.checkpoints.learner import Learner, assert_same, copied
@@ -62,7 +60,7 @@ def test_a_restore_can_be_undone() -> None:
     saved = learner.state()
     learner.train(0, 3)
     before = learner.state()
-    restore(copied(saved), learner.parameters, learner.optimizer, ring)
+    restore(copied(saved), learner.parameters, learner.optimizer, ring.add)
     learner.assert_is(saved)
     ring.undo(1, learner.parameters, learner.optimizer)
     learner.assert_is(before)
@@ -127,9 +125,9 @@ def test_a_restore_that_fails_halfway_puts_the_old_state_back(
     saved = learner.state()
     learner.train(0, 2)
     before = learner.state()
-    monkeypatch.setattr(exchange, "PIECE", 100)
+    monkeypatch.setattr(value_exchange, "PIECE", 100)
     writes = FailingWrites(good, for_good=False, after=after)
-    monkeypatch.setattr(exchange, "_write", writes)
+    monkeypatch.setattr(value_exchange, "_write", writes)
     with pytest.raises(DataLoss, match="again what they were") as caught:
         restore(saved, learner.parameters, learner.optimizer, poison=poison)
     assert caught.value.reason == "RESTORE_FAILED"
@@ -155,7 +153,7 @@ def test_weights_that_cannot_be_put_back_are_poisoned_until_a_restore_succeeds(
     saved = learner.state()
     learner.train(0, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(exchange, "_write", FailingWrites(7, for_good=True))
+        patch.setattr(value_exchange, "_write", FailingWrites(7, for_good=True))
         with pytest.raises(PoisonedError, match="mixed"):
             restore(copied(saved), learner.parameters, learner.optimizer, poison=poison)
     with pytest.raises(FailedPrecondition, match="Restore a snapshot") as caught:

@@ -21,13 +21,12 @@ from apollo_grpc.errors import (
     ResourceExhausted,
 )
 from apollo_trainer.checkpoints.snapshots import snapshot_store
-from apollo_trainer.checkpoints.snapshots.model_state import capture
 from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
 from apollo_trainer.optim import Apollo
 from tests import programs
 from tests.checkpoints.crash_store import state
 from tests.checkpoints.faulty_disk import FaultyFiles
-from tests.checkpoints.learner import Learner, assert_same
+from tests.checkpoints.learner import Learner, assert_same, capture
 
 Make = Callable[..., Any]
 # Snapshots and deletes until it is killed, and says when it has begun.

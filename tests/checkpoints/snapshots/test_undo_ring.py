@@ -172,7 +172,7 @@ def test_training_right_after_a_restore_leaves_its_way_back_whole(
     assert len(learner.ring) == 2
     begin = threading.Event()
     delay_encoding(monkeypatch, begin)
-    restore(copied(saved), learner.parameters, learner.optimizer, learner.ring)
+    restore(copied(saved), learner.parameters, learner.optimizer, learner.ring.add)
     threading.Timer(0.2, begin.set).start()
     learner.update(5, 1)
     learner.undo(2)

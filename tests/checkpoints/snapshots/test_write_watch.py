@@ -72,10 +72,11 @@ def test_no_two_processes_agree_on_a_version_that_they_never_wrote() -> None:
     assert WriteVersions().of(parameter) != WriteVersions().of(parameter)
 
 
-def test_a_watcher_is_told_within_its_block_alone() -> None:
+def test_a_watcher_is_told_until_it_is_removed() -> None:
     watch, told, parameter = WriteWatch(), list[torch.Tensor](), torch.zeros(1)
-    with watch.telling(told.append):
-        watch(parameter)
+    watch.add(told.append)
+    watch(parameter)
+    watch.remove(told.append)
     watch(parameter)
     watch.remove(told.append)
     assert told == [parameter]

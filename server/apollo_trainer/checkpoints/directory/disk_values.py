@@ -1,8 +1,8 @@
 """The bytes that a tensor is to have on disk: the live values, in the dtype of the directory.
 
-An engine rounds what it loads to the dtype that it serves. A value that still is what the one on
-disk rounds to was not trained, and keeps its bits; one that was is written in the disk's dtype. One
-that came back, by an undo of what was synced last, gets the bits that it had before that sync.
+An engine rounds what it loads to the dtype that it serves. A live value that equals the rounded
+value on disk was not trained: the disk keeps its bits. A trained value is written in the dtype of
+the disk. A value that an undo brought back gets the bits that it had before the last sync.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import torch
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.checkpoints.disk import (
     DTYPES,
-    NAME_OF,
     PIECE,
     FileOps,
     TensorPlace,
-    bytes_of,
-    digest_of_pieces,
+    hex_digest,
     pieces_at,
     pieces_of,
+    raw_bytes,
 )
 
 # Few enough for the core's cache, and for torch to take no threads: they wait for each other at
@@ -39,7 +38,7 @@ def bytes_to_write(
     live: torch.Tensor | None,
     earlier: Path | None = None,
 ) -> Iterator[memoryview]:
-    """The bytes, a bounded piece at a time. Files are read only where their values are needed.
+    """The bytes, a bounded piece at a time. Reads files only where their values are needed.
 
     Args:
         path: the file that holds the tensor at `place` now.
@@ -49,8 +48,8 @@ def bytes_to_write(
 
     Raises FailedPrecondition for a live value that the dtype on disk cannot hold, and OSError.
     """
-    if live is not None and NAME_OF[live.dtype] == place.dtype:
-        yield from pieces_of(bytes_of(live))
+    if live is not None and live.dtype == DTYPES[place.dtype]:
+        yield from pieces_of(live)
         return
     with ops.opened(path) as file:
         if live is None:
@@ -58,7 +57,7 @@ def bytes_to_write(
             return
         for there, part, was in _blocks(ops, file, place, live, earlier):
             _put_trained(there, part, place, was)
-            yield bytes_of(there)
+            yield raw_bytes(there).data
 
 
 def differs(
@@ -69,9 +68,9 @@ def differs(
     digest: str,
     earlier: Path | None = None,
 ) -> bool:
-    """Whether `bytes_to_write` are others than those of the file, whose digest this is."""
-    if NAME_OF[live.dtype] == place.dtype:
-        return digest_of_pieces(pieces_of(bytes_of(live))) != digest
+    """Whether `bytes_to_write` differ from the bytes on disk, whose hex digest is given."""
+    if live.dtype == DTYPES[place.dtype]:
+        return hex_digest(pieces_of(live)) != digest
     with ops.opened(path) as file:
         return any(
             _put_trained(there, part, place, was)
@@ -80,7 +79,7 @@ def differs(
 
 
 def loses_digits(live: torch.dtype, place: TensorPlace) -> bool:
-    """Whether some values of the live dtype have no equal in the one on disk."""
+    """Whether the dtype on disk cannot hold every value of the live dtype."""
     on_disk = DTYPES[place.dtype]
     if live == on_disk:
         return False
@@ -91,7 +90,7 @@ def loses_digits(live: torch.dtype, place: TensorPlace) -> bool:
 def _blocks(
     ops: FileOps, file: int, place: TensorPlace, live: torch.Tensor, earlier: Path | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Values on disk, in memory of their own, the live ones of the same place, and earlier ones."""
+    """Blocks of the values on disk (a copy), the live values, and those before the last sync."""
     dtype, flat = DTYPES[place.dtype], live.view(-1)
     count = PIECE // dtype.itemsize
     for at in range(0, flat.numel(), count):
@@ -103,7 +102,7 @@ def _blocks(
 
 
 def _earlier(ops: FileOps, path: Path | None, start: int, now: torch.Tensor) -> torch.Tensor:
-    """The values of before the last sync; those of now where they cannot be had."""
+    """The values before the last sync; where they cannot be read, those on disk now."""
     data = bytearray(now.nbytes)
     # A sync needs them for nothing else than digits that the engine does not see.
     with contextlib.suppress(OSError):
@@ -117,7 +116,7 @@ def _earlier(ops: FileOps, path: Path | None, start: int, now: torch.Tensor) -> 
 def _put_trained(
     there: torch.Tensor, live: torch.Tensor, place: TensorPlace, earlier: torch.Tensor
 ) -> bool:
-    """Puts into `there` what it does not round to; returns whether that changed a bit."""
+    """Puts the trained values into `there`; returns whether that changed a bit."""
     changed = False
     blocks = (torch.split(values, _ELEMENTS) for values in (there, live, earlier))
     for old, part, was in zip(*blocks, strict=True):

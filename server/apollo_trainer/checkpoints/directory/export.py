@@ -1,4 +1,4 @@
-"""The live weights as a new model directory that anything of Hugging Face's loads."""
+"""Export: the live weights as a new model directory that Hugging Face's libraries load."""
 
 from __future__ import annotations
 
@@ -7,30 +7,23 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from apollo_grpc.errors import AlreadyExists, DataLoss
 from apollo_trainer.checkpoints.directory.disk_values import bytes_to_write
 from apollo_trainer.checkpoints.directory.loaded_files import loaded_files
+from apollo_trainer.checkpoints.directory.new_directory import copy_file, new_directory
 from apollo_trainer.checkpoints.directory.preconditions import missing_from, read_headers
 from apollo_trainer.checkpoints.directory.state_folder import Place, place_of
 from apollo_trainer.checkpoints.directory.survey import Progress
 from apollo_trainer.checkpoints.disk import (
-    DTYPES,
     FILES,
     FileOps,
     ShardHeader,
     TensorPlace,
-    bytes_of,
-    copy_file,
     digest_at,
-    digest_of,
     flush_file,
-    flush_folders,
-    new_folder_beside,
     pieces_of,
     read_header,
     write_new,
@@ -41,7 +34,7 @@ from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from apollo_trainer.weights.loaded_files import INDEX
 
 SHARD_BYTES = 5 * 10**9
-_PATTERN = "model{suffix}.safetensors"
+_PATTERN, _METADATA = "model{suffix}.safetensors", {"format": "pt"}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _INDEXES = tuple(f"{ending}.index.json" for ending in _WEIGHTS)
 _FOLDERS = ("additional_chat_templates",)
@@ -67,49 +60,43 @@ def export_directory(
 ) -> Exported:
     """Writes a new model directory; the weights must not change meanwhile.
 
-    It holds the tensors of the source's files that are loaded, each once, of their dtypes and
-    shapes: tied weights as they are there, no rows that an engine adds to the vocabulary, and
-    values that training did not touch bit for bit. What those files lack is written as it is
-    served. Everything is read back and compared before the directory gets its name.
+    Each tensor of the source's loaded files is written once, with its dtype and shape there: no
+    rows that an engine adds to the vocabulary, and untrained values bit for bit. Live tensors that
+    those files lack are written as they are served. Everything is read back and compared before
+    the directory gets its name.
 
     Args:
         state: the source's state folder; None for the one beside it.
 
     Raises AlreadyExists, FailedPrecondition where the source cannot be exported, DataLoss where the
-    disk gives back something else, OSError when it refuses; nothing is left of it then. What a
-    process that was killed left beside `target`, the next export removes.
+    disk gives back something else, OSError when it refuses; nothing of the export is left then. The
+    next export removes what a killed process left beside `target`.
     """
-    if ops.found(target):
-        raise _exists(target)
-    values = _Values(place_of(source, ops, state), reader)
-    with new_folder_beside(target, ops) as building:
-        _copy_others(ops, values.place.directory, building)
-        if ops.found(values.place.aside):
-            # Of a sync that was cut off.
-            copy_file(ops, values.place.aside, building / "config.json")
-        exported = _write_shards(values, building, shard_bytes, progress)
-        flush_folders(ops, building)
-        progress(exported.bytes_written, exported.bytes_written, target.name)
-        try:
-            ops.rename_new(building, target)
-        except FileExistsError as error:
-            raise _exists(target) from error
-    ops.sync_folder(target.parent)
-    progress(exported.bytes_written, exported.bytes_written, "")
-    return exported
-
-
-def _exists(target: Path) -> AlreadyExists:
-    return AlreadyExists(
+    taken = AlreadyExists(
         f"{target} exists; nothing was written. Choose a directory that does not exist.",
         reason="EXPORT_EXISTS",
     )
+    if ops.found(target):
+        raise taken
+    values = _Values(place_of(source, ops, state), reader)
+    total = sum(outline.nbytes for outline in values.outlines.values())
+    with new_directory(target, ops, taken, lambda: progress(total, total, target.name)) as folder:
+        _copy_others(ops, values.place.directory, folder)
+        if ops.found(values.place.aside):
+            # Of a sync that was cut off.
+            copy_file(ops, values.place.aside, folder / "config.json")
+        files = _write_shards(values, folder, shard_bytes, progress)
+    progress(total, total, "")
+    return Exported(total, files)
 
 
 class _Values:
-    """The tensors by name: where each lies in the source, and the bytes that it is to have.
+    """The tensors to export: where each lies in the source, and the bytes that it is to have.
 
-    Those of the live model that lie nowhere have no other dtype and values than the live ones.
+    A live tensor that no file holds has the live dtype and the live values.
+
+    Attributes:
+        outlines: dtype and shape of each, as a tensor without values.
     """
 
     def __init__(self, place: Place, reader: CheckpointReader):
@@ -118,18 +105,12 @@ class _Values:
         headers = _headers(place, reader)
         for shard, header in headers.items():
             path = (place.directory / shard).resolve()
-            earlier = place.earlier(shard, digest_of(header.raw))
+            earlier = place.earlier(shard, header.digest)
             for name, at in header.tensors.items():
                 self._at.setdefault(name, (path, at, earlier))
-        self._nowhere = missing_from(headers, reader)
-
-    def outlines(self) -> dict[str, torch.Tensor]:
-        """Dtypes and shapes, as tensors without values."""
-        found = {name: self._reader.outline(name) for name in self._nowhere}
-        return {name: outline for name, outline in found.items() if outline is not None} | {
-            name: torch.empty(at.shape, dtype=DTYPES[at.dtype], device="meta")
-            for name, (_, at, _) in self._at.items()
-        }
+        nowhere = {name: reader.outline(name) for name in missing_from(headers, reader)}
+        self.outlines = {name: live for name, live in nowhere.items() if live is not None}
+        self.outlines |= {name: at.outline() for name, (_, at, _) in self._at.items()}
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         """As `bytes_to_write`."""
@@ -139,13 +120,13 @@ class _Values:
             path, at, earlier = self._at[name]
             return bytes_to_write(self.place.ops, path, at, staged, earlier)
         assert staged is not None
-        return pieces_of(bytes_of(staged))
+        return pieces_of(staged)
 
 
 def _headers(place: Place, reader: CheckpointReader) -> dict[str, ShardHeader]:
-    """Of the files that vLLM loads, or of those of transformers where they hold more of it.
+    """Headers of the files that vLLM loads, or that transformers loads where they hold more.
 
-    None where neither hold a live tensor: by names of their own, they hold it as it was.
+    Empty where no file holds a live tensor: its tensors have other names and older values.
     """
     files = loaded_files(place.ops, place.directory)
     choices = (files.by_vllm, files.by_transformers)
@@ -166,33 +147,30 @@ def _copy_others(ops: FileOps, source: Path, building: Path) -> None:
 
 
 def _write_shards(
-    values: _Values, building: Path, shard_bytes: int, progress: Progress
-) -> Exported:
-    ops, outlines = values.place.ops, values.outlines()
+    values: _Values, folder: Path, shard_bytes: int, progress: Progress
+) -> tuple[str, ...]:
+    """Writes the shards, and an index of several; returns the shards' names."""
+    ops, outlines = values.place.ops, values.outlines
     split = split_torch_state_dict_into_shards(
         outlines, filename_pattern=_PATTERN, max_shard_size=shard_bytes
     )
-    done, total = 0, sum(t.nbytes for t in outlines.values())
-    for filename, names in split.filename_to_tensors.items():
-        progress(done, total, filename)
+    done, total = 0, sum(outline.nbytes for outline in outlines.values())
+    for file, names in split.filename_to_tensors.items():
+        progress(done, total, file)
         part = {name: outlines[name] for name in names}
-        digests = write_tensors(part, building / filename, _META, ops, values.pieces)
-        flush_file(building / filename, ops)
-        _compare(ops, building / filename, digests)
-        done += sum(t.nbytes for t in part.values())
+        digests = write_tensors(part, folder / file, _METADATA, ops, values.pieces)
+        flush_file(folder / file, ops)
+        _compare(ops, folder / file, digests)
+        done += sum(outline.nbytes for outline in part.values())
     if split.is_sharded:
-        index: dict[str, Any] = {
-            "metadata": {"total_size": total},
-            "weight_map": dict(sorted(split.tensor_to_filename.items())),
-        }
-        write_new(building / INDEX, json.dumps(index, indent=2).encode() + b"\n", ops, 0o666)
-    return Exported(total, tuple(split.filename_to_tensors))
-
-
-_META = {"format": "pt"}
+        weight_map = dict(sorted(split.tensor_to_filename.items()))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_new(folder / INDEX, json.dumps(index, indent=2).encode() + b"\n", ops, 0o666)
+    return tuple(split.filename_to_tensors)
 
 
 def _compare(ops: FileOps, path: Path, digests: dict[str, str]) -> None:
+    """Reads a file back. Raises DataLoss where a tensor is not what was written."""
     header = read_header(ops, path)
     with ops.opened(path) as file:
         for name, at in header.tensors.items():

@@ -1,4 +1,4 @@
-"""The files of a model directory that are loaded, and tensors that stand in two of them."""
+"""Which files of a model directory are loaded, and which tensors stand in two of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Twin:
 
 
 def loaded_files(ops: FileOps, directory: Path) -> LoadedFiles:
-    """The files. Raises FailedPrecondition where an index is none, or names files that are none."""
+    """What vLLM and transformers load. Raises FailedPrecondition for a wrong index, and OSError."""
     try:
         # Of a hub cache the index is a link.
         return choose_files(
@@ -37,31 +37,18 @@ def loaded_files(ops: FileOps, directory: Path) -> LoadedFiles:
 
 
 def twins(ops: FileOps, directory: Path, files: LoadedFiles) -> Iterator[Twin]:
-    """Tensors of which it is not sure what is loaded. Raises OSError; what is no file has none."""
+    """Tensors that stand in two loaded files. Skips files that cannot be parsed. Raises OSError."""
     file_of = dict[str, str]()
-    for file in files.by_vllm:
+    others = [file for file in files.by_either if file not in files.by_vllm]
+    for file in (*files.by_vllm, *others):
+        why = "vLLM loads both, one over the other"
+        if file in others:
+            why = "vLLM loads the former, and transformers the latter"
         for name in _tensors(ops, directory / file):
             if name in file_of:
-                why = "vLLM loads both, one over the other"
                 yield Twin(name, file_of[name], file, why)
-            file_of.setdefault(name, file)
-    for file in (name for name in files.by_either if name not in files.by_vllm):
-        for name in _tensors(ops, directory / file):
-            if name in file_of:
-                why = "vLLM loads the former, and transformers the latter"
-                yield Twin(name, file_of[name], file, why)
-
-
-def refuse_twins(ops: FileOps, directory: Path, files: LoadedFiles) -> None:
-    """Raises FailedPrecondition where a tensor stands in two files that are loaded."""
-    if found := next(twins(ops, directory, files), None):
-        raise FailedPrecondition(
-            f"{found.tensor} stands in {found.file} and in {found.other}: {found.why}. Nothing was "
-            "written. `apollo checkpoint export FOLDER` keeps what was learned, each tensor once; "
-            f"or move the file that you do not want ({found.other}?) out of the directory, and "
-            "sync again.",
-            reason="TENSOR_IN_TWO_FILES",
-        )
+            elif file not in others:
+                file_of[name] = file
 
 
 def _tensors(ops: FileOps, path: Path) -> list[str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from apollo_trainer.checkpoints.disk import DTYPES, FileStat, TensorPlace, whole_numbers
+from apollo_trainer.checkpoints.disk import DTYPES, TensorPlace, whole_numbers
 from apollo_trainer.weights.loaded_files import SUFFIX
 
 FORMAT = "apollo-manifest-2"
@@ -24,9 +25,9 @@ _LIMIT = 1 << 63
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One file as it was left: who it is, and the digest of its header.
+    """One shard as it was left: inode, size, time, and the hex digest of its header.
 
-    `device` is kept for the reader: it may change with every boot, so that `is_at` ignores it.
+    `device` is kept for people: it may change with every boot, so that `is_at` ignores it.
     """
 
     device: int
@@ -35,27 +36,23 @@ class ShardRecord:
     mtime_ns: int
     header: str
 
-    def is_at(self, found: FileStat | None) -> bool:
+    def is_at(self, found: os.stat_result | None) -> bool:
         """Whether a file is the one that was left, and nobody has written to it since."""
-        return found is not None and (found.st_ino, found.st_size, found.st_mtime_ns) == (
-            self.inode,
-            self.size,
-            self.mtime_ns,
-        )
+        left = self.inode, self.size, self.mtime_ns
+        return found is not None and (found.st_ino, found.st_size, found.st_mtime_ns) == left
 
     @classmethod
-    def of(cls, found: FileStat, header: str) -> ShardRecord:
+    def of(cls, found: os.stat_result, header: str) -> ShardRecord:
         """The record of a file that is on disk."""
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, header)
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One tensor: its place, and the digest of its bytes.
+    """One tensor: its place, and the hex digest of its bytes.
 
     Attributes:
-        version: of the live tensor when it was written; a number that is different after every
-            write to it.
+        version: of the live tensor when it was written here.
     """
 
     shard: str
@@ -82,24 +79,35 @@ class Manifest:
     shards: Mapping[str, ShardRecord]
     tensors: Mapping[str, TensorRecord]
 
+    def tensors_of(self, shard: str) -> dict[str, TensorRecord]:
+        """The tensors of one shard, by name."""
+        return {name: tensor for name, tensor in self.tensors.items() if tensor.shard == shard}
+
     def encode(self) -> bytes:
         """As JSON."""
         return json.dumps(
             {
                 "format": FORMAT,
-                "generation": self.generation,
-                "model": self.model,
-                "method": self.method,
-                "written": list(self.written),
+                **vars(self),
                 "shards": {name: vars(shard) for name, shard in self.shards.items()},
-                "tensors": {name: _encode_tensor(tensor) for name, tensor in self.tensors.items()},
+                "tensors": {
+                    name: [
+                        t.shard,
+                        t.place.dtype,
+                        t.place.shape,
+                        t.place.start,
+                        t.version,
+                        t.digest,
+                    ]
+                    for name, t in self.tensors.items()
+                },
             },
             separators=(",", ":"),
         ).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
-        """Of JSON. Raises ValueError for anything that `encode` does not make."""
+        """Reads JSON. Raises ValueError for anything that `encode` does not write."""
         return _decoded(data)
 
 
@@ -113,7 +121,7 @@ def _decoded(data: bytes) -> Manifest:
 
 
 def is_shard_name(name: Any) -> bool:
-    """Whether this names a safetensors file right in the directory, and nothing elsewhere."""
+    """Whether `name` is that of a safetensors file in the directory itself."""
     return (
         isinstance(name, str)
         and name.endswith(SUFFIX)
@@ -123,16 +131,12 @@ def is_shard_name(name: Any) -> bool:
     )
 
 
-def _encode_tensor(tensor: TensorRecord) -> list[Any]:
-    place = tensor.place
-    return [tensor.shard, place.dtype, place.shape, place.start, tensor.version, tensor.digest]
-
-
 def _manifest(content: Any) -> Manifest:
     expected = {"format", "generation", "model", "method", "written", "shards", "tensors"}
     _require(content.keys() == expected, "its keys are others")
     _require(content["format"] == FORMAT, f"its format is {content['format']!r}")
-    _require(_is_text(content["model"]) and _is_text(content["method"]), "a name is no text")
+    model, method = content["model"], content["method"]
+    _require(isinstance(model, str) and isinstance(method, str), "a name is no text")
     _require(whole_numbers([content["generation"]]), "its generation is no whole number")
     shards = {name: _shard(name, shard) for name, shard in content["shards"].items()}
     tensors = {name: _tensor(name, t, shards) for name, t in content["tensors"].items()}
@@ -140,9 +144,7 @@ def _manifest(content: Any) -> Manifest:
     known = isinstance(written, list) and all(isinstance(w, str) and w in shards for w in written)
     _require(known and len(set(written)) == len(written), "it wrote shards that it does not have")
     _require_apart(tensors)
-    return Manifest(
-        content["generation"], content["model"], content["method"], tuple(written), shards, tensors
-    )
+    return Manifest(content["generation"], model, method, tuple(written), shards, tensors)
 
 
 def _shard(name: str, content: Any) -> ShardRecord:
@@ -178,10 +180,6 @@ def _require_apart(tensors: Mapping[str, TensorRecord]) -> None:
 
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _require(holds: bool, what: str) -> None:

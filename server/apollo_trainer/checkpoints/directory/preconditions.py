@@ -1,4 +1,4 @@
-"""What must hold before a directory is synced or exported; nothing is written by any of it."""
+"""What must hold before a directory is synced or exported. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition
-from apollo_trainer.checkpoints.directory.loaded_files import loaded_files, refuse_twins
+from apollo_trainer.checkpoints.directory.loaded_files import loaded_files, twins
 from apollo_trainer.checkpoints.directory.state_folder import Place, hub_repository
 from apollo_trainer.checkpoints.disk import ShardHeader, read_header
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
@@ -21,7 +21,7 @@ _WAYS_OUT = (
 
 
 def why_not_synced(place: Place, reader: CheckpointReader) -> str:
-    """What a sync would refuse the directory for as it is now; empty where nothing is seen."""
+    """Why a sync would refuse the directory as it is now, in a sentence; empty: it would not."""
     try:
         require_directory(place, place.directory)
         refuse_links(place)
@@ -36,9 +36,8 @@ def why_not_synced(place: Place, reader: CheckpointReader) -> str:
 
 
 def require_directory(place: Place, asked: Path) -> None:
-    """Raises FailedPrecondition for what is no local directory, and for one of a hub cache."""
-    found = place.ops.found(place.directory)
-    if found is None or not stat.S_ISDIR(found.st_mode):
+    """Raises FailedPrecondition where the place is no local directory, or in a hub cache."""
+    if not place.ops.is_folder(place.directory):
         raise FailedPrecondition(
             f"vLLM serves {asked}, which is no local directory; nothing was written. Serve a "
             "local copy of the model to sync it.",
@@ -55,7 +54,7 @@ def require_directory(place: Place, asked: Path) -> None:
 def refuse_read_only(place: Place) -> None:
     """Raises FailedPrecondition where the directory or its state folder takes no writes.
 
-    Only to tell it in time: what the disk refuses beyond that, it does in the middle of a sync.
+    Only tells it early: a disk may still refuse in the middle of a sync.
     """
     for folder in (place.directory, _existing(place)):
         if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
@@ -77,7 +76,7 @@ def _refuse_too_little_room(
 ) -> None:
     """Raises FailedPrecondition where not even a sync in place of all that is trained has room."""
     tensors = (pair for header in headers.values() for pair in header.tensors.items())
-    needed = sum(at.end - at.start for name, at in tensors if reader.parameter(name) is not None)
+    needed = sum(at.size for name, at in tensors if reader.parameter(name) is not None)
     free = place.ops.room(_existing(place)) + _kept_bytes(place, headers)
     if free < needed:
         raise FailedPrecondition(
@@ -89,7 +88,7 @@ def _refuse_too_little_room(
 
 
 def _kept_bytes(place: Place, shards: Iterable[str]) -> int:
-    """Of the generations before, which a sync removes on a full disk."""
+    """Bytes of the earlier directories, which a sync removes on a full disk."""
     paths = (place.before(number) / shard for number in place.left_before() for shard in shards)
     found = filter(None, map(place.ops.found, paths))
     return sum(each.st_size for each in found if each.st_nlink == 1)
@@ -108,15 +107,22 @@ def refuse_links(place: Place) -> None:
 
 
 def weight_headers(place: Place, reader: CheckpointReader) -> dict[str, ShardHeader]:
-    """Headers of the shards that are to be written.
+    """Headers of the shards that vLLM loads, which a sync may write.
 
-    Raises FailedPrecondition where they do not hold all parameters, or hold one twice.
+    Raises FailedPrecondition where they do not hold all parameters, or hold one twice, and OSError.
     """
     files = loaded_files(place.ops, place.directory)
     headers = read_headers(place, files.by_vllm, reader)
-    refuse_twins(place.ops, place.directory, files)
+    if twin := next(twins(place.ops, place.directory, files), None):
+        raise FailedPrecondition(
+            f"{twin.tensor} stands in {twin.file} and in {twin.other}: {twin.why}. Nothing was "
+            "written. `apollo checkpoint export FOLDER` keeps what was learned, each tensor once; "
+            f"or move the file that you do not want ({twin.other}?) out of the directory, and "
+            "sync again.",
+            reason="TENSOR_IN_TWO_FILES",
+        )
     if missing := missing_from(headers, reader):
-        raise incomplete(files.by_vllm, missing)
+        raise _incomplete(files.by_vllm, missing)
     return headers
 
 
@@ -125,7 +131,8 @@ def read_headers(
 ) -> dict[str, ShardHeader]:
     """Headers of these shards, links resolved.
 
-    Raises FailedPrecondition for a file that is none, and for a live tensor of another shape.
+    Raises FailedPrecondition for what is no safetensors file, and for a live tensor of another
+    shape, and OSError.
     """
     headers = dict[str, ShardHeader]()
     for name in files:
@@ -157,8 +164,7 @@ def missing_from(headers: dict[str, ShardHeader], reader: CheckpointReader) -> l
     return reader.missing_from({name for header in headers.values() for name in header.tensors})
 
 
-def incomplete(files: list[str], missing: list[str]) -> FailedPrecondition:
-    """The refusal of a directory whose files do not hold all that is live."""
+def _incomplete(files: list[str], missing: list[str]) -> FailedPrecondition:
     more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
     read = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     return FailedPrecondition(

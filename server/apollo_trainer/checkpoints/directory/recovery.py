@@ -10,49 +10,57 @@ from collections.abc import Mapping
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition
 from apollo_trainer.checkpoints.directory.exchange import finish_exchange
-from apollo_trainer.checkpoints.directory.in_place import redo
 from apollo_trainer.checkpoints.directory.manifest import Manifest, ShardRecord
-from apollo_trainer.checkpoints.directory.rollforward import (
-    finish_rollforward,
-    perhaps_mixed,
-    put_config_back,
-)
+from apollo_trainer.checkpoints.directory.new_directory import remove_unfinished
 from apollo_trainer.checkpoints.directory.state_folder import (
     Place,
     SyncMethod,
+    changed_shards,
     held,
     read_manifest,
     refreshed,
 )
-from apollo_trainer.checkpoints.disk import TEMPORARY, remove_unfinished
+from apollo_trainer.checkpoints.directory.write_ahead import (
+    finish_rollforward,
+    perhaps_mixed,
+    put_config_back,
+    redo,
+)
+from apollo_trainer.checkpoints.disk import TEMPORARY
 
 log = logging.getLogger(__name__)
 
 
 def settle_directory(place: Place) -> None:
-    """At the start: `recover`, where there is a state folder; what it cannot do, a sync will tell.
-
-    Removes exports and copies that were begun beside the directory by a process that is no more.
+    """`recover_directory` when a server starts; logs what failed, which the next sync raises again.
 
     Without it a directory whose config.json is aside would stay so until the next sync.
     """
-    if place.ops.found(place.directory.parent):
-        remove_unfinished(place.directory.parent, place.ops)
-    if place.ops.found(place.state) is None:
-        return
     try:
-        with held(place):
-            recover(place)
+        recover_directory(place)
     except (ApolloError, OSError) as error:
         log.error("%s was not settled: %s", place.directory, error)
 
 
-def recover(place: Place) -> Manifest | None:
-    """Finishes or drops what was begun; returns the manifest that holds now, if there is one.
+def recover_directory(place: Place) -> Manifest | None:
+    """Takes the lock and recovers the directory; returns the manifest, None where there is none.
 
-    The caller holds the lock. Directories of generations before stay. Raises FailedPrecondition
-    where the directory was edited, DataLoss where a sync cannot be finished; both leave all as it
-    is. Raises OSError.
+    Removes what killed exports and copies left beside the directory. Makes no state folder. Raises
+    as `recover` and `held`.
+    """
+    remove_unfinished(place.directory.parent, place.ops)
+    if not place.ops.found(place.state):
+        return None
+    with held(place):
+        return recover(place)
+
+
+def recover(place: Place) -> Manifest | None:
+    """Finishes or drops a sync that was cut off; returns the manifest that holds now, if any.
+
+    The caller holds the lock. Keeps the earlier directories. Raises FailedPrecondition where the
+    directory was edited, DataLoss where the sync cannot be finished: both leave all as it is.
+    Raises OSError.
     """
     baseline, intent = read_manifest(place), read_manifest(place, place.intent_path)
     if intent and intent.generation > (baseline.generation if baseline else 0):
@@ -74,14 +82,14 @@ def _settle(place: Place, baseline: Manifest | None, intent: Manifest) -> None:
     elif intent.method == SyncMethod.IN_PLACE and place.ops.found(place.redo(intent.generation)):
         redo(place, intent)
     # Nothing is written in place before both the log and the intent are on disk.
-    elif intent.method != SyncMethod.IN_PLACE and (held_now := refreshed(place, intent)):
-        finish_exchange(place, held_now)
+    elif intent.method != SyncMethod.IN_PLACE and (reached := refreshed(place, intent)):
+        finish_exchange(place, reached)
     elif baseline and not refreshed(place, baseline):
         raise edited(place, baseline)
 
 
 def _remove_leftovers(place: Place) -> None:
-    """What no intent speaks of: it was never announced, or is done with."""
+    """Removes what was never announced, or is done with."""
     ops = place.ops
     for name in ops.names(place.state):
         if name.startswith((TEMPORARY, "redo-")):
@@ -99,7 +107,7 @@ def _remove_leftovers(place: Place) -> None:
 
 def edited(place: Place, baseline: Manifest) -> FailedPrecondition:
     """The refusal of a directory that somebody else has written to."""
-    changed = _others(place, baseline.shards) or [place.directory.name]
+    changed = changed_shards(place, baseline.shards) or [place.directory.name]
     return _edited(changed, "the last sync", f"remove {place.manifest_path}")
 
 
@@ -109,20 +117,8 @@ def require_as_seen(place: Place, seen: Mapping[str, ShardRecord]) -> None:
     Args:
         seen: when the engine's weights were known to be those of the directory.
     """
-    if changed := _others(place, seen):
+    if changed := changed_shards(place, seen):
         raise _edited(changed, "the training server was attached", "restart the training server")
-
-
-def _others(place: Place, shards: Mapping[str, ShardRecord]) -> list[str]:
-    """Names of shards that came, went, or are other files than these."""
-    loaded = set(place.shard_names())
-    return [
-        name
-        for name in sorted({*shards, *loaded})
-        if name not in shards
-        or name not in loaded
-        or not shards[name].is_at(place.ops.found(place.directory / name))
-    ]
 
 
 def _edited(changed: list[str], since: str, to_insist: str) -> FailedPrecondition:

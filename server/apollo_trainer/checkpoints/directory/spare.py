@@ -1,38 +1,30 @@
-"""The directories of the generations before: whole for whoever holds one, then spare shards.
+"""The earlier directories: kept whole for one sync more, then their shards are written over.
 
-An exchange leaves the old directory behind. Who has it open, mounted or as working directory goes
-on in it, so that it stays as it was until the sync after the next. Then its config goes first, so
-that no loader takes the rest for a model, and its shards go to the folder that is being built: to
-write over one costs what changed since, a new file all of it. Nobody may still read such a shard:
-its name is gone, and the kernel is asked whether a process has it open or mapped.
+An exchange leaves the old directory behind. Processes may still have it open, mounted or as their
+working directory, so that it stays as it was until the sync after the next. That sync removes its
+config first, so that no loader takes the rest for a model. Then it moves the shards into the folder
+that it builds: to write over a shard costs only what changed since, a new file costs all of it. It
+takes a shard only when the kernel says that no process has it open or mapped.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
 
 from apollo_grpc.errors import Unavailable
-from apollo_trainer.checkpoints.directory.manifest import Manifest, ShardRecord
+from apollo_trainer.checkpoints.directory.manifest import Manifest
 from apollo_trainer.checkpoints.directory.state_folder import Place, held
-from apollo_trainer.checkpoints.disk import FileOps
 
 Digests = dict[str, str]
 # What a loader reads first: without it the folder is none of a model.
 _READ_FIRST = ("config.json", "params.json", "model.safetensors.index.json")
 
 
-@dataclass(frozen=True)
-class _Shard:
-    record: ShardRecord
-    digests: Digests
-
-
 class Spare:
-    """What this process knows of the folders that it left; another one finds folders only.
+    """The earlier directories of one model, and what this process knows of their shards.
 
-    Whoever comes after a crash has no use for the shards: no order of writes has to be kept.
+    After a crash nobody knows that any more, so that no order of writes has to be kept for it.
 
     Args:
         keeps: False: the old directory is removed after every exchange, whoever holds it.
@@ -42,10 +34,11 @@ class Spare:
         self._keeps = keeps
         self._place: Place | None = None
         self._left: dict[int, Manifest] = {}
-        self._taken: dict[str, _Shard] = {}
+        # By shard: of the generation that the spare shard was of.
+        self._taken: dict[str, Manifest] = {}
 
     def open(self, place: Place, generation: int, shards: list[str]) -> None:
-        """Makes `place.next_folder`, with those of these shards in it that are spare.
+        """Makes `place.next_folder`, and moves spare ones of these shards into it.
 
         Args:
             generation: of the directory now.
@@ -60,19 +53,21 @@ class Spare:
                 self._dismantle(place, number, shards)
 
     def take(self, shard: str, header: str) -> Digests | None:
-        """Digests of a shard's tensors in the opened folder; None where there is none to take.
+        """Digests of the tensors of a spare shard in the opened folder; None where there is none.
 
         Args:
             header: the digest of the header that the new shard is to have.
         """
-        found = self._taken.pop(shard, None)
-        return found.digests if found and found.record.header == header else None
+        of = self._taken.pop(shard, None)
+        if of is None or of.shards[shard].header != header:
+            return None
+        return {name: tensor.digest for name, tensor in of.tensors_of(shard).items()}
 
     def keep(self, place: Place, old: Manifest, replaced: list[str]) -> None:
-        """After an exchange: the old directory stays, where the disk has room for it.
+        """After an exchange: keeps the old directory, and removes the oldest ones for room.
 
-        The oldest goes while there is no room for as much once more. An error of the disk is none
-        of the sync, which is done.
+        There must be room for the replaced shards once more. Ignores errors of the disk: the sync
+        is done.
         """
         self._left[old.generation] = old
         size = sum(old.shards[name].size for name in replaced)
@@ -83,14 +78,14 @@ class Spare:
                 self._dismantle(place, number, [])
 
     def give_way(self, place: Place) -> bool:
-        """Frees all that is kept, for a disk that is full; returns whether there was anything."""
+        """Removes all earlier directories, for room; returns whether there was one."""
         numbers = place.left_before()
         for number in numbers:
             self._dismantle(place, number, [])
         return bool(numbers)
 
     def remove(self) -> None:
-        """At the end: all but the generation before, unless another process is at work by now."""
+        """At the end: removes all but the newest, unless another process holds the lock."""
         if self._place is not None:
             with contextlib.suppress(OSError, Unavailable), held(self._place):
                 for number in self._place.left_before()[:-1]:
@@ -103,29 +98,21 @@ class Spare:
             place.ops.remove(folder / name)
         for shard in shards:
             if known and shard in known.shards and shard not in self._taken:
-                self._take_out(place, folder, _known(known, shard), shard)
+                self._take_out(place, folder, known, shard)
         place.ops.remove(folder)
 
-    def _take_out(self, place: Place, folder: Path, spare: _Shard, shard: str) -> None:
+    def _take_out(self, place: Place, folder: Path, old: Manifest, shard: str) -> None:
         ops, target = place.ops, place.next_folder / shard
         found = ops.found(folder / shard)
-        if found is None or found.st_nlink > 1 or not spare.record.is_at(found):
+        if found is None or found.st_nlink > 1 or not old.shards[shard].is_at(found):
             return
         # A rename would have to wait for the old folder to be flushed too.
         ops.link(folder / shard, target)
         # From here on no path leads to it for whoever holds the old folder.
         ops.unlink(folder / shard)
-        if _is_ours_alone(ops, target):
-            self._taken[shard] = spare
+        with ops.opened(target, write=True) as file:
+            ours = ops.stat(target).st_nlink == 1 and ops.is_open_here_alone(file)
+        if ours:
+            self._taken[shard] = old
         else:
             ops.remove(target)
-
-
-def _is_ours_alone(ops: FileOps, path: Path) -> bool:
-    with ops.opened(path, write=True) as file:
-        return ops.stat(path).st_nlink == 1 and ops.is_open_here_alone(file)
-
-
-def _known(old: Manifest, shard: str) -> _Shard:
-    tensors = {name: t.digest for name, t in old.tensors.items() if t.shard == shard}
-    return _Shard(old.shards[shard], tensors)

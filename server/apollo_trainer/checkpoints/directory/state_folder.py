@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -14,10 +15,10 @@ from apollo_trainer.checkpoints.directory.manifest import Manifest, ShardRecord
 from apollo_trainer.checkpoints.disk import (
     FILES,
     FileOps,
-    FileStat,
+    ShardHeader,
     digest_at,
-    digest_of,
     durable_bytes,
+    hex_digest,
     read_header,
 )
 
@@ -35,7 +36,7 @@ class SyncMethod(StrEnum):
 
 @dataclass(frozen=True)
 class Place:
-    """A model directory, its state folder, and the way to both."""
+    """A model directory, its state folder, and the file operations for both."""
 
     directory: Path
     state: Path
@@ -48,7 +49,7 @@ class Place:
 
     @property
     def intent_path(self) -> Path:
-        """What the sync at work makes of it."""
+        """What the sync at work makes of the directory: the intent."""
         return self.state / "manifest.next.json"
 
     @property
@@ -57,26 +58,24 @@ class Place:
         return self.state / "tmp-next"
 
     def before(self, generation: int) -> Path:
-        """The directory of that generation, once another one has taken its place."""
+        """Where the directory of an earlier generation is kept."""
         return self.state / f"{_BEFORE}{generation}"
 
     def left_before(self) -> list[int]:
-        """Generations whose directories are there still, the oldest first."""
-        if not self.ops.found(self.state):
-            return []
-        found = [n for n in self.ops.names(self.state) if n.startswith(_BEFORE)]
-        names = [name.removeprefix(_BEFORE) for name in found]
-        return sorted(int(name) for name in names if name.isdecimal())
+        """The earlier generations whose directories are still there, the oldest first."""
+        names = self.ops.names(self.state) if self.ops.found(self.state) else []
+        numbers = [name.removeprefix(_BEFORE) for name in names if name.startswith(_BEFORE)]
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def earlier(self, shard: str, header: str) -> Path | None:
-        """A shard as it was before the last sync; None where it is gone, or laid out otherwise.
+        """The file of a shard before the last sync; None where it is gone or has another header.
 
         Args:
             header: the digest of the header that it must have.
         """
         try:
             path = self.before(self.left_before()[-1]) / shard
-            return path if digest_of(read_header(self.ops, path).raw) == header else None
+            return path if read_header(self.ops, path).digest == header else None
         except (IndexError, OSError, ValueError):
             return None
 
@@ -89,8 +88,8 @@ class Place:
         """Where a new shard waits for its rename."""
         return self.directory / f".{shard}.apollo-next"
 
-    def is_linked_elsewhere(self, shard: str, found: FileStat) -> bool:
-        """Whether a shard has a name beside those in the directory and in the ones before it."""
+    def is_linked_elsewhere(self, shard: str, found: os.stat_result) -> bool:
+        """Whether a shard has a name outside the directory and its earlier generations."""
         ours = 1
         if found.st_nlink > 1:
             earlier = [self.ops.found(self.before(n) / shard) for n in self.left_before()]
@@ -98,12 +97,12 @@ class Place:
         return found.st_nlink > ours
 
     def redo(self, generation: int) -> Path:
-        """The values that are being written in place."""
+        """The redo log of a sync in place."""
         return self.state / f"redo-{generation}.safetensors"
 
     @property
     def to_begin_anew(self) -> str:
-        """What to do where a sync cannot be finished; snapshots stay."""
+        """What a person does where a sync cannot be finished; snapshots stay."""
         return (
             "If vLLM still serves what was learned, `apollo checkpoint export FOLDER` keeps it. "
             "Bring the directory back from a copy, then remove "
@@ -111,7 +110,7 @@ class Place:
         )
 
     def seen(self) -> dict[str, ShardRecord]:
-        """The shards of a directory that was never synced; of another the manifest knows them."""
+        """Records of the shards, where the directory was never synced; empty where it was."""
         if self.ops.found(self.manifest_path):
             return {}
         try:
@@ -141,44 +140,28 @@ def hub_repository(directory: Path) -> Path | None:
 
 
 def place_under(directory: Path, states: Path | None) -> Place:
-    """The place of a directory whose state folder lies in a folder of such; None: beside it."""
+    """The place of a directory whose state folder is below `states`; None: beside the directory."""
     resolved = directory.resolve()
     if states is None:
         return place_of(resolved)
     # Two models of one name would otherwise take each other's manifest for theirs.
-    which = digest_of(bytes(resolved))[:12]
+    which = hex_digest([bytes(resolved)])[:12]
     return place_of(resolved, state=states.resolve() / f"{resolved.name}-{which}.apollo")
 
 
 @contextlib.contextmanager
-def held(place: Place) -> Iterator[None]:
-    """Makes the state folder where there is none, and holds its lock: for one sync, or the like.
+def held(place: Place, lock: str = "LOCK") -> Iterator[None]:
+    """Holds a lock of the state folder for one sync or the like; makes the folder if it must.
 
-    Raises Unavailable while another process holds it, OSError where it cannot be made.
+    Raises Unavailable while another process holds it, OSError where the folder cannot be made.
     """
-    with _locked(place, "LOCK"):
-        yield
-
-
-@contextlib.contextmanager
-def owned(place: Place) -> Iterator[None]:
-    """The same of a server that keeps the directory, for as long as it does.
-
-    Two of them would write over each other's weights, and remove what the other one is building.
-    """
-    with _locked(place, "OWNER"):
-        yield
-
-
-@contextlib.contextmanager
-def _locked(place: Place, name: str) -> Iterator[None]:
     if not place.ops.found(place.state):
         place.ops.mkdir(place.state)
         # A commit record in a folder that a power failure takes away is none.
         place.ops.sync_folder(place.state.parent)
-    with contextlib.ExitStack() as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            lock.enter_context(place.ops.locked(place.state / name))
+            stack.enter_context(place.ops.locked(place.state / lock))
         except BlockingIOError as error:
             raise Unavailable(
                 f"Another process is at work on {place.directory.name}; nothing was written. Two "
@@ -188,10 +171,18 @@ def _locked(place: Place, name: str) -> Iterator[None]:
         yield
 
 
-def read_manifest(place: Place, path: Path | None = None) -> Manifest | None:
-    """The manifest, or the intent; None where there is none.
+def owned(place: Place) -> contextlib.AbstractContextManager[None]:
+    """Holds another lock, of the one server that keeps the directory; raises as `held`.
 
-    Raises FailedPrecondition for a file that is none, or of another directory.
+    Two of them would write over each other's weights, and remove what the other one is building.
+    """
+    return held(place, "OWNER")
+
+
+def read_manifest(place: Place, path: Path | None = None) -> Manifest | None:
+    """The manifest, or the intent; None where there is no file.
+
+    Raises FailedPrecondition for a file that is no manifest or of another directory, and OSError.
     """
     path = path or place.manifest_path
     if not place.ops.found(path):
@@ -214,7 +205,7 @@ def read_manifest(place: Place, path: Path | None = None) -> Manifest | None:
 
 
 def announce(place: Place, intent: Manifest) -> None:
-    """Puts on disk what the directory is to become; the folder's other new files are too."""
+    """Puts on disk what the directory is to become, and the names of the folder's new files."""
     durable_bytes(place.intent_path, intent.encode(), place.ops)
 
 
@@ -227,12 +218,16 @@ def commit(place: Place, manifest: Manifest) -> None:
         place.ops.remove(place.redo(manifest.generation))
 
 
+def changed_shards(place: Place, shards: Mapping[str, ShardRecord]) -> list[str]:
+    """Names of shards that came, went, or are other files than these, sorted. Reads no shard."""
+    files = {name: place.ops.found(place.directory / name) for name in place.shard_names()}
+    names = sorted({*shards, *files})
+    return [n for n in names if n not in shards or not shards[n].is_at(files.get(n))]
+
+
 def is_untouched(place: Place, manifest: Manifest) -> bool:
-    """Whether the directory's shards are the very files that the manifest describes. No read."""
-    names = place.shard_names()
-    return names == sorted(manifest.shards) and all(
-        manifest.shards[name].is_at(place.ops.found(place.directory / name)) for name in names
-    )
+    """Whether the directory's shards are the very files that the manifest describes."""
+    return not changed_shards(place, manifest.shards)
 
 
 def refreshed(place: Place, manifest: Manifest) -> Manifest | None:
@@ -241,31 +236,30 @@ def refreshed(place: Place, manifest: Manifest) -> Manifest | None:
     A directory that was copied back or touched is the same one; so is one whose bytes are equal.
     Reads the shards that are not the very files of the manifest.
     """
-    if is_untouched(place, manifest):
-        return manifest
     if place.shard_names() != sorted(manifest.shards):
         return None
     shards = dict(manifest.shards)
-    for name, shard in manifest.shards.items():
-        if not shard.is_at(place.ops.found(place.directory / name)):
-            if differences(place, manifest, name):
-                return None
-            shards[name] = ShardRecord.of(place.ops.stat(place.directory / name), shard.header)
+    for name in changed_shards(place, shards):
+        path = place.directory / name
+        try:
+            header = read_header(place.ops, path)
+        except ValueError:
+            return None
+        if any(shard_differences(place, manifest, name, header)):
+            return None
+        shards[name] = ShardRecord.of(place.ops.stat(path), header.digest)
     return replace(manifest, shards=shards)
 
 
-def differences(place: Place, manifest: Manifest, name: str) -> list[str]:
-    """What of a shard is not as the manifest has it, by its bytes; empty where all is."""
-    path, shard = place.directory / name, manifest.shards[name]
-    try:
-        header = read_header(place.ops, path)
-    except ValueError as error:
-        return [f"{name}: {error}"]
-    if digest_of(header.raw) != shard.header:
-        return [f"{name}: its header is another one"]
-    with place.ops.opened(path) as file:
-        return [
-            tensor
-            for tensor, record in manifest.tensors.items()
-            if record.shard == name and digest_at(place.ops, file, record.place) != record.digest
-        ]
+def shard_differences(
+    place: Place, manifest: Manifest, name: str, header: ShardHeader
+) -> Iterator[tuple[str, str]]:
+    """Reads a shard: which tensors are not as the manifest has them, and why; "" is the header."""
+    if header.digest != manifest.shards[name].header:
+        yield "", "its header is another one"
+    with place.ops.opened(place.directory / name) as file:
+        for tensor, record in manifest.tensors_of(name).items():
+            if header.tensors.get(tensor) != record.place:
+                yield tensor, "is missing, or lies elsewhere"
+            elif digest_at(place.ops, file, record.place) != record.digest:
+                yield tensor, "its bytes on disk are not those that were written"

@@ -1,7 +1,7 @@
 """Sync: the model directory becomes the live weights, by the safest way that the disk allows.
 
 Rung 0: nothing moved. Rung 1: exchange of folders. Rung 2: renames behind a commit record. Rung 3:
-in place behind a redo log, when asked for or out of room. Each is a file of its own.
+in place behind a redo log, when asked for or out of room.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from apollo_trainer.checkpoints.directory.exchange import (
     can_exchange,
     exchange_sync,
 )
-from apollo_trainer.checkpoints.directory.in_place import in_place_sync
 from apollo_trainer.checkpoints.directory.manifest import Manifest, ShardRecord
 from apollo_trainer.checkpoints.directory.preconditions import (
     refuse_links,
@@ -27,7 +26,6 @@ from apollo_trainer.checkpoints.directory.preconditions import (
     weight_headers,
 )
 from apollo_trainer.checkpoints.directory.recovery import edited, recover, require_as_seen
-from apollo_trainer.checkpoints.directory.rollforward import rollforward_sync
 from apollo_trainer.checkpoints.directory.spare import Spare
 from apollo_trainer.checkpoints.directory.state_folder import (
     Place,
@@ -36,7 +34,6 @@ from apollo_trainer.checkpoints.directory.state_folder import (
     held,
     is_untouched,
     place_of,
-    read_manifest,
     refreshed,
 )
 from apollo_trainer.checkpoints.directory.survey import (
@@ -46,12 +43,12 @@ from apollo_trainer.checkpoints.directory.survey import (
     Versions,
     read_baseline,
 )
+from apollo_trainer.checkpoints.directory.write_ahead import in_place_sync, rollforward_sync
 from apollo_trainer.checkpoints.disk import FILES, FileOps
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 
 log = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-__all__ = ["Progress", "SyncMethod", "SyncOutcome", "sync_directory"]
 
 
 @dataclass(frozen=True)
@@ -118,45 +115,44 @@ def _sync(
         require_as_seen(place, options.seen)
     if known and versions and is_untouched(place, known):
         survey = Survey(place, reader, known, versions)
-        if not survey.any_may_have_moved():
+        if not any(map(survey.may_have_moved, known.tensors)):
             total = sum(shard.size for shard in known.shards.values())
             progress(total, total, "")
             return survey.outcome
     headers = weight_headers(place, reader)
-    meter = _Meter(progress, sum(header.size for header in headers.values()))
-    baseline = refreshed(place, known) if known else read_baseline(place, headers, meter.read)
+    baseline = refreshed(place, known) if known else read_baseline(place, headers)
     if baseline is None:
         assert known
         raise edited(place, known)
-    survey = Survey(place, reader, baseline, versions)
-    shards = []
-    for shard in headers:
-        meter.at(shard)
+    done, total = 0, sum(header.size for header in headers.values())
+    survey = Survey(
+        place, reader, baseline, versions, began=lambda file: progress(total, total, file)
+    )
+    for shard, header in headers.items():
+        progress(done, total, shard)
         if next(survey.changed(shard), None) is not None:
-            shards.append(shard)
-        meter.done += headers[shard].size
-    _write(survey, shards, options, meter.at)
-    meter.at("")
+            survey.shards.append(shard)
+        done += header.size
+    _write(survey, options)
+    progress(total, total, "")
     return survey.outcome
 
 
-def _write(
-    survey: Survey, shards: list[str], options: SyncOptions, began: Callable[[str], None]
-) -> None:
-    if not shards:
+def _write(survey: Survey, options: SyncOptions) -> None:
+    if not survey.shards:
         commit(survey.place, survey.next_manifest(SyncMethod.UNCHANGED, []))
         return
     try:
-        manifest = _climb(survey, shards, options, began)
+        manifest = _climb(survey, options)
     except OSError as error:
         if error.errno not in _NO_ROOM or not _may_still_fit(survey, options.method):
             raise
         if (options.spare or Spare()).give_way(survey.place):
-            _write(survey, shards, options, began)
+            _write(survey, options)
             return
-        manifest = in_place_sync(survey, shards)
+        manifest = in_place_sync(survey)
     survey.outcome.method = SyncMethod(manifest.method)
-    survey.outcome.files_written = list(shards)
+    survey.outcome.files_written = list(survey.shards)
     if rounded := survey.outcome.rounded:
         log.warning(
             "%s and %d more tensors have a dtype on disk that does not hold every value of the "
@@ -166,25 +162,24 @@ def _write(
         )
 
 
-def _climb(
-    survey: Survey, shards: list[str], options: SyncOptions, began: Callable[[str], None]
-) -> Manifest:
-    method, spare = options.method, options.spare or Spare(keeps=False)
+def _climb(survey: Survey, options: SyncOptions) -> Manifest:
+    """Writes by the first rung that the options and the disk allow; returns what was committed."""
+    place, method, spare = survey.place, options.method, options.spare or Spare(keeps=False)
     if method == SyncMethod.IN_PLACE:
         # A shard may have a second name in a directory before: it would be written to there too.
-        if spare.give_way(survey.place):
-            survey.place.ops.sync_folder(survey.place.state)
-        return in_place_sync(survey, shards)
-    if method != SyncMethod.ROLLFORWARD and can_exchange(survey.place):
+        if spare.give_way(place):
+            place.ops.sync_folder(place.state)
+        return in_place_sync(survey)
+    if method != SyncMethod.ROLLFORWARD and can_exchange(place):
         with contextlib.suppress(ExchangeRefused):
-            return exchange_sync(survey, shards, began, spare)
-        recover(survey.place)
+            return exchange_sync(survey, spare)
+        recover(place)
         survey.outcome.begin_again()
-    return rollforward_sync(survey, shards, began)
+    return rollforward_sync(survey)
 
 
 def _may_still_fit(survey: Survey, method: SyncMethod | None) -> bool:
-    """After a full disk: whether a log of the changed tensors is smaller than the shards were."""
+    """Takes back what a full disk cut off; whether a log of the changed tensors may still fit."""
     place = survey.place
     if method == SyncMethod.ROLLFORWARD or place.ops.found(place.intent_path):
         return False
@@ -194,27 +189,7 @@ def _may_still_fit(survey: Survey, method: SyncMethod | None) -> bool:
 
 
 def _clean_up(place: Place) -> None:
-    """Frees what a failed sync wrote. What was announced waits for the next sync, or the start."""
+    """Removes what a failed sync wrote. What it announced waits for the next sync, or the start."""
     with contextlib.suppress(OSError, ApolloError):
         if not place.ops.found(place.intent_path):
             recover(place)
-
-
-class _Meter:
-    """Tells progress in bytes of the directory's files; it never goes back."""
-
-    def __init__(self, progress: Progress, total: int):
-        self._progress, self._total, self.done = progress, total, 0
-
-    def at(self, what: str) -> None:
-        """A file begins; an empty name is the end."""
-        self._progress(self.done if what else self._total, self._total, what)
-
-    def read(self, size: int) -> None:
-        """Of the first reading of a directory nothing is told: it is soon read again."""
-
-
-def read_generation(place: Place) -> int:
-    """Of the last sync; 0 where there was none."""
-    manifest = read_manifest(place)
-    return manifest.generation if manifest else 0

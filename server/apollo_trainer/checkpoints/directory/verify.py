@@ -11,16 +11,16 @@ from pathlib import Path
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.checkpoints.directory.disk_values import differs
 from apollo_trainer.checkpoints.directory.loaded_files import loaded_files, twins
-from apollo_trainer.checkpoints.directory.manifest import Manifest, TensorRecord
-from apollo_trainer.checkpoints.directory.state_folder import Place, held, place_of, read_manifest
-from apollo_trainer.checkpoints.directory.survey import Progress
-from apollo_trainer.checkpoints.disk import (
-    FILES,
-    FileOps,
-    digest_at,
-    digest_of,
-    read_header,
+from apollo_trainer.checkpoints.directory.manifest import Manifest
+from apollo_trainer.checkpoints.directory.state_folder import (
+    Place,
+    held,
+    place_of,
+    read_manifest,
+    shard_differences,
 )
+from apollo_trainer.checkpoints.directory.survey import Progress
+from apollo_trainer.checkpoints.disk import FILES, FileOps, read_header
 from apollo_trainer.checkpoints.host_memory import Staging
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from apollo_trainer.weights.loaded_files import INDEX
@@ -28,7 +28,7 @@ from apollo_trainer.weights.loaded_files import INDEX
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that is not as it was left; `tensor` is empty where a whole file is meant."""
+    """Something that is not as the last sync left it; an empty `tensor` stands for the file."""
 
     file: str
     tensor: str
@@ -37,7 +37,7 @@ class Difference:
 
 @dataclass
 class Verification:
-    """What was looked at: tensors of the manifest, and bytes of files read."""
+    """What was compared: tensors of the manifest, bytes of files read, and what differs."""
 
     generation: int
     tensors: int
@@ -57,11 +57,11 @@ def verify_directory(
     """Compares the directory with its manifest.
 
     Args:
-        reader: of the live weights, to be compared with the digests too; they must not change
-            meanwhile.
-        full: read the files, and compare digests; otherwise inode, size and time must be enough.
+        reader: of the live weights, which are compared too; they must not change meanwhile.
+        full: reads the files and compares digests; otherwise compares inode, size and time only.
 
-    Raises FailedPrecondition where there was no sync yet, Unavailable while one is at work.
+    Raises FailedPrecondition where there was no sync yet, Unavailable while another process works
+    on the directory, and OSError.
     """
     place = place_of(directory, ops, state)
     if not ops.found(place.manifest_path):
@@ -86,10 +86,10 @@ def verify_directory(
 
 @contextmanager
 def _unless_read_only(lock: AbstractContextManager[None]) -> Iterator[None]:
-    """Holds the lock; on a read-only disk there is none to take, and nobody who writes."""
-    with ExitStack() as held_now:
+    """Holds the lock; on a read-only disk, where nobody can write, goes on without it."""
+    with ExitStack() as stack:
         try:
-            held_now.enter_context(lock)
+            stack.enter_context(lock)
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
@@ -127,10 +127,7 @@ def _of_files(place: Place, manifest: Manifest) -> Iterator[Difference]:
 def _read_all(
     place: Place, manifest: Manifest, result: Verification, progress: Progress, total: int
 ) -> None:
-    def read(size: int) -> None:
-        result.bytes_read += size
-
-    for name, shard in manifest.shards.items():
+    for name in manifest.shards:
         progress(result.bytes_read, total, name)
         path = place.directory / name
         if not place.ops.found(path):
@@ -140,22 +137,12 @@ def _read_all(
         except (OSError, ValueError) as error:
             result.differences.append(Difference(name, "", str(error)))
             continue
-        if digest_of(header.raw) != shard.header:
-            result.differences.append(Difference(name, "", "its header is another one"))
-        with place.ops.opened(path) as file:
-            for tensor, record in _tensors(manifest, name):
-                at = header.tensors.get(tensor)
-                if at != record.place:
-                    what = "is missing, or lies elsewhere"
-                elif digest_at(place.ops, file, at, read) != record.digest:
-                    what = "its bytes on disk are not those that were written"
-                else:
-                    continue
-                result.differences.append(Difference(name, tensor, what))
-
-
-def _tensors(manifest: Manifest, shard: str) -> list[tuple[str, TensorRecord]]:
-    return [(name, t) for name, t in manifest.tensors.items() if t.shard == shard]
+        found = shard_differences(place, manifest, name, header)
+        result.differences += [Difference(name, tensor, what) for tensor, what in found]
+        tensors = manifest.tensors_of(name).items()
+        result.bytes_read += sum(
+            record.place.size for n, record in tensors if header.tensors.get(n) == record.place
+        )
 
 
 def _of_live(place: Place, manifest: Manifest, reader: CheckpointReader) -> Iterator[Difference]:

@@ -1,11 +1,10 @@
-"""The durable write: after it returns, the file is on disk whole; before, the old one is."""
+"""Durable writes: once one has returned, the new file is on disk whole; until then the old one."""
 
 from __future__ import annotations
 
 import contextlib
-import uuid
+import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from apollo_trainer.checkpoints.disk.file_ops import FILES, FileOps
@@ -13,10 +12,9 @@ from apollo_trainer.checkpoints.disk.file_ops import FILES, FileOps
 TEMPORARY = "tmp-"
 
 
-@contextmanager
-def new_file_beside(target: Path, ops: FileOps = FILES) -> Iterator[Path]:
-    """A path beside `target` for a new version of it, removed again when the block fails."""
-    path = target.with_name(f".{target.name}.{TEMPORARY}{uuid.uuid4().hex[:12]}")
+@contextlib.contextmanager
+def staged(path: Path, ops: FileOps) -> Iterator[Path]:
+    """A path to build a file or a folder at; removes it after the block unless it was renamed."""
     try:
         yield path
     finally:
@@ -25,52 +23,46 @@ def new_file_beside(target: Path, ops: FileOps = FILES) -> Iterator[Path]:
             ops.remove(path)
 
 
+def durable_write(target: Path, write: Callable[[Path], object], ops: FileOps = FILES) -> int:
+    """Replaces `target` with what `write` puts into a new file; returns its size in bytes.
+
+    Keeps owner, mode and attributes. Raises OSError with `target` as it was.
+    """
+    new = target.with_name(f".{target.name}.{TEMPORARY}{secrets.token_hex(6)}")
+    with staged(new, ops):
+        write(new)
+        if ops.found(target):
+            ops.copy_attributes(target, new)
+        flush_file(new, ops)
+        size = ops.stat(new).st_size
+        ops.rename(new, target)
+    ops.sync_folder(target.parent)
+    return size
+
+
+def durable_bytes(target: Path, data: bytes, ops: FileOps = FILES) -> None:
+    """Replaces a small file. Raises OSError with `target` as it was, or durable already."""
+    new = target.with_name(f"{TEMPORARY}{target.name}")
+    ops.remove(new)
+    with staged(new, ops):
+        write_new(new, data, ops)
+        ops.rename(new, target)
+    ops.sync_folder(target.parent)
+
+
+def write_new(path: Path, data: bytes, ops: FileOps, mode: int = 0o600) -> None:
+    """Writes and flushes a new file; its name is on disk only after its folder's fsync."""
+    with ops.created(path, mode) as file:
+        ops.write_all(file, memoryview(data), 0)
+        ops.fsync(file)
+
+
 def flush_file(path: Path, ops: FileOps = FILES) -> None:
     """fsync. Raises OSError; the file must then be given up, its pages are marked clean."""
     with ops.opened(path, write=True) as file:
         ops.fsync(file)
 
 
-def flush_folder(folder: Path, ops: FileOps = FILES) -> None:
-    """fsync of a folder: without it a rename may be undone by a power failure."""
-    ops.sync_folder(folder)
-
-
-def durable_write(target: Path, write: Callable[[Path], object], ops: FileOps = FILES) -> int:
-    """Replaces `target` with what `write` puts into a new file; returns its size in bytes.
-
-    Raises OSError with `target` as it was.
-    """
-    with new_file_beside(target, ops) as path:
-        write(path)
-        if ops.found(target):
-            ops.copy_attributes(target, path)
-        flush_file(path, ops)
-        size = ops.stat(path).st_size
-        ops.rename(path, target)
-    flush_folder(target.parent, ops)
-    return size
-
-
-def durable_bytes(target: Path, data: bytes, ops: FileOps = FILES) -> None:
-    """Replaces a small file. Raises OSError with `target` as it was, or durable already."""
-    path = target.with_name(f"{TEMPORARY}{target.name}")
-    ops.remove(path)
-    try:
-        write_new(path, data, ops)
-        ops.rename(path, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            ops.remove(path)
-        raise
-    flush_folder(target.parent, ops)
-
-
-def write_new(path: Path, data: bytes, ops: FileOps, mode: int = 0o600) -> None:
-    """A new file with its content on disk; its name is not, before the folder's fsync."""
-    file = ops.create(path, mode)
-    try:
-        ops.write_all(file, memoryview(data), 0)
-        ops.fsync(file)
-    finally:
-        ops.close(file)
+def flush_folder(folder: Path) -> None:
+    """fsync of a folder: without it a power failure may undo a rename. Raises OSError."""
+    FILES.sync_folder(folder)

@@ -16,7 +16,7 @@ import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import safe_open
 
@@ -35,29 +35,12 @@ _START_WRITING = 2
 _SET_SIGNAL = 10
 _NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _LIBC = ctypes.CDLL(None, use_errno=True)
-# What a file system or a mount answers that cannot exchange two folders.
+# Errors of a file system or a mount that cannot exchange two folders.
 CANNOT_EXCHANGE = frozenset(
     {errno.ENOSYS, errno.EINVAL, errno.EBUSY, errno.EXDEV, errno.EOPNOTSUPP, errno.EPERM}
 )
-# A file that is described in JSON is far smaller; a bigger one is no such file.
+# Manifests and indexes are far smaller.
 SMALL_FILE_BYTES = 256 << 20
-
-
-class FileStat(Protocol):
-    """What is used of os.stat_result."""
-
-    @property
-    def st_mode(self) -> int: ...  # noqa: D102
-    @property
-    def st_ino(self) -> int: ...  # noqa: D102
-    @property
-    def st_dev(self) -> int: ...  # noqa: D102
-    @property
-    def st_nlink(self) -> int: ...  # noqa: D102
-    @property
-    def st_size(self) -> int: ...  # noqa: D102
-    @property
-    def st_mtime_ns(self) -> int: ...  # noqa: D102
 
 
 class FileOps:
@@ -65,8 +48,8 @@ class FileOps:
 
     # --- reading ----------------------------------------------------------------------------
 
-    def stat(self, path: Path) -> FileStat:
-        """Of the path itself, be it a link."""
+    def stat(self, path: Path) -> os.stat_result:
+        """lstat: of a link, not of what it points to."""
         return path.lstat()
 
     def names(self, folder: Path) -> list[str]:
@@ -83,7 +66,7 @@ class FileOps:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def pread(self, file: int, size: int, offset: int) -> bytes:
-        """At most `size` bytes; fewer at the end of the file only."""
+        """Reads `size` bytes; fewer only at the end of the file."""
         parts = []
         while size and (part := os.pread(file, size, offset)):
             parts.append(part)
@@ -91,13 +74,13 @@ class FileOps:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def preadv(self, file: int, target: memoryview, offset: int) -> int:
-        """Reads some bytes into `target`, and returns how many: `read_all` is for callers."""
+        """Reads some bytes into `target`; returns how many. `read_all` reads all."""
         return os.preadv(file, [target], offset)
 
     def tensors(self, path: Path) -> Any:
-        """An open safetensors file, as the library's `safe_open`: a tensor is read when it is used.
+        """The library's `safe_open`: reads a tensor when it is used.
 
-        Raises OSError, and SafetensorError for what is none.
+        Raises OSError, and SafetensorError for what is no safetensors file.
         """
         return safe_open(path, framework="pt")
 
@@ -106,13 +89,12 @@ class FileOps:
         return is_bound_elsewhere(folder)
 
     def is_open_here_alone(self, file: int) -> bool:
-        """Whether no other descriptor of the file and no map of it is left, in any process.
+        """Whether no process has another descriptor or a map of the file; False where unknown.
 
-        That is what Linux grants a write lease for (fcntl(2), F_SETLEASE). False where the file
-        system cannot tell.
+        Linux grants a write lease then only (fcntl(2), F_SETLEASE).
         """
         try:
-            # Who opens the file meanwhile waits, and we are sent a signal: by default a deadly one.
+            # Whoever opens the file meanwhile waits, and we get a signal: the default one kills.
             fcntl.fcntl(file, _SET_SIGNAL, signal.SIGURG)
             fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
             fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -121,34 +103,34 @@ class FileOps:
         return True
 
     def room(self, folder: Path) -> int:
-        """Bytes that a user may still write there."""
+        """Free bytes of the disk, for a user that is not root."""
         return shutil.disk_usage(folder).free
 
     # --- writing ----------------------------------------------------------------------------
 
     def create(self, path: Path, mode: int = 0o600) -> int:
-        """A descriptor of a file that did not exist."""
+        """Makes a file; returns its descriptor. Raises FileExistsError where there is one."""
         return os.open(path, _NEW, mode)
 
     def pwrite(self, file: int, data: memoryview, offset: int) -> int:
-        """Writes some of `data`, and returns how many bytes: `write_all` is for callers."""
+        """Writes some of `data`; returns how many bytes. `write_all` writes all."""
         return os.pwrite(file, data, offset)
 
     def start_writing(self, file: int, size: int, offset: int) -> None:
-        """Has the kernel begin to write a part back; otherwise the fsync waits for all of it."""
+        """Starts the write-back of a part, so that the fsync has less to wait for."""
         begin, length = ctypes.c_int64(offset), ctypes.c_int64(size)
         _LIBC.sync_file_range(file, begin, length, _START_WRITING)
 
     def fsync(self, file: int) -> None:
-        """Content and size are on disk. Once failed never again: the pages are marked clean."""
+        """Puts content and size on disk. Never repeat a failed one: its pages are marked clean."""
         os.fsync(file)
 
     def fdatasync(self, file: int) -> None:
-        """The same for content that was there before, without the times."""
+        """fsync without the file's times, for a file that kept its size."""
         os.fdatasync(file)
 
     def sync_folder(self, folder: Path) -> None:
-        """Names in the folder are on disk: a power failure may else undo a rename."""
+        """fsync of a folder: without it a power failure may undo a rename in it."""
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self.fsync(descriptor)
@@ -156,57 +138,57 @@ class FileOps:
             os.close(descriptor)
 
     def close(self, file: int) -> None:
-        """Of a descriptor of `open` or `create`."""
+        """Closes a descriptor of `open` or `create`."""
         os.close(file)
 
     def clone(self, source: int, target: int) -> None:
-        """Shares the blocks of `source` with an empty file, where the file system can."""
+        """Makes an empty file share the blocks of `source`, where the file system can."""
         fcntl.ioctl(target, _CLONE, source)
 
     # --- names ------------------------------------------------------------------------------
 
     def rename(self, source: Path, target: Path) -> None:
-        """Replaces `target`."""
+        """Renames, and replaces `target`."""
         source.replace(target)
 
     def exchange(self, one: Path, other: Path) -> None:
-        """Two names change places in one step (Linux, renameat2 with RENAME_EXCHANGE)."""
+        """Swaps two names in one step (Linux, renameat2 with RENAME_EXCHANGE)."""
         renameat2(one, other, EXCHANGE)
 
     def rename_new(self, source: Path, target: Path) -> None:
-        """Raises FileExistsError where there is a target already, be it an empty folder."""
+        """Renames. Raises FileExistsError where `target` exists, even as an empty folder."""
         rename_without_replacing(source, target)
 
     def link(self, source: Path, target: Path) -> None:
-        """A second name for a file."""
+        """Gives a file a second name."""
         os.link(source, target, follow_symlinks=False)
 
     def symlink(self, points_to: str, path: Path) -> None:
-        """A symbolic link."""
+        """Makes a symbolic link."""
         path.symlink_to(points_to)
 
     def unlink(self, path: Path) -> None:
-        """Takes a name away."""
+        """Removes a name."""
         path.unlink()
 
     def mkdir(self, folder: Path, mode: int = 0o700) -> None:
-        """A new folder."""
+        """Makes a folder."""
         folder.mkdir(mode=mode)
 
     def rmdir(self, folder: Path) -> None:
-        """Takes an empty folder away."""
+        """Removes an empty folder."""
         folder.rmdir()
 
     def copy_attributes(self, source: Path, target: Path) -> None:
-        """Owner, mode, and extended attributes, as far as the system lets this user."""
+        """Copies owner, mode and extended attributes, as far as this user may set them."""
         copy_owner_and_mode(source, target)
         copy_extended_attributes(source, target)
 
     @contextlib.contextmanager
     def locked(self, path: Path) -> Iterator[None]:
-        """Holds an exclusive flock of a folder, or of a file, which is made where there is none.
+        """Holds an exclusive flock of a folder, or of a file, which it makes where there is none.
 
-        Raises BlockingIOError while another process does.
+        Raises BlockingIOError while another process holds it.
         """
         flags = os.O_DIRECTORY if path.is_dir() else os.O_CREAT | os.O_RDWR
         file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -219,7 +201,7 @@ class FileOps:
     # --- made of the above ------------------------------------------------------------------
 
     def write_all(self, file: int, data: memoryview, offset: int) -> None:
-        """Writes all of `data`, also where the system takes it in parts."""
+        """Writes all of `data`."""
         while data:
             written = self.pwrite(file, data, offset)
             if written <= 0:
@@ -227,22 +209,22 @@ class FileOps:
             data, offset = data[written:], offset + written
 
     def read_all(self, file: int, target: memoryview, offset: int) -> None:
-        """Fills `target`. Raises OSError where the file ends before."""
+        """Fills `target`. Raises OSError where the file is too short."""
         while target:
             size = self.preadv(file, target, offset)
             if size <= 0:
                 raise OSError(errno.EIO, f"the file ends at byte {offset}, before its tensors do")
             target, offset = target[size:], offset + size
 
-    def found(self, path: Path) -> FileStat | None:
-        """The same as `stat`; None where there is nothing."""
+    def found(self, path: Path) -> os.stat_result | None:
+        """`stat`; None where there is nothing."""
         try:
             return self.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def read(self, path: Path) -> bytes:
-        """A small file. Raises OSError for one of more than 256 MiB."""
+        """The content of a small file. Raises OSError for one of more than 256 MiB."""
         with self.opened(path) as file:
             data = self.pread(file, SMALL_FILE_BYTES + 1, 0)
         if len(data) > SMALL_FILE_BYTES:
@@ -258,17 +240,36 @@ class FileOps:
         finally:
             self.close(file)
 
-    def remove(self, path: Path) -> None:
-        """Takes a name away, a folder with all in it; what is not there is no error."""
+    @contextlib.contextmanager
+    def created(self, path: Path, mode: int = 0o600) -> Iterator[int]:
+        """`create`, closed again."""
+        file = self.create(path, mode)
+        try:
+            yield file
+        finally:
+            self.close(file)
+
+    def is_folder(self, path: Path) -> bool:
+        """Whether the path is a folder; False for a link to one."""
         found = self.found(path)
-        if found is None:
-            return
-        if not stat.S_ISDIR(found.st_mode):
+        return found is not None and stat.S_ISDIR(found.st_mode)
+
+    def make_folders(self, folder: Path, mode: int = 0o700) -> None:
+        """Makes a folder and the missing ones above it; does nothing where it exists."""
+        if not self.found(folder):
+            self.make_folders(folder.parent, mode)
+            # Another thread may come first.
+            with contextlib.suppress(FileExistsError):
+                self.mkdir(folder, mode)
+
+    def remove(self, path: Path) -> None:
+        """Removes a file, or a folder with all in it; does nothing where there is none."""
+        if self.is_folder(path):
+            for name in self.names(path):
+                self.remove(path / name)
+            self.rmdir(path)
+        elif self.found(path):
             self.unlink(path)
-            return
-        for name in self.names(folder := path):
-            self.remove(folder / name)
-        self.rmdir(folder)
 
 
 FILES = FileOps()

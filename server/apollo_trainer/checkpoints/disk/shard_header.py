@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensor lies where. Strict, and without its bytes.
+"""The header of a safetensors file: which tensor lies where. Refuses whatever is malformed.
 
 Format: https://github.com/huggingface/safetensors, README, "Format": eight bytes of little-endian
 length, JSON, then the tensors without a gap.
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from apollo_trainer.checkpoints.disk.digests import hex_digest
+
 # The library's own limit.
 MAX_HEADER_BYTES = 100_000_000
 LENGTH = struct.Struct("<Q")
@@ -26,7 +28,7 @@ DTYPES = {
     "U32": torch.uint32, "F32": torch.float32, "C64": torch.complex64, "F64": torch.float64,
     "I64": torch.int64, "U64": torch.uint64,
 }  # fmt: skip
-NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
@@ -39,10 +41,19 @@ class TensorPlace:
     start: int
     end: int
 
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor."""
+        return self.end - self.start
+
+    def outline(self) -> torch.Tensor:
+        """A tensor of this dtype and shape, without values."""
+        return torch.empty(self.shape, dtype=DTYPES[self.dtype], device="meta")
+
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The header as it stands in the file (`raw`, length included), and what it says."""
+    """A header: its bytes with the eight of its length (`raw`), and the tensors by name."""
 
     raw: bytes
     tensors: Mapping[str, TensorPlace]
@@ -52,9 +63,14 @@ class ShardHeader:
         """Bytes of the whole file."""
         return max((place.end for place in self.tensors.values()), default=len(self.raw))
 
+    @property
+    def digest(self) -> str:
+        """The hex digest of `raw`."""
+        return hex_digest([self.raw])
+
 
 def header_length(first: bytes, file_size: int) -> int:
-    """Bytes of the header with its length, of the first eight. Raises ValueError."""
+    """Bytes of a header with its length, from the file's first eight. Raises ValueError."""
     if len(first) != LENGTH.size:
         raise ValueError("it is shorter than the length of its header")
     length = LENGTH.size + int(LENGTH.unpack(first)[0])
@@ -93,27 +109,22 @@ def build_header(
     Raises ValueError for a dtype that the format does not have.
     """
     content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    places, end = {}, 0
+    end = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in NAME_OF:
+        if tensor.dtype not in _NAME_OF:
             raise ValueError(f"{name}: safetensors has no {tensor.dtype}; nothing was written")
     for name, tensor in sorted(tensors.items(), key=lambda t: (-_RANK[t[1].dtype], t[0])):
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        dtype, shape = NAME_OF[tensor.dtype], tuple(tensor.shape)
-        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-        places[name] = TensorPlace(dtype, shape, start, end)
+        start, end = end, end + tensor.nbytes
+        shape, offsets = list(tensor.shape), [start, end]
+        content[name] = {"dtype": _NAME_OF[tensor.dtype], "shape": shape, "data_offsets": offsets}
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % LENGTH.size)
     raw = LENGTH.pack(len(text)) + text
-    return ShardHeader(
-        raw,
-        {n: TensorPlace(p.dtype, p.shape, p.start + len(raw), p.end + len(raw))
-         for n, p in places.items()},
-    )  # fmt: skip
+    return parse_header(raw, len(raw) + end)
 
 
 def parse_metadata(raw: bytes) -> dict[str, str] | None:
-    """The free text that a header carries, such as {"format": "pt"}."""
+    """The metadata of a header, such as {"format": "pt"}; None where there is none."""
     found = json.loads(raw[LENGTH.size :].decode()).get("__metadata__")
     return found if isinstance(found, dict) else None
 
@@ -140,7 +151,7 @@ def _place(name: str, entry: Any, header: int) -> TensorPlace:
 
 
 def whole_numbers(values: Any) -> bool:
-    """Whether this is a list of whole numbers that are not negative and fit into 63 bits."""
+    """Whether `values` is a list of whole numbers from 0 to 2**63 - 1."""
     return isinstance(values, list) and all(
         isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 63 for v in values
     )

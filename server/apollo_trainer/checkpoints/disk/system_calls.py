@@ -1,4 +1,4 @@
-"""Calls of Linux that `os` does not have, or not in the form that is needed here."""
+"""Linux calls that `os` lacks, or does not have in the form needed here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REFUSED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
 def renameat2(source: Path, target: Path, flags: int) -> None:
-    """Linux's call of that name. Raises OSError, with ENOSYS where there is none."""
+    """Linux's renameat2(2). Raises OSError, with ENOSYS where the C library lacks it."""
     if not hasattr(_LIBC, "renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(target))
     if _LIBC.renameat2(_HERE, os.fsencode(source), _HERE, os.fsencode(target), flags):
@@ -29,7 +29,7 @@ def renameat2(source: Path, target: Path, flags: int) -> None:
 
 
 def rename_without_replacing(source: Path, target: Path) -> None:
-    """Replaces nothing, not even an empty folder. Raises FileExistsError, and OSError."""
+    """Renames. Raises FileExistsError where `target` exists, even as an empty folder; OSError."""
     try:
         renameat2(source, target, _NOREPLACE)
     except OSError as error:
@@ -41,7 +41,7 @@ def rename_without_replacing(source: Path, target: Path) -> None:
 
 
 def copy_owner_and_mode(source: Path, target: Path) -> None:
-    """Readers of the one must be able to read the other."""
+    """Gives `target` the owner and the mode of `source`, so that the same users can read it."""
     old, new = source.stat(), target.stat()
     if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
         # Only root may give files away; whoever may write a folder need not own it.
@@ -51,9 +51,9 @@ def copy_owner_and_mode(source: Path, target: Path) -> None:
 
 
 def copy_extended_attributes(source: Path, target: Path) -> None:
-    """ACLs, labels and what users set; one that the system refuses is logged.
+    """Gives `target` the ACLs, labels and other attributes of `source`, and no others.
 
-    One that only the target has came from its folder, and goes.
+    Logs one that the system refuses. Raises nothing.
     """
     try:
         wanted, found = set(os.listxattr(source)), set(os.listxattr(target))
@@ -72,7 +72,7 @@ def copy_extended_attributes(source: Path, target: Path) -> None:
 
 
 def is_bound_elsewhere(folder: Path) -> bool:
-    """Whether a mount of this thread's name space shows the folder under another path as well.
+    """Whether a mount that this thread sees shows the folder under another path as well.
 
     False where the system does not tell.
     """

@@ -8,11 +8,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-import xxhash
 
+from apollo_trainer.checkpoints.disk.digests import RunningDigest, hex_digest, raw_bytes
 from apollo_trainer.checkpoints.disk.file_ops import FILES, FileOps
 from apollo_trainer.checkpoints.disk.shard_header import (
     LENGTH,
@@ -27,18 +26,6 @@ from apollo_trainer.checkpoints.disk.shard_header import (
 PIECE = 16 << 20
 
 
-def digest_of(data: bytes | memoryview) -> str:
-    """XXH3 of 128 bits, in hex: whether bytes are as they were, not who wrote them."""
-    return xxhash.xxh3_128_hexdigest(data)
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, row-major; a copy only where it lies otherwise."""
-    flat = tensor.detach().contiguous().view(-1)
-    array: Any = flat.view(torch.uint8).numpy()
-    return memoryview(array) if flat.numel() else memoryview(b"")
-
-
 def write_tensors(
     tensors: Mapping[str, torch.Tensor],
     path: Path,
@@ -46,7 +33,7 @@ def write_tensors(
     ops: FileOps = FILES,
     pieces: Callable[[str], Iterable[memoryview]] | None = None,
 ) -> dict[str, str]:
-    """Writes a new safetensors file, not flushed; returns the digest of each tensor.
+    """Writes a new safetensors file, not flushed; returns each tensor's hex digest.
 
     Args:
         tensors: on the CPU, or without values where `pieces` returns their bytes.
@@ -54,57 +41,36 @@ def write_tensors(
     Raises OSError when the disk refuses.
     """
     header = build_header(tensors, metadata)
-    read = pieces or (lambda name: pieces_of(bytes_of(tensors[name])))
-    file = ops.create(path, 0o666)
-    try:
+    read = pieces or (lambda name: pieces_of(tensors[name]))
+    with ops.created(path, 0o666) as file:
         ops.write_all(file, memoryview(header.raw), 0)
         return {
             name: write_pieces(ops, file, read(name), place.start)
             for name, place in header.tensors.items()
         }
-    finally:
-        ops.close(file)
-
-
-def pieces_of(data: memoryview) -> Iterator[memoryview]:
-    """Bytes, a bounded piece at a time."""
-    for start in range(0, len(data), PIECE):
-        yield data[start : start + PIECE]
 
 
 def write_pieces(ops: FileOps, file: int, pieces: Iterable[memoryview], offset: int) -> str:
-    """Writes bytes one after the other from an offset on, and returns their digest."""
-    digest, begin = xxhash.xxh3_128(), offset
+    """Writes bytes one after the other from an offset on; returns their hex digest."""
+    running, begin = RunningDigest(), offset
     for piece in pieces:
-        digest.update(piece)
+        running.update(piece)
         ops.write_all(file, piece, offset)
         if offset + len(piece) - begin >= PIECE:
             ops.start_writing(file, len(piece), offset)
         offset += len(piece)
-    return digest.hexdigest()
+    return running.hex()
 
 
-def digest_of_pieces(pieces: Iterable[memoryview]) -> str:
-    """The digest of bytes that come one after the other."""
-    digest = xxhash.xxh3_128()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def digest_at(
-    ops: FileOps, file: int, place: TensorPlace, read: Callable[[int], None] = lambda size: None
-) -> str:
-    """The digest of bytes on disk; `read` is told of every piece."""
-    digest = xxhash.xxh3_128()
-    for piece in pieces_at(ops, file, place):
-        digest.update(piece)
-        read(len(piece))
-    return digest.hexdigest()
+def pieces_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes of a CPU tensor, row-major, in pieces. Copies only what is not contiguous."""
+    data = raw_bytes(tensor).data
+    for start in range(0, len(data), PIECE):
+        yield data[start : start + PIECE]
 
 
 def pieces_at(ops: FileOps, file: int, place: TensorPlace) -> Iterator[memoryview]:
-    """The bytes of a tensor on disk. Raises OSError where the file ends before they do."""
+    """The bytes of a tensor on disk, in pieces. Raises OSError where the file is too short."""
     offset = place.start
     while offset < place.end:
         piece = ops.pread(file, min(PIECE, place.end - offset), offset)
@@ -112,6 +78,11 @@ def pieces_at(ops: FileOps, file: int, place: TensorPlace) -> Iterator[memoryvie
             raise OSError(errno.EIO, f"a file ends at byte {offset}, before its tensors do")
         yield memoryview(piece)
         offset += len(piece)
+
+
+def digest_at(ops: FileOps, file: int, place: TensorPlace) -> str:
+    """The hex digest of a tensor on disk. Raises as `pieces_at`."""
+    return hex_digest(pieces_at(ops, file, place))
 
 
 def read_header(ops: FileOps, path: Path) -> ShardHeader:

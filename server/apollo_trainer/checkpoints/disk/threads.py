@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import TypeVar
 
 _Item = TypeVar("_Item")
@@ -19,21 +19,21 @@ _BATCH = 2**23
 
 
 def threads_for(size: int) -> int:
-    """Threads for work that is waited for, on so many bytes."""
+    """How many threads work on so many bytes, while somebody waits for it."""
     return max(1, min(_MOST_THREADS, os.cpu_count() or 1, size // _SHARE))
 
 
 def background_threads(size: int) -> int:
-    """Threads for work beside training, which must not be slowed by it."""
+    """How many threads work on so many bytes beside training, and do not slow it."""
     return min(threads_for(size), 1 if (os.cpu_count() or 1) < 8 else 2)
 
 
 def spread(
     work: Callable[[_Item], _Result], items: Iterable[_Item], threads: int
 ) -> Sequence[_Result]:
-    """The results of all items, in order, computed on so many threads.
+    """Calls `work` with every item, on so many threads; returns the results in the items' order.
 
-    When an item fails, no other begins. What it raised is raised here, once all threads have ended.
+    When an item fails, no other begins. Raises its error, after all threads have ended.
     """
     if threads == 1:
         return [work(item) for item in items]
@@ -49,12 +49,8 @@ def spread(
             raise
 
     with ThreadPoolExecutor(threads, "checkpoint") as pool:
-        return _results([pool.submit(unless_one_failed, item) for item in items])
-
-
-def _results(futures: Sequence[Future[_Result]]) -> Sequence[_Result]:
-    for future in wait(futures).done:
-        error = future.exception()
+        futures = [pool.submit(unless_one_failed, item) for item in items]
+    for error in (future.exception() for future in futures):
         if error is not None and not isinstance(error, CancelledError):
             raise error
     return [future.result() for future in futures]
@@ -76,11 +72,11 @@ def in_batches(items: Sequence[_Item], size: Callable[[_Item], int]) -> list[lis
 def spread_by_size(
     work: Callable[[str, int], _Result], sizes: Mapping[str, int], threads: int
 ) -> dict[str, _Result]:
-    """The results by name, in the order of `sizes`.
+    """Calls `work` for every name; returns the results by name, in the order of `sizes`.
 
     Args:
-        work: is called with a name, and the threads that it may use itself: all of them for what
-            is larger than one thread's share, one at a time; otherwise one.
+        work: gets a name, and how many threads it may use itself. A tensor that is larger than one
+            thread's share gets all threads, with no other at the same time; the rest get one each.
         sizes: bytes, by name.
     """
     share = sum(sizes.values()) // threads

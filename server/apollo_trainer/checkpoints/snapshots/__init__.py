@@ -1,9 +1,8 @@
-"""Ways back to earlier weights: named snapshots, the undo ring, and the restore of both."""
+"""Earlier weights: snapshots on disk, the undo ring in memory, and the restore of both."""
 
-from apollo_trainer.checkpoints.snapshots.copy import SnapshotCopy, SnapshotWriter
+from apollo_trainer.checkpoints.snapshots.copy_on_write import SnapshotCopy
 from apollo_trainer.checkpoints.snapshots.model_state import ModelState
-from apollo_trainer.checkpoints.snapshots.poison import Poison
-from apollo_trainer.checkpoints.snapshots.restoring import restore
+from apollo_trainer.checkpoints.snapshots.restoring import Poison, restore
 from apollo_trainer.checkpoints.snapshots.snapshot_info import SnapshotInfo
 from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.snapshots.undo_ring import UndoRing
@@ -15,7 +14,6 @@ __all__ = [
     "SnapshotCopy",
     "SnapshotInfo",
     "SnapshotStore",
-    "SnapshotWriter",
     "UndoRing",
     "WriteVersions",
     "WriteWatch",

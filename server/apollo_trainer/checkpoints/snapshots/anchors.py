@@ -1,4 +1,4 @@
-"""Anchors: full weights that snapshots are differences to, and the encoding against them."""
+"""Anchors: full weights on disk. Snapshots are encoded as differences to them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from apollo_trainer.checkpoints.snapshots.delta_file import (
 from apollo_trainer.checkpoints.snapshots.model_state import ModelState
 
 FORMAT, FILE_NAME = "apollo-anchor-2", "weights.safetensors"
-# Above it a new anchor is cheaper: it makes the next differentials small again.
+# A larger differential costs more than a new anchor, which makes the next ones small again.
 MOST_OF_THE_BYTES = 0.45
 
 
@@ -53,11 +53,9 @@ class Anchors:
         return new
 
     def newest_for(self, state: ModelState) -> str:
-        """The newest anchor of such parameters; empty where there is none."""
-        for anchor in reversed(self.folder.ids()):
-            if self._fits(anchor, state.parameters):
-                return anchor
-        return ""
+        """The newest anchor of parameters of these names, shapes and dtypes; empty for none."""
+        fitting = (a for a in reversed(self.folder.ids()) if self._fits(a, state.parameters))
+        return next(fitting, "")
 
     def _fits(self, anchor: str, parameters: Mapping[str, torch.Tensor]) -> bool:
         try:
@@ -78,23 +76,24 @@ class Anchors:
     ) -> dict[str, EncodedTensor] | None:
         """The differential to an anchor; None where it is above MOST_OF_THE_BYTES."""
         sizes = {name: p.nbytes for name, p in state.parameters.items()}
-        room = _Room(MOST_OF_THE_BYTES * sum(sizes.values()))
+        room, lock = MOST_OF_THE_BYTES * sum(sizes.values()), threading.Lock()
         with self._ops.tensors(self.path(anchor)) as file:
             digests = _digests(file)
 
             def encode(name: str, threads: int) -> EncodedTensor:
-                encoded = encode_tensor(
-                    file.get_tensor(name),
-                    state.parameters[name],
-                    old_digest=digests.get(name, ""),
-                    threads=threads,
-                )
-                room.take(encoded.frames.nbytes)
+                nonlocal room
+                old, new = file.get_tensor(name), state.parameters[name]
+                digest = digests.get(name, "")
+                encoded = encode_tensor(old, new, old_digest=digest, threads=threads)
+                with lock:
+                    room -= encoded.frames.nbytes
+                    if room < 0:
+                        raise _TooLargeError
                 return encoded
 
             try:
                 encoded = spread_by_size(encode, sizes, threads)
-            except _NoRoomError:
+            except _TooLargeError:
                 return None
         state.digests.update({name: each.entry.new for name, each in encoded.items()})
         return encoded
@@ -102,13 +101,13 @@ class Anchors:
     def decode(
         self, path: Path, anchor: str, digests: Mapping[str, str], memory: Memory
     ) -> dict[str, torch.Tensor]:
-        """The weights of a differential.
+        """The weights of the differential in a file.
 
         Args:
-            digests: of the weights, which the differential's must be.
-            memory: of the weights.
+            digests: of the weights, by which the snapshot knows them.
+            memory: allocates the weights.
 
-        Raises DataLoss where anything is not as it was, ValueError where its digests are others.
+        Raises DataLoss where a file is damaged, ValueError where the differential is another's.
         """
         try:
             file = self._ops.tensors(self.path(anchor))
@@ -119,15 +118,13 @@ class Anchors:
                 reason="SNAPSHOT_CORRUPT",
             ) from error
         with file, open_delta(path, self._ops) as delta:
-            names = set(file.keys())
-            if delta.anchor != anchor or names != delta.entries.keys():
+            if delta.anchor != anchor or set(file.keys()) != delta.entries.keys():
                 raise DataLoss(
                     f"The snapshot file {path.name} is no difference to the anchor {anchor}; "
                     "nothing was changed. Choose another snapshot.",
                     reason="SNAPSHOT_CORRUPT",
                 )
-
-            # It verifies each one by its own digests; these say that it is this snapshot's.
+            # It is verified by its own digests, which could be another snapshot's.
             if any(digests.get(n) != entry.new for n, entry in delta.entries.items()):
                 raise ValueError("its differential is of another snapshot")
 
@@ -138,26 +135,12 @@ class Anchors:
             return spread_by_size(decode, anchored, threads_for(sum(anchored.values())))
 
 
-class _NoRoomError(Exception):
-    """More bytes were taken than there were."""
-
-
-class _Room:
-    """Bytes that threads take from."""
-
-    def __init__(self, size: float):
-        self._left, self._lock = size, threading.Lock()
-
-    def take(self, size: int) -> None:
-        """Raises _NoRoomError where they are used up."""
-        with self._lock:
-            self._left -= size
-            if self._left < 0:
-                raise _NoRoomError
+class _TooLargeError(Exception):
+    """A differential is above MOST_OF_THE_BYTES."""
 
 
 def _digests(file: Any) -> dict[str, str]:
-    """What the anchor says of its own tensors; a wrong one is found when it is decoded."""
+    """The digests in an anchor's header; a wrong one is found when its tensor is decoded."""
     try:
         digests = json.loads((file.metadata() or {}).get("digests", ""))
     except ValueError:

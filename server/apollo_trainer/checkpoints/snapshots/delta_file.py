@@ -1,22 +1,22 @@
-"""A differential on disk: what takes the tensors of one anchor to those of one snapshot.
+"""A differential on disk: the difference between the tensors of an anchor and of a snapshot.
 
-A safetensors file, so that its layout is checked by a library that is made to. Each tensor is a row
-of frames (frames.py), uint8 [bytes], under the parameter's name. The header says for each: codec,
-dtype, shape, and the digests of the old and of the new bytes. Nothing in it is trusted: a file that
-is not exactly what `write_delta` writes is refused, and no size in it is believed before memory is
-taken.
+It is a safetensors file; that library checks its layout. Each tensor is a row of frames
+(frames.py), uint8 [bytes], under the parameter's name. The header has the codec, dtype and shape of
+each, and the digests of its old and new bytes. Nothing in it is trusted: a file that `write_delta`
+would not write is refused, and sizes are checked before memory is allocated.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -32,7 +32,7 @@ from apollo_trainer.checkpoints.disk import (
     spread,
     write_tensors,
 )
-from apollo_trainer.checkpoints.host_memory import Memory, empty_host, empty_like_host
+from apollo_trainer.checkpoints.host_memory import Memory, empty_like_host
 from apollo_trainer.checkpoints.snapshots import frames
 
 FORMAT = "apollo-delta-2"
@@ -40,7 +40,6 @@ DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float
 _ID = re.compile(r"[0-9]{8}-[0-9a-f]{12}")
 _NAME = re.compile(r"[^\x00-\x1f/\\]{1,500}")
 _OTHER_OLD = "{} is not what it was in the anchor"
-_FIELDS = {"codec", "dtype", "shape", "old", "new"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,9 @@ class DeltaEntry:
     shape: tuple[int, ...]
     old: str
     new: str
+
+
+_FIELDS = {field.name for field in fields(DeltaEntry)}
 
 
 @dataclass(frozen=True)
@@ -77,20 +79,13 @@ def encode_tensor(
         frames.parts(b.size, threads),
         threads,
     )
+    arrays = [np.frombuffer(piece, np.uint8) for part in pieces for piece in part]
+    joined = torch.from_numpy(np.concatenate([np.empty(0, np.uint8), *arrays]))
     old_digest = old_digest or digest(old)
     new_digest = old_digest if codec == "same" else digest(new)
     dtype = str(new.dtype).removeprefix("torch.")
     entry = DeltaEntry(codec, dtype, tuple(new.shape), old_digest, new_digest)
-    return EncodedTensor(entry, _joined([piece for part in pieces for piece in part]))
-
-
-def _joined(pieces: Sequence[bytes]) -> torch.Tensor:
-    joined = empty_host((sum(map(len, pieces)),), torch.uint8)
-    target, at = raw_bytes(joined).data, 0
-    for piece in pieces:
-        target[at : at + len(piece)] = piece
-        at += len(piece)
-    return joined
+    return EncodedTensor(entry, joined)
 
 
 def decode_tensor(
@@ -105,11 +100,10 @@ def decode_tensor(
     """The new tensor, in memory of its own; `old` is contiguous, on the CPU.
 
     Args:
-        memory: of the new tensor.
-        verify_old: refuse another `old` than that of the encoding even where the right new
-            values come out, as they do where all of them are in the frames.
+        verify_old: refuse a wrong `old` even where the frames alone give the right result.
+        memory: allocates the new tensor.
 
-    Raises ValueError where `old`, the frames or what comes out is not what was encoded.
+    Raises ValueError where `old`, the frames or the result is not what was encoded.
     """
     entry = encoded.entry
     if str(old.dtype) != f"torch.{entry.dtype}" or tuple(old.shape) != entry.shape:
@@ -119,7 +113,7 @@ def decode_tensor(
     new = memory(old)
     found = _decode(raw_bytes(encoded.frames).data, entry.codec, old, new, threads)
     if found != entry.new:
-        # Whose fault it is is of interest only now: a right result needs no second digest.
+        # Only an error needs this second digest.
         culprit = _OTHER_OLD if not matches(old, entry.old) else "{} did not come back as it was"
         raise ValueError(culprit.format(name))
     return new
@@ -131,7 +125,7 @@ def _decode(
     """Writes `new`; returns its digest."""
     source, target = frames.words(old), frames.words(new)
     if threads == 1:
-        # Each part is read again while it is in the core's cache.
+        # The digest reads each part while it is in the core's cache.
         running = RunningDigest()
         frames.decode(data, source, codec, target, running.update)
         return running.value()
@@ -144,7 +138,7 @@ def _decode(
 def write_delta(
     path: Path, anchor: str, tensors: Mapping[str, EncodedTensor], ops: FileOps = FILES
 ) -> None:
-    """Writes a new file; it is not flushed. Raises OSError when the disk refuses."""
+    """Writes a new file and does not flush it. Raises OSError where the disk refuses."""
     entries = {name: asdict(encoded.entry) for name, encoded in tensors.items()}
     metadata = {"format": FORMAT, "anchor": anchor, "tensors": json.dumps(entries)}
     encoded = {name: each.frames for name, each in tensors.items()}
@@ -155,8 +149,8 @@ class DeltaFile:
     """An open differential.
 
     Attributes:
-        anchor: the id of the anchor that it belongs to.
-        entries: by name.
+        anchor: the id of its anchor.
+        entries: by the tensors' names.
     """
 
     def __init__(self, path: Path, file: Any):
@@ -181,33 +175,34 @@ class DeltaFile:
 
         Args:
             old: the anchor's tensor, contiguous, on the CPU.
-            memory: of the new tensor.
+            memory: allocates the new tensor.
 
-        Raises DataLoss where the anchor, the frames or what comes out is not what was written.
+        Raises DataLoss where the anchor, the frames or the result is not what was written.
         """
-        with _refusing(self._path):
+        with corrupt_refused(f"The snapshot file {self._path.name}"):
             encoded = EncodedTensor(self.entries[name], self._file.get_tensor(name))
             return decode_tensor(name, encoded, old, threads=threads, memory=memory)
 
 
 @contextmanager
 def open_delta(path: Path, ops: FileOps = FILES) -> Iterator[DeltaFile]:
-    """Raises DataLoss for a file that is not a whole differential; it is left as it is."""
-    with _refusing(path):
+    """Opens a differential. Raises DataLoss where it is not whole; it is left as it is."""
+    what = f"The snapshot file {path.name}"
+    with corrupt_refused(what):
         file = ops.tensors(path)
     with file:
-        with _refusing(path):
+        with corrupt_refused(what):
             delta = DeltaFile(path, file)
         yield delta
 
 
 def is_id(value: Any) -> bool:
-    """Whether this is what ids of anchors and snapshots look like."""
+    """Whether this has the form of an id of an anchor or a snapshot."""
     return isinstance(value, str) and _ID.fullmatch(value) is not None
 
 
 def require_id(value: Any) -> str:
-    """An id of an anchor or a snapshot. Raises ValueError for what may not be a folder's name."""
+    """The id of an anchor or a snapshot. Raises ValueError where it has not the form of one."""
     if not is_id(value):
         raise ValueError(f"{str(value)[:40]!r} is no id")
     return str(value)
@@ -232,12 +227,13 @@ def _parse_entry(name: str, entry: Any) -> DeltaEntry:
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
+def corrupt_refused(what: str) -> Iterator[None]:
+    """Turns the errors of reading a damaged file into DataLoss; `what` begins its message."""
     try:
         yield
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise DataLoss(
-            f"The snapshot file {path.name} cannot be used ({error}); it was left as it is, and "
-            "nothing else was changed. Choose another snapshot, or delete this one.",
+            f"{what} cannot be used ({error}); it was left as it is, and nothing else was changed. "
+            "Choose another snapshot, or delete this one.",
             reason="SNAPSHOT_CORRUPT",
         ) from error

@@ -1,14 +1,14 @@
-"""One tensor as a row of compressed frames, each bounded, by the codec that suits it.
+"""A tensor as a row of compressed frames of bounded size, by the codec that suits it.
 
-A frame holds FRAME elements, the last one the rest: 20 bytes (elements, near escapes, far escapes,
-bytes of the body, bytes of the compressed escapes; uint32 each, little-endian), the body, and the
-escapes. Codecs:
+A frame holds FRAME elements, the last one the rest: a head of 20 bytes (elements, near escapes, far
+escapes, bytes of the body, bytes of the compressed escapes; uint32 each, little-endian), the body,
+and the escapes. Codecs:
 
 - `same`: no frame, the old bytes.
 - `raw`: the new bytes.
 - `xor-zstd`: new ^ old in planes of bytes, then zstd. Any dtype.
 - `ulp<w>-zstd`: differences of w bits, zstd; near and far escapes (ulp_codec.py), zstd. Floats
-  alone. Apart, because they are distributed otherwise: together they are a tenth larger.
+  alone. Escapes are distributed otherwise: compressed with the differences they take a tenth more.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ log = logging.getLogger(__name__)
 FRAME = 2**18  # elements
 SAMPLE, SAMPLES = 2**13, 4  # elements that a codec is chosen by, and how often
 _HEAD = struct.Struct("<IIIII")
-_WORDS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _WIDTHS = {"ulp2-zstd": 2, "ulp4-zstd": 4, "ulp8-zstd": 8, "ulp16-zstd": 16}
-# The fastest to decode first: one that is hardly smaller is not worth its time.
+# The fastest to decode first: a slower one must be smaller by more than _HARDLY.
 _SUITED: dict[torch.dtype, tuple[str, ...]] = {
     torch.bfloat16: ("ulp8-zstd", "ulp4-zstd", "ulp2-zstd"),
     torch.float16: ("ulp16-zstd", "ulp8-zstd", "ulp4-zstd", "ulp2-zstd"),
@@ -45,16 +44,15 @@ _SUITED: dict[torch.dtype, tuple[str, ...]] = {
 }
 _HARDLY = 1.02
 CODECS = ("same", "raw", "xor-zstd", *_WIDTHS)
-# Elements below which numpy is as good, and nothing need be compiled.
+# Below so many elements numpy is as fast, and nothing need be compiled.
 _FEW = 2**16
 
 
 class _Own(threading.local):
-    """What each thread needs again for every frame: none of it may be used by two."""
+    """What each thread uses again for every frame; no two threads may share it."""
 
     def __init__(self) -> None:
-        # Differences hardly repeat: matches that are found among them cost more time than they
-        # save bytes. So few are looked for, and what remains is their entropy.
+        # Differences hardly repeat: a search for matches costs more time than it saves bytes.
         entropy = zstandard.ZstdCompressionParameters(
             strategy=zstandard.STRATEGY_FAST, window_log=19, hash_log=6, min_match=7
         )
@@ -65,7 +63,7 @@ class _Own(threading.local):
         self._memory: dict[Any, Array] = {}
 
     def memory(self, key: str, count: int, dtype: Any) -> Array:
-        """The same memory at every call: fresh memory costs many times what is done in it."""
+        """The same memory at every call: fresh memory would cost many times the work in it."""
         kept = self._memory.get((key, dtype))
         if kept is None or kept.size < count:
             kept = self._memory[key, dtype] = np.empty(max(count, FRAME), dtype)
@@ -93,11 +91,11 @@ def _loops() -> ModuleType | None:
 
 def words(tensor: torch.Tensor) -> Array:
     """The bit patterns in row-major order, flat; shares the memory of a contiguous CPU tensor."""
-    return raw_bytes(tensor).view(_WORDS[tensor.element_size()])
+    return raw_bytes(tensor).view(f"u{tensor.element_size()}")
 
 
 def choose(old: Array, new: Array, dtype: torch.dtype) -> str:
-    """The codec by which samples of the tensor are the smallest, or hardly larger."""
+    """The fastest codec of those by which samples of the tensor are about the smallest."""
     if _same(old, new):
         return "same"
     a, b = _sampled(old), _sampled(new)
@@ -108,7 +106,7 @@ def choose(old: Array, new: Array, dtype: torch.dtype) -> str:
 
 
 def _same(old: Array, new: Array) -> bool:
-    """Ends at the first frame that differs: mostly the first."""
+    """Compares frame by frame: mostly the first one differs already."""
     return all(
         np.array_equal(old[start : start + FRAME], new[start : start + FRAME])
         for start in range(0, new.size, FRAME)
@@ -123,7 +121,7 @@ def _sampled(words: Array) -> Array:
 
 
 def parts(count: int, threads: int) -> list[slice]:
-    """At most so many parts of whole frames; their frames in a row are the tensor's."""
+    """Divides the elements into at most so many parts of whole frames, one part a thread."""
     frames = -(-count // FRAME)
     step = FRAME * max(1, -(-frames // threads))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
@@ -173,7 +171,7 @@ def _encode_frame(old: Array, new: Array, codec: str) -> tuple[bytes, ...]:
 
 
 def _differences(old: Array, new: Array, width: int) -> tuple[Array, Array, Array]:
-    """As `ulp_codec.encode`, in memory that the next call writes again."""
+    """As `ulp_codec.encode`; the next call on this thread overwrites the result."""
     loops = _loops() if old.size >= _FEW else None
     if loops is None:
         return ulp_codec.encode(old, new, width)
@@ -196,10 +194,10 @@ def decode(
     """Writes the new words; `out` may be `old`.
 
     Args:
-        written: is told of each part of `out`, in order, while it is in the core's cache.
+        written: is called with each part of `out`, in order, while it is in the core's cache.
 
-    Raises ValueError where the frames are not exactly those of so many elements. What is written
-    then is of no use, and no memory beyond one frame's was taken.
+    Raises ValueError where the frames are not exactly those of so many elements; `out` is undefined
+    then. No more memory than one frame's is allocated.
     """
     if codec == "same" and len(frames):
         raise ValueError("there are frames where nothing changed")
@@ -256,7 +254,7 @@ def _apply(old: Array, packed: bytes, near: bytes, far: bytes, width: int, out: 
 
 
 def _decompress(body: memoryview, size: int) -> bytes:
-    """Exactly `size` bytes. Raises ValueError for any other, before memory is taken for it."""
+    """Exactly `size` bytes. Raises ValueError for any other size, before memory is allocated."""
     if not size and not len(body):
         return b""
     try:

@@ -1,14 +1,14 @@
-"""Puts a decoded state into the live weights: all of it, or nothing, or the mark of poison.
+"""Restore: a decoded state becomes the live one, all of it or nothing, or the weights are poisoned.
 
-Old and new values are exchanged piece by piece, so that the way back needs no memory: after a
-restore the decoded state holds what was live before.
+Old and new values are exchanged piece by piece, so that a rollback needs no memory: after a
+restore, the decoded state holds what was live before.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +16,40 @@ from torch import Tensor
 from apollo_grpc.errors import DataLoss, FailedPrecondition, Internal
 from apollo_trainer.checkpoints.disk import in_batches, spread, threads_for
 from apollo_trainer.checkpoints.snapshots.model_state import ModelState, moments_of
-from apollo_trainer.checkpoints.snapshots.poison import Poison, PoisonedError
 from apollo_trainer.checkpoints.snapshots.value_exchange import Exchange
 from apollo_trainer.optim import Apollo
 
 
-class UndoKeeper(Protocol):
-    """Where a restore leaves its own way back."""
+class PoisonedError(DataLoss):
+    """A restore failed halfway, and its rollback failed too."""
 
-    def add(self, old: ModelState, new: ModelState) -> None:
-        """Keeps what takes `new` back to `old`."""
+    default_reason = "WEIGHTS_POISONED"
+
+
+class Poison:
+    """Whether the live weights are a mix of two states; the next restore that succeeds ends that.
+
+    Attributes:
+        why: a sentence; empty while the weights are sound.
+    """
+
+    def __init__(self) -> None:
+        self.why = ""
+
+    @property
+    def refusal(self) -> str:
+        """What a user reads; empty while the weights are sound."""
+        if not self.why:
+            return ""
+        return (
+            f"The live weights are mixed: {self.why} Nothing is trained or synced from them; "
+            "the model directory is as it was. Restore a snapshot, or start vLLM anew."
+        )
+
+    def require_sound(self) -> None:
+        """Raises FailedPrecondition while the live weights are mixed."""
+        if self.why:
+            raise FailedPrecondition(self.refusal, reason="WEIGHTS_POISONED")
 
 
 @torch.no_grad()
@@ -33,19 +57,19 @@ def restore(
     state: ModelState,
     parameters: Mapping[str, Tensor],
     optimizer: Apollo,
-    ring: UndoKeeper | None = None,
+    keep: Callable[[ModelState, ModelState], object] | None = None,
     poison: Poison | None = None,
 ) -> ModelState:
     """Makes `state` the live one; no step may be open, and nothing else may write.
 
-    Calls the optimizer's `before_param_write` for each parameter. `state` is used up: what comes
-    back, in its memory, is the state that was live before.
+    Calls the optimizer's `before_param_write` for each parameter. `state` is used up: the result,
+    in its memory, is the state that was live before.
 
     Args:
-        state: decoded and verified; its digests are what the live weights are verified by.
-        parameters: the live ones, by the same names; moments of other ones stay as they are.
-        ring: keeps an undo entry of the restore.
-        poison: is set where neither state could be written, and cleared by a success.
+        state: decoded and verified; its digests verify the live weights.
+        parameters: the live ones, by the same names; moments of others stay as they are.
+        keep: is called with the old and the new state after a success, to undo the restore.
+        poison: is set where the rollback failed, and cleared by a success.
 
     Raises FailedPrecondition where the state is of another model (nothing was touched), DataLoss
     where writing failed and the old state was put back, PoisonedError where that failed too.
@@ -64,7 +88,7 @@ def restore(
     try:
         for parameter in parameters.values():
             optimizer.before_param_write(parameter)
-        _exchange(exchange, parameters, moments, state, wanted)
+        _exchange_all(exchange, parameters, moments, state, wanted)
         # Its tensors hold the state already; what remains are counters, seed and settings.
         optimizer.load_named_state(live, state.description)
     except BaseException as error:
@@ -77,10 +101,9 @@ def restore(
             reason="RESTORE_FAILED",
         ) from error
     poison.why = ""
-    if ring is not None:
+    if keep is not None:
         # The parameters themselves: the next write of each is announced by them.
-        new = ModelState(dict(parameters), moments, state.description, digests=wanted)
-        ring.add(old, new)
+        keep(old, ModelState(dict(parameters), moments, state.description, digests=wanted))
     return old
 
 
@@ -104,7 +127,7 @@ def _require_fitting(
         ) from error
 
 
-def _exchange(
+def _exchange_all(
     exchange: Exchange,
     parameters: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
@@ -118,11 +141,10 @@ def _exchange(
 
     items = [(n, live, state.parameters[n], wanted[n]) for n, live in parameters.items()]
     items += [(n, live, state.moments[n], "") for n, live in moments.items()]
-    # The largest first: one that comes last is waited for by threads that have nothing to do.
+    # The largest first: if one came last, the other threads would have nothing to do.
     items.sort(key=lambda item: -item[1].nbytes)
     batches = in_batches(items, lambda item: item[1].nbytes)
-    threads = threads_for(sum(live.nbytes for _, live, _, _ in items))
-    spread(run, batches, threads)
+    spread(run, batches, threads_for(sum(live.nbytes for _, live, _, _ in items)))
 
 
 def _roll_back(

@@ -1,4 +1,4 @@
-"""What a snapshot says of itself: one JSON file with a checksum, strictly parsed."""
+"""The description of a snapshot: one JSON file with a checksum, strictly parsed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class SnapshotInfo:
 
     Attributes:
         id: unique, and never used again.
-        name: the user's; an automatic one has none.
+        name: the user's; empty for an automatic one.
         automatic: retention may delete it.
-        created: seconds since 1970, by this machine's clock; ids order snapshots, not this.
+        created: seconds since 1970, by this machine's clock. The order of snapshots is that of ids.
         optimizer_step: completed steps.
-        weight_version: of the live weights then; 0 where nobody said.
-        size_bytes: of its own files, not the anchor's.
+        weight_version: of the live weights then; 0 where it is not known.
+        size_bytes: of its own files, without the anchor's.
         weights_bytes: of the parameters.
         anchor: the id of the anchor that it is a difference to.
         digests: of each parameter.
@@ -54,7 +54,7 @@ _KINDS: dict[str, Any] = {
 
 
 def write_info(folder: Path, info: SnapshotInfo, ops: FileOps = FILES) -> None:
-    """Writes the file; it is not flushed."""
+    """Writes the file and does not flush it. Raises OSError where the disk refuses."""
     text = json.dumps(asdict(info), allow_nan=False, sort_keys=True)
     whole = {"format": FORMAT, "checksum": _checksum(text), "snapshot": text}
     file = ops.create(folder / FILE_NAME)
@@ -65,7 +65,7 @@ def write_info(folder: Path, info: SnapshotInfo, ops: FileOps = FILES) -> None:
 
 
 def read_info(folder: Path, ops: FileOps = FILES) -> SnapshotInfo:
-    """Raises DataLoss for a snapshot whose file is missing or is not as it was written."""
+    """The description in a snapshot's folder. Raises DataLoss where it is missing or damaged."""
     path = folder / FILE_NAME
     try:
         if ops.stat(path).st_size > _MOST_BYTES:
@@ -101,9 +101,9 @@ def _checksum(text: str) -> str:
 
 
 def require_name(name: str) -> str:
-    """A name that a user gave.
+    """A user's name for a snapshot, without spaces at its ends.
 
-    Raises InvalidArgument for one that cannot be shown in a line, or could be another one's id.
+    Raises InvalidArgument where it is not one line, is too long, or has the form of an id.
     """
     if not name.isprintable() or not 0 < len(name.strip()) <= _LONGEST_NAME:
         raise InvalidArgument.at("name", f"must be one line of 1 to {_LONGEST_NAME} characters")

@@ -1,9 +1,9 @@
-"""The snapshots of one model: each a difference to an anchor.
+"""The snapshots of one model on disk, each a difference to an anchor.
 
     <parent>/.<model>.apollo/{anchors,snapshots,trash}/
 
-Whatever crashes, an entry that exists is complete; what was half made is removed at the next start.
-One process works on a folder at a time: its owner's lock sees to that.
+After a crash every entry is complete; half-made ones are removed before the next write. Only one
+process writes to a folder: the caller holds its lock.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
-
-from safetensors import SafetensorError
 
 from apollo_grpc.errors import AlreadyExists, DataLoss, NotFound, ResourceExhausted
 from apollo_trainer.checkpoints.apollo_state import FILE_NAME as STATE_FILE
@@ -34,6 +32,7 @@ from apollo_trainer.checkpoints.host_memory import Memory, empty_like_host
 from apollo_trainer.checkpoints.snapshots.anchors import Anchors
 from apollo_trainer.checkpoints.snapshots.delta_file import (
     EncodedTensor,
+    corrupt_refused,
     encode_tensor,
     write_delta,
 )
@@ -51,24 +50,24 @@ EXTRA_KEY = "extra"
 
 
 class Source(Protocol):
-    """What a snapshot is made of."""
+    """A model that is being copied."""
 
     def state(self) -> ModelState:
-        """The state, complete; waits for what is still being copied."""
+        """The copy; waits until it is complete."""
 
 
 class SnapshotStore:
-    """Snapshots on disk.
+    """Snapshots on disk. Any thread; writes and loads one at a time.
 
     Args:
         root: the state folder of the model.
-        keep_automatic: automatic snapshots that are kept; older ones are deleted.
+        keep_automatic: how many automatic snapshots are kept; older ones are deleted.
         budget_bytes: of all anchors and snapshots; automatic ones give way. 0 is no limit.
         clock: seconds since 1970.
-        own: called before anything is written; raises where another process may.
+        own: is called before the first write; raises where another process may write.
 
     Attributes:
-        anchors: what the snapshots are differences to.
+        anchors: the snapshots are differences to them.
     """
 
     def __init__(
@@ -92,14 +91,14 @@ class SnapshotStore:
         name: str = "",
         progress: Progress = lambda *_: None,
     ) -> SnapshotInfo:
-        """Writes a snapshot; when it returns, it is durable.
+        """Writes a snapshot; it is durable when this returns.
 
         Args:
             name: the user's; without one the snapshot is automatic.
-            progress: may raise, and nothing is left then.
+            progress: may raise, which ends the snapshot.
 
-        Raises AlreadyExists for a name that is taken, ResourceExhausted where it does not fit into
-        the budget, OSError when the disk refuses; nothing of it is then left.
+        Raises AlreadyExists where the name is taken, ResourceExhausted where the budget is too
+        small, OSError where the disk refuses; nothing of the snapshot is left then.
         """
         with self._lock:
             name = require_name(name) if name else ""
@@ -121,17 +120,17 @@ class SnapshotStore:
             try:
                 self._retire()
             except OSError as error:
-                # The snapshot is durable; the next one retires what is too many.
+                # The snapshot is durable; the next one deletes what is too many.
                 log.warning("older snapshots were not deleted: %s", error)
             return info
 
     def _begin_to_write(self) -> None:
-        """Before the first write: folders, and what a crash left. A store that is read has none."""
+        """Makes the folders and removes what a crash left; a store that is only read does not."""
         if not self._begun:
             self._own()
             self.anchors.folder.prepare()
             self._folder.prepare()
-            # They may have been made by a process that ended before it could do this.
+            # A process that made them may have ended before it flushed them.
             for folder in (self._root.parent, self._root):
                 self._ops.sync_folder(folder)
             self._begun = True
@@ -177,7 +176,7 @@ class SnapshotStore:
         return anchor, encoded
 
     def list(self) -> list[SnapshotInfo]:
-        """All that can be read, the oldest first; what cannot is left as it is, and logged."""
+        """All that can be read, the oldest first; the others are logged and left as they are."""
         found = []
         for snapshot in self._folder.ids():
             try:
@@ -187,13 +186,13 @@ class SnapshotStore:
         return found
 
     def get(self, snapshot: str) -> SnapshotInfo:
-        """Raises NotFound, or DataLoss where it cannot be read."""
+        """A snapshot by its id. Raises NotFound, and DataLoss where it cannot be read."""
         return read_info(self._entry(snapshot), self._ops)
 
     def id_of(self, snapshot: str) -> str:
-        """The id of a snapshot by its id, for which no file is read, or its name. Raises NotFound.
+        """The id of a snapshot by its id or its name. Raises NotFound.
 
-        One that cannot be read has its id still, by which it can be deleted.
+        For an id no file is read, so that a damaged snapshot can be deleted.
         """
         if snapshot in self._folder.ids():
             return snapshot
@@ -206,7 +205,7 @@ class SnapshotStore:
         )
 
     def delete(self, snapshot: str) -> None:
-        """Deletes a snapshot, and an anchor that no other one needs. Raises NotFound."""
+        """Deletes a snapshot by its id, and an anchor that no other needs. Raises NotFound."""
         with self._lock:
             self._entry(snapshot)
             self._begin_to_write()
@@ -214,35 +213,26 @@ class SnapshotStore:
             self._drop_anchors()
 
     def load(self, snapshot: str, memory: Memory = empty_like_host) -> ModelState:
-        """Decodes and verifies a snapshot; the live weights are not touched.
+        """Decodes and verifies a snapshot by its id; the live weights are not touched.
 
         Args:
-            memory: of weights and moments.
+            memory: allocates weights and moments.
 
         Raises NotFound, and DataLoss where a byte of it is not as it was written.
         """
         with self._lock:
             folder = self._entry(snapshot)
             info = read_info(folder, self._ops)
-            try:
-                return self._load(folder, info, memory)
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-                raise _corrupt(snapshot, str(error)) from error
-
-    def _load(self, folder: Path, info: SnapshotInfo, memory: Memory) -> ModelState:
-        with ThreadPoolExecutor(1, "moments") as beside:
-            path = folder / STATE_FILE
-            state = beside.submit(read_state, path, info.state_digest, memory, self._ops)
-            delta = folder / DELTA_FILE
-            parameters = self.anchors.decode(delta, info.anchor, info.digests, memory)
-            moments, description = state.result()
-        return ModelState(
-            parameters,
-            moments,
-            description[OPTIMIZER_KEY],
-            description[EXTRA_KEY],
-            dict(info.digests),
-        )
+            with (
+                corrupt_refused(f"The snapshot {snapshot}"),
+                ThreadPoolExecutor(1, "moments") as beside,
+            ):
+                path, delta = folder / STATE_FILE, folder / DELTA_FILE
+                state = beside.submit(read_state, path, info.state_digest, memory, self._ops)
+                weights = self.anchors.decode(delta, info.anchor, info.digests, memory)
+                moments, found = state.result()
+                digests = dict(info.digests)
+                return ModelState(weights, moments, found[OPTIMIZER_KEY], found[EXTRA_KEY], digests)
 
     def size_bytes(self) -> int:
         """Bytes of all anchors and snapshots."""
@@ -255,11 +245,10 @@ class SnapshotStore:
         return self._folder.path / snapshot
 
     def _require_room(self, info: SnapshotInfo) -> None:
-        """Raises ResourceExhausted where not even without the automatic ones there is room."""
+        """Raises ResourceExhausted where it would not fit even without the automatic ones."""
         staying = [each for each in self.list() if not each.automatic]
-        anchors = {each.anchor for each in (*staying, info)} - {""}
-        needed = info.size_bytes + sum(each.size_bytes for each in staying)
-        folders = [self.anchors.path(anchor).parent for anchor in anchors]
+        folders = {self.anchors.path(each.anchor).parent for each in (*staying, info)}
+        needed = sum(each.size_bytes for each in (*staying, info))
         needed += sum(own_bytes(folder, self._ops) for folder in folders)
         if self._budget and needed > self._budget:
             raise ResourceExhausted(
@@ -291,11 +280,3 @@ class SnapshotStore:
         for anchor in anchors:
             if anchor not in needed:
                 self.anchors.folder.drop(anchor)
-
-
-def _corrupt(snapshot: str, why: str) -> DataLoss:
-    return DataLoss(
-        f"The snapshot {snapshot} cannot be used ({why}); it was left as it is, and nothing else "
-        "was changed. Choose another snapshot, or delete this one.",
-        reason="SNAPSHOT_CORRUPT",
-    )

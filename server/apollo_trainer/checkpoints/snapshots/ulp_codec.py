@@ -8,9 +8,10 @@ numbers are near. What does not fit is marked, and its new pattern kept: an esca
 For 16 bits the key is `u ^ (0xffff if sign else 0x8000)`; here it is the same as a signed number,
 the upper bit flipped. Differences wrap around in the key's width, so that they too are exact.
 
-This is the plain reference; ulp_loops.py does the same in compiled loops. What a tensor is stored
-as is `encode`: escapes of 2 and 4 bits are themselves differences of NEAR bits, which cost one byte
-and not a pattern; what does not even fit there is marked once more, and its new pattern kept.
+This is the reference, for few elements and where numba is missing; ulp_loops.py computes the same
+in compiled loops. `encode` is the stored form: escapes of 2 and 4 bits are themselves differences
+of NEAR bits, which take one byte instead of a pattern; what does not fit there either is marked
+once more, and its new pattern kept.
 """
 
 from __future__ import annotations
@@ -22,19 +23,15 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-_SIGNED: dict[int, Any] = {2: np.int16, 4: np.int32}
-_UNSIGNED: dict[int, Any] = {2: np.uint16, 4: np.uint32}
-# Differences by the bits that each one takes: what they are stored as before they are packed.
-STORED: dict[int, Any] = {2: np.int8, 4: np.int8, 8: np.int8, 16: np.int16}
 NEAR = 8  # bits
 
 
 def keys(bits: Array) -> Array:
     """Signed keys of unsigned bit patterns (uint16 or uint32), in the same shape.
 
-    It is its own inverse, but for the type: `patterns`.
+    `patterns` is the inverse: the same, but for the type.
     """
-    signed = bits.view(_SIGNED[bits.itemsize])
+    signed = bits.view(f"i{bits.itemsize}")
     key: Array = np.right_shift(signed, 8 * bits.itemsize - 1)
     np.bitwise_and(key, np.iinfo(signed.dtype).max, out=key)
     np.bitwise_xor(key, signed, out=key)
@@ -43,33 +40,32 @@ def keys(bits: Array) -> Array:
 
 def patterns(key: Array) -> Array:
     """The bit patterns, unsigned, that have these signed keys."""
-    unsigned = key.view(_UNSIGNED[key.itemsize])
+    unsigned = key.view(f"u{key.itemsize}")
     return keys(unsigned).view(unsigned.dtype)
 
 
 def difference(old: Array, new: Array, width: int) -> tuple[Array, Array]:
-    """What takes `old` to `new`, both uint16 or both uint32, flat.
+    """The differences from `old` to `new`, both uint16 or both uint32, flat; and the escapes.
 
     Args:
         width: bits of a difference, 2, 4, 8 or 16; it is within +-(2 ** (width - 1) - 1).
 
-    Returns differences (int8, or int16 of 16 bits), those that do not fit marked as
+    Returns differences (int8; int16 for 16 bits), those that do not fit marked as
     -(2 ** (width - 1)), and the new patterns of the marked ones, in order.
     """
     steps = keys(new)
     np.subtract(steps, keys(old), out=steps)
-    most = 2 ** (width - 1) - 1
+    most, stored, escapes = 2 ** (width - 1) - 1, f"i{max(1, width // 8)}", new[:0]
     if steps.size and not (-most <= steps.min() and steps.max() <= most):
         unfit = (steps > most) | (steps < -most)
-        steps[unfit] = -most - 1
-        return steps.astype(STORED[width]), new[unfit]
-    return steps.astype(STORED[width]), new[:0]
+        steps[unfit], escapes = -most - 1, new[unfit]
+    return steps.astype(stored), escapes
 
 
 def apply(old: Array, steps: Array, escapes: Array, width: int, out: Array) -> None:
     """Writes the new patterns; the inverse of `difference`. `out` may be `old`.
 
-    Raises ValueError where there are not as many escapes as marks; `out` is then of no use.
+    Raises ValueError where there are not as many escapes as marks; `out` is undefined then.
     """
     key = keys(old)
     np.add(key, steps, out=key)
@@ -82,15 +78,8 @@ def apply(old: Array, steps: Array, escapes: Array, width: int, out: Array) -> N
     out[places] = escapes
 
 
-def reverse(steps: Array, width: int) -> Array:
-    """The differences back; marked ones stay marked, and need the old patterns as escapes."""
-    turned = -steps
-    turned[steps == -(2 ** (width - 1))] = -(2 ** (width - 1))
-    return turned
-
-
 def packed_size(count: int, width: int) -> int:
-    """Bytes that `count` differences take once they are packed."""
+    """Bytes of `count` packed differences."""
     return -(-count * width // 8)
 
 
@@ -112,7 +101,7 @@ def pack(steps: Array, width: int) -> Array:
 
 
 def unpack(packed: Array, count: int, width: int) -> Array:
-    """The differences that `pack` was given; `packed` has exactly their bytes."""
+    """The inverse of `pack`; `packed` has exactly the bytes of `count` differences."""
     if width == 16:
         return np.ascontiguousarray(packed.reshape(2, -1).T).reshape(-1).view(np.int16)
     if width == 8:
@@ -123,7 +112,7 @@ def unpack(packed: Array, count: int, width: int) -> Array:
 def encode(old: Array, new: Array, width: int) -> tuple[Array, Array, Array]:
     """Packed differences (uint8 [packed_size]), near escapes (int8) and far ones (as `new`).
 
-    There are near ones for widths below NEAR alone; both are in the order of their marks.
+    Only widths below NEAR have near ones; both are in the order of their marks.
     """
     steps, patterns = difference(old, new, width)
     packed = pack(steps, width)
@@ -136,7 +125,7 @@ def encode(old: Array, new: Array, width: int) -> tuple[Array, Array, Array]:
 def decode(old: Array, packed: Array, near: Array, far: Array, width: int, out: Array) -> None:
     """Writes the new patterns; the inverse of `encode`. `out` may be `old`.
 
-    Raises ValueError where there are not as many escapes as marks; `out` is then of no use.
+    Raises ValueError where there are not as many escapes as marks; `out` is undefined then.
     """
     steps = unpack(packed, old.size, width)
     if width < NEAR:
@@ -148,7 +137,7 @@ def decode(old: Array, packed: Array, near: Array, far: Array, width: int, out: 
     apply(old, steps, far, width, out)
 
 
-# As many bytes as there are differences in one packed byte.
+# Words of as many bytes as there are differences in one packed byte.
 _GROUP: dict[int, Any] = {2: np.uint32, 4: np.uint16}
 _LOW_BITS = {2: np.uint32(0x03030303), 4: np.uint16(0x0F0F)}
 

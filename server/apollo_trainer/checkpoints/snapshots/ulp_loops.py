@@ -1,6 +1,6 @@
-"""What `encode` and `decode` of ulp_codec.py do, in one pass over memory, compiled for this CPU.
+"""`encode` and `decode` of ulp_codec.py in one pass over memory, compiled for this CPU.
 
-Work is done in chunks that stay in a core's first cache; 40 GB/s of weights a core, where the
+They work in chunks that stay in a core's first cache: 40 GB/s of weights a core, where the
 reference does 1 to 2. Marks are found 64 bits at a time: few of them are set.
 """
 
@@ -149,10 +149,10 @@ def _marks(word: Any, width: int) -> Any:
 
 @_compiled
 def _find_marks(words: Array, count: int, width: int, found: Array) -> int:
-    """Writes the places of the marks in so many words, in order; returns how many those are.
+    """Writes the places of the marks in so many words, in order; returns how many there are.
 
-    Three are looked for in each word, whether or not there are as many: how many there are is
-    what a processor cannot predict, and a wrong guess costs it more than all three.
+    Always looks for three in a word: a processor cannot predict how many there are, and a wrong
+    guess costs it more than all three.
     """
     marks, each, shift = 0, 64 // width, 1 if width == 2 else 2 if width == 4 else 3
     for n in range(count):
@@ -206,7 +206,7 @@ def encode(old: Array, new: Array, width: int, packed: Array, near: Array, far: 
 def decode(old: Array, packed: Array, near: Array, far: Array, width: int, out: Array) -> Any:
     """Writes the new patterns; `out` may be `old`. Returns how many were marked near and far.
 
-    Where those are other numbers than there are escapes, `out` is of no use.
+    Where there are not as many escapes, `out` is undefined.
     """
     steps, stage = np.zeros(CHUNK, np.int8), np.zeros(CHUNK, np.uint8)
     words, found = stage.view(np.uint64), np.zeros(CHUNK + 3, np.int64)

@@ -1,8 +1,8 @@
-"""The last updates, in host memory: each one can be taken back, bit for bit.
+"""The last updates, in host memory: each one can be undone, bit for bit.
 
-For each update the ring holds the ulp difference of every parameter that it wrote, from the new
-values to the old ones, and old copies of the moments, which change all over. Encoding is done in
-the background, during the next forward and backward.
+For each update the ring holds the ulp differences from the new values of the parameters that it
+wrote to the old ones, and old copies of the moments, which change all over. They are encoded in the
+background, during the next forward and backward.
 """
 
 from __future__ import annotations
@@ -16,25 +16,23 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
-from apollo_grpc.errors import FailedPrecondition, OutOfRange
+from apollo_grpc.errors import OutOfRange
 from apollo_trainer.checkpoints.disk import background_threads
-from apollo_trainer.checkpoints.host_memory import Held, HostBuffers, Reached
+from apollo_trainer.checkpoints.host_memory import DeviceEvent, HostBuffers, StagingCopy
 from apollo_trainer.checkpoints.snapshots.model_state import ModelState, moments_of, to_host
-from apollo_trainer.checkpoints.snapshots.poison import Poison
-from apollo_trainer.checkpoints.snapshots.restoring import restore
-from apollo_trainer.checkpoints.snapshots.undo_update import Recorded, Update, weights_before
+from apollo_trainer.checkpoints.snapshots.restoring import Poison, restore
+from apollo_trainer.checkpoints.snapshots.undo_update import Recorded, Update, state_before
 from apollo_trainer.optim import Apollo
 
 log = logging.getLogger(__name__)
 
 
 class UndoRing:
-    """Updates, the newest of which are kept within a budget.
+    """The newest updates, within a budget. One thread uses it: that of the steps.
 
-    The weights' old values are first held as they are, in buffers that are kept for all updates
-    (pinned for a CUDA device): as many bytes again as the weights and moments that an update
-    writes, twice that where updates follow each other faster than they are encoded. They do not
-    count to the budget; `clear` frees them.
+    Old values are first copied into buffers that are kept for all updates (pinned for a CUDA
+    device): as many bytes as the weights and moments that an update writes, twice that where
+    updates are faster than their encoding. The budget does not count them; `clear` frees them.
 
     Args:
         budget_bytes: of differences and old moments.
@@ -55,57 +53,61 @@ class UndoRing:
         self._pool: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
-        """Updates that can be taken back."""
+        """How many updates can be undone; waits until all are encoded."""
         self.settle()
         return len(self._updates)
 
     def size_bytes(self) -> int:
-        """Bytes of what is kept."""
+        """Bytes that count to the budget; waits until all updates are encoded."""
         self.settle()
         return sum(update.size_bytes() for update in self._updates)
 
     def begin(self, parameters: Mapping[str, Tensor], optimizer: Apollo) -> None:
-        """Before an update, no step being open; `before_write` and `end` follow."""
+        """Call it before an update, while no step is open; `before_write` and `end` follow."""
         _, description = optimizer.named_state()
         self._open, self._recorded = Update(copy.deepcopy(description)), {}
         self._names = {id(p): name for name, p in parameters.items()}
         self._optimizer = optimizer
 
     def before_write(self, parameter: Tensor) -> None:
-        """Copies what is about to be written; waits where two updates are not yet encoded."""
+        """Copies a parameter before its write; waits while two updates of it are not encoded."""
         key = id(parameter)
         if key in self._recorded:
             return
         name, newest = self._names.get(key), self._newest.pop(key, None)
         if self._open is None or self._optimizer is None or name is None:
             if newest is not None:
-                newest.parameter_is_written()
+                newest.before_next_write()
             return
         if older := self._older.pop(key, None):
             wait([older.encoded])
         if newest is not None and newest.encoded.done():
             newest = None
-        moments = moments_of(self._optimizer, name, parameter)
-        self._recorded[key] = Recorded.staged(name, parameter, moments, self._buffers, newest)
+        live, buffers = moments_of(self._optimizer, name, parameter), self._buffers
+        moments = {part: StagingCopy.of(tensor, buffers) for part, tensor in live.items()}
+        old = StagingCopy.of(parameter, buffers)
+        self._recorded[key] = Recorded(
+            name, parameter, old, moments, buffers=buffers, previous=newest
+        )
         if newest is not None:
             self._older[key] = newest
 
     def end(self, parameters: Mapping[str, Tensor]) -> None:
-        """After the update, or after it failed halfway: what was written can be taken back."""
+        """Call it after the update, also after one that failed halfway: it can be undone then."""
         update, recorded, optimizer = self._open, self._recorded, self._optimizer
         self._open, self._recorded = None, {}
         if update is None or not recorded:
-            # A step that was refused has nothing to take back.
+            # A step that was refused wrote nothing.
             return
-        # Of one that was refused among the copies, these alone are encoded, and not kept.
+        # A step that was refused while its old values were copied is encoded, but not kept.
         self._submit(update, recorded, parameters, keep=optimizer is not None and optimizer.wrote)
 
     def add(self, old: ModelState, new: ModelState) -> None:
-        """Keeps the way back from a change that was none of the optimizer's, such as a restore.
+        """Keeps a change that was not the optimizer's, such as a restore, so that it can be undone.
 
         Args:
-            old: is read in the background, until the first write that `before_write` is told of.
-            new: the live parameters, on any device; its digests are theirs.
+            old: is read in the background, until `before_write` tells of the next write.
+            new: the live parameters, on any device, and their digests.
         """
         self.settle()
         update = Update(copy.deepcopy(old.description))
@@ -113,7 +115,7 @@ class UndoRing:
         recorded = {}
         for name, values in old.parameters.items():
             live, digest = new.parameters[name], new.digests.get(name, "")
-            recorded[id(live)] = Recorded(name, live, Held(values), {}, digest=digest)
+            recorded[id(live)] = Recorded(name, live, StagingCopy(values), {}, digest=digest)
         self._submit(update, recorded, new.parameters)
 
     def _submit(
@@ -128,7 +130,7 @@ class UndoRing:
         if self._pool is None:
             size = sum(p.nbytes for p in parameters.values())
             self._pool = ThreadPoolExecutor(background_threads(size), "undo")
-        written = Reached(any(p.is_cuda for p in parameters.values()))
+        written = DeviceEvent(any(p.is_cuda for p in parameters.values()))
         # In the order of the writes: the next update comes to them in it.
         for each in recorded.values():
             self._pool.submit(each.encode, update, written)
@@ -143,10 +145,10 @@ class UndoRing:
         poison: Poison | None = None,
         writing: AbstractContextManager[None] | None = None,
     ) -> None:
-        """Takes the last updates back, weights and Apollo state.
+        """Undoes the last updates, weights and Apollo state.
 
         Args:
-            writing: is entered while the live weights are written: all is decoded before.
+            writing: is entered while the live weights are written, after all is decoded.
 
         Raises OutOfRange where fewer are kept, FailedPrecondition where the live weights are not
         those after the last update (nothing was touched), and what `restore` raises.
@@ -159,7 +161,7 @@ class UndoRing:
                 reason="UNDO_OUT_OF_RANGE",
             )
         taken = [self._updates[-1 - n] for n in range(count)]
-        state = _state_before(taken, parameters, optimizer)
+        state = state_before(taken, parameters, optimizer)
         touched = {name: parameters[name] for name in state.parameters}
         with writing or nullcontext():
             restore(state, touched, optimizer, poison=poison)
@@ -167,7 +169,7 @@ class UndoRing:
             self._updates.pop()
 
     def clear(self) -> None:
-        """Forgets all updates."""
+        """Forgets all updates and frees the buffers."""
         self.settle()
         self._updates.clear()
         self._newest.clear()
@@ -175,7 +177,7 @@ class UndoRing:
         self._buffers.clear()
 
     def stop(self) -> None:
-        """Ends the threads."""
+        """Ends the threads, once all updates are encoded."""
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -193,36 +195,11 @@ class UndoRing:
     ) -> None:
         wait([*encoded, *([before] if before else [])])
         if errors := [error for each in encoded if (error := each.exception())]:
-            # Without this one, none of those before it can be taken back.
+            # Those before it can only be undone after it.
             self._updates.clear()
             log.warning("An update cannot be undone, nor those before it: %r", errors[0])
-            return
-        if keep:
-            self._keep(update)
-
-    def _keep(self, update: Update) -> None:
-        self._updates.append(update)
-        total = sum(each.size_bytes() for each in self._updates)
-        while self._updates and total > self._budget:
-            total -= self._updates.popleft().size_bytes()
-
-
-def _state_before(
-    taken: Sequence[Update], parameters: Mapping[str, Tensor], optimizer: Apollo
-) -> ModelState:
-    """The state before these updates, the newest first. Raises FailedPrecondition."""
-    try:
-        weights, digests = weights_before(taken, parameters)
-    except ValueError as error:
-        raise FailedPrecondition(
-            f"The live weights are not those after the last update ({error}); nothing was "
-            "changed. Restore a snapshot instead.",
-            reason="UNDO_STALE",
-        ) from error
-    moments = dict(optimizer.named_state()[0])
-    for update in taken:
-        moments.update(update.moments)
-    description = copy.deepcopy(taken[-1].description)
-    return ModelState(
-        weights, {n: to_host(t) for n, t in moments.items()}, description, {}, digests
-    )
+        elif keep:
+            self._updates.append(update)
+            total = sum(each.size_bytes() for each in self._updates)
+            while self._updates and total > self._budget:
+                total -= self._updates.popleft().size_bytes()

@@ -1,11 +1,12 @@
-"""One update in the undo ring: what it is recorded in, how it is encoded, and how it is taken back.
+"""One update in the undo ring: its old values are staged, then encoded, then decoded by an undo.
 
 Old values are copied into buffers that are used again for every update: fresh memory would cost
-several times the copy, at each step. What is kept for good is made of them in the background.
+several times the copy, at each step. The encoded form is made in the background.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -14,19 +15,21 @@ from typing import Any
 
 from torch import Tensor
 
+from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.checkpoints.disk import background_threads, spread_by_size, threads_for
-from apollo_trainer.checkpoints.host_memory import HostBuffers, Reached, Staged, StagedCopy
+from apollo_trainer.checkpoints.host_memory import DeviceEvent, HostBuffers, StagingCopy
 from apollo_trainer.checkpoints.snapshots.delta_file import (
     EncodedTensor,
     decode_tensor,
     encode_tensor,
 )
-from apollo_trainer.checkpoints.snapshots.model_state import to_host
+from apollo_trainer.checkpoints.snapshots.model_state import ModelState, to_host
+from apollo_trainer.optim import Apollo
 
 
 @dataclass
 class Update:
-    """What takes one update back."""
+    """What undoes one update: differences to the old weights, old moments, the description."""
 
     description: dict[str, Any]
     moments: dict[str, Tensor] = field(default_factory=dict)
@@ -39,12 +42,13 @@ class Update:
 
 
 class Recorded:
-    """One parameter of an update, before it was written, and its moments.
+    """The old values of one parameter and its moments, until they are encoded.
 
     Args:
-        old: its values then, contiguous on the CPU.
-        buffers: where `old` and `moments` go when they are encoded; None where they stay.
-        previous: the same parameter in the update before, where that is not encoded yet.
+        old: of the parameter.
+        moments: the old ones, by their names.
+        buffers: the pool of `old` and `moments`; None where they are in none.
+        previous: the same parameter in the update before, where that may not be encoded yet.
         digest: of the values after the update, where it is known.
     """
 
@@ -52,8 +56,9 @@ class Recorded:
         self,
         name: str,
         parameter: Tensor,
-        old: Staged,
-        moments: Mapping[str, Staged],
+        old: StagingCopy,
+        moments: Mapping[str, StagingCopy],
+        *,
         buffers: HostBuffers | None = None,
         previous: Recorded | None = None,
         digest: str = "",
@@ -61,48 +66,34 @@ class Recorded:
         self.name, self._parameter, self._digest = name, parameter, digest
         self._old, self._moments, self._buffers = old, moments, buffers
         self._previous = previous
-        self._after: Staged | None = None
+        self._after: StagingCopy | None = None
         self._begun, self._lock = False, threading.Lock()
         self.encoded: Future[None] = Future()
         if previous is not None:
-            previous.parameter_is_written(old)
+            previous.before_next_write(old)
 
-    @classmethod
-    def staged(
-        cls,
-        name: str,
-        parameter: Tensor,
-        moments: Mapping[str, Tensor],
-        buffers: HostBuffers,
-        previous: Recorded | None,
-    ) -> Recorded:
-        """Copies what is live now into buffers."""
-        copies = {key: StagedCopy(tensor, buffers) for key, tensor in moments.items()}
-        old = StagedCopy(parameter, buffers)
-        return cls(name, parameter, old, copies, buffers, previous)
-
-    def parameter_is_written(self, after: Staged | None = None) -> None:
-        """Before the parameter is written again: waits only where it is needed as it is.
+    def before_next_write(self, after: StagingCopy | None = None) -> None:
+        """Call it before the parameter is written again. Waits only while it is being encoded.
 
         Args:
-            after: a copy of what it is now, which will do as well.
+            after: a copy of the parameter as it is now; without one this waits until it is encoded.
         """
         with self._lock:
             if after is not None and not self._begun:
                 self._after = after
                 return
-        # What it raised is for the ring: no step fails because an update cannot be taken back.
+        # The ring sees to errors: no step fails because an update cannot be undone.
         wait([self.encoded])
 
-    def encode(self, update: Update, written: Reached) -> None:
-        """Adds to the update what takes the parameter back; then the buffers are free.
+    def encode(self, update: Update, written: DeviceEvent) -> None:
+        """Adds the parameter to the update and gives the buffers back; sets `encoded`.
 
         Args:
-            written: the update; what is read before may be half of it.
+            written: the end of the update on the device; before it, values may be half new.
         """
         try:
             if self._previous is not None:
-                # Its new values are the old ones of this.
+                # Its values after the update are the old ones of this.
                 wait([self._previous.encoded])
                 self._previous = None
             with self._lock:
@@ -133,16 +124,36 @@ class Recorded:
             return self._after.tensor()
         if not self._parameter.is_cuda and self._parameter.is_contiguous():
             return self._parameter.detach()
-        return StagedCopy(self._parameter, self._buffers or HostBuffers()).tensor()
+        return StagingCopy.of(self._parameter, self._buffers or HostBuffers()).tensor()
 
 
-def weights_before(
+def state_before(
+    taken: Sequence[Update], parameters: Mapping[str, Tensor], optimizer: Apollo
+) -> ModelState:
+    """The state before these updates, the newest first; of parameters, those that they wrote.
+
+    Raises FailedPrecondition where the parameters are not what the newest made of them.
+    """
+    try:
+        weights, digests = _weights_before(taken, parameters)
+    except ValueError as error:
+        raise FailedPrecondition(
+            f"The live weights are not those after the last update ({error}); nothing was "
+            "changed. Restore a snapshot instead.",
+            reason="UNDO_STALE",
+        ) from error
+    moments = dict(optimizer.named_state()[0])
+    for update in taken:
+        moments.update(update.moments)
+    description = copy.deepcopy(taken[-1].description)
+    on_host = {name: to_host(tensor) for name, tensor in moments.items()}
+    return ModelState(weights, on_host, description, digests=digests)
+
+
+def _weights_before(
     taken: Sequence[Update], parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights before these updates, the newest first, and their digests.
-
-    Raises ValueError where the parameters are not what the newest made of them.
-    """
+    """The weights and their digests."""
 
     def decode(name: str, threads: int) -> tuple[Tensor, str]:
         now, known = parameters[name].detach().cpu().contiguous(), ""

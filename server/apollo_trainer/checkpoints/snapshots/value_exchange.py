@@ -1,4 +1,4 @@
-"""Live and host tensors exchange their values, piece by piece, with a way back from any point."""
+"""Live and host tensors exchange their values, piece by piece, with a rollback at any point."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from apollo_trainer.weights.checkpoint_reader import same_bytes
 # Bytes that are exchanged at once: few enough to stay in a core's cache, where the digest reads
 # them again.
 PIECE = 2**20
-# A device is far away: what is copied there and back must be worth the way.
+# The same for a device: enough to be worth the calls.
 FAR_PIECE = 2**23
 
 _free_streams: dict[torch.device, list[Any]] = {}
@@ -32,14 +32,15 @@ class _Pair:
     """Two tensors in pieces, live and host.
 
     Attributes:
-        reached: pieces that were exchanged; the live values of the next while it is written. One
-            assignment says both, so that an interrupt finds a way back.
+        reached: how many pieces are exchanged, and the live values of the next one while it is
+            written. One assignment sets both: an interrupt never finds half of it.
     """
 
     def __init__(self, live: Tensor, host: Tensor):
         live = live.detach()
         self.pieces: Sequence[tuple[Any, ...]]
-        if _is_flat_here(live):
+        self.in_cache = live.device.type == "cpu" and live.is_contiguous()
+        if self.in_cache:
             here, there = raw_bytes(live), raw_bytes(host)
             places = [slice(at, at + PIECE) for at in range(0, here.size, PIECE)]
             self.pieces = [(here[place], there[place]) for place in places]
@@ -55,7 +56,7 @@ class _Pair:
 
 
 class Exchange:
-    """Exchanges that were made, and those that are being made; threads may make them."""
+    """Exchanges that belong together, on any number of threads: `take_back` reverts all of them."""
 
     def __init__(self) -> None:
         self._pairs: list[_Pair] = []
@@ -65,24 +66,23 @@ class Exchange:
     def run(self, live: Tensor, host: Tensor, *, read_back: bool = True) -> str:
         """Exchanges two tensors of one shape and dtype; `host` is contiguous. Waits for the device.
 
-        Returns the digest that `live` has then; empty where it is not to be read back.
+        Returns the digest of `live` afterwards; empty without `read_back`.
         """
         pair, running = _Pair(live, host), RunningDigest()
         self._pairs.append(pair)
-        in_cache = _is_flat_here(live)
-        with _stream_beside(live):
+        with _own_stream(live):
             for here, there in pair.pieces:
                 self._piece(pair, here, there)
-                if read_back and in_cache:
+                if read_back and pair.in_cache:
                     running.update(here)
             if not read_back:
                 return ""
-            return running.value() if in_cache else digest(live)
+            return running.value() if pair.in_cache else digest(live)
 
     def _piece(self, pair: _Pair, live: Any, host: Any) -> None:
         place = str(live.device) if isinstance(live, Tensor) else "bytes"
-        # Fresh memory for each piece costs many times what the copy does. A device's is written
-        # again in the order of the thread's stream.
+        # Fresh memory for each piece would cost many times what the copy does. Memory of a device
+        # is written again in the order of the thread's stream.
         kept = self._own.__dict__.pop(place, None)
         scratch = _scratch(live) if kept is None or kept.nbytes < live.nbytes else kept
         old = scratch[: live.nbytes]
@@ -99,7 +99,10 @@ class Exchange:
 
     @torch.no_grad()
     def take_back(self) -> None:
-        """Writes the old values again, all of them; raises what forbids it, and on a mismatch."""
+        """Writes all old values again, also after one failed; no `run` may be at work.
+
+        Raises the first error, and Internal where a value does not read back.
+        """
         written = [piece for pair in self._pairs for piece in pair.written()]
         for device in {live.device for live, _ in written if isinstance(live, Tensor)}:
             if device.type == "cuda":
@@ -109,7 +112,6 @@ class Exchange:
             try:
                 _write(live, old)
             except Exception as error:
-                # The others may still be had.
                 errors.append(error)
         if errors:
             raise errors[0]
@@ -119,10 +121,10 @@ class Exchange:
 
 
 @contextmanager
-def _stream_beside(live: Tensor) -> Iterator[None]:
-    """A stream of the device's beside those of other threads; waits for it at the end.
+def _own_stream(live: Tensor) -> Iterator[None]:
+    """In the block, the thread has a stream of the device to itself; waits for it at the end.
 
-    One of few: memory that was freed on a stream is kept for that one alone.
+    Streams are used again: torch keeps memory that was freed on a stream for that stream alone.
     """
     if not live.is_cuda:
         yield
@@ -137,10 +139,6 @@ def _stream_beside(live: Tensor) -> Iterator[None]:
         yield
     stream.synchronize()
     free.append(stream)
-
-
-def _is_flat_here(live: Tensor) -> bool:
-    return live.device.type == "cpu" and live.is_contiguous()
 
 
 def _scratch(live: Values) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apollo_trainer.optim.cpu.memory import CHUNK, Memory
 from apollo_trainer.optim.cpu.threads import Stepping, Task
-from apollo_trainer.optim.cpu.writing import Change, Writer
+from apollo_trainer.optim.cpu.writing import TileChange, Writer
 from apollo_trainer.optim.reference import Job, bias_corrections, rate
 
 _Piece = tuple[Tensor, Tensor, int]  # of a parameter and its gradient; the first element's number
@@ -58,7 +58,7 @@ class _Adam:
     """Adam's step of one parameter, by pieces."""
 
     def __init__(self, job: Job, loops: ModuleType) -> None:
-        self._loops, self._settings = loops, Writer(job, loops)
+        self._loops, self._writer = loops, Writer(job, loops)
         self._m, self._v = (job.state[key].numpy().reshape(-1) for key in "mv")
         step = job.state["step"].view(1) + 1
         self._corrections = [np.float32(float(c)) for c in bias_corrections(job, step)]
@@ -71,9 +71,9 @@ class _Adam:
         self._loops.row_norms(*X, len(rows), piece[1].shape[1], rows)
         return float(np.linalg.norm(rows))
 
-    def step(self, piece: _Piece) -> Change | None:
+    def step(self, piece: _Piece) -> TileChange | None:
         """Takes the gradient into the moments, and writes the weights."""
-        (W, G, first), loops, settings = piece, self._loops, self._settings
+        (W, G, first), loops, writer = piece, self._loops, self._writer
         (a, b), whole = W.shape, (0, slice(0, len(W)))
         X, at, distance = Memory.of(G).floats(whole, loops)
         if a > 1:
@@ -81,9 +81,9 @@ class _Adam:
             loops.widen(narrow.view(np.uint32), strided, distance, a, b, X.view(np.uint32), b)
             at = 0
         m, v = self._m[first : first + a * b], self._v[first : first + a * b]
-        loops.take_moments(X[at : at + a * b], m, v, *settings.moments)
+        loops.take_moments(X[at : at + a * b], m, v, *writer.moments)
         update = np.empty(a * b, np.float32)
-        loops.directions(m, v, *self._corrections, settings.eps, update)
+        loops.directions(m, v, *self._corrections, writer.eps, update)
         by_row, by_column = np.full(a, self._lr), np.ones(b, np.float32)
         source = (update.view(np.uint32), 0, b)
-        return settings.write(Memory.of(W), whole, source, by_row, by_column, first)
+        return writer.write(Memory.of(W), whole, source, by_row, by_column, first)

@@ -23,9 +23,9 @@ from apollo_trainer.optim.reference import Job, bias_corrections, limit, rate
 
 def step_matrices(job: Job, loops: ModuleType) -> Stepping:
     """Algorithm 1 for a matrix [a, b], or for each matrix of a stack [E, a, b]."""
-    state, settings = job.state, Writer(job, loops)
+    state, writer = job.state, Writer(job, loops)
     G = Product(job.grad) if isinstance(job.grad, Factored) else Memory.of(job.grad)
-    projected = _Projected(job, settings, loops)
+    projected = _Projected(job, writer, loops)
     yield projected.tasks(G)
     step = state["step"].view(-1) + 1
     s, G_norms = projected.scaling_factors(), torch.from_numpy(projected.norms)
@@ -38,7 +38,7 @@ def step_matrices(job: Job, loops: ModuleType) -> Stepping:
         np.copyto(state[key].view(-1).numpy(), new.numpy(), where=active.numpy())
     factors = (s * (factor * rate(job, step)).unsqueeze(-1)).expand(G_norms.shape).contiguous()
     W = Memory.of(job.slot.param)
-    write = partial(_write, G, W, factors.numpy(), settings)
+    write = partial(_write, G, W, factors.numpy(), writer)
     matrices = active.nonzero().flatten().tolist()
     a, b = job.grad.shape[-2:]
     found = yield [
@@ -55,8 +55,8 @@ class _Projected:
     same numbers in the same order for a matrix and for its transpose.
     """
 
-    def __init__(self, job: Job, settings: Writer, loops: ModuleType) -> None:
-        self._job, self._settings, self._loops = job, settings, loops
+    def __init__(self, job: Job, writer: Writer, loops: ModuleType) -> None:
+        self._job, self._writer, self._loops = job, writer, loops
         m, n = sorted(job.grad.shape[-2:])
         count, rank = math.prod(job.grad.shape[:-2]), job.slot.rank or 0
         P = np.empty(rank * m, np.float32)
@@ -101,7 +101,7 @@ class _Projected:
         (e, rows), R, rank = tile, self._R[tile[0]], len(self._P)
         self._loops.channel_sums(
             R.reshape(-1), self._m[e], self._v[e], rank, R.shape[1], rows.start,
-            *self._settings.moments, *(c[e] for c in self._corrections), self._settings.eps,
+            *self._writer.moments, *(c[e] for c in self._corrections), self._writer.eps,
             *self._sums[:, e, rows],
         )  # fmt: skip
 
@@ -120,7 +120,7 @@ class _Projected:
     def take_moments(self, tile: Tile) -> None:
         """Takes R into a piece of both moments."""
         R, m, v = (X.reshape(len(self._m), -1)[tile] for X in (self._R, self._m, self._v))
-        self._loops.take_moments(R, m, v, *self._settings.moments)
+        self._loops.take_moments(R, m, v, *self._writer.moments)
 
 
 @lru_cache(maxsize=1)
@@ -129,9 +129,9 @@ def _quantiles() -> Array:
     return quantiles
 
 
-def _write(G: Memory | Product, W: Memory, factors: Array, settings: Writer, tile: Tile) -> Any:
+def _write(G: Memory | Product, W: Memory, factors: Array, writer: Writer, tile: Tile) -> Any:
     """Writes some rows of W; `factors` [E, n] hold lr alpha s."""
     (e, rows), (_, a, b) = tile, W.view.shape
     ones = np.ones(b if a >= b else rows.stop - rows.start, np.float32)
     by_row, by_column = (factors[e, rows], ones) if a >= b else (ones, factors[e])
-    return settings.write(W, tile, G.rows(tile), by_row, by_column)
+    return writer.write(W, tile, G.rows(tile), by_row, by_column)

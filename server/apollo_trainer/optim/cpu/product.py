@@ -1,4 +1,4 @@
-"""A gradient on a CPU that exists as its factors, tile by tile where it is written."""
+"""A gradient on a CPU of which only the factors exist; its tiles are made one at a time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from apollo_trainer.optim.factored import Factored, Projection
 
 
 class Product:
-    """G [E, a, b] of its factors; what `Memory` is for a gradient that was made."""
+    """G [E, a, b], made tile by tile from its factors. `Memory` is its like for a whole one."""
 
     def __init__(self, grad: Factored) -> None:
         self._matrices = list(grad.matrices())
 
     def projections(self, P: Tensor) -> list[Projection]:
-        """For each matrix what projects it by P, float32 [r, m]."""
+        """The projection of each matrix by P, float32 [r, m]."""
         return [Projection(factors, P) for factors in self._matrices]
 
     def rows(self, tile: Tile) -> Rows:

@@ -21,10 +21,10 @@ Stepping = Stages[tuple[bool, list[tuple[float, int]]]]
 
 
 def run(works: Sequence[Stages[Outcome]]) -> list[Outcome]:
-    """Runs every work to its end, on torch.get_num_threads() threads; returns what each returned.
+    """Runs all works to their ends, on torch.get_num_threads() threads; returns their results.
 
-    Within a task torch uses one thread, so that no product depends on how many there are. What
-    anything raises is raised here, once no thread works any more.
+    Within a task torch uses one thread, so that no product depends on how many there are. If one
+    raises, the others stop after their current task, and this raises the error once all have.
     """
     threads = torch.get_num_threads()
     if threads == 1:
@@ -55,7 +55,7 @@ def _run_alone(work: Stages[Outcome]) -> Outcome:
 
 
 class _Line(Generic[Outcome]):
-    """Tasks in line: those of a work that has begun go before works that have not."""
+    """A queue of tasks: those of works that have begun come before works that have not."""
 
     def __init__(self, works: Sequence[Stages[Outcome]]) -> None:
         self._works = works
@@ -102,7 +102,7 @@ class _Line(Generic[Outcome]):
 
 
 class _Stage:
-    """Tasks, the last of which to end calls `then` with the results of all."""
+    """Tasks that may run at the same time; whichever ends last calls `then` with all results."""
 
     def __init__(self, tasks: Sequence[Task], then: Callable[[list[Any]], None]) -> None:
         self._tasks, self._then = tasks, then

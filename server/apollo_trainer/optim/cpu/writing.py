@@ -9,7 +9,7 @@ import numpy as np
 from apollo_trainer.optim.cpu.memory import Array, Memory, Rows, Tile, convert, scratch
 from apollo_trainer.optim.reference import Job
 
-Change = tuple[float, int]  # the sum of squares, and how many elements
+TileChange = tuple[float, int]  # the sum of squares, and how many elements
 # Bit patterns, as float32, of the largest finite number of each kind of weights; float32's any.
 _LARGEST = {
     np.uint32: np.uint32(0x7FFFFFFF),
@@ -37,7 +37,7 @@ class Writer:
         by_row: Array,
         by_column: Array,
         first: int = 0,
-    ) -> Change | None:
+    ) -> TileChange | None:
         """Writes W - G diag(s) - lr lambda W; by_row times by_column hold lr alpha s.
 
         `first` is the number of the first element of W in the parameter. Returns the sum of squares

@@ -1,0 +1,69 @@
+"""Blocking calls on vLLM's own asyncio client, for gRPC's threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from apollo_grpc.errors import FailedPrecondition, Unavailable
+
+CALL_SECONDS = 120.0
+T = TypeVar("T")
+
+
+class VllmCalls:
+    """Runs calls on vLLM's event loop, which is never blocked, and waits for their results.
+
+    Args:
+        client: vLLM's AsyncLLM (vllm/v1/engine/async_llm.py); the methods used here are the same
+            in 0.26, 0.32 and 0.33.
+        loop: the event loop that `client` lives on.
+    """
+
+    def __init__(self, client: Any, loop: asyncio.AbstractEventLoop):
+        self.client, self._loop = client, loop
+
+    @property
+    def alive(self) -> bool:
+        """Whether neither the engine nor vLLM's event loop has ended."""
+        return self._loop.is_running() and not self.client.errored
+
+    def wait_for(self, coroutine: Coroutine[Any, Any, T], seconds: float = CALL_SECONDS) -> T:
+        """The result of a call; raises Unavailable where vLLM stops, ends or is too slow."""
+        if not self._loop.is_running():
+            coroutine.close()
+            raise Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(seconds)
+        except TimeoutError:
+            # A pause that takes effect after it was given up would have no lease to end it.
+            future.cancel()
+            raise Unavailable(
+                f"vLLM did not answer within {seconds:g} s.", reason="ENGINE_SLOW"
+            ) from None
+        except Exception as error:
+            # By name: the module is vLLM's, which the tests of this class do without.
+            if type(error).__name__ != "EngineDeadError":
+                raise
+            raise Unavailable(
+                "vLLM's engine ended while it was asked; vLLM's log says why.",
+                reason="ENGINE_STOPPING",
+            ) from error
+
+    def ask_worker(self, method: str, *args: bytes) -> bytes:
+        """The answer of the only worker.
+
+        Raises FailedPrecondition where it refuses, or is not the only one, else as `wait_for`.
+        """
+        answers = self.wait_for(self.client.collective_rpc(method, args=args))
+        if len(answers) != 1:
+            raise FailedPrecondition(
+                f"vLLM runs {len(answers)} workers; this version trains models on one.",
+                reason="TENSOR_PARALLEL_UNSUPPORTED",
+            )
+        reason, message, payload = answers[0]
+        if reason:
+            raise FailedPrecondition(message, reason=reason)
+        return bytes(payload)

@@ -1,0 +1,118 @@
+"""How long training waits between two steps, so that vLLM keeps its share of tokens.
+
+Steps on vLLM's device slow its tokens down: from t0 seconds between two to t1 while a step is at
+work. An iteration of vLLM's that takes a seconds beside no step and b beside one is one iteration:
+a / t0 + b / t1 = 1, solved for the last iterations by least squares. Training a part d of the time,
+vLLM keeps 1 - d (1 - t0 / t1) of its tokens, so that a share s allows d = (1 - s) / (1 - t0 / t1).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+# Iterations that count: some seconds of a fast engine's.
+KEPT = 512
+# Fewer say nothing yet.
+FEW = 16
+# Steps that an iteration is compared with: the sidecar tells of it a quarter second later.
+STEPS = 64
+# Nobody waits for tokens when none has come for so long, and for so many times the last one took.
+IDLE_SECONDS, IDLE_TIMES = 0.6, 4
+# A wait while it is not known how fast tokens come without training, to learn it; and for how long
+# what was learned counts where no step waits, and nothing more is learned.
+LOOK_SECONDS, KNOWN_SECONDS = 0.1, 30.0
+# Times beside steps and without must differ in share for the two to be told apart.
+LEAST_DETERMINANT = 0.01
+LEAST_DUTY = 0.02
+MOST_SECONDS = 60.0
+# Whoever cancels a run waits no longer than that.
+ASK_SECONDS = 0.05
+
+
+class Pace:
+    """Measures what steps cost vLLM, and says how long to wait after one.
+
+    Args:
+        share: of the tokens that vLLM would make undisturbed; 0 asks for nothing.
+        clock: CLOCK_MONOTONIC, as the sidecar's.
+    """
+
+    def __init__(self, share: float, clock: Callable[[], float] = time.monotonic):
+        self._share, self._clock = share, clock
+        self._lock = threading.Lock()
+        # When each began and ended; the one at work ends some day.
+        self._steps: deque[tuple[float, float]] = deque(maxlen=STEPS)
+        # Of each iteration, the seconds beside no step and beside one.
+        self._took: deque[tuple[float, float]] = deque(maxlen=KEPT)
+        self._idle_from = self._turn = -math.inf
+        # What steps take of vLLM's tokens, and until when that is known.
+        self._known = (0.0, -math.inf)
+
+    def tokens(self, iterations: Iterable[tuple[float, float]]) -> None:
+        """What the sidecar told: when each iteration ended, and the seconds it took. Any thread."""
+        with self._lock:
+            for ended, seconds in iterations:
+                self._idle_from = ended + max(IDLE_SECONDS, IDLE_TIMES * seconds)
+                busy = self._busy(ended - seconds, ended)
+                self._took.append((seconds - busy, busy))
+
+    def _busy(self, begin: float, end: float) -> float:
+        """Seconds of a span in which a step was at work."""
+        return sum(max(0.0, min(e, end) - max(b, begin)) for b, e in self._steps)
+
+    @contextmanager
+    def step(self, require_going: Callable[[], None]) -> Iterator[float]:
+        """Waits for the turn of a step, which is taken within it; gives the seconds waited.
+
+        Args:
+            require_going: called meanwhile; what it raises ends the wait.
+
+        Training thread.
+        """
+        began = self._clock()
+        while (left := self._turn - self._clock()) > 0:
+            require_going()
+            time.sleep(min(left, ASK_SECONDS))
+        self.step_begins()
+        try:
+            yield self._clock() - began
+        finally:
+            self._turn = self._clock() + self.step_ended()
+
+    def step_begins(self) -> None:
+        """A step begins. Training thread."""
+        with self._lock:
+            self._steps.append((self._clock(), math.inf))
+
+    def step_ended(self) -> float:
+        """Seconds to wait after the step that began last, which has just ended. Training thread."""
+        now = self._clock()
+        with self._lock:
+            began, _ = self._steps.pop()
+            self._steps.append((began, now))
+            if not self._share or now > self._idle_from:
+                return 0.0
+            if (slowed := self._slowed()) is not None:
+                self._known = slowed, now + KNOWN_SECONDS
+        slowed, until = self._known
+        if now > until:
+            return LOOK_SECONDS
+        duty = max(LEAST_DUTY, (1 - self._share) / slowed) if slowed > 0 else 1.0
+        return min(MOST_SECONDS, max(0.0, (now - began) * (1 / duty - 1)))
+
+    def _slowed(self) -> float | None:
+        """1 - t0 / t1: the part of its tokens that vLLM loses beside a step; None if unknown."""
+        aa = sum(a * a for a, _ in self._took)
+        ab = sum(a * b for a, b in self._took)
+        bb = sum(b * b for _, b in self._took)
+        determinant = aa * bb - ab * ab
+        if len(self._took) < FEW or determinant <= LEAST_DETERMINANT * aa * bb:
+            return None
+        alone, beside = (sum(each) for each in zip(*self._took, strict=True))
+        rate, slow = alone * bb - beside * ab, beside * aa - alone * ab
+        return 1 - slow / rate if rate > 0 else None

@@ -1,0 +1,123 @@
+"""The pace of training: an engine whose tokens are slowed down by steps, by a clock of its own."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apollo_trainer.engine.pace import IDLE_SECONDS, MOST_SECONDS, Pace
+
+TOLD_SECONDS = 0.25
+
+
+class Machine:
+    """Tokens every `alone` seconds, or `beside` while a step is at work; told as the sidecar does.
+
+    Attributes:
+        share: of the tokens that would have been made undisturbed, since `begin`.
+    """
+
+    def __init__(self, share: float, alone: float, beside: float):
+        self.now, self._alone, self._beside = 100.0, alone, beside
+        self.pace = Pace(share, lambda: self.now)
+        self._progress = 0.0
+        self._last, self._told_at = self.now, self.now
+        self._untold: list[tuple[float, float]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        self.began, self.tokens, self.steps = self.now, 0, 0
+
+    @property
+    def share(self) -> float:
+        return self.tokens * self._alone / (self.now - self.began)
+
+    def run(self, seconds: float, between: float) -> None:
+        """Lets time pass, with a token every so many seconds."""
+        while seconds > 0:
+            part = min(seconds, TOLD_SECONDS)
+            self._run(part, between)
+            seconds -= part
+
+    def _run(self, seconds: float, between: float) -> None:
+        end = self.now + seconds
+        while (rest := (1 - self._progress) * between) <= end - self.now:
+            self.now, self._progress = self.now + rest, 0.0
+            self._untold.append((self.now, self.now - self._last))
+            self._last = self.now
+            self.tokens += 1
+        self._progress += (end - self.now) / between
+        self.now = end
+        if self.now - self._told_at >= TOLD_SECONDS:
+            self.pace.tokens(self._untold)
+            self._told_at, self._untold = self.now, []
+
+    def train(self, seconds: float) -> float:
+        """One step, and the wait after it, which is returned."""
+        self.pace.step_begins()
+        self.run(seconds, self._beside)
+        waits = self.pace.step_ended()
+        self.run(waits, self._alone)
+        self.steps += 1
+        return waits
+
+
+@settings(max_examples=40)
+@given(
+    share=st.floats(0.5, 0.98),
+    alone=st.floats(0.01, 0.2),
+    slower=st.floats(1.0, 4.0),
+    step=st.floats(0.02, 1.0),
+)
+def test_vllm_keeps_its_share(share: float, alone: float, slower: float, step: float) -> None:
+    machine = Machine(share, alone, alone * slower)
+    machine.run(1.0, alone)
+    while machine.now < 120:
+        machine.train(step)
+    machine.begin()
+    while machine.now < 180:
+        machine.train(step)
+    assert machine.share >= share - 0.03
+
+
+def test_training_takes_what_the_share_leaves() -> None:
+    """Tokens half as fast, a tenth of them to give: a step works a fifth of the time."""
+    machine = Machine(0.9, 0.004, 0.008)
+    machine.run(1.0, 0.004)
+    for _ in range(200):
+        machine.train(0.06)
+    machine.begin()
+    for _ in range(100):
+        machine.train(0.06)
+    assert machine.steps * 0.06 / (machine.now - machine.began) == pytest.approx(0.2, rel=0.1)
+
+
+def test_what_costs_vllm_less_than_its_share_does_not_wait() -> None:
+    machine = Machine(0.9, 0.004, 0.0042)
+    machine.run(1.0, 0.004)
+    waits = [machine.train(0.06) for _ in range(100)]
+    assert sum(waits[:20]) > 0, "it was looked how fast tokens come without training"
+    assert sum(waits[20:]) == 0
+
+
+def test_nobody_waits_beside_an_idle_engine() -> None:
+    machine = Machine(0.9, 0.004, 0.008)
+    for _ in range(50):
+        machine.train(0.06)
+    machine.pace.step_begins()
+    machine.now += IDLE_SECONDS + TOLD_SECONDS
+    assert machine.pace.step_ended() == 0
+
+
+def test_a_share_of_nothing_asks_for_nothing() -> None:
+    machine = Machine(0, 0.004, 0.1)
+    assert [machine.train(0.06) for _ in range(50)] == [0.0] * 50
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e3), st.floats(0, 10)), max_size=50), st.floats(0, 1))
+def test_a_wait_is_bounded_whatever_is_told(told: list[tuple[float, float]], share: float) -> None:
+    pace = Pace(share, lambda: 1e3)
+    pace.step_begins()
+    pace.tokens(told)
+    assert 0 <= pace.step_ended() <= MOST_SECONDS
