@@ -1,4 +1,4 @@
-"""Pages name tests as their proof: each one that is named exists."""
+"""Pages name tests as their proof, and files as the way: each one that is named exists."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WAYS = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"]
 # A name alone is of the file that was named before it.
 NAMED = re.compile(r"`(?:((?:tests/)?[\w/]*test_\w+\.py))?(?:::(test_\w+))?`")
 
@@ -27,3 +28,24 @@ def missing_tests(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_each_test_that_a_page_names_exists(page: Path) -> None:
     assert missing_tests(page) == []
+
+
+# A file or folder from the top, and what of it is named after it: `Class.method` or `function`.
+STEP = re.compile(r"`((?:client|server|protos|tests)/[\w./]+)`(?:, `([\w.]+)`)?")
+
+
+@pytest.mark.parametrize("page", WAYS, ids=lambda page: page.name)
+def test_each_step_of_a_way_exists(page: Path) -> None:
+    missing = []
+    for path, name in STEP.findall(page.read_text()):
+        code = (ROOT / path).read_text() if (ROOT / path).is_file() else ""
+        defined = all(re.search(rf"(def|class) {part}\b", code) for part in name.split(".") if part)
+        if not (ROOT / path).exists() or not defined:
+            missing.append(f"{path} {name}")
+    assert missing == []
+
+
+def test_the_ways_are_short() -> None:
+    """Seven steps each, from the socket to the weight and to the rename."""
+    ways = re.findall(r"## The way of [^\n]*\n(.*?)(?=\n## )", WAYS[1].read_text(), re.DOTALL)
+    assert [len(re.findall(r"^\d\. ", way, re.MULTILINE)) for way in ways] == [7, 7]
