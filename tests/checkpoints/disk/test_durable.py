@@ -125,3 +125,6 @@ def test_a_writer_killed_at_any_moment_leaves_one_whole_file(tmp_path: Path) -> 
         content = target.read_bytes()
         assert len(content) == size
         assert len(set(content)) == 1
+        assert len(list(tmp_path.iterdir())) <= 2
+    durable_write(target, lambda path: path.write_bytes(b"new") and None)
+    assert list(tmp_path.iterdir()) == [target], "what the kills left is gone"

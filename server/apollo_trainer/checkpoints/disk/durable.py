@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,13 +22,22 @@ def staged(path: Path, ops: FileOps) -> Iterator[Path]:
             ops.remove(path)
 
 
+@contextlib.contextmanager
+def _staged_beside(target: Path, ops: FileOps) -> Iterator[Path]:
+    new = target.with_name(f"{TEMPORARY}{target.name}")
+    ops.remove(new)
+    with staged(new, ops):
+        yield new
+
+
 def durable_write(target: Path, write: Callable[[Path], object], ops: FileOps = FILES) -> int:
     """Replaces `target` with what `write` puts into a new file; returns its size in bytes.
 
-    Keeps owner, mode and attributes. Raises OSError with `target` as it was.
+    Keeps owner, mode and attributes. Raises OSError with `target` as it was. One thread and one
+    process at a time: the new file always has the same name, so that the next one removes what
+    a kill left.
     """
-    new = target.with_name(f".{target.name}.{TEMPORARY}{secrets.token_hex(6)}")
-    with staged(new, ops):
+    with _staged_beside(target, ops) as new:
         write(new)
         if ops.found(target):
             ops.copy_attributes(target, new)
@@ -41,10 +49,8 @@ def durable_write(target: Path, write: Callable[[Path], object], ops: FileOps = 
 
 
 def durable_bytes(target: Path, data: bytes, ops: FileOps = FILES) -> None:
-    """Replaces a small file. Raises OSError with `target` as it was, or durable already."""
-    new = target.with_name(f"{TEMPORARY}{target.name}")
-    ops.remove(new)
-    with staged(new, ops):
+    """Replaces a small file, likewise. Raises OSError with `target` as it was, or durable."""
+    with _staged_beside(target, ops) as new:
         write_new(new, data, ops)
         ops.rename(new, target)
     ops.sync_folder(target.parent)
