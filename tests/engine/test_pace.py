@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apollo_trainer.engine.pace import IDLE_SECONDS, MOST_SECONDS, Pace
+from apollo_trainer.engine.pace import IDLE_SECONDS, MOST_SECONDS, Pace, sharing_of
 
 TOLD_SECONDS = 0.25
 
@@ -121,3 +121,10 @@ def test_a_wait_is_bounded_whatever_is_told(told: list[tuple[float, float]], sha
     pace.step_begins()
     pace.tokens(told)
     assert 0 <= pace.step_ended() <= MOST_SECONDS
+
+
+def test_how_a_gpu_is_shared_is_said() -> None:
+    assert "turns" in sharing_of({})
+    daemon = {"CUDA_MPS_PIPE_DIRECTORY": "/run/user/0/mps"}
+    assert "100 %" in sharing_of(daemon)
+    assert "by MPS, with 25 %" in sharing_of(daemon | {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "25"})

@@ -71,6 +71,29 @@ def test_a_pause_for_each_step_is_told_with_the_step(attached: Any, all_events: 
     assert total == pytest.approx(sum(held), abs=10)
 
 
+def test_a_step_waits_for_its_turn_and_says_how_long(attached: Any, all_events: Events) -> None:
+    _, trainer = attached
+    trainer.owner.session().pace.step_ended = lambda: 0.2
+    first, second = steps_of(all_events(trainer.submit(epochs=2)))
+    assert first.wait_time.ToNanoseconds() < 0.1e9
+    assert 0.1e9 < second.wait_time.ToNanoseconds() < 10e9
+    (third,) = steps_of(all_events(trainer.submit()))
+    assert third.wait_time.ToNanoseconds() > 0, "a new run waits for its turn, too"
+    paused = pb.Coherence(mode=pb.COHERENCE_MODE_PAUSE_RUN)
+    (fourth,) = steps_of(all_events(trainer.submit(coherence=paused)))
+    assert fourth.wait_time.ToNanoseconds() == 0, "vLLM makes no token meanwhile"
+
+
+def test_a_cancelled_run_waits_for_no_turn(attached: Any, all_events: Events, wait: Any) -> None:
+    _, trainer = attached
+    trainer.owner.session().pace.step_ended = lambda: 3600.0
+    log = trainer.submit(epochs=2)
+    wait(lambda: log.sequence >= 3, "the first step")
+    trainer.queue.cancel(log.run_id)
+    finished = all_events(log)[-1].finished
+    assert (finished.state, finished.steps_done) == (pb.RUN_STATE_CANCELLED, 1)
+
+
 def test_a_step_that_vllm_was_not_told_of_is_a_warning_and_told_no_second_time(
     attached: Any, all_events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -23,6 +24,7 @@ from apollo_trainer.checkpoints.apollo_state import (
 )
 from apollo_trainer.config import Settings
 from apollo_trainer.engine.model_checkpoints import ModelCheckpoints
+from apollo_trainer.engine.pace import sharing_of
 from apollo_trainer.engine.session import KeptState, Session, new_optimizer, weights_are_others
 from apollo_trainer.optim import Apollo
 from apollo_trainer.requests.samples import SampleLimits, why_refused
@@ -86,6 +88,7 @@ def open_session(
         attachment, optimizer, shape, state_path, limits, settings, checkpoints, passes, twin,
         slow,
     )  # fmt: skip
+    session.sharing = sharing_of(os.environ) if embedding.is_cuda else ""
     if kept and came_back:
         vars(session).update(kept.carried, came_back=True)
         checkpoints.poison.why = kept.mixed

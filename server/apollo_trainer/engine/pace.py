@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 # Iterations that count: some seconds of a fast engine's.
@@ -32,6 +32,17 @@ LEAST_DUTY = 0.02
 MOST_SECONDS = 60.0
 # Whoever cancels a run waits no longer than that.
 ASK_SECONDS = 0.05
+
+
+def sharing_of(environment: Mapping[str, str]) -> str:
+    """How this process shares a GPU with vLLM, in a sentence, by its environment variables.
+
+    CUDA_MPS_*: NVIDIA, "Multi-Process Service". vLLM must have been given the same daemon.
+    """
+    if not environment.get("CUDA_MPS_PIPE_DIRECTORY"):
+        return "Training and vLLM take turns on the GPU."
+    percent = environment.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100")
+    return f"Training runs beside vLLM by MPS, with {percent} % of the GPU's threads."
 
 
 class Pace:

@@ -83,6 +83,7 @@ class Session:
         found: sentences on what was found at the attachment, for the status.
         paused: that somebody else pauses vLLM, in a sentence; empty where nobody does.
         needs: sentences on what steps need of the device; empty until they are known.
+        sharing: how training shares a GPU with vLLM; empty on a CPU.
         refused_forms: sentences on which forms of samples vLLM makes no tokens of.
         weight_version: updates of the live weights, the newest count; any thread reads it.
         pace: how long steps wait for vLLM's tokens; any thread.
@@ -109,6 +110,7 @@ class Session:
     found: str = ""
     paused: str = ""
     needs: str = ""
+    sharing: str = ""
     refused_forms: str = ""
     weight_version: int = field(init=False)
     pace: Pace = field(init=False)

@@ -158,8 +158,9 @@ def _show(status: pb.ServerStatus, session: Session) -> None:
         passes = session.passes
         slow = " ".join(filter(None, (session.slow, passes.refusal))) if passes else ""
         found = (session.found, session.checkpoints.not_synced, session.refused_forms)
+        device = (session.sharing, session.needs, slow)
         refusal = f"Runs are refused: {refused}" if refused else ""
-        sentences = (ATTACHED, session.paused, *found, session.needs, slow, refusal)
+        sentences = (ATTACHED, session.paused, *found, *device, refusal)
         status.attachment_detail = " ".join(filter(None, sentences))
     status.optimizer_loaded = not session.other_weights
     status.optimizer_step = session.optimizer.step_count
