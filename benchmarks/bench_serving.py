@@ -18,6 +18,7 @@ import os
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ from benchmarks import machine
 MODES = ("default", "pause_run", "pause_step", "live")
 START_SECONDS = 600
 PROMPT, DECODED = 32, 200
-WARM_STEPS = 4
+WARM_STEPS, CHANGES = 4, 11
 
 
 def main() -> None:
@@ -105,11 +106,31 @@ def measured(
             time.sleep(asked.seconds)
             alone = (len(steps) - before) / (time.monotonic() - began)
         rows["training alone"] = {"steps_per_second": alone}
+        rows["Train to a changed token"] = changed_token(client, load, asked)
         rows["idle again"] = load.take(asked.seconds)
     for row in rows.values():
         if "tokens_per_second" in row:
             row["share"] = row["tokens_per_second"] / rows["idle"]["tokens_per_second"]
     return rows
+
+
+def changed_token(client: ApolloClient, load: Load, asked: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds from the call of Train, of one sample, to a token that vLLM decoded with it."""
+    took = []
+    for number in range(CHANGES):
+        sample = _sample(asked, seed=number)
+        began = time.monotonic()
+        for event in client.train([sample], lr=1e-7, min_loss=0):
+            if event.HasField("step"):
+                asyncio.run(load.one_token())
+                took.append(1e3 * (time.monotonic() - began))
+    return {"p50_ms": statistics.median(took), "longest_ms": max(took)}
+
+
+def _sample(asked: argparse.Namespace, seed: int) -> dict[str, list[int]]:
+    draw = random.Random(seed)
+    lengths = {"context_ids": asked.context, "continuation_ids": asked.learned}
+    return {name: [draw.randrange(3, 200) for _ in range(n)] for name, n in lengths.items()}
 
 
 @contextlib.contextmanager
@@ -154,10 +175,8 @@ def _wait(client: ApolloClient, up: subprocess.Popen[bytes], port: int, log: Pat
 @contextlib.contextmanager
 def training(client: ApolloClient, mode: str, asked: argparse.Namespace) -> Iterator[list[Any]]:
     """Trains within it without a break; the steps so far."""
-    draw = random.Random(7)
-    lengths = {"context_ids": asked.context, "continuation_ids": asked.learned}
-    sample = {name: [draw.randrange(3, 200) for _ in range(n)] for name, n in lengths.items()}
     options = {} if mode == "default" else {"coherence": mode}
+    sample = _sample(asked, seed=7)
     stream = client.train([sample], epochs=10**6, lr=1e-7, min_loss=0, **options)
     steps, warm, run = list[Any](), threading.Event(), list[str]()
 
@@ -203,6 +222,12 @@ class Load:
             waits = [step.wait_time.ToMilliseconds() for step in steps[before:]]
             row["wait_ms"] = sum(waits) / max(1, len(waits))
         return row
+
+    async def one_token(self) -> None:
+        """Has vLLM decode one."""
+        body = {"model": self.model, "prompt": [3, 4, 5], "max_tokens": 1, "temperature": 0}
+        async with aiohttp.ClientSession() as session, session.post(self.url, json=body) as answer:
+            answer.raise_for_status()
 
     async def _decode(self, end: float) -> None:
         limits = aiohttp.ClientTimeout(total=None)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ pytestmark = pytest.mark.vllm
 # vLLM keeps prefixes in whole blocks, of 128 tokens on a CPU.
 PROMPT = list(range(60, 240))
 SAMPLE = {"context_ids": PROMPT, "continuation_ids": list(range(100, 110))}
+# Weight versions of a run, and how far rounding moves a log-probability of one of them.
+VERSIONS, NOISE = 24, 2e-5
 MODES = ("live", "pause_step", "pause_run")
 POLICIES = ("reset_at_end", "reset_each_step", "keep")
 
@@ -125,6 +128,42 @@ def test_vllm_answers_with_what_was_learned_in_every_mode(qwen3: Any, mode: str)
     assert last < first
     assert -float(before.mean()) == pytest.approx(first, abs=0.02)
     assert -float(after.mean()) == pytest.approx(last, abs=0.02)
+
+
+def test_each_answer_beside_a_run_is_of_one_weight_version(qwen3: Any) -> None:
+    """The versions are seen one by one first; the same steps follow from the same state."""
+    taught = {"context_ids": PROMPT[:30], "continuation_ids": [51, 52, 53]}
+    how = {"lr": 2e-3, "min_loss": 0, "coherence": "pause_step"}
+    start = qwen3.client.create_snapshot("before")
+    versions = [first_logprob(qwen3)]
+    for _ in range(VERSIONS):
+        list(qwen3.client.train([taught], epochs=1, **how))
+        versions.append(first_logprob(qwen3))
+    assert min(abs(a - b) for a, b in pairwise(versions)) > 20 * NOISE
+    qwen3.client.restore(start.snapshot_id)
+    assert first_logprob(qwen3) == pytest.approx(versions[0], abs=NOISE)
+    answers, done = list[float](), threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            answers.append(first_logprob(qwen3))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    events = list(qwen3.client.train([taught], epochs=VERSIONS, **how))
+    done.set()
+    asking.join()
+    assert events[-1].finished.state == pb.RUN_STATE_SUCCEEDED
+    nearest = [min(range(len(versions)), key=lambda v: abs(versions[v] - a)) for a in answers]
+    assert max(abs(versions[v] - a) for v, a in zip(nearest, answers, strict=True)) < NOISE
+    assert nearest == sorted(nearest)
+    assert len(set(nearest)) > 3, "answers came beside several versions"
+    qwen3.client.delete_snapshot(start.snapshot_id)
+
+
+def first_logprob(stack: Any) -> float:
+    """Of one token after a prompt that is shorter than a block, and so computed anew."""
+    return float(stack.engine_logprobs([*PROMPT[:30], 51])[-1])
 
 
 def test_a_dry_run_leaves_vllm_as_it_was(qwen3: Any) -> None:
