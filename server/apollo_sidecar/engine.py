@@ -73,7 +73,7 @@ class Engine:
         self._worker_pid = 0
         # What an API server that ended left in the worker is not known.
         self._probed = not as_loaded
-        self.paused, self.hold = False, TrainerHold()
+        self.paused, self.hold = False, TrainerHold(self._trainer_left)
         self._others, self._resumes = OthersPause(client, lambda: self.paused), 0
         self._generation: SharedGeneration | None = None
         self._token_times = TokenTimes()
@@ -236,6 +236,11 @@ class Engine:
     def reset_caches(self) -> None:
         """Drops cached prefixes, as `WeightVersion.reset_caches`."""
         self._version.reset_caches()
+
+    def _trainer_left(self) -> None:
+        """Its runs will drop no caches any more: what they kept is of older weights."""
+        if self._version.is_cache_stale():
+            self.leases.finish_soon()
 
     def generations(self) -> Iterator[Generation | None]:
         """The generation now, at each change and at each beat; None for a beat without an answer.

@@ -142,6 +142,11 @@ class PauseLeases:
             self._try_again(RETRY_SECONDS)
             raise
 
+    def finish_soon(self) -> None:
+        """Does what is left of calls that failed, or has become due; again until it works."""
+        with self._lock:
+            self._try_again(RETRY_SECONDS)
+
     def _try_again(self, seconds: float) -> None:
         if self._retry:
             self._retry.cancel()

@@ -12,10 +12,13 @@ class TrainerHold:
     """An engine is the first training server's that watches it, until its last watch ends.
 
     Whoever gives no id holds nothing, and may write only while nobody holds. Any thread.
+
+    Args:
+        ended: called when the last watch of a training server has ended.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, ended: Callable[[], None]) -> None:
+        self._lock, self._ended = threading.Lock(), ended
         self._holder, self._watches = "", 0
 
     def watch(self, trainer_id: str) -> Callable[[], None]:
@@ -33,8 +36,10 @@ class TrainerHold:
     def _let_go(self) -> None:
         with self._lock:
             self._watches -= 1
-            if not self._watches:
-                self._holder = ""
+            if self._watches:
+                return
+            self._holder = ""
+        self._ended()
 
     def require(self, trainer_id: str) -> None:
         """Raises FailedPrecondition where a write would be beside another training server's."""

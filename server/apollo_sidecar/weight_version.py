@@ -30,7 +30,7 @@ class WeightVersion:
         self.number, self.as_loaded = number, as_loaded
         self._vllm = vllm
         self._changed = threading.Condition()
-        self._unstamped = self._stale_caches = False
+        self._unstamped = self._stale_caches = self._kept_caches = False
 
     def tell(self, updates: int, reset_caches: bool) -> None:
         """Counts updates; then stamps and drops what is due, one also where the other fails."""
@@ -48,6 +48,14 @@ class WeightVersion:
         self._count(updates)
         self._stamp()
 
+    def is_cache_stale(self) -> bool:
+        """Whether vLLM kept what older weights computed; the next `tell` drops it then.
+
+        For when the training server that wanted it kept is gone.
+        """
+        self._stale_caches |= self._kept_caches
+        return self._stale_caches
+
     def reset_caches(self) -> None:
         """Drops cached prefixes, of waiting requests too, which are then computed anew.
 
@@ -58,7 +66,7 @@ class WeightVersion:
         for _ in range(RESET_ATTEMPTS):
             reset = self._vllm.client.reset_prefix_cache(reset_running_requests=True)
             if self._vllm.wait_for(reset):
-                self._stale_caches = False
+                self._stale_caches = self._kept_caches = False
                 return
             time.sleep(RESET_WAIT_SECONDS)
         raise Unavailable(
@@ -74,7 +82,7 @@ class WeightVersion:
                 self._changed.wait(seconds)
 
     def _count(self, updates: int) -> None:
-        self.as_loaded = False
+        self.as_loaded, self._kept_caches = False, True
         with self._changed:
             self.number += updates
             self._changed.notify_all()

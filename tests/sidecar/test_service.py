@@ -103,8 +103,9 @@ class Served:
             pb.ProbeWeightsRequest(lease_id=lease_id, **fields), timeout=20
         )
 
-    def resume(self, lease_id="a", changed=False):
-        request = pb.ResumeRequest(lease_id=lease_id, epoch=self.epoch, weights_changed=changed)
+    def resume(self, lease_id="a", changed=False, **named):
+        fields = {"epoch": self.epoch, "weights_changed": changed} | named
+        request = pb.ResumeRequest(lease_id=lease_id, **fields)
         return self.stub.Resume(request, timeout=20)
 
 
@@ -486,6 +487,33 @@ def test_an_engine_is_one_training_servers_until_that_one_goes(sidecar):
     assert next(second).epoch == sidecar.epoch
     sidecar.pause("b", trainer_id="second")
     second.cancel()
+
+
+def test_what_a_training_server_had_vllm_keep_is_dropped_once_it_is_gone(sidecar):
+    """A killed one's next reset never comes; a wedged vLLM drops when it answers again."""
+    trains = watch(sidecar, "first")
+    next(trains)
+    sidecar.pause(trainer_id="first")
+    sidecar.resume(changed=True, keep_caches=True)
+    assert "reset" not in methods(sidecar)
+    sidecar.client.refused_resets = RESET_ATTEMPTS + 1
+    trains.cancel()
+    wait_until(lambda: sidecar.client.refused_resets < 0, "the reset that works")
+    resets = methods(sidecar).count("reset")
+    assert resets == RESET_ATTEMPTS + 2
+
+
+def test_a_training_server_that_left_nothing_stale_goes_without_a_reset(sidecar):
+    trains = watch(sidecar, "first")
+    next(trains)
+    sidecar.pause(trainer_id="first")
+    sidecar.resume(changed=True)
+    resets = methods(sidecar).count("reset")
+    trains.cancel()
+    wait_until(lambda: sidecar.engine.hold._watches == 0, "the end of the watch")
+    sidecar.pause("b")
+    sidecar.resume("b")
+    assert methods(sidecar).count("reset") == resets == 1
 
 
 def test_whoever_only_looks_holds_nothing(sidecar):

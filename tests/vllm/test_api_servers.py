@@ -64,7 +64,7 @@ def test_one_server_has_the_sidecar_and_the_other_says_so_and_no_more(stack):
 
 def test_requests_of_both_servers_wait_for_a_run_and_see_what_it_learned(stack):
     before = directory_scores(stack)
-    stream = stack.client.train([SAMPLE], epochs=20, lr=3e-3)
+    stream = stack.client.train([SAMPLE], epochs=20, lr=3e-3, coherence="pause_run")
     while not next(stream).HasField("step"):
         pass
     during = scores_of_both_servers(stack)

@@ -133,7 +133,7 @@ def test_vllm_answers_with_what_was_learned_in_every_mode(qwen3: Any, mode: str)
 def test_each_answer_beside_a_run_is_of_one_weight_version(qwen3: Any) -> None:
     """The versions are seen one by one first; the same steps follow from the same state."""
     taught = {"context_ids": PROMPT[:30], "continuation_ids": [51, 52, 53]}
-    how = {"lr": 2e-3, "min_loss": 0, "coherence": "pause_step"}
+    how = {"lr": 2e-4, "min_loss": 0, "coherence": "pause_step"}
     start = qwen3.client.create_snapshot("before")
     versions = [first_logprob(qwen3)]
     for _ in range(VERSIONS):

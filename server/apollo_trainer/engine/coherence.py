@@ -64,12 +64,19 @@ class Coherence(ABC):
         with WEIGHTS_CHANGED where somebody else changed its weights.
         """
         self._attachment.require_live()
-        if self._attachment.gone:
-            raise Unavailable("vLLM is gone.", reason="ENGINE_LOST")
+        self._require_there()
         self._hold()
         if not self._wrote:
             self._attachment.require_as_left()
         self._wrote = self._dirty = True
+
+    def _require_there(self) -> None:
+        """Raises Unavailable once the engine is lost: a wedged one would answer nothing for long.
+
+        Its sidecar drops what it cached when it hears that this training server has left it.
+        """
+        if self._attachment.gone:
+            raise Unavailable("vLLM is gone, or does not answer.", reason="ENGINE_LOST")
 
     @abstractmethod
     def after_step(self) -> None:
@@ -126,6 +133,7 @@ class Coherence(ABC):
 
     def _reset_caches(self) -> None:
         if self._dirty:
+            self._require_there()
             self._sidecar.reset_caches(self._attachment.epoch)
             self._dirty = False
 
@@ -142,6 +150,7 @@ class Live(Coherence):
     def after_step(self) -> None:
         """Counts one update more."""
         self._attachment.synchronize()
+        self._require_there()
         self.weight_version = self._sidecar.raise_version(self._attachment.epoch, 1)
         self.untold = False
         if self._resets_each_step:
