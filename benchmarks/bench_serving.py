@@ -41,6 +41,8 @@ MODES = ("default", "pause_run", "pause_step", "live")
 START_SECONDS = 600
 PROMPT, DECODED = 32, 200
 WARM_STEPS, CHANGES = 4, 11
+# Of a run that pauses vLLM for as long as it lasts; the next one begins at once.
+RUN_STEPS = 8
 
 
 def main() -> None:
@@ -175,18 +177,23 @@ def _wait(client: ApolloClient, up: subprocess.Popen[bytes], port: int, log: Pat
 @contextlib.contextmanager
 def training(client: ApolloClient, mode: str, asked: argparse.Namespace) -> Iterator[list[Any]]:
     """Trains within it without a break; the steps so far."""
-    options = {} if mode == "default" else {"coherence": mode}
-    sample = _sample(asked, seed=7)
-    stream = client.train([sample], epochs=10**6, lr=1e-7, min_loss=0, **options)
+    options: dict[str, Any] = {} if mode == "default" else {"coherence": mode}
+    # In a run without an end nobody would be served between its pauses.
+    options["epochs"] = RUN_STEPS if mode == "pause_run" else 100_000
     steps, warm, run = list[Any](), threading.Event(), list[str]()
+    ended = threading.Event()
 
     def read() -> None:
-        for event in stream:
-            run.append(event.run_id)
-            if event.HasField("step"):
-                steps.append(event.step)
-            if len(steps) >= WARM_STEPS or event.HasField("finished"):
-                warm.set()
+        try:
+            while not ended.is_set():
+                for event in client.train([_sample(asked, 7)], lr=1e-7, min_loss=0, **options):
+                    run.append(event.run_id)
+                    if event.HasField("step"):
+                        steps.append(event.step)
+                    if len(steps) >= WARM_STEPS:
+                        warm.set()
+        finally:
+            warm.set()
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -194,7 +201,8 @@ def training(client: ApolloClient, mode: str, asked: argparse.Namespace) -> Iter
     try:
         yield steps
     finally:
-        client.cancel_run(run[0])
+        ended.set()
+        client.cancel_run(run[-1])
         reader.join()
 
 

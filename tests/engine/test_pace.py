@@ -101,13 +101,35 @@ def test_what_costs_vllm_less_than_its_share_does_not_wait() -> None:
     assert sum(waits[20:]) == 0
 
 
+def test_a_run_that_paused_vllm_says_nothing_of_its_pace() -> None:
+    machine = Machine(0.9, 0.004, 0.008)
+    for _ in range(50):
+        machine.train(0.06)
+    with machine.pace.paused_step():
+        machine.now += 20
+    machine.run(0.5, 0.004)
+    waits = [machine.train(0.06) for _ in range(20)]
+    assert min(waits) > 0.15
+
+
 def test_nobody_waits_beside_an_idle_engine() -> None:
     machine = Machine(0.9, 0.004, 0.008)
     for _ in range(50):
         machine.train(0.06)
-    machine.pace.step_begins()
     machine.now += IDLE_SECONDS + TOLD_SECONDS
+    machine.pace.step_begins()
+    machine.now += 0.06
     assert machine.pace.step_ended() == 0
+
+
+def test_tokens_that_wait_for_a_long_write_are_no_idle_engine() -> None:
+    machine = Machine(0.9, 0.06, 0.06 * 2)
+    for _ in range(40):
+        machine.train(0.6)
+    machine.pace.step_begins()
+    machine.run(0.5, machine._beside)
+    machine.now += 2 * IDLE_SECONDS
+    assert machine.pace.step_ended() > 1
 
 
 def test_a_share_of_nothing_asks_for_nothing() -> None:

@@ -60,14 +60,19 @@ class Pace:
         self._steps: deque[tuple[float, float]] = deque(maxlen=STEPS)
         # Of each iteration, the seconds beside no step and beside one.
         self._took: deque[tuple[float, float]] = deque(maxlen=KEPT)
-        self._idle_from = self._turn = -math.inf
+        self._idle_from = self._turn = self._served_from = -math.inf
         # What steps take of vLLM's tokens, and until when that is known.
         self._known = (0.0, -math.inf)
 
     def tokens(self, iterations: Iterable[tuple[float, float]]) -> None:
-        """What the sidecar told: when each iteration ended, and the seconds it took. Any thread."""
+        """What the sidecar told: when each iteration ended, and the seconds it took. Any thread.
+
+        One that waited for a run does not count.
+        """
         with self._lock:
             for ended, seconds in iterations:
+                if ended - seconds < self._served_from:
+                    continue
                 self._idle_from = ended + max(IDLE_SECONDS, IDLE_TIMES * seconds)
                 busy = self._busy(ended - seconds, ended)
                 self._took.append((seconds - busy, busy))
@@ -75,6 +80,15 @@ class Pace:
     def _busy(self, begin: float, end: float) -> float:
         """Seconds of a span in which a step was at work."""
         return sum(max(0.0, min(e, end) - max(b, begin)) for b, e in self._steps)
+
+    @contextmanager
+    def paused_step(self) -> Iterator[float]:
+        """The same for a step while vLLM waits for the whole run: its turn is at once."""
+        try:
+            yield 0.0
+        finally:
+            with self._lock:
+                self._served_from = self._clock()
 
     @contextmanager
     def step(self, require_going: Callable[[], None]) -> Iterator[float]:
@@ -106,7 +120,8 @@ class Pace:
         with self._lock:
             began, _ = self._steps.pop()
             self._steps.append((began, now))
-            if not self._share or now > self._idle_from:
+            # Before the step: within it vLLM may have waited for the write.
+            if not self._share or began > self._idle_from:
                 return 0.0
             if (slowed := self._slowed()) is not None:
                 self._known = slowed, now + KNOWN_SECONDS

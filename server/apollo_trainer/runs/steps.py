@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, ResourceExhausted, Unavailable
@@ -72,8 +71,9 @@ class RunSteps:
 
     def take(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
         """Takes one step in its turn, as `_take`."""
-        pace = self._session.pace.step(self._require_going)
-        with pace if self.coherence.serves else nullcontext(0.0) as self.waited_seconds:
+        pace = self._session.pace
+        turn = pace.step(self._require_going) if self.coherence.serves else pace.paused_step()
+        with turn as self.waited_seconds:
             return self._take(samples)
 
     def _take(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
