@@ -63,7 +63,7 @@ class Machine:
         return waits
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(
     share=st.floats(0.5, 0.98),
     alone=st.floats(0.01, 0.2),
