@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 WAIT_SECONDS = 30.0
@@ -35,3 +36,11 @@ def at_most(seconds: float) -> Iterator[None]:
     took = time.monotonic() - began
     factor = max(before, slowness())
     assert took < seconds * factor, f"{took:.2f} s, of {seconds:g} s times {factor:.2f}"
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs, and is not one that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -98,12 +99,7 @@ class AsyncRunStream(AsyncStream[training_pb2.RunEvent]):
         self, begin: Begin, stub: Any, resume: Resume, endpoint: Endpoint, lifetime: Lifetime
     ):
         self._resume = resume
-
-        def call() -> Any:
-            request = resume.request()
-            known = isinstance(request, training_pb2.WatchRunRequest)
-            return begin(stub.WatchRun if known else stub.Train, request)
-
+        call = partial(resume.call, begin, stub)
         super().__init__(call, resume, endpoint, lifetime, lambda response: response.event)
 
     async def __anext__(self) -> training_pb2.RunEvent:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from apollo_client.placing import Place, in_user_words
@@ -87,6 +87,16 @@ class Resume(Patience):
         if self._run_id:
             return pb.WatchRunRequest(run_id=self._run_id, after_sequence=self._last)
         return self._request
+
+    def call(self, begin: Callable[[Any, Any], Any], stub: Any) -> Any:
+        """Begins the call that asks so.
+
+        Args:
+            begin: given a method of the stub and a request.
+        """
+        request = self.request()
+        known = isinstance(request, pb.WatchRunRequest)
+        return begin(stub.WatchRun if known else stub.Train, request)
 
     def take(self, event: pb.RunEvent) -> bool:
         """Whether an event is the next one; one that was had already is not.

@@ -24,7 +24,7 @@ from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.locations import private_folder
 
 CONTROL = "nvidia-cuda-mps-control"
-# Of the GPU's threads, the training server's: vLLM kept 0.92 of its tokens on an H200.
+# Of the GPU's threads, the training server's.
 TRAINER_PERCENT = 25
 START_SECONDS = STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.05

@@ -14,7 +14,7 @@ import pytest
 
 import apollo_client.command.children as children_module
 from apollo_client.command.children import Child, Children
-from tests.waiting import wait_until
+from tests.waiting import alive, wait_until
 
 SLEEP = "import time; time.sleep(60)"
 NOBODY = "unix:/nowhere/training.sock"
@@ -26,13 +26,6 @@ def child(name: str, code: str) -> Child:
 
 def run(vllm: str, trainer: str) -> int:
     return asyncio.run(Children(child("vllm", vllm), child("trainer", trainer), NOBODY).run())
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize(

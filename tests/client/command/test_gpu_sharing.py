@@ -15,7 +15,7 @@ import pytest
 from apollo_client.command import gpu_sharing
 from apollo_client.command.gpu_sharing import CONTROL, GpuSharing, shared_gpu
 from apollo_grpc.errors import FailedPrecondition
-from tests.waiting import wait_until
+from tests.waiting import alive, wait_until
 
 # As the control program does: -f serves in the foreground, and `quit` on its input ends that one.
 DAEMON = """\
@@ -45,13 +45,6 @@ def control(tmp_path, monkeypatch):
         monkeypatch.setattr(gpu_sharing, "engine_on_cpu", lambda: False)
 
     return make
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_both_meet_at_the_daemon_and_the_trainer_has_a_part(control, tmp_path):
