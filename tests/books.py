@@ -10,6 +10,7 @@ from apollo_trainer.ledger.events import EventLog
 from apollo_trainer.ledger.ledger import Acceptance
 from apollo_trainer.ledger.retention import Retention
 from apollo_trainer.runs.recovery import open_ledger
+from tests.waiting import HANG
 
 KEEP_ALL = Retention(seconds=1e9, bytes=2**40)
 SPEC = pb.RunSpec(samples=[pb.Sample(weight=1.0)], epochs=3)
@@ -25,7 +26,7 @@ class Books:
         queued = pb.RunEvent(run_id=run_id, sequence=1, event_time=now(), queued=pb.Queued())
         log = EventLog(run_id, lambda event: None, self.writer)
         log.begin_with(queued)
-        self.writer.accept(Acceptance(request_id, SPEC, 3, queued)).result(10)
+        self.writer.accept(Acceptance(request_id, SPEC, 3, queued)).result(HANG)
         log.committed(1)
         return log
 

@@ -31,6 +31,7 @@ from apollo_sidecar.sample_tokens import SampleTokens
 from apollo_sidecar.service import WeightExportService
 from apollo_sidecar.shadow_load import trace_checkpoint_map
 from tests.plain_prompts import PlainPrompts
+from tests.waiting import HANG
 
 MAX_MODEL_LEN = 48
 
@@ -207,7 +208,7 @@ class EngineDouble:
 
     def call(self, coroutine: Any) -> Any:
         """What somebody else asks of vLLM, by its own routes."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(HANG)
 
     def drop_connections(self) -> None:
         """Ends every call, and serves the same engine again."""

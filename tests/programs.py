@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
+from tests.waiting import HANG
+
 VLLM = "vllm.entrypoints.openai.api_server"
 VLLM_SERVE = "tests.vllm.serve_command"
 SERVER = "apollo_trainer.main"
@@ -181,11 +183,11 @@ def running(code: str, *arguments: object) -> Iterator[tuple[Program, BinaryIO]]
                 yield program, output
             finally:
                 program.kill()
-                program.wait(60)
+                program.wait(HANG)
 
 
 def run(code: str, *arguments: object) -> tuple[int, str]:
     """The same, to its end: its exit status, a negative signal where one ended it, and output."""
     with running(code, *arguments) as (program, output):
         text = output.read().decode()
-        return program.wait(60), text
+        return program.wait(HANG), text

@@ -14,7 +14,7 @@ from apollo_grpc.errors import DeadlineExceeded, Unavailable
 from apollo_grpc.v1 import status_pb2
 from tests import programs
 from tests.engine_double import EngineDouble
-from tests.waiting import wait_until
+from tests.waiting import HANG, wait_until
 
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
 
@@ -99,7 +99,7 @@ class ServerProcess:
         """Waits for the end that it comes to by itself; returns how it ended."""
         assert self._process
         process, self._process = self._process, None
-        return process.wait(30)
+        return process.wait(HANG)
 
     def log(self) -> str:
         """What it has logged."""

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from tests import programs
+from tests.waiting import HANG
 
 # The last id that was given out; who may write it has the next one given out again.
 LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
@@ -20,7 +21,7 @@ def test_a_program_is_not_the_one_that_ended_with_its_id(tmp_path: Path) -> None
         return server.start("-c", code, env=os.environ, log=log, core=None, before=None)
 
     first = start("pass")
-    assert first.wait(30) == 0
+    assert first.wait(HANG) == 0
     for _ in range(100):
         # Other processes take ids, too.
         LAST_PID.write_text(str(first.pid - 1))
@@ -31,5 +32,5 @@ def test_a_program_is_not_the_one_that_ended_with_its_id(tmp_path: Path) -> None
     assert second.pid == first.pid
     assert second.poll() is None
     second.kill()
-    assert second.wait(30) == -9
+    assert second.wait(HANG) == -9
     assert first.returncode == 0

@@ -20,7 +20,7 @@ from apollo_trainer.runs.queue import RunQueue
 from apollo_trainer.runs.run import prepare_run
 from apollo_trainer.weights.sidecar import Sidecar
 from tests.books import Books
-from tests.waiting import WAIT_SECONDS, wait_until
+from tests.waiting import HANG, wait_until
 
 
 class Trainer:
@@ -54,7 +54,7 @@ class Trainer:
         spec.setdefault("guard", pb.Guard(min_loss=0))
         asked, session = pb.RunSpec(**spec), self.owner.session()
         run = prepare_run(asked, session.limits, self.sidecar.tokenize)
-        run_id = self.queue.submit(run, asked, request_id).result(WAIT_SECONDS)
+        run_id = self.queue.submit(run, asked, request_id).result(HANG)
         log = self.queue.log_of(run_id)
         assert log
         return log
@@ -79,7 +79,7 @@ def all_events() -> Callable[[EventLog], list[pb.RunEvent]]:
     """Every event of a run, once it has finished; their numbers have no gap."""
 
     async def collect(log: EventLog) -> list[pb.RunEvent]:
-        async with asyncio.timeout(WAIT_SECONDS):
+        async with asyncio.timeout(HANG):
             return [event async for event in log.follow()]
 
     def get(log: EventLog) -> list[pb.RunEvent]:

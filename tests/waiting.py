@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-WAIT_SECONDS = 30.0
+# After so many seconds a wait is taken for a hang: no claim about how fast anything is, so a
+# machine with much else to do does not reach it.
+HANG = 120.0
 _WORK_SECONDS = 0.05
 
 
-def wait_until(done: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> None:
+def wait_until(done: Callable[[], Any], what: str, seconds: float = HANG) -> None:
     """Polls until `done`; an AssertionError names what did not come."""
     deadline = time.monotonic() + seconds
     while not done():

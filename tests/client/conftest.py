@@ -18,7 +18,7 @@ from apollo_client import ApolloClient, AsyncApolloClient
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import status_pb2
 from tests import programs
-from tests.waiting import wait_until
+from tests.waiting import HANG, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def server(tiny_model: Path) -> Iterator[str]:
         wait_until(lambda: attached(address), "the attachment")
         yield address
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(HANG) == 0
         engine.stop()
 
 

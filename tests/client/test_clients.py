@@ -25,7 +25,7 @@ from apollo_grpc.errors import (
     Unavailable,
 )
 from apollo_grpc.v1 import training_pb2 as pb
-from tests.waiting import wait_until
+from tests.waiting import HANG, wait_until
 
 SAMPLE = ("The sea is", " deep.")
 
@@ -335,7 +335,7 @@ client.close()
 
 def test_a_client_in_a_forked_process_says_so_and_the_first_goes_on(server):
     command = [sys.executable, "-c", FORKED, server]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert (done.returncode, done.stdout) == (0, "CLIENT_FORKED\n" * 3), done.stderr
 
 
@@ -351,7 +351,7 @@ def test_a_client_is_shared_by_threads_and_closed_by_one(server):
     follower = threading.Thread(target=follow)
     follower.start()
     client.close()
-    follower.join(30)
+    follower.join(HANG)
     assert ended.is_set()
 
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.waiting import HANG
+
 CLIENT_FORBIDS = {"torch", "transformers", "numpy", "vllm", "apollo_sidecar", "apollo_trainer"}
 SIDECAR_FORBIDS = {"transformers", "vllm", "apollo_trainer", "apollo_client"}
 
@@ -22,7 +24,7 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}))
 
 def imported_with(package: str) -> set[str]:
     command = [sys.executable, "-c", IMPORT_ALL, package]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
@@ -43,7 +45,7 @@ def test_a_room_pulls_in_nothing_of_another(package, forbidden):
 
 def test_the_ledger_is_read_and_written_without_torch():
     code = "import sys; import apollo_trainer.ledger;sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=HANG).returncode == 0
 
 
 def test_registering_the_plugin_where_nobody_named_it_imports_nothing():
@@ -52,5 +54,5 @@ def test_registering_the_plugin_where_nobody_named_it_imports_nothing():
         "register(); SidecarPlugin();"
         "sys.exit(any(n.partition('.')[0] in ('torch', 'vllm', 'grpc') for n in sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={}, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env={}, timeout=HANG)
     assert done.returncode == 0

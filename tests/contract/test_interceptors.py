@@ -25,6 +25,7 @@ from apollo_grpc.errors import (
 )
 from apollo_grpc.interceptors import AioErrors, SyncErrors, TokenCheck
 from apollo_grpc.statuses import from_rpc_error
+from tests.waiting import HANG
 
 SECRET = "/var/lib/private/weights.bin"
 BAD_FIELDS = InvalidArgument(
@@ -193,7 +194,7 @@ async def test_a_watcher_of_the_standard_health_service_gets_the_status(short_fo
     await health.set("apollo", health_pb2.HealthCheckResponse.SERVING)
     async with asyncio_server(address, health=health), grpc.aio.insecure_channel(address) as line:
         request = health_pb2.HealthCheckRequest(service="apollo")
-        watch = health_pb2_grpc.HealthStub(line).Watch(request, timeout=20)
+        watch = health_pb2_grpc.HealthStub(line).Watch(request, timeout=HANG)
         first = await watch.read()
         assert first.status == health_pb2.HealthCheckResponse.SERVING
         watch.cancel()
@@ -300,10 +301,12 @@ async def test_a_large_message_is_read_in_its_turn_and_the_turn_ends_with_the_fi
     address, turns = f"unix:{short_folder}/s", {"/test.Echo/Stream": asyncio.Semaphore(1)}
     server = asyncio_server(address, stream=stream, turns=turns)
     async with server, grpc.aio.insecure_channel(address) as line:
-        calls = [line.unary_stream("/test.Echo/Stream")(each, timeout=20) for each in (b"a", b"b")]
+        calls = [
+            line.unary_stream("/test.Echo/Stream")(each, timeout=HANG) for each in (b"a", b"b")
+        ]
         first = await read.get()
         # Another method needs no turn, and by its answer the second call has long arrived.
-        assert await line.unary_unary("/test.Echo/Unary")(b"c", timeout=20) == b"c"
+        assert await line.unary_unary("/test.Echo/Unary")(b"c", timeout=HANG) == b"c"
         assert read.empty()
         may_answer.set()
         assert {first, await read.get()} == {b"a", b"b"}
@@ -327,7 +330,7 @@ async def test_a_turn_is_given_back_by_a_call_that_fails_and_by_a_caller_who_lea
     async with server, grpc.aio.insecure_channel(address) as line:
         _, error = await asyncio.to_thread(call, address, "Stream", b"domain")
         assert error.reason == "SPEC_INVALID"
-        leaving = line.unary_stream("/test.Echo/Stream")(b"wait", timeout=20)
+        leaving = line.unary_stream("/test.Echo/Stream")(b"wait", timeout=HANG)
         assert [await begun.get(), await begun.get()] == [b"domain", b"wait"]
         leaving.cancel()
         answers, _ = await asyncio.to_thread(call, address, "Stream", b"hello")
@@ -339,12 +342,12 @@ async def test_a_request_that_does_not_arrive_in_time_is_refused(short_folder, m
     address, never = f"unix:{short_folder}/s", threading.Event()
 
     def requests():
-        never.wait(20)
+        never.wait(HANG)
         yield b"late"
 
     def ask():
         with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
-            list(channel.stream_stream("/test.Echo/Unary")(requests(), timeout=20))
+            list(channel.stream_stream("/test.Echo/Unary")(requests(), timeout=HANG))
         never.set()
         return from_rpc_error(caught.value)
 
@@ -360,7 +363,7 @@ async def test_a_call_without_a_message_is_refused(short_folder):
 
     def ask():
         with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
-            list(channel.stream_stream("/test.Echo/Unary")(iter(()), timeout=20))
+            list(channel.stream_stream("/test.Echo/Unary")(iter(()), timeout=HANG))
         return from_rpc_error(caught.value)
 
     async with asyncio_server(address):

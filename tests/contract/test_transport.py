@@ -14,6 +14,7 @@ from apollo_grpc.addresses import is_loopback
 from apollo_grpc.errors import FailedPrecondition, InvalidArgument
 from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.transport import SERVER_OPTIONS, Endpoint, ServerTls, lock_socket, open_port
+from tests.waiting import HANG
 
 LOOPBACK = ["127.0.0.1:5", "127.8.8.8:5", "localhost:5", "[::1]:5", "dns:///localhost:5"]
 BEYOND = [
@@ -44,7 +45,7 @@ def echo_server(reply: bytes = b"hello"):
 def say(endpoint: Endpoint) -> bytes:
     with endpoint.channel() as channel:
         method = channel.unary_unary("/test.Echo/Say")
-        return method(b"", timeout=20, wait_for_ready=True, metadata=endpoint.metadata())
+        return method(b"", timeout=HANG, wait_for_ready=True, metadata=endpoint.metadata())
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_a_socket_left_by_a_killed_server_is_replaced(short_folder, stopping):
         "lock = PortLock(pathlib.Path(sys.argv[1])); s = socket.socket(socket.AF_UNIX);"
         "s.bind(sys.argv[1]); s.listen(); os.kill(os.getpid(), 9)"
     )
-    assert subprocess.run([sys.executable, "-c", killed, str(path)], timeout=60).returncode == -9
+    assert subprocess.run([sys.executable, "-c", killed, str(path)], timeout=HANG).returncode == -9
     assert path.exists()
     stopping.append(server := echo_server())
     lock = open_port(server, f"unix:{path}")
@@ -249,7 +250,7 @@ def test_a_proxy_of_the_environment_gets_none_of_the_traffic(monkeypatch, stoppi
 def test_a_server_that_is_gone_is_unavailable(short_folder):
     endpoint = Endpoint(f"unix:{short_folder}/nobody.sock")
     with endpoint.channel() as channel, pytest.raises(grpc.RpcError) as failed:
-        channel.unary_unary("/test.Echo/Say")(b"", timeout=20)
+        channel.unary_unary("/test.Echo/Say")(b"", timeout=HANG)
     assert from_rpc_error(failed.value).code is grpc.StatusCode.UNAVAILABLE
 
 
@@ -275,7 +276,7 @@ def test_a_peer_that_never_answers_is_let_go(stopping):
     stopping.append(server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as peer:
+    with socket.create_connection(("127.0.0.1", port), timeout=HANG) as peer:
         # HTTP/2's greeting and empty settings, and then silence.
         peer.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
         while peer.recv(4096):

@@ -18,7 +18,7 @@ from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
-from tests.waiting import at_most
+from tests.waiting import HANG, at_most
 
 Events = Callable[[Any], list[pb.RunEvent]]
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
@@ -165,7 +165,7 @@ def test_synced_weights_are_those_of_the_state_after_a_restart(
 ) -> None:
     engine, trainer = attached
     all_events(trainer.submit(epochs=3, optimizer=FAST))
-    CheckpointJobs(trainer.owner, trainer.board).sync(lambda *_: None).result(30)
+    CheckpointJobs(trainer.owner, trainer.board).sync(lambda *_: None).result(HANG)
     engine.stop()
     trainer.wait_for(DETACHED)
     assert trainer.wait_for(ATTACHED, start_engine().engine.epoch).optimizer_step == 3

@@ -13,6 +13,7 @@ from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.engine import pause
 from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
+from tests.waiting import HANG
 
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
 DETACHED = status_pb2.ATTACHMENT_STATE_DETACHED
@@ -180,7 +181,7 @@ def test_what_others_changed_is_neither_synced_nor_mixed_with_what_was_taken_bac
 ) -> None:
     engine, trainer = attached
     loaded, jobs = engine.model.values(), CheckpointJobs(trainer.owner, trainer.board)
-    jobs.snapshot("kept", lambda *_: None).result(30)
+    jobs.snapshot("kept", lambda *_: None).result(HANG)
     all_events(trainer.submit(epochs=2, optimizer=FAST))
     reload(engine, loaded, told=False)
     work = {
@@ -189,7 +190,7 @@ def test_what_others_changed_is_neither_synced_nor_mixed_with_what_was_taken_bac
         "restore": lambda: jobs.restore("kept", None, lambda *_: None),
     }
     with pytest.raises(ApolloError) as refused:
-        work[what]().result(30)
+        work[what]().result(HANG)
     # The updates that can be taken back know what they wrote.
     assert refused.value.reason == ("UNDO_STALE" if what == "undo" else "WEIGHTS_CHANGED")
     assert same(engine, loaded)
@@ -198,11 +199,11 @@ def test_what_others_changed_is_neither_synced_nor_mixed_with_what_was_taken_bac
 def test_undo_and_restore_are_no_change_by_others(attached: Any, all_events: Events) -> None:
     _, trainer = attached
     jobs = CheckpointJobs(trainer.owner, trainer.board)
-    jobs.snapshot("kept", lambda *_: None).result(30)
+    jobs.snapshot("kept", lambda *_: None).result(HANG)
     all_events(trainer.submit(epochs=2, optimizer=FAST))
-    jobs.undo(1, None).result(30)
+    jobs.undo(1, None).result(HANG)
     assert finished(all_events(trainer.submit(optimizer=FAST))).state == pb.RUN_STATE_SUCCEEDED
-    jobs.restore("kept", None, lambda *_: None).result(30)
+    jobs.restore("kept", None, lambda *_: None).result(HANG)
     assert finished(all_events(trainer.submit(optimizer=FAST))).state == pb.RUN_STATE_SUCCEEDED
 
 

@@ -16,6 +16,7 @@ from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.engine.open_session import open_session
 from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.optim import Apollo
+from tests.waiting import HANG
 
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
 DETACHED = status_pb2.ATTACHMENT_STATE_DETACHED
@@ -197,7 +198,8 @@ def test_an_engine_lost_while_attaching_is_not_shown_as_attached(
     engine.drop_connections()
     wait(lambda: opened, "the second attachment")
     assert isinstance(
-        CheckpointJobs(trainer.owner, trainer.board).sync(print).exception(timeout=30), Unavailable
+        CheckpointJobs(trainer.owner, trainer.board).sync(print).exception(timeout=HANG),
+        Unavailable,
     )
     assert trainer.status.attachment == DETACHED
 

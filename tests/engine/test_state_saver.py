@@ -15,6 +15,7 @@ import torch
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.apollo_state import FILE_NAME, RUNNING_FILE_NAME, load_state
 from apollo_trainer.engine.state_saver import CapturedState, Saved, StateSaver
+from tests.waiting import HANG
 
 Events = Callable[[Any], list[pb.RunEvent]]
 
@@ -40,7 +41,7 @@ def test_saves_that_have_not_begun_become_the_newest_one(
     def slow(captured: CapturedState) -> int:
         at_work.append(captured.optimizer_step)
         assert len(at_work) == 1, "two at once"
-        may_write.wait(10)
+        may_write.wait(HANG)
         written.append(at_work.pop())
         return write(captured)
 

@@ -27,7 +27,7 @@ from apollo_trainer.engine.pause import EnginePause
 from apollo_trainer.engine.state_saver import CapturedState, StateSaver
 from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.operations.restore import Restored
-from tests.waiting import wait_until
+from tests.waiting import HANG, wait_until
 
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
 DETACHED = status_pb2.ATTACHMENT_STATE_DETACHED
@@ -79,8 +79,8 @@ def back(trainer: Any, how: str) -> Restored:
     """The way back to the state of the snapshot."""
     jobs = CheckpointJobs(trainer.owner, trainer.board)
     if how == "undo":
-        return jobs.undo(3, None).result(30)
-    return jobs.restore("anchor", None, lambda *_: None).result(30)
+        return jobs.undo(3, None).result(HANG)
+    return jobs.restore("anchor", None, lambda *_: None).result(HANG)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def learned(attached: Any, all_events: Events) -> Any:
     engine, trainer = attached
     jobs = CheckpointJobs(trainer.owner, trainer.board)
     all_events(trainer.submit(epochs=2, optimizer=FAST))
-    jobs.snapshot("anchor", lambda *_: None).result(30)
+    jobs.snapshot("anchor", lambda *_: None).result(HANG)
     anchor = Model.of(engine, trainer)
     losses = losses_of(all_events(trainer.submit(epochs=3, optimizer=FAST)))
     return engine, trainer, anchor, losses
@@ -189,7 +189,7 @@ def test_killed_around_its_answer_all_is_of_one_model_or_refused(
         refused.append(is_refused(again, all_events))
         if refused[-1]:
             assert "Runs are refused" in again.status.attachment_detail
-            CheckpointJobs(again.owner, again.board).restore("anchor", None, print).result(30)
+            CheckpointJobs(again.owner, again.board).restore("anchor", None, print).result(HANG)
             assert not Model.of(engine, again).differs_from(anchor)
         else:
             found = Model.of(engine, again)
@@ -236,7 +236,7 @@ def test_a_restored_model_that_was_synced_is_whole_beside_the_next_engine(
 ) -> None:
     engine, trainer, anchor, losses = learned
     back(trainer, how)
-    CheckpointJobs(trainer.owner, trainer.board).sync(lambda *_: None).result(30)
+    CheckpointJobs(trainer.owner, trainer.board).sync(lambda *_: None).result(HANG)
     engine.stop()
     trainer.wait_for(DETACHED)
     new = start_engine()
@@ -371,7 +371,7 @@ def test_a_vllm_that_is_not_resumed_is_told_with_what_was_done(
     assert (result.optimizer_step, result.weight_version) == (2, 6)
     assert (trainer.status.optimizer_step, trainer.status.weight_version) == (2, 6)
     jobs = CheckpointJobs(trainer.owner, trainer.board)
-    assert isinstance(jobs.undo(1, 5).exception(30), Aborted), "of another's old version"
+    assert isinstance(jobs.undo(1, 5).exception(HANG), Aborted), "of another's old version"
     assert engine.engine.paused == FAILS[call]
     engine.client.before.clear()
     wait(lambda: engine.calls[-1] in ("resume", "reset caches"), "the sidecar's next attempt")
@@ -433,4 +433,4 @@ def test_a_version_that_only_the_sidecar_knows_is_what_a_caller_is_checked_again
     engine.engine.raise_version(1)
     wait(lambda: trainer.status.weight_version == 6, "the news")
     jobs = CheckpointJobs(trainer.owner, trainer.board)
-    assert isinstance(jobs.restore("anchor", 5, print).exception(30), Aborted)
+    assert isinstance(jobs.restore("anchor", 5, print).exception(HANG), Aborted)

@@ -14,6 +14,7 @@ from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.apollo_state import state_of
 from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
+from tests.waiting import HANG
 
 Events = Callable[[Any], list[pb.RunEvent]]
 REFUSED = status_pb2.ATTACHMENT_STATE_REFUSED
@@ -58,7 +59,7 @@ def test_nothing_more_is_written_synced_exported_or_kept(
         jobs.undo(1, None),
     ):
         with pytest.raises(FailedPrecondition, match=r"(?s)does not compute .*Restart vLLM"):
-            job.result(timeout=30)
+            job.result(timeout=HANG)
     assert {path: path.read_bytes() for path in model_folder.iterdir()} == before
     with pytest.raises(FailedPrecondition, match="does not compute"):
         trainer.submit()

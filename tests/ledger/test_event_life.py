@@ -22,7 +22,7 @@ from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.ledger.events import EventLog, Life
 from apollo_trainer.ledger.journal import FOLDER, SEGMENT_BYTES, Journal, journals_in, read_journal
 from tests.books import finish
-from tests.waiting import WAIT_SECONDS, wait_until
+from tests.waiting import HANG, wait_until
 
 
 class Desk:
@@ -55,7 +55,7 @@ async def read(log: EventLog) -> tuple[list[pb.RunEvent], str]:
     """All that a reader gets, and the reason why that was not all."""
     events: list[pb.RunEvent] = []
     try:
-        async with asyncio.timeout(WAIT_SECONDS):
+        async with asyncio.timeout(HANG):
             async for event in log.follow():
                 events.append(event)
     except Unavailable as error:
@@ -213,18 +213,18 @@ async def test_a_reader_waits_for_no_disk_that_somebody_else_writes_to(
 
     def write_slowly(*arguments: Any) -> None:
         at_work.set()
-        assert may_write.wait(WAIT_SECONDS)
+        assert may_write.wait(HANG)
 
     monkeypatch.setattr(Journal, "event", write_slowly)
     training = threading.Thread(target=lambda: log.append(finished=pb.Finished()))
     training.start()
-    assert at_work.wait(WAIT_SECONDS)
+    assert at_work.wait(HANG)
     reader = log.follow()
     async with asyncio.timeout(1):
         assert (await anext(reader)).HasField("queued")
     assert not log.ended
     may_write.set()
-    async with asyncio.timeout(WAIT_SECONDS):
+    async with asyncio.timeout(HANG):
         assert [event.sequence async for event in reader] == [2]
     training.join()
 

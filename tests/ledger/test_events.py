@@ -8,6 +8,7 @@ import threading
 from apollo_grpc.times import duration
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.ledger.events import EventLog
+from tests.waiting import HANG
 
 SUCCEEDED = pb.Finished(state=pb.RUN_STATE_SUCCEEDED)
 
@@ -25,7 +26,7 @@ def fill(log: EventLog, steps: int = 50) -> None:
 
 
 async def follow(log: EventLog, after: int = 0) -> list[int]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG):
         return [event.sequence async for event in log.follow(after)]
 
 

@@ -21,7 +21,7 @@ from apollo_trainer.ledger.journal import SEGMENT_BYTES, Journal, read_journal
 from apollo_trainer.ledger.ledger import write_events
 from apollo_trainer.ledger.retention import Retention
 from tests.books import finish
-from tests.waiting import slowness, wait_until
+from tests.waiting import HANG, slowness, wait_until
 
 
 def test_the_file_is_the_users_alone(open_books: Any, state_dir: Path) -> None:
@@ -56,7 +56,7 @@ def test_whoever_appends_does_not_wait_for_the_disk(open_books: Any, monkeypatch
     log = books.accept("a")
 
     def write_once_there_is_a_disk(*arguments: Any) -> None:
-        assert disk.wait(30)
+        assert disk.wait(HANG)
         write_events(*arguments)
 
     monkeypatch.setattr(ledger_writer, "write_events", write_once_there_is_a_disk)
@@ -140,7 +140,7 @@ def test_a_killed_server_loses_no_step_and_says_which_is_in_doubt(
     open_books: Any, state_dir: Path, steps: int, segment_bytes: int
 ) -> None:
     arguments = (str(state_dir), str(steps), str(segment_bytes))
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=60)
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=HANG)
     assert done.returncode == -9
     segments = {path.name for path in (state_dir / "journal").iterdir()}
     assert ("a" in segments) == (steps < 20), "short segments were removed"
@@ -258,6 +258,6 @@ def test_without_room_a_run_goes_on_new_ones_are_refused_and_nothing_is_lost(
     state_dir: Path,
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(state_dir)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", FULL, str(state_dir)], capture_output=True, text=True, timeout=HANG
     )
     assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr

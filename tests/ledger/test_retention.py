@@ -12,12 +12,12 @@ from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.ledger.file import FILE_NAME
 from apollo_trainer.ledger.retention import Retention
 from tests.books import SPEC, Books, finish
-from tests.waiting import slowness
+from tests.waiting import HANG, slowness
 
 
 def prune(books: Books) -> None:
     """Retention until it has nothing more to do."""
-    connection = sqlite3.connect(books.writer._file.path, isolation_level=None, timeout=10)
+    connection = sqlite3.connect(books.writer._file.path, isolation_level=None, timeout=HANG)
     while books.writer._retention.apply(connection):
         pass
     connection.close()

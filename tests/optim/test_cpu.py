@@ -10,6 +10,7 @@ import torch
 
 from apollo_trainer.optim import Apollo, cpu
 from apollo_trainer.optim.ahead import compile_ahead
+from tests.waiting import HANG
 
 SHAPES = {
     "tall": (96, 40),
@@ -353,13 +354,13 @@ def test_a_failure_does_not_wait_for_works_that_end_after_it():
     begun, failed = threading.Event(), threading.Event()
 
     def fail():
-        begun.wait(10)
+        begun.wait(HANG)
         failed.set()
         raise MemoryError("no room")
 
     def end_later():
         begun.set()
-        failed.wait(10)
+        failed.wait(HANG)
         time.sleep(0.1)
 
     def work(task):

@@ -11,7 +11,7 @@ import pytest
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.engine.state_saver import CapturedState
 from apollo_trainer.ledger.ledger import Ledger
-from tests.waiting import WAIT_SECONDS
+from tests.waiting import HANG
 
 Events = Callable[[Any], list[pb.RunEvent]]
 
@@ -28,7 +28,7 @@ class Threads:
         for thread in self._threads:
             thread.start()
 
-    def end(self, seconds: float = WAIT_SECONDS) -> list[Any]:
+    def end(self, seconds: float = HANG) -> list[Any]:
         for thread in self._threads:
             thread.join(seconds)
             assert not thread.is_alive()
@@ -43,11 +43,11 @@ def test_an_event_loop_waits_for_no_run_that_is_being_accepted(
 
     def read_slowly(ledger: Ledger, request_id: str) -> None:
         reading.set()
-        assert may_read.wait(WAIT_SECONDS)
+        assert may_read.wait(HANG)
 
     monkeypatch.setattr(Ledger, "run_of_request", read_slowly)
     submitting = Threads(lambda: trainer.submit("mine"))
-    assert reading.wait(WAIT_SECONDS)
+    assert reading.wait(HANG)
     assert Threads(lambda: trainer.queue.log_of("another")).end(1) == [None]
     may_read.set()
     (log,) = submitting.end()
@@ -66,12 +66,12 @@ def test_an_engine_that_dies_in_a_save_leaves_a_run_that_ends_with_finished(
     def write_slowly(state: CapturedState) -> int:
         if state.optimizer_step:
             saving.set()
-            assert may_save.wait(WAIT_SECONDS)
+            assert may_save.wait(HANG)
         return write(state)
 
     monkeypatch.setattr(CapturedState, "write", write_slowly)
     log = trainer.submit(epochs=100_000)
-    assert saving.wait(WAIT_SECONDS)
+    assert saving.wait(HANG)
     engine.stop()
     wait(lambda: trainer.queue.log_of(log.run_id) is None, "the end of the run")
     with (trainer.settings.state_dir / "another").open("wb") as other:

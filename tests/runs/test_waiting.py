@@ -14,6 +14,7 @@ from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
 from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
 from apollo_trainer.training.samples import TokenizedSample
+from tests.waiting import HANG
 
 LONG = {"epochs": 100_000, "dry_run": True}
 
@@ -86,16 +87,16 @@ def test_a_snapshot_that_waits_is_refused_when_the_server_stops(
 
     def slowly(store: SnapshotStore, *arguments: Any) -> Any:
         begun.set()
-        assert trainer.owner.stopping.wait(30)
+        assert trainer.owner.stopping.wait(HANG)
         return create(store, *arguments)
 
     monkeypatch.setattr(SnapshotStore, "create", slowly)
     jobs = CheckpointJobs(trainer.owner, trainer.board)
     first, waiting = (jobs.snapshot(name, lambda *_: None) for name in ("first", "waiting"))
-    assert begun.wait(30)
-    trainer.owner.between_runs(lambda: None).result(30)
+    assert begun.wait(HANG)
+    trainer.owner.between_runs(lambda: None).result(HANG)
     trainer.stop()
-    assert first.result(30).name == "first"
+    assert first.result(HANG).name == "first"
     with pytest.raises(Unavailable) as refused:
-        waiting.result(30)
+        waiting.result(HANG)
     assert refused.value.reason == "SERVER_STOPPING"

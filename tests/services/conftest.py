@@ -25,9 +25,7 @@ from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
 from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
 from apollo_trainer.config import Settings
 from tests import programs
-from tests.waiting import wait_until
-
-CALL_SECONDS = 30
+from tests.waiting import HANG, wait_until
 
 
 class Caller:
@@ -44,11 +42,11 @@ class Caller:
 
     def status(self) -> status_pb2.ServerStatus:
         request = status_pb2.GetStatusRequest()
-        return self.status_service.GetStatus(request, timeout=CALL_SECONDS).status
+        return self.status_service.GetStatus(request, timeout=HANG).status
 
     def watch(self, **fields: Any) -> Any:
         return self.status_service.WatchStatus(
-            status_pb2.WatchStatusRequest(**fields), timeout=CALL_SECONDS
+            status_pb2.WatchStatusRequest(**fields), timeout=HANG
         )
 
     def start(self, request_id: str = "", **spec: Any) -> Any:
@@ -58,22 +56,22 @@ class Caller:
         # A run of a test takes the steps that it is told to, also where it learns fast.
         spec.setdefault("guard", pb.Guard(min_loss=0))
         request = pb.TrainRequest(request_id=request_id, spec=pb.RunSpec(**spec))
-        return self.training.Train(request, timeout=CALL_SECONDS)
+        return self.training.Train(request, timeout=HANG)
 
     def events_of(self, run_id: str, after: int = 0) -> list[pb.RunEvent]:
         """The rest of a run's events, by WatchRun."""
         request = pb.WatchRunRequest(run_id=run_id, after_sequence=after)
-        return [answer.event for answer in self.training.WatchRun(request, timeout=CALL_SECONDS)]
+        return [answer.event for answer in self.training.WatchRun(request, timeout=HANG)]
 
     def run(self, run_id: str) -> pb.Run:
-        return self.training.GetRun(pb.GetRunRequest(run_id=run_id), timeout=CALL_SECONDS).run
+        return self.training.GetRun(pb.GetRunRequest(run_id=run_id), timeout=HANG).run
 
     def cancel(self, run_id: str) -> pb.Run:
         request = pb.CancelRunRequest(run_id=run_id)
-        return self.training.CancelRun(request, timeout=CALL_SECONDS).run
+        return self.training.CancelRun(request, timeout=HANG).run
 
     def list(self, **fields: Any) -> pb.ListRunsResponse:
-        return self.training.ListRuns(pb.ListRunsRequest(**fields), timeout=CALL_SECONDS)
+        return self.training.ListRuns(pb.ListRunsRequest(**fields), timeout=HANG)
 
     def train(self, request_id: str = "", **spec: Any) -> list[pb.RunEvent]:
         return [answer.event for answer in self.start(request_id, **spec)]
@@ -84,7 +82,7 @@ class Caller:
 
     def serves(self) -> bool:
         try:
-            answer = self.health.Check(health_pb2.HealthCheckRequest(), timeout=CALL_SECONDS)
+            answer = self.health.Check(health_pb2.HealthCheckRequest(), timeout=HANG)
         except grpc.RpcError:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
@@ -129,7 +127,7 @@ class ServerThread:
     def terminate(self) -> None:
         """SIGTERM, while callers are still there; returns when the server has ended."""
         self._loop.call_soon_threadsafe(self._signals[signal.SIGTERM])
-        self._thread.join(CALL_SECONDS)
+        self._thread.join(HANG)
         assert not self._thread.is_alive()
 
 
@@ -188,7 +186,7 @@ def start_process(state_dir: Path, tmp_path: Path) -> Iterator[Callable[..., pro
     yield start
     for process in started:
         process.kill()
-        process.wait(30)
+        process.wait(HANG)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from google.protobuf import json_format
 
 from apollo_client import ApolloClient
 from apollo_grpc.v1 import training_pb2 as pb
+from tests.waiting import HANG
 
 BUF = Path(sys.executable).with_name("buf")
 SAMPLE = ("The sea is", " deep.")
@@ -27,7 +28,7 @@ def watch_run(state_dir: Path, request: dict[str, Any]) -> list[pb.RunEvent]:
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
         check=True,
     )
     text, decoder, answers, at = done.stdout, json.JSONDecoder(), [], 0

@@ -19,9 +19,9 @@ from apollo_trainer.checkpoints.disk.file_ops import FileOps
 from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.snapshots.value_exchange import Exchange
 from tests.checkpoints.faulty_disk import tree
+from tests.waiting import HANG
 
 FAST = pb.OptimizerConfig(lr=1e-2)
-WAIT_SECONDS = 30.0
 
 
 class Gate:
@@ -32,10 +32,10 @@ class Gate:
 
     def wait(self) -> None:
         self._reached.set()
-        assert self._open.wait(WAIT_SECONDS)
+        assert self._open.wait(HANG)
 
     def reached(self) -> None:
-        assert self._reached.wait(WAIT_SECONDS)
+        assert self._reached.wait(HANG)
 
     def open(self) -> None:
         self._open.set()
@@ -53,7 +53,7 @@ def with_a_snapshot(start_engine: Any, start_server: Any) -> tuple[Any, Any]:
     """An engine, and a caller who took the snapshot "start" of it."""
     engine, caller = start_engine(), start_server()
     caller.wait_attached()
-    list(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="start"), timeout=60))
+    list(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="start"), timeout=HANG))
     return engine, caller
 
 
@@ -71,7 +71,7 @@ class Call:
 
     def error(self) -> ApolloError:
         """What it ended with."""
-        self._thread.join(WAIT_SECONDS)
+        self._thread.join(HANG)
         assert self._ended
         error: ApolloError = self._ended[0]
         return error
@@ -79,7 +79,7 @@ class Call:
 
 def cancel(caller: Any, request_id: str = "x") -> cp.CancelState:
     request = cp.CancelCheckpointRequest(request_id=request_id)
-    state: cp.CancelState = caller.checkpoints.CancelCheckpoint(request, timeout=30).state
+    state: cp.CancelState = caller.checkpoints.CancelCheckpoint(request, timeout=HANG).state
     return state
 
 
@@ -87,18 +87,18 @@ def stream_of(caller: Any, job: str, folder: Path) -> Any:
     """A call of each kind, with the id "x"."""
     stub = caller.checkpoints
     calls = {
-        "sync": lambda: stub.Sync(cp.SyncRequest(request_id="x"), timeout=60),
+        "sync": lambda: stub.Sync(cp.SyncRequest(request_id="x"), timeout=HANG),
         "rollforward": lambda: stub.Sync(
-            cp.SyncRequest(request_id="x", method=cp.SYNC_METHOD_ROLLFORWARD), timeout=60
+            cp.SyncRequest(request_id="x", method=cp.SYNC_METHOD_ROLLFORWARD), timeout=HANG
         ),
         "snapshot": lambda: stub.CreateSnapshot(
-            cp.CreateSnapshotRequest(request_id="x", name="mine"), timeout=60
+            cp.CreateSnapshotRequest(request_id="x", name="mine"), timeout=HANG
         ),
         "adopt": lambda: stub.Adopt(
-            cp.AdoptRequest(request_id="x", directory=str(folder / "new")), timeout=60
+            cp.AdoptRequest(request_id="x", directory=str(folder / "new")), timeout=HANG
         ),
         "export": lambda: stub.Export(
-            cp.ExportRequest(request_id="x", directory=str(folder / "new")), timeout=60
+            cp.ExportRequest(request_id="x", directory=str(folder / "new")), timeout=HANG
         ),
     }
     return calls[job]()
@@ -184,7 +184,7 @@ def test_a_restore_that_writes_is_finished_and_not_torn(
 
     monkeypatch.setattr(Exchange, "run", wait_and_write)
     asked = cp.RestoreSnapshotRequest(request_id="x", snapshot_id="start")
-    stream = caller.checkpoints.RestoreSnapshot(asked, timeout=60)
+    stream = caller.checkpoints.RestoreSnapshot(asked, timeout=HANG)
     gate.reached()
     assert cancel(caller) == cancel(caller) == cp.CANCEL_STATE_TOO_LATE
     gate.open()
@@ -211,7 +211,7 @@ def test_a_restore_that_decodes_is_stopped(
 
     monkeypatch.setattr(SnapshotStore, "load", wait_and_load)
     asked = cp.RestoreSnapshotRequest(request_id="x", snapshot_id="start")
-    call = Call(caller.checkpoints.RestoreSnapshot(asked, timeout=60), error_of)
+    call = Call(caller.checkpoints.RestoreSnapshot(asked, timeout=HANG), error_of)
     gate.reached()
     assert cancel(caller) == cp.CANCEL_STATE_STOPPING
     gate.open()
@@ -245,10 +245,10 @@ def test_a_restore_amid_a_sync_waits_and_the_directory_holds_what_was_synced(
         fsync(ops, file)
 
     monkeypatch.setattr(FileOps, "fsync", wait_and_flush)
-    sync = caller.checkpoints.Sync(cp.SyncRequest(), timeout=60)
+    sync = caller.checkpoints.Sync(cp.SyncRequest(), timeout=HANG)
     gate.reached()
     asked = cp.RestoreSnapshotRequest(snapshot_id="start")
-    restore = caller.checkpoints.RestoreSnapshot(asked, timeout=60)
+    restore = caller.checkpoints.RestoreSnapshot(asked, timeout=HANG)
     assert all(torch.equal(engine.model.values()[name], w) for name, w in learned.items())
     gate.open()
     *_, synced = sync

@@ -13,6 +13,7 @@ from apollo_grpc.errors import ApolloError, NotFound
 from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
+from tests.waiting import HANG
 
 MANY = 40
 END_SECONDS = 10.0
@@ -33,7 +34,7 @@ def look(caller: Any, run_id: str) -> None:
     quickly("ListRuns", caller.list)
     assert quickly("health", caller.serves)
     snapshots = caller.checkpoints.ListSnapshots
-    quickly("ListSnapshots", lambda: snapshots(cp.ListSnapshotsRequest(), timeout=30))
+    quickly("ListSnapshots", lambda: snapshots(cp.ListSnapshotsRequest(), timeout=HANG))
 
 
 def error_of_call(call: Any) -> ApolloError | None:
@@ -47,11 +48,13 @@ def error_of_call(call: Any) -> ApolloError | None:
 @pytest.fixture
 def beside(caller: Any, wait: Any) -> tuple[Any, str, list[Any]]:
     """A caller, its run at work, and the deletions that wait for it; as many callers have left."""
-    list(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="a"), timeout=30))
+    list(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="a"), timeout=HANG))
     run_id = next(caller.start(epochs=100_000)).event.run_id
     wait(lambda: caller.status().active_run_id == run_id, "the run")
     request = cp.DeleteSnapshotRequest(snapshot_id="a")
-    calls = [caller.checkpoints.DeleteSnapshot.future(request, timeout=60) for _ in range(2 * MANY)]
+    calls = [
+        caller.checkpoints.DeleteSnapshot.future(request, timeout=HANG) for _ in range(2 * MANY)
+    ]
     quickly("GetStatus", caller.status)
     for left in calls[MANY:]:
         left.cancel()
@@ -70,7 +73,7 @@ def test_deletions_beside_a_run_hold_up_no_other_call(
     errors = [error_of_call(call) for call in deletions]
     assert errors.count(None) <= 1
     assert all(error is None or isinstance(error, NotFound) for error in errors)
-    assert not caller.checkpoints.ListSnapshots(cp.ListSnapshotsRequest(), timeout=30).snapshots
+    assert not caller.checkpoints.ListSnapshots(cp.ListSnapshotsRequest(), timeout=HANG).snapshots
 
 
 def test_the_end_of_the_server_waits_for_no_deletion_and_answers_all(

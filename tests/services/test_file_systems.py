@@ -17,6 +17,7 @@ from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
 from tests.checkpoints.private_mounts import fill, mount, read_only, tmpfs, with_private_mounts
 from tests.server_process import served
+from tests.waiting import HANG
 
 FAST = pb.OptimizerConfig(lr=1e-2)
 SAMPLE = {"context_ids": [60, 61, 62], "continuation_ids": [70, 71, 72, 73]}
@@ -49,8 +50,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def assert_told(caller: Any, error_of: Any, of_sync: str, of_snapshot: str) -> None:
     """What both say, and the way that keeps what was learned; training goes on."""
-    sync = caller.checkpoints.Sync(cp.SyncRequest(), timeout=30)
-    snapshot = caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="a"), timeout=30)
+    sync = caller.checkpoints.Sync(cp.SyncRequest(), timeout=HANG)
+    snapshot = caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="a"), timeout=HANG)
     for call, words in ((sync, of_sync), (snapshot, of_snapshot)):
         error = error_of(call)
         assert isinstance(error, FailedPrecondition)
@@ -61,10 +62,10 @@ def assert_told(caller: Any, error_of: Any, of_sync: str, of_snapshot: str) -> N
 
 
 def assert_all_works(engine: Any, caller: Any, folder: Path) -> None:
-    *_, last = caller.checkpoints.Sync(cp.SyncRequest(), timeout=30)
+    *_, last = caller.checkpoints.Sync(cp.SyncRequest(), timeout=HANG)
     assert last.result.method == cp.SYNC_METHOD_EXCHANGE
     assert same(engine.model.values(), loaded(folder))
-    *_, last = caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="a"), timeout=30)
+    *_, last = caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="a"), timeout=HANG)
     assert last.snapshot.name == "a"
 
 
@@ -109,7 +110,7 @@ def test_a_read_only_directory_is_told_when_attached_and_an_export_keeps_what_wa
     detail = caller.status().attachment_detail
     assert f"A sync would be refused: Nothing can be written to {model_folder}" in detail
     assert caller.train(optimizer=FAST)[-1].finished.state == pb.RUN_STATE_SUCCEEDED
-    list(caller.checkpoints.Export(cp.ExportRequest(directory=f"{tmp_path}/out"), timeout=30))
+    list(caller.checkpoints.Export(cp.ExportRequest(directory=f"{tmp_path}/out"), timeout=HANG))
     assert same(loaded(tmp_path / "out"), engine.model.values())
 
 
@@ -121,7 +122,7 @@ def test_a_state_folder_elsewhere_is_used_for_all(
     caller.wait_attached()
     caller.train(optimizer=FAST)
     assert_all_works(engine, caller, model_folder)
-    *_, sound = caller.checkpoints.Verify(cp.VerifyRequest(full=True, live=True), timeout=30)
+    *_, sound = caller.checkpoints.Verify(cp.VerifyRequest(full=True, live=True), timeout=HANG)
     assert not sound.result.differences
     assert not (model_folder.parent / f".{model_folder.name}.apollo").exists()
     (state,) = elsewhere.iterdir()

@@ -17,7 +17,7 @@ from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
 from tests.checkpoints.private_mounts import fill, tmpfs, with_private_mounts
 from tests.services.test_ends import END_SECONDS, look
-from tests.waiting import WAIT_SECONDS, wait_until
+from tests.waiting import HANG, wait_until
 
 FAST = pb.OptimizerConfig(lr=1e-2)
 
@@ -39,7 +39,7 @@ class Stream:
             self.error = from_rpc_error(error)
 
     def end(self) -> Stream:
-        self._thread.join(WAIT_SECONDS)
+        self._thread.join(HANG)
         assert not self._thread.is_alive(), "a call that waits for ever"
         return self
 
@@ -69,7 +69,7 @@ class Server:
         self._start_engine()
         caller = self._start_server(state_dir=self._state)
         caller.wait_attached()
-        list(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="a"), timeout=30))
+        list(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="a"), timeout=HANG))
         return caller
 
 
@@ -111,8 +111,8 @@ def test_calls_end_beside_a_full_disk_and_work_when_there_is_room(
     look(caller, run_id)
     new = [Stream(caller.start(f"new {n}", epochs=2)) for n in range(3)]
     jobs = [
-        Stream(caller.checkpoints.Sync(cp.SyncRequest(), timeout=30)),
-        Stream(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="b"), timeout=30)),
+        Stream(caller.checkpoints.Sync(cp.SyncRequest(), timeout=HANG)),
+        Stream(caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="b"), timeout=HANG)),
     ]
     look(caller, run_id)
     assert caller.cancel(doomed.answers[0].event.run_id).state == pb.RUN_STATE_CANCELLED
@@ -132,7 +132,7 @@ def test_calls_end_beside_a_full_disk_and_work_when_there_is_room(
     assert caller.train("again", epochs=2)[-1].finished.state == pb.RUN_STATE_SUCCEEDED
     wait_until(lambda: caller.run(run_id).state == pb.RUN_STATE_CANCELLED, "the ledger")
     assert caller.events_of(run_id)[-1].finished.steps_done > 0
-    *_, synced = caller.checkpoints.Sync(cp.SyncRequest(), timeout=30)
+    *_, synced = caller.checkpoints.Sync(cp.SyncRequest(), timeout=HANG)
     assert synced.HasField("result")
 
 
@@ -147,7 +147,7 @@ def test_the_server_ends_beside_a_full_disk(place: str, server: Server) -> None:
     if place == "ledger":
         wait_until(lambda: run.warned("LEDGER_NOT_WRITTEN"), "the warning")
     snapshot = cp.CreateSnapshotRequest(name="b")
-    jobs = [Stream(caller.checkpoints.CreateSnapshot(snapshot, timeout=30)) for _ in range(3)]
+    jobs = [Stream(caller.checkpoints.CreateSnapshot(snapshot, timeout=HANG)) for _ in range(3)]
     look(caller, run.answers[0].event.run_id)
     began = time.monotonic()
     caller.terminate()

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from tests.waiting import HANG
+
 
 def test_a_kill_in_the_middle_of_a_probe_leaves_no_changed_byte(
     start_engine: Any, start_process: Any, wait: Any
@@ -23,7 +25,7 @@ def test_a_kill_in_the_middle_of_a_probe_leaves_no_changed_byte(
             process.kill()
 
     engine.client.on_probe = kill
-    assert process.wait(60) == -9
+    assert process.wait(HANG) == -9
     leases = engine.engine.leases
     wait(lambda: leases.active and not as_before(), "the change")
     went_on: list[bool] = []

@@ -22,6 +22,7 @@ from apollo_grpc.v1 import training_pb2 as pb
 from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
 from tests.engine_double import EngineDouble
 from tests.server_process import served
+from tests.waiting import HANG
 
 EXAMPLES = int(os.environ.get("SOAK_MALFORMED", "300"))
 CODES = {
@@ -117,7 +118,7 @@ class Caller:
         self.memory_kib: Callable[[], int] = lambda: 0
 
     def cancel(self, run_id: str) -> None:
-        self.training.CancelRun(pb.CancelRunRequest(run_id=run_id), timeout=30)
+        self.training.CancelRun(pb.CancelRunRequest(run_id=run_id), timeout=HANG)
 
     def call(self, name: str, request: Message) -> Iterator[Any]:
         """All answers of a method, by its full name."""
@@ -129,7 +130,7 @@ class Caller:
             f"/{service}/{short}",
             type(request).SerializeToString,
             method.output_type._concrete_class.FromString,
-        )(request, timeout=30)
+        )(request, timeout=HANG)
         if not method.server_streaming:
             yield answer
         elif short in ENDLESS:
@@ -187,6 +188,6 @@ def test_bytes_that_are_no_message_are_refused(calls: Any, name: str) -> None:
     service, _, short = name.rpartition(".")
     channel = calls.sidecar if "WeightExport" in name else calls.channel
     with pytest.raises(grpc.RpcError) as caught:
-        list(channel.unary_stream(f"/{service}/{short}")(b"\xff\xff\xff", timeout=30))
+        list(channel.unary_stream(f"/{service}/{short}")(b"\xff\xff\xff", timeout=HANG))
     error = from_rpc_error(caught.value)
     assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_UNREADABLE")

@@ -22,6 +22,7 @@ from apollo_grpc.errors import ApolloError
 from apollo_trainer.config import Settings
 from tests.checkpoints.private_mounts import NOBODY, fill, read_only, tmpfs, with_private_mounts
 from tests.test_pages import missing_tests
+from tests.waiting import HANG
 
 PAGE = Path(__file__).parents[2] / "docs" / "places.md"
 NAMES = ["a b", "a%20b", "a#b", "a?b", "a\nb", "ü", "a\udcffb", "'\"$;&", "a=b"]
@@ -49,7 +50,7 @@ def program(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", code],
         text=True,
         errors="backslashreplace",
-        timeout=100,
+        timeout=HANG,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
     )
 

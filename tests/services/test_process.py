@@ -10,6 +10,7 @@ import pytest
 
 from apollo_trainer.checkpoints.apollo_state import load_state
 from apollo_trainer.main import main
+from tests.waiting import HANG
 
 
 def test_sigterm_in_mid_run_saves_the_state_and_exits_with_zero(
@@ -24,7 +25,7 @@ def test_sigterm_in_mid_run_saves_the_state_and_exits_with_zero(
         events.append(answer.event)
         if answer.event.step.step == 3:
             process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(HANG) == 0
     finished = events[-1].finished
     assert finished.failure.reason == "SERVER_STOPPED"
     (path,) = state_dir.glob("models/*/apollo_state.safetensors")
@@ -38,7 +39,7 @@ def test_a_second_server_on_one_state_folder_is_refused_and_the_first_serves_on(
     start_server: Any, start_process: Any, tmp_path: Path
 ) -> None:
     first, second = start_server(), start_process()
-    assert second.wait(60) == 1
+    assert second.wait(HANG) == 1
     errors = (tmp_path / "server.log").read_text()
     assert "Another server already holds" in errors
     assert "Traceback" not in errors

@@ -28,6 +28,7 @@ from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
 from apollo_trainer.checkpoints.snapshots.value_exchange import Exchange
 from apollo_trainer.engine import model_checkpoints
 from apollo_trainer.runs.saving import RunSaves
+from tests.waiting import HANG
 
 FAST = pb.OptimizerConfig(lr=1e-2)
 
@@ -50,18 +51,18 @@ def served(start_engine: Any, start_server: Any) -> Any:
 
 def create(caller: Any, name: str = "", **fields: Any) -> cp.Snapshot:
     request = cp.CreateSnapshotRequest(name=name, **fields)
-    *_, last = caller.checkpoints.CreateSnapshot(request, timeout=60)
+    *_, last = caller.checkpoints.CreateSnapshot(request, timeout=HANG)
     return last.snapshot
 
 
 def restore(caller: Any, snapshot: str, **fields: Any) -> cp.RestoreResult:
     request = cp.RestoreSnapshotRequest(snapshot_id=snapshot, **fields)
-    *_, last = caller.checkpoints.RestoreSnapshot(request, timeout=60)
+    *_, last = caller.checkpoints.RestoreSnapshot(request, timeout=HANG)
     return last.result
 
 
 def undo(caller: Any, updates: int = 1, **fields: Any) -> cp.RestoreResult:
-    (answer,) = caller.checkpoints.Undo(cp.UndoRequest(updates=updates, **fields), timeout=60)
+    (answer,) = caller.checkpoints.Undo(cp.UndoRequest(updates=updates, **fields), timeout=HANG)
     return answer.result
 
 
@@ -96,7 +97,7 @@ def test_a_restart_of_the_server_keeps_snapshots_and_the_bits_of_what_follows(
     caller.stop()
     again = start_server()
     again.wait_attached()
-    (kept,) = again.checkpoints.ListSnapshots(cp.ListSnapshotsRequest(), timeout=30).snapshots
+    (kept,) = again.checkpoints.ListSnapshots(cp.ListSnapshotsRequest(), timeout=HANG).snapshots
     assert kept == snapshot
     restore(again, snapshot.snapshot_id)
     assert losses(again.train(epochs=3, optimizer=FAST)) == first
@@ -117,7 +118,7 @@ def test_more_than_is_kept_cannot_be_taken_back(served: Any, error_of: Any) -> N
     engine, caller = served
     caller.train(optimizer=FAST)
     weights = engine.model.values()
-    error = error_of(caller.checkpoints.Undo(cp.UndoRequest(updates=2), timeout=30))
+    error = error_of(caller.checkpoints.Undo(cp.UndoRequest(updates=2), timeout=HANG))
     assert isinstance(error, OutOfRange)
     assert error.reason == "UNDO_OUT_OF_RANGE"
     assert same(engine.model.values(), weights)
@@ -130,7 +131,7 @@ def test_a_version_that_moved_on_is_told_and_nothing_changes(served: Any, error_
     caller.train(optimizer=FAST)
     weights = engine.model.values()
     asked = cp.RestoreSnapshotRequest(snapshot_id="start", expected_weight_version=0)
-    error = error_of(caller.checkpoints.RestoreSnapshot(asked, timeout=30))
+    error = error_of(caller.checkpoints.RestoreSnapshot(asked, timeout=HANG))
     assert isinstance(error, Aborted)
     assert error.metadata == {"weight_version": "1"}
     assert same(engine.model.values(), weights)
@@ -153,17 +154,17 @@ def test_snapshots_are_listed_in_pages_found_by_name_and_deleted(
 ) -> None:
     _, caller = served
     made = [create(caller, name) for name in ("a", "b", "c")]
-    page = caller.checkpoints.ListSnapshots(cp.ListSnapshotsRequest(page_size=2), timeout=30)
+    page = caller.checkpoints.ListSnapshots(cp.ListSnapshotsRequest(page_size=2), timeout=HANG)
     assert [s.name for s in page.snapshots] == ["c", "b"]
     request = cp.ListSnapshotsRequest(page_size=2, page_token=page.next_page_token)
-    rest = caller.checkpoints.ListSnapshots(request, timeout=30)
+    rest = caller.checkpoints.ListSnapshots(request, timeout=HANG)
     assert ([s.name for s in rest.snapshots], rest.next_page_token) == (["a"], "")
     get = cp.GetSnapshotRequest(snapshot_id="b")
-    assert caller.checkpoints.GetSnapshot(get, timeout=30).snapshot == made[1]
+    assert caller.checkpoints.GetSnapshot(get, timeout=HANG).snapshot == made[1]
     delete = cp.DeleteSnapshotRequest(snapshot_id="b")
-    caller.checkpoints.DeleteSnapshot(delete, timeout=30)
-    assert isinstance(error_of(lambda: caller.checkpoints.GetSnapshot(get, timeout=30)), NotFound)
-    taken = caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="a"), timeout=30)
+    caller.checkpoints.DeleteSnapshot(delete, timeout=HANG)
+    assert isinstance(error_of(lambda: caller.checkpoints.GetSnapshot(get, timeout=HANG)), NotFound)
+    taken = caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="a"), timeout=HANG)
     assert isinstance(error_of(taken), AlreadyExists)
 
 
@@ -183,7 +184,7 @@ def test_a_snapshot_that_was_damaged_changes_nothing(
     (state,) = (found / snapshot.snapshot_id).glob("apollo*")
     state.write_bytes(state.read_bytes()[:-1] + b"?")
     asked = cp.RestoreSnapshotRequest(snapshot_id="damaged")
-    error = error_of(caller.checkpoints.RestoreSnapshot(asked, timeout=30))
+    error = error_of(caller.checkpoints.RestoreSnapshot(asked, timeout=HANG))
     assert isinstance(error, DataLoss)
     assert same(engine.model.values(), weights)
     assert caller.train()[-1].finished.state == pb.RUN_STATE_SUCCEEDED
@@ -212,17 +213,17 @@ def test_mixed_weights_are_neither_trained_nor_synced_until_a_restore(
         patch.setattr(Exchange, "run", fail_halfway)
         patch.setattr(Exchange, "take_back", fail)
         asked = cp.RestoreSnapshotRequest(snapshot_id="good")
-        assert error_of(caller.checkpoints.RestoreSnapshot(asked, timeout=30)).reason == (
+        assert error_of(caller.checkpoints.RestoreSnapshot(asked, timeout=HANG)).reason == (
             "WEIGHTS_POISONED"
         )
     (state,) = state_dir.glob("models/*/apollo_state.safetensors")
     saved = state.read_bytes()
     for _ in range(2):
-        error = error_of(caller.checkpoints.Undo(cp.UndoRequest(), timeout=30))
+        error = error_of(caller.checkpoints.Undo(cp.UndoRequest(), timeout=HANG))
         assert error.reason == "WEIGHTS_POISONED", "it writes no more than the last update did"
         failure = caller.train()[-1].finished.failure
         assert failure.reason == "WEIGHTS_POISONED"
-        error = error_of(caller.checkpoints.Sync(cp.SyncRequest(), timeout=30))
+        error = error_of(caller.checkpoints.Sync(cp.SyncRequest(), timeout=HANG))
         assert isinstance(error, FailedPrecondition)
         assert error.reason == "WEIGHTS_POISONED"
         # A restart of the server makes them no better.
@@ -232,7 +233,7 @@ def test_mixed_weights_are_neither_trained_nor_synced_until_a_restore(
         caller.wait_attached()
     restore(caller, "good")
     assert caller.train()[-1].finished.state == pb.RUN_STATE_SUCCEEDED
-    *_, last = caller.checkpoints.Sync(cp.SyncRequest(), timeout=30)
+    *_, last = caller.checkpoints.Sync(cp.SyncRequest(), timeout=HANG)
     assert last.result.method == cp.SYNC_METHOD_EXCHANGE
 
 
@@ -242,9 +243,9 @@ def test_a_sync_after_a_restore_puts_the_restored_weights_on_disk(
     engine, caller = served
     create(caller, "start")
     caller.train(epochs=2, optimizer=FAST)
-    list(caller.checkpoints.Sync(cp.SyncRequest(), timeout=30))
+    list(caller.checkpoints.Sync(cp.SyncRequest(), timeout=HANG))
     restore(caller, "start")
-    *_, last = caller.checkpoints.Sync(cp.SyncRequest(), timeout=30)
+    *_, last = caller.checkpoints.Sync(cp.SyncRequest(), timeout=HANG)
     assert last.result.method == cp.SYNC_METHOD_EXCHANGE
     on_disk = AutoModelForCausalLM.from_pretrained(model_folder)
     live = engine.model.values()
@@ -258,15 +259,15 @@ def test_an_export_is_a_model_directory_of_the_live_weights(
     caller.train(epochs=2, optimizer=FAST)
     target = tmp_path / "exported"
     request = cp.ExportRequest(directory=str(target))
-    *progress, last = caller.checkpoints.Export(request, timeout=60)
+    *progress, last = caller.checkpoints.Export(request, timeout=HANG)
     assert (last.result.directory, last.result.weight_version) == (str(target), 2)
     assert progress[-1].progress.bytes_done == last.result.bytes_written > 0
     loaded, live = AutoModelForCausalLM.from_pretrained(target), engine.model.values()
     assert all(torch.equal(live[n], p) for n, p in loaded.named_parameters())
     assert json.loads((target / "config.json").read_text())["model_type"] == "qwen3"
-    assert isinstance(error_of(caller.checkpoints.Export(request, timeout=30)), AlreadyExists)
+    assert isinstance(error_of(caller.checkpoints.Export(request, timeout=HANG)), AlreadyExists)
     relative = cp.ExportRequest(directory="somewhere")
-    error = error_of(caller.checkpoints.Export(relative, timeout=30))
+    error = error_of(caller.checkpoints.Export(relative, timeout=HANG))
     assert isinstance(error, InvalidArgument)
 
 
@@ -287,7 +288,7 @@ def test_automatic_snapshots_are_taken_before_runs_and_in_them(
     caller.train(epochs=5, optimizer=FAST)
     caller.train(epochs=1, optimizer=FAST)
     create(caller, "the last one to be written")
-    found = caller.checkpoints.ListSnapshots(cp.ListSnapshotsRequest(), timeout=30).snapshots
+    found = caller.checkpoints.ListSnapshots(cp.ListSnapshotsRequest(), timeout=HANG).snapshots
     assert [s.optimizer_step for s in found] == [6, 5, 4, 2]
 
 
@@ -310,7 +311,7 @@ class SlowDisk:
 
         def slowly(store: SnapshotStore, *arguments: Any) -> Any:
             disk.begun.set()
-            assert disk.open.wait(30)
+            assert disk.open.wait(HANG)
             return create(store, *arguments)
 
         patch.setattr(model_checkpoints, "SnapshotCopy", Counted)
@@ -336,7 +337,7 @@ def test_an_automatic_snapshot_is_skipped_while_one_is_written_and_the_run_says_
     assert (slow_disk.copies, len(steps(events))) == (1, 6)
     slow_disk.open.set()
     create(caller, "after it")
-    found = caller.checkpoints.ListSnapshots(cp.ListSnapshotsRequest(), timeout=30).snapshots
+    found = caller.checkpoints.ListSnapshots(cp.ListSnapshotsRequest(), timeout=HANG).snapshots
     assert [s.optimizer_step for s in found] == [6, 1]
     assert slow_disk.most == 1
 
@@ -347,15 +348,15 @@ def test_snapshots_that_are_asked_for_wait_their_turn_without_a_copy(
     _, caller = served
     calls = [
         caller.checkpoints.CreateSnapshot(
-            cp.CreateSnapshotRequest(name=f"number {number}", request_id=str(number)), timeout=60
+            cp.CreateSnapshotRequest(name=f"number {number}", request_id=str(number)), timeout=HANG
         )
         for number in range(6)
     ]
-    assert slow_disk.begun.wait(30)
+    assert slow_disk.begun.wait(HANG)
     # The training thread is free meanwhile, and what waits can be stopped.
     assert caller.train(optimizer=FAST)[-1].finished.state == pb.RUN_STATE_SUCCEEDED
     stop = caller.checkpoints.CancelCheckpoint(
-        cp.CancelCheckpointRequest(request_id="5"), timeout=30
+        cp.CancelCheckpointRequest(request_id="5"), timeout=HANG
     )
     assert stop.state == cp.CANCEL_STATE_CANCELLED
     assert error_of(calls.pop()).reason == "JOB_CANCELLED"

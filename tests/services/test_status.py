@@ -17,6 +17,7 @@ from apollo_grpc.v1.training_pb2 import RunEvent
 from apollo_trainer.engine.status_board import KEPT_EVENTS, StatusBoard
 from apollo_trainer.main import SERVICES
 from apollo_trainer.watching.ring import Ring
+from tests.waiting import HANG
 
 
 def updates_of_a_run(watch: Any) -> list[Any]:
@@ -142,19 +143,19 @@ def test_a_stopping_server_ends_its_watchers(
     process.send_signal(signal.SIGTERM)
     # A stream that was cut off would raise.
     assert all(update.HasField("status") for update in updates)
-    assert process.wait(30) == 0
+    assert process.wait(HANG) == 0
 
 
 def test_every_service_is_healthy(start_server: Any) -> None:
     caller = start_server()
     for name in ("", *SERVICES):
-        answer = caller.health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+        answer = caller.health.Check(health_pb2.HealthCheckRequest(service=name), timeout=HANG)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 def test_reflection_lists_the_services(start_server: Any) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(start_server().channel)
     request = reflection_pb2.ServerReflectionRequest(list_services="")
-    (answer,) = stub.ServerReflectionInfo(iter([request]), timeout=10)
+    (answer,) = stub.ServerReflectionInfo(iter([request]), timeout=HANG)
     listed = {service.name for service in answer.list_services_response.service}
     assert listed >= {*SERVICES, "grpc.health.v1.Health"}

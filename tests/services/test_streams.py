@@ -17,6 +17,7 @@ from apollo_grpc.v1 import checkpoint_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.services.streams import RETRY_SECONDS, StreamLimit
 from apollo_trainer.services.training import TrainingService
+from tests.waiting import HANG
 
 
 def test_the_callers_of_one_host_leave_room_for_others() -> None:
@@ -62,18 +63,18 @@ def test_watchers_and_readers_keep_neither_training_nor_a_sync_out(
     waiting = full.start(epochs=100_000)
     run_id = next(waiting).event.run_id
     request = pb.WatchRunRequest(run_id=run_id)
-    reader = full.training.WatchRun(request, timeout=30)
+    reader = full.training.WatchRun(request, timeout=HANG)
     assert next(watch).HasField("status") and next(reader).event.HasField("queued")
     for refused, reason in (
         (full.watch(), "TOO_MANY_WATCHERS"),
-        (full.training.WatchRun(request, timeout=30), "TOO_MANY_STREAMS"),
+        (full.training.WatchRun(request, timeout=HANG), "TOO_MANY_STREAMS"),
     ):
         error = error_of(refused)
         assert (error.reason, error.retry_seconds) == (reason, 0.05)
     full.cancel(run_id)
     assert list(waiting)[-1].event.HasField("finished")
     assert full.train()[-1].finished.state == pb.RUN_STATE_SUCCEEDED
-    *_, synced = full.checkpoints.Sync(checkpoint_pb2.SyncRequest(), timeout=30)
+    *_, synced = full.checkpoints.Sync(checkpoint_pb2.SyncRequest(), timeout=HANG)
     assert synced.HasField("result")
     for stream in (watch, reader):
         stream.cancel()
@@ -131,7 +132,7 @@ def test_one_message_of_samples_is_read_and_checked_at_a_time(
     def slowly(service: TrainingService, request: pb.TrainRequest) -> str:
         now[0] += 1
         most[0] = max(most[0], now[0])
-        assert may_go.wait(30)
+        assert may_go.wait(HANG)
         now[0] -= 1
         return submit(service, request)
 

@@ -10,7 +10,7 @@ import pytest
 from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_sidecar import leases
 from apollo_sidecar.leases import MAX_LEASE_SECONDS, PauseLeases
-from tests.waiting import wait_until
+from tests.waiting import HANG, wait_until
 
 
 class Recorded:
@@ -67,7 +67,7 @@ def test_the_resume_is_told_whether_the_weights_changed(engine, changed):
 
 def test_a_lease_that_runs_out_resumes_and_counts_as_changed(engine):
     engine.leases.acquire("a", 0.05, "keep")
-    assert engine.resumed.wait(10)
+    assert engine.resumed.wait(HANG)
     assert refused(engine.leases.acquire, "a", 30, "keep") == "LEASE_ENDED"
     assert engine.told == ["keep", True]
     assert not engine.leases.active
@@ -84,7 +84,7 @@ def test_a_renewed_lease_outlives_its_first_end_and_pauses_no_second_time(engine
 def test_a_renewal_may_also_shorten(engine):
     engine.leases.acquire("a", 30, "keep")
     engine.leases.acquire("a", 0.05, "keep")
-    assert engine.resumed.wait(10)
+    assert engine.resumed.wait(HANG)
 
 
 def test_another_holder_is_refused_while_the_lease_lasts(engine):
@@ -160,7 +160,7 @@ def test_of_many_holders_at_once_exactly_one_gets_the_lease(engine):
     for taker in takers:
         taker.start()
     for taker in takers:
-        taker.join(10)
+        taker.join(HANG)
     assert len(got) == 1
     assert engine.told == ["keep"]
     engine.leases.release(got[0], False)
@@ -199,7 +199,7 @@ def test_a_resume_that_fails_is_tried_again_until_it_works(engine, at_once, how)
     wait_until(lambda: engine.told[2:5] == [0, 0, 0], "three more attempts")
     assert not engine.resumed.is_set()
     engine.fails.clear()
-    assert engine.resumed.wait(10)
+    assert engine.resumed.wait(HANG)
     attempts = len(engine.told)
     engine.leases.acquire("b", 30, "keep")
     engine.leases.release("b", 0)
@@ -212,7 +212,7 @@ def test_an_engine_that_ends_is_not_asked_for_ever(engine, at_once):
     with pytest.raises(Unavailable):
         engine.leases.release("a", 0)
     wait_until(lambda: engine.told == ["keep", 0, 0], "one more attempt")
-    engine.leases._retry.join(10)
+    engine.leases._retry.join(HANG)
     assert engine.told == ["keep", 0, 0]
 
 
@@ -229,7 +229,7 @@ def test_no_lease_that_ended_can_be_taken_up_again_however_many_ended_since(engi
 
 def test_what_was_written_after_a_lease_ran_out_is_told_once(engine):
     engine.leases.acquire("a", 0.02, "keep")
-    assert engine.resumed.wait(10)
+    assert engine.resumed.wait(HANG)
     engine.leases.acquire("b", 30, "keep")
     engine.leases.release("a", 3, True)
     engine.leases.release("a", 3, True)

@@ -26,7 +26,7 @@ from apollo_sidecar.sample_tokens import SampleTokens
 from apollo_sidecar.service import WeightExportService
 from apollo_sidecar.vllm_prompts import VllmPrompts
 from apollo_sidecar.weight_version import RESET_ATTEMPTS
-from tests.waiting import wait_until
+from tests.waiting import HANG, wait_until
 
 
 class Client:
@@ -85,7 +85,7 @@ class Served:
 
     def stop_loop(self):
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(10)
+        self._thread.join(HANG)
 
     def close(self):
         self._channel.close()
@@ -95,18 +95,18 @@ class Served:
 
     def pause(self, request_id="a", seconds=30, **named):
         fields = {"epoch": self.epoch, "lease": duration_pb2.Duration(seconds=seconds)} | named
-        return self.stub.Pause(pb.PauseRequest(request_id=request_id, **fields), timeout=20)
+        return self.stub.Pause(pb.PauseRequest(request_id=request_id, **fields), timeout=HANG)
 
     def probe(self, lease_id="a", seconds=30, **named):
         fields = {"epoch": self.epoch, "lease": duration_pb2.Duration(seconds=seconds)} | named
         return self.stub.ProbeWeights(
-            pb.ProbeWeightsRequest(lease_id=lease_id, **fields), timeout=20
+            pb.ProbeWeightsRequest(lease_id=lease_id, **fields), timeout=HANG
         )
 
     def resume(self, lease_id="a", changed=False, **named):
         fields = {"epoch": self.epoch, "weights_changed": changed} | named
         request = pb.ResumeRequest(lease_id=lease_id, **fields)
-        return self.stub.Resume(request, timeout=20)
+        return self.stub.Resume(request, timeout=HANG)
 
 
 @pytest.fixture
@@ -125,18 +125,18 @@ def failure(call, *args, **named):
 
 
 def test_the_manifest_carries_the_epoch_and_the_weight_version(sidecar):
-    answer = sidecar.stub.GetWeightManifest(pb.GetWeightManifestRequest(), timeout=20)
+    answer = sidecar.stub.GetWeightManifest(pb.GetWeightManifestRequest(), timeout=HANG)
     assert (answer.manifest.model, answer.manifest.epoch) == ("m", sidecar.epoch)
     assert answer.manifest.weight_version == 0
     sidecar.pause()
     sidecar.resume(changed=True)
-    again = sidecar.stub.GetWeightManifest(pb.GetWeightManifestRequest(), timeout=20)
+    again = sidecar.stub.GetWeightManifest(pb.GetWeightManifestRequest(), timeout=HANG)
     assert again.manifest.weight_version == 1
 
 
 def test_weights_count_as_loaded_until_the_first_pause(sidecar):
     def as_loaded():
-        answer = sidecar.stub.GetWeightManifest(pb.GetWeightManifestRequest(), timeout=20)
+        answer = sidecar.stub.GetWeightManifest(pb.GetWeightManifestRequest(), timeout=HANG)
         return answer.manifest.as_loaded
 
     assert as_loaded()
@@ -148,13 +148,13 @@ def test_weights_count_as_loaded_until_the_first_pause(sidecar):
 
 def test_a_workers_refusal_arrives_with_its_reason(sidecar):
     sidecar.client.workers = [("WEIGHTS_NOT_SHARED", "no", b"")]
-    error = failure(sidecar.stub.GetWeightManifest, pb.GetWeightManifestRequest(), timeout=20)
+    error = failure(sidecar.stub.GetWeightManifest, pb.GetWeightManifestRequest(), timeout=HANG)
     assert (error.reason, error.message) == ("WEIGHTS_NOT_SHARED", "no")
 
 
 def test_several_workers_are_refused(sidecar):
     sidecar.client.workers *= 2
-    error = failure(sidecar.stub.GetWeightManifest, pb.GetWeightManifestRequest(), timeout=20)
+    error = failure(sidecar.stub.GetWeightManifest, pb.GetWeightManifestRequest(), timeout=HANG)
     assert error.reason == "TENSOR_PARALLEL_UNSUPPORTED"
 
 
@@ -163,7 +163,7 @@ def test_the_plan_reaches_the_worker_unchanged(sidecar):
     sidecar.client.workers = [("", "", answer.SerializeToString())]
     request = pb.TraceCheckpointMapRequest(epoch=sidecar.epoch)
     request.roots.add(name="w", shape=(2, 3))
-    assert sidecar.stub.TraceCheckpointMap(request, timeout=20) == answer
+    assert sidecar.stub.TraceCheckpointMap(request, timeout=HANG) == answer
     method, sent = sidecar.client.asked[0]
     assert method == "apollo_trace"
     assert pb.TraceCheckpointMapRequest.FromString(sent) == request
@@ -182,7 +182,7 @@ def test_the_plan_reaches_the_worker_unchanged(sidecar):
 )
 @pytest.mark.parametrize("epoch", ["", "of another process"])
 def test_another_epoch_is_refused_before_the_engine_is_asked(sidecar, method, request_, epoch):
-    error = failure(getattr(sidecar.stub, method), request_(epoch=epoch), timeout=20)
+    error = failure(getattr(sidecar.stub, method), request_(epoch=epoch), timeout=HANG)
     assert error.code is grpc.StatusCode.FAILED_PRECONDITION
     assert error.reason == "EPOCH_CHANGED"
     assert sidecar.client.asked == []
@@ -209,13 +209,15 @@ def test_a_bad_pause_is_refused_by_field_and_pauses_nothing(sidecar, field, wron
 @pytest.mark.parametrize("tokens", [[], [5]])
 def test_too_few_tokens_to_score_are_refused(sidecar, tokens):
     request = pb.ScoreTokensRequest(epoch=sidecar.epoch, token_ids=tokens)
-    assert failure(sidecar.stub.ScoreTokens, request, timeout=20).violations[0].field == "token_ids"
+    assert (
+        failure(sidecar.stub.ScoreTokens, request, timeout=HANG).violations[0].field == "token_ids"
+    )
 
 
 def test_scoring_while_paused_is_refused_instead_of_waiting(sidecar):
     sidecar.pause()
     request = pb.ScoreTokensRequest(epoch=sidecar.epoch, token_ids=[1, 2, 3])
-    error = failure(sidecar.stub.ScoreTokens, request, timeout=20)
+    error = failure(sidecar.stub.ScoreTokens, request, timeout=HANG)
     assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "PAUSED")
 
 
@@ -258,7 +260,7 @@ def test_unchanged_weights_keep_the_version_and_the_caches(sidecar):
 
 def test_a_reset_that_vllm_refuses_is_tried_again(sidecar):
     sidecar.client.refused_resets = 2
-    sidecar.stub.ResetCaches(pb.ResetCachesRequest(epoch=sidecar.epoch), timeout=20)
+    sidecar.stub.ResetCaches(pb.ResetCachesRequest(epoch=sidecar.epoch), timeout=HANG)
     assert sidecar.client.asked == [("reset", True)] * 3
 
 
@@ -271,7 +273,7 @@ def test_a_cache_that_is_not_reset_is_said_and_the_engine_goes_on(sidecar):
 
 
 def test_a_watcher_is_told_the_generation_first_and_then_each_change(sidecar):
-    watch = sidecar.stub.WatchGeneration(pb.WatchGenerationRequest(), timeout=20)
+    watch = sidecar.stub.WatchGeneration(pb.WatchGenerationRequest(), timeout=HANG)
     assert next(watch).weight_version == 0
     sidecar.pause()
     sidecar.resume(changed=True)
@@ -281,7 +283,7 @@ def test_a_watcher_is_told_the_generation_first_and_then_each_change(sidecar):
 
 
 def test_a_watch_ends_and_calls_fail_when_vllm_stops(sidecar):
-    watch = sidecar.stub.WatchGeneration(pb.WatchGenerationRequest(), timeout=20)
+    watch = sidecar.stub.WatchGeneration(pb.WatchGenerationRequest(), timeout=HANG)
     assert next(watch).weight_version == 0
     sidecar.stop_loop()
     assert list(watch) == []
@@ -296,7 +298,7 @@ def test_an_engine_that_ends_while_it_is_asked_is_gone_and_no_mistake_of_ours(si
         raise EngineDeadError()
 
     sidecar.client.collective_rpc = dies
-    error = failure(sidecar.stub.GetWeightManifest, pb.GetWeightManifestRequest(), timeout=20)
+    error = failure(sidecar.stub.GetWeightManifest, pb.GetWeightManifestRequest(), timeout=HANG)
     assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPING")
 
 
@@ -323,7 +325,7 @@ def test_a_probe_pauses_once_and_puts_its_bytes_back_before_vllm_goes_on(sidecar
 def test_a_probe_writes_nothing_that_stays(sidecar):
     sidecar.probe()
     assert sidecar.resume(changed=False).weight_version == 0
-    answer = sidecar.stub.GetWeightManifest(pb.GetWeightManifestRequest(), timeout=20)
+    answer = sidecar.stub.GetWeightManifest(pb.GetWeightManifestRequest(), timeout=HANG)
     assert answer.manifest.as_loaded
 
 
@@ -426,7 +428,7 @@ def test_an_engine_that_does_not_resume_is_asked_until_it_does(stamped, dies):
         failure(stamped.resume, changed=True)
     wait_until(lambda: stamped.client.asked.count(("resume",)) > 2, "more attempts")
     request = pb.ScoreTokensRequest(epoch=stamped.epoch, token_ids=[1, 2, 3])
-    assert failure(stamped.stub.ScoreTokens, request, timeout=20).reason == "PAUSED"
+    assert failure(stamped.stub.ScoreTokens, request, timeout=HANG).reason == "PAUSED"
     stamped.client.fails.clear()
     wait_until(lambda: not stamped.engine.paused, "the resume")
     assert stamped.client.asked.count(("reset", True)) == 1
@@ -461,7 +463,7 @@ def test_writes_without_a_pause_whose_writer_dies_are_counted_and_caches_dropped
 
 
 def watch(sidecar, trainer):
-    return sidecar.stub.WatchGeneration(pb.WatchGenerationRequest(trainer_id=trainer), timeout=20)
+    return sidecar.stub.WatchGeneration(pb.WatchGenerationRequest(trainer_id=trainer), timeout=HANG)
 
 
 def test_an_engine_is_one_training_servers_until_that_one_goes(sidecar):
@@ -527,7 +529,7 @@ def test_whoever_only_looks_holds_nothing(sidecar):
 
 def ask(sidecar, coroutine):
     """As somebody who uses vLLM's own routes on this API server."""
-    return asyncio.run_coroutine_threadsafe(coroutine, sidecar.loop).result(20)
+    return asyncio.run_coroutine_threadsafe(coroutine, sidecar.loop).result(HANG)
 
 
 def pause_by_user(sidecar, mode="keep"):
@@ -596,7 +598,7 @@ def test_scoring_while_a_user_pauses_vllm_is_refused_and_told_of(sidecar):
     assert not next(looking).paused_by_others
     pause_by_user(sidecar)
     request = pb.ScoreTokensRequest(epoch=sidecar.epoch, token_ids=[1, 2, 3])
-    error = failure(sidecar.stub.ScoreTokens, request, timeout=20)
+    error = failure(sidecar.stub.ScoreTokens, request, timeout=HANG)
     assert error.reason == "PAUSED_BY_OTHERS"
     assert "POST /resume" in error.message
     assert any(told.paused_by_others for told, _ in zip(looking, range(8), strict=False))

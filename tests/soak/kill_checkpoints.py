@@ -17,6 +17,7 @@ from apollo_client import ApolloClient
 from apollo_grpc.errors import ApolloError, FailedPrecondition
 from apollo_trainer.engine.model_checkpoints import CUT_OFF
 from tests.server_process import ServerProcess
+from tests.waiting import HANG
 
 OPERATIONS: dict[str, Callable[[ApolloClient], object]] = {
     "sync": lambda client: client.sync(),
@@ -62,7 +63,7 @@ class Operation(threading.Thread):
         self.error: BaseException | None = None
         self.seconds = 0.0
         self.start()
-        assert self._begun.wait(10)
+        assert self._begun.wait(HANG)
 
     def run(self) -> None:
         began = time.monotonic()
@@ -75,7 +76,7 @@ class Operation(threading.Thread):
 
     def ended(self) -> bool:
         """Whether its answer came, or else only the news that the server went. Waits for either."""
-        self.join(30)
+        self.join(HANG)
         assert not self.is_alive()
         assert self.error is None or isinstance(self.error, ApolloError), self.error
         return self.error is None

@@ -23,6 +23,7 @@ from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import status_pb2
 from tests import programs
 from tests.vllm.families import FAMILIES, Family
+from tests.waiting import HANG
 
 START_SECONDS = 240
 
@@ -198,9 +199,9 @@ class Stack:
         for process_signal in (number, signal.SIGKILL):
             try:
                 os.killpg(child.pid, process_signal)
-                return int(child.wait(30))
+                return int(child.wait(HANG))
             except ProcessLookupError:
-                return int(child.wait(30))
+                return int(child.wait(HANG))
             except subprocess.TimeoutExpired:
                 continue
         return None
@@ -226,7 +227,7 @@ class Stack:
             json.dumps(body).encode(),
             {"content-type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=HANG) as answer:
             return json.load(answer)
 
     def engine_logprobs(self, ids: list[int]) -> torch.Tensor:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import HANG
+
 pytestmark = pytest.mark.vllm
 BUF = Path(sys.executable).with_name("buf")
 SERVICES = {"TrainingService", "CheckpointService", "StatusService"}
@@ -25,7 +27,7 @@ def curl(stack, *arguments: str) -> list[str]:
 def call(stack, method: str, request: dict) -> subprocess.CompletedProcess[str]:
     url = f"http://localhost/apollo.v1.{method}"
     command = curl(stack, "-d", json.dumps(request), url)
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG)
 
 
 def messages(lines: Iterator[str]) -> Iterator[dict]:
@@ -46,7 +48,7 @@ def test_reflection_lists_the_services(qwen3):
         curl(qwen3, "--list-services", "http://localhost"),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
         check=True,
     )
     names = set(listed.stdout.split())

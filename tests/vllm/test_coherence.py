@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from apollo_grpc.v1 import training_pb2 as pb
+from tests.waiting import HANG
 
 pytestmark = pytest.mark.vllm
 # vLLM keeps prefixes in whole blocks, of 128 tokens on a CPU.
@@ -52,7 +53,7 @@ class Decoding:
     def stop(self) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(60)
+            thread.join(HANG)
             assert not thread.is_alive(), "a request hangs"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import command_line, programs
+from tests.waiting import HANG
 
 pytestmark = pytest.mark.vllm
 APOLLO = str(Path(sys.executable).with_name("apollo"))
@@ -68,7 +69,7 @@ def test_ctrl_c_leaves_the_run_going(qwen3, file):
         while not process.stdout.readline().startswith("step"):
             pass
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(HANG) == 130
         told = process.stderr.read()
     run_id = qwen3.client.status().active_run_id
     assert run_id, "the run is still at work"
@@ -88,7 +89,7 @@ def test_watch_follows_every_step_of_somebody_elses_run(qwen3, file):
             update = json.loads(watcher.stdout.readline())
             seen += [update["event"]] if "event" in update else []
         watcher.send_signal(signal.SIGINT)
-        assert watcher.wait(20) == 0
+        assert watcher.wait(HANG) == 0
     assert first["status"]["attachment"] == "ATTACHMENT_STATE_ATTACHED"
     assert [int(event["sequence"]) for event in seen] == [event.sequence for event in events]
     losses = [event["step"]["loss"] for event in seen if "step" in event]
@@ -121,7 +122,7 @@ def test_up_starts_both_and_ends_both(tmp_path_factory, qwen3):
             assert lines[-1], "".join(lines[-40:])
         up.send_signal(signal.SIGINT)
         lines += up.stdout.readlines()
-        assert up.wait(60) == 0
+        assert up.wait(HANG) == 0
     assert all(line.startswith(("vllm    |", "trainer |", "apollo  |")) for line in lines)
     assert lines[-1].strip() == "apollo  | stopped"
 
@@ -147,7 +148,7 @@ def test_up_alone_is_eager_and_leaves_memory_for_training(tmp_path_factory, qwen
             assert lines[-1], "".join(lines[-40:])
         up.send_signal(signal.SIGINT)
         up.stdout.read()
-        assert up.wait(60) == 0
+        assert up.wait(HANG) == 0
     log = "".join(lines)
     assert f"Explicitly set ({said[1]}.0/" in log
     assert "Enforce eager set" in log
@@ -161,7 +162,7 @@ def test_up_tells_the_error_of_a_vllm_that_does_not_start(tmp_path_factory, qwen
         env=programs.forking(environment),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
     )
     assert done.returncode == 1
     told = [line.strip() for line in done.stdout.splitlines() if line.startswith("apollo  |")]

@@ -10,7 +10,7 @@ import pytest
 from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
-from tests.waiting import at_most
+from tests.waiting import HANG, at_most
 
 pytestmark = pytest.mark.vllm
 SAMPLE = {"context_ids": list(range(70, 100)), "continuation_ids": list(range(100, 130))}
@@ -126,7 +126,7 @@ def test_a_stop_in_mid_run_keeps_every_step_that_was_told(qwen3):
     os.kill(qwen3.server.pid, signal.SIGTERM)
     events += stream
     assert events[-1].finished.failure.reason == "SERVER_STOPPED"
-    assert qwen3.server.wait(30) == 0
+    assert qwen3.server.wait(HANG) == 0
     qwen3.start_server()
     assert qwen3.wait_attached().optimizer_step == steps_of(events)[-1].optimizer_step
 

@@ -14,6 +14,7 @@ import pytest
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
+from tests.waiting import HANG
 
 pytestmark = [pytest.mark.vllm, pytest.mark.soak, pytest.mark.timeout(7200)]
 KILLS = int(os.environ.get("SOAK_KILLS", "50"))
@@ -53,7 +54,7 @@ class Run:
         return self._thread.is_alive()
 
     def join(self) -> None:
-        self._thread.join(60)
+        self._thread.join(HANG)
         assert not self._thread.is_alive()
 
     def steps_since(self, wall: float) -> list[float]:

@@ -14,6 +14,7 @@ import pytest
 from apollo_grpc.errors import FailedPrecondition, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
+from tests.waiting import HANG
 
 pytestmark = pytest.mark.vllm
 SAMPLE = {"context_ids": list(range(70, 100)), "continuation_ids": list(range(100, 120))}
@@ -35,13 +36,13 @@ class Owner:
         headers = {"content-type": "application/json"}
         request = urllib.request.Request(self._base + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=HANG) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
     def is_paused(self) -> bool:
-        with urllib.request.urlopen(f"{self._base}/is_paused", timeout=60) as answer:
+        with urllib.request.urlopen(f"{self._base}/is_paused", timeout=HANG) as answer:
             return bool(json.load(answer)["is_paused"])
 
 
@@ -153,7 +154,7 @@ def test_what_changes_weights_is_refused_beside_a_run_with_a_sentence(
     step = qwen3.client.status().optimizer_step
     qwen3.wait_for(lambda: qwen3.client.status().optimizer_step > step or run.done(), "a step")
     cancel_active(qwen3)
-    assert run.result(60)[-1].finished.state == pb.RUN_STATE_CANCELLED
+    assert run.result(HANG)[-1].finished.state == pb.RUN_STATE_CANCELLED
 
 
 @pytest.mark.long
@@ -164,7 +165,7 @@ def test_a_reload_between_two_writes_ends_the_run_that_pauses_for_each(
     run = running(coherence="pause_step")
     # It comes when no write is under way; until then it is refused.
     qwen3.wait_for(lambda: owner.post(*RELOAD)[0] == 200 or run.done(), "the reload")
-    ended = run.result(60)[-1].finished
+    ended = run.result(HANG)[-1].finished
     assert (ended.state, ended.failure.reason) == (pb.RUN_STATE_FAILED, "WEIGHTS_CHANGED")
     wait_attached_anew(qwen3, attachments)
     ids = SAMPLE["context_ids"]
@@ -183,7 +184,7 @@ def test_a_user_who_lets_vllm_go_on_ends_the_run_and_vllm_answers(
     run = running()
     assert owner.post(how)[0] == 200
     assert qwen3.complete("a")["choices"]
-    ended = run.result(60)[-1].finished
+    ended = run.result(HANG)[-1].finished
     assert (ended.state, ended.failure.reason) == (pb.RUN_STATE_FAILED, "PAUSE_LOST")
     assert "Somebody else let vLLM go on" in ended.failure.message
     assert train(qwen3)[-1].finished.state == pb.RUN_STATE_SUCCEEDED
@@ -197,7 +198,7 @@ def test_a_user_who_pauses_in_mid_run_finds_vllm_paused_after_it(
     run = running()
     assert owner.post(f"/pause?mode={mode}")[0] == 200
     cancel_active(qwen3)
-    assert run.result(60)[-1].finished.state == pb.RUN_STATE_CANCELLED
+    assert run.result(HANG)[-1].finished.state == pb.RUN_STATE_CANCELLED
     assert owner.is_paused()
     assert owner.post("/resume")[0] == 200
     assert qwen3.complete("a")["choices"]

@@ -17,6 +17,7 @@ import apollo_trainer.watching.ring as ring_module
 from apollo_grpc.v1 import status_pb2, training_pb2
 from apollo_trainer.engine.status_board import KEPT_EVENTS, StatusBoard
 from apollo_trainer.watching.ring import MAX_BYTES, Ring, Update, Watcher
+from tests.waiting import HANG
 
 
 def new_board() -> StatusBoard:
@@ -84,7 +85,7 @@ async def test_statuses_are_made_at_most_so_often_and_the_last_one_always() -> N
         await asyncio.sleep(0.001)
     most = 3 + (time.monotonic() - began) / ring_module.STATUS_SECONDS
     while not told or read(told)[-1].status.queue_length != 399:
-        await watcher.wait(10)
+        await watcher.wait(HANG)
         told += taken(watcher)
     assert 3 < len(told) <= most
 
@@ -117,7 +118,7 @@ async def test_watchers_are_woken_one_after_the_other_and_all_of_them(
         watcher, found[number] = watchers[number], []
         taken(watcher)
         while len(found[number]) < 2:
-            await watcher.wait(30)
+            await watcher.wait(HANG)
             found[number] += sequences(taken(watcher))
 
     loop, pauses = asyncio.get_running_loop(), list[Callable[[], None]]()
@@ -170,7 +171,7 @@ async def test_the_loop_is_woken_once_however_many_watch(monkeypatch: pytest.Mon
     board.update(queue_length=77)
     assert len(woken) == 1
     watchers[0].take()
-    await watchers[0].wait(10)
+    await watchers[0].wait(HANG)
     assert read(taken(watchers[0]))[-1].status.queue_length == 77
 
 
@@ -244,7 +245,7 @@ async def test_publishing_from_a_thread_never_waits_for_a_loop_that_is_busy() ->
     thread = threading.Thread(target=publish_many)
     thread.start()
     # The loop does nothing meanwhile: whoever waited for it would wait for ever.
-    thread.join(timeout=20)
+    thread.join(timeout=HANG)
     assert not thread.is_alive()
     await looked(ring)
     for watcher in watchers:
@@ -292,7 +293,7 @@ async def test_a_waiting_watcher_is_woken_at_once() -> None:
     taken(watcher)
     threading.Timer(0.02, board.publish, [step(7)]).start()
     began = time.monotonic()
-    await watcher.wait(10)
+    await watcher.wait(HANG)
     assert sequences(taken(watcher)) == [7]
     assert time.monotonic() - began < 5
 
@@ -339,4 +340,4 @@ async def test_a_closed_ring_ends_its_watchers_after_what_they_had_not_taken() -
     assert not watcher.ended
     assert [update.status.queue_length for update in read(taken(watcher))] == [0, 3]
     assert watcher.ended
-    await watcher.wait(60)
+    await watcher.wait(HANG)

@@ -12,6 +12,7 @@ from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_trainer.weights.manifest import LiveView
 from apollo_trainer.weights.mapping import map_buffer, map_buffers, measure
+from tests.waiting import HANG
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 MEGABYTE = 1 << 20
@@ -63,7 +64,7 @@ class Owner:
 
     def end(self):
         self.process.stdin.close()
-        self.process.wait(60)
+        self.process.wait(HANG)
         self.process.stdout.close()
 
 

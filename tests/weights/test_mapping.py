@@ -13,6 +13,7 @@ from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_trainer.weights.manifest import LiveView
 from apollo_trainer.weights.mapping import map_buffer, measure
+from tests.waiting import HANG
 
 # Shares 64 fp32 numbers 0..63; then, for each line it reads: "get I" or "set I VALUE".
 OWNER = """
@@ -55,7 +56,7 @@ class Owner:
 
     def end(self):
         self.process.stdin.close()
-        self.process.wait(20)
+        self.process.wait(HANG)
         self.process.stdout.close()
 
 
@@ -109,7 +110,7 @@ def test_another_file_behind_the_same_descriptor_is_refused(owner):
 def test_memory_of_a_process_that_ended_is_refused_without_its_path(owner):
     buffer = owner.buffer()
     owner.process.kill()
-    owner.process.wait(20)
+    owner.process.wait(HANG)
     with pytest.raises(FailedPrecondition) as error:
         map_buffer(buffer)
     assert error.value.reason == "BUFFER_GONE"
@@ -119,7 +120,7 @@ def test_memory_of_a_process_that_ended_is_refused_without_its_path(owner):
 def test_what_is_mapped_outlives_its_owner(owner):
     found = map_buffer(owner.buffer()).view(live((64,), (1,)))
     owner.process.kill()
-    owner.process.wait(20)
+    owner.process.wait(HANG)
     assert torch.equal(found, torch.arange(64.0))
 
 

@@ -21,6 +21,7 @@ from tests import programs
 from tests.checkpoints.crash_protocols import reader, weights
 from tests.checkpoints.directory.test_faulty_disk import generation_of, made, synced
 from tests.checkpoints.faulty_disk import FaultyFiles, tree
+from tests.waiting import HANG
 
 # Dies by SIGKILL as it is about to rename a shard, with config.json aside.
 KILLED_SYNC = """
@@ -50,7 +51,7 @@ sync_directory(folder, CheckpointReader(plan, live), options=options)
 def recover_offline(folder: Path, log: Path) -> tuple[int, str]:
     """What the command exits with, as a process of its own, and what it prints."""
     command = (programs.SERVER, "recover", str(folder))
-    status = programs.start(*command, env=os.environ, log=log).wait(120)
+    status = programs.start(*command, env=os.environ, log=log).wait(HANG)
     return status, log.read_text()
 
 

@@ -31,6 +31,7 @@ from apollo_trainer.main import main
 from tests.checkpoints.crash_protocols import reader
 from tests.checkpoints.directory.test_faulty_disk import made
 from tests.checkpoints.faulty_disk import FaultyFiles
+from tests.waiting import HANG
 
 Make = Callable[..., Any]
 INDEX = "model.safetensors.index.json"
@@ -213,7 +214,7 @@ def test_what_a_killed_export_left_is_removed_and_what_is_written_is_not(tmp_pat
         assert process.stdout and process.stdout.readline() == b"waiting\n"
         export_directory(source, tmp_path / "other", reader(2))
         assert len(unfinished(tmp_path)) == 1
-        process.communicate(b"\n", timeout=30)
+        process.communicate(b"\n", timeout=HANG)
     assert (process.returncode, len(unfinished(tmp_path))) == (-signal.SIGKILL, 1)
     export_directory(source, tmp_path / "out", reader(2))
     assert unfinished(tmp_path) == []

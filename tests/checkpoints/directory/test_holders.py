@@ -22,6 +22,7 @@ from apollo_trainer.checkpoints.disk.file_ops import FileOps
 from tests.checkpoints.crash_protocols import SHARDS, files, reader
 from tests.checkpoints.directory.test_faulty_disk import generation_of, made, synced
 from tests.checkpoints.private_mounts import DISK, mount, tmpfs, with_private_mounts
+from tests.waiting import HANG
 
 LOOKS, MANY_LOOKS = 10_000, 1_000_000
 GONE = "gone"
@@ -74,7 +75,7 @@ class Looks:
 
     def end(self) -> None:
         self._stop.set()
-        self._thread.join(30)
+        self._thread.join(HANG)
 
 
 @contextmanager

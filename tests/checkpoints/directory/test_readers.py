@@ -15,6 +15,7 @@ from apollo_trainer.checkpoints.directory.sync import SyncMethod, SyncOptions
 from tests.checkpoints.crash_protocols import SHARDS, files
 from tests.checkpoints.directory.test_faulty_disk import generation_of, made, synced
 from tests.checkpoints.faulty_disk import FaultyFiles
+from tests.waiting import HANG
 
 SYNCS = 200
 HELD = 20
@@ -67,7 +68,7 @@ class Reader:
 
     def end(self) -> None:
         self._stop.set()
-        self._thread.join(30)
+        self._thread.join(HANG)
 
 
 def which(content: dict[str, bytes]) -> int | str:

@@ -22,6 +22,7 @@ from apollo_trainer.checkpoints.directory.verify import verify_directory
 from apollo_trainer.checkpoints.disk.file_ops import FileOps
 from tests.checkpoints.crash_protocols import CHANGES, ELEMENTS, files, live_model, reader
 from tests.checkpoints.directory.test_faulty_disk import made
+from tests.waiting import HANG
 
 TENSOR_BYTES = 4 * ELEMENTS
 HOLD_A_MAP = """
@@ -152,7 +153,7 @@ def test_a_reader_of_two_generations_ago_keeps_what_it_mapped(learner: Learner) 
             learner.sync()
             learner.require_whole()
             assert learner.inode("a.safetensors") != inode
-        assert process.communicate("\n", timeout=30)[0] == "same\n"
+        assert process.communicate("\n", timeout=HANG)[0] == "same\n"
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -14,6 +14,7 @@ from apollo_trainer.checkpoints.disk.threads import (
     spread_by_size,
     threads_for,
 )
+from tests.waiting import HANG
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -31,7 +32,7 @@ def test_what_failed_is_raised_and_no_thread_works_any_more(threads: int) -> Non
         if n == 4:
             fails.set()
             raise ValueError("the fourth")
-        assert n < 4 or fails.wait(30)
+        assert n < 4 or fails.wait(HANG)
 
     before = threading.active_count()
     with pytest.raises(ValueError, match="the fourth"):

@@ -17,6 +17,7 @@ from apollo_trainer.checkpoints.snapshots.copy_on_write import SnapshotCopy
 from apollo_trainer.checkpoints.snapshots.restoring import restore
 from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
 from tests.checkpoints.learner import Learner, assert_same
+from tests.waiting import HANG
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_a_copy_amid_a_step_is_one_of_before_it(
     def slowly(buffers: HostBuffers, like: torch.Tensor) -> torch.Tensor:
         copied.append(threading.current_thread().name)
         if copied[-1] == "snapshot-copy" and len(copied) > 10:
-            assert stepping.wait(30)
+            assert stepping.wait(HANG)
             time.sleep(0.05)
         return original(buffers, like)
 

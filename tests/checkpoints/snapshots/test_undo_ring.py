@@ -14,6 +14,7 @@ from apollo_trainer.checkpoints.snapshots import undo_update
 from apollo_trainer.checkpoints.snapshots.restoring import restore
 from apollo_trainer.checkpoints.snapshots.undo_ring import UndoRing
 from tests.checkpoints.learner import Learner, copied
+from tests.waiting import HANG
 
 
 class Undoable(Learner):
@@ -139,7 +140,7 @@ def delay_encoding(monkeypatch: pytest.MonkeyPatch, begin: threading.Event) -> N
     encode = undo_update.encode_tensor
 
     def late(*arguments: Any, **options: Any) -> Any:
-        assert begin.wait(30)
+        assert begin.wait(HANG)
         return encode(*arguments, **options)
 
     monkeypatch.setattr(undo_update, "encode_tensor", late)

@@ -12,6 +12,7 @@ import pytest
 
 from apollo_client import ApolloClient
 from tests.command_line import apollo
+from tests.waiting import HANG
 
 APOLLO = str(Path(sys.executable).with_name("apollo"))
 
@@ -29,7 +30,7 @@ def indented(values: list[object]) -> tuple[str, list[int]]:
 
 
 def test_the_installed_command_tells_the_distributions_version():
-    done = subprocess.run([APOLLO, "--version"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([APOLLO, "--version"], capture_output=True, text=True, timeout=HANG)
     assert (done.returncode, done.stdout) == (0, f"apollo {version('apollo-grpc')}\n")
 
 
@@ -99,7 +100,7 @@ def test_a_file_larger_than_a_request_is_told_before_any_call(state_dir, tmp_pat
 @pytest.mark.parametrize("standard_input", ["<&-", "</dev/null", "</proc/self/mem"])
 def test_standard_input_without_samples_is_told_in_one_line(state_dir, standard_input):
     command = f"APOLLO_STATE_DIR={state_dir} exec {APOLLO} train - {standard_input}"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=HANG)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("apollo: stdin: ")
 
@@ -118,7 +119,7 @@ def test_a_reader_that_leaves_is_no_error(server):
         assert '"status"' in pipe.stdout.readline()
         with ApolloClient(server) as client:
             list(client.train([("a", "b")]))
-        assert pipe.wait(20) == 0
+        assert pipe.wait(HANG) == 0
         assert pipe.stderr.read() == ""
 
 
