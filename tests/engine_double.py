@@ -1,7 +1,7 @@
 """An engine without vLLM: a small transformers model in shared memory behind the real sidecar.
 
 The sidecar's service, leases, memory, manifest and shadow load are the product's own. What stands
-in for vLLM is its client (`ClientDouble`) and the scoring of a prompt.
+in for vLLM is its client (`ClientDouble`), and what scores and answers prompts (`RequestsDouble`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import asyncio
 import fnmatch
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -24,9 +25,12 @@ from apollo_grpc.interceptors import SyncErrors
 from apollo_grpc.transport import SERVER_OPTIONS, open_port
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1.weight_export_pb2_grpc import add_WeightExportServiceServicer_to_server
+from apollo_sidecar.answers import Answers
 from apollo_sidecar.changed_bytes import ChangedBytes
 from apollo_sidecar.engine import Engine
 from apollo_sidecar.memfd_weights import MemfdWeights
+from apollo_sidecar.own_batch import SCORE_PREFIX
+from apollo_sidecar.own_requests import OwnRequests
 from apollo_sidecar.sample_tokens import SampleTokens
 from apollo_sidecar.service import WeightExportService
 from apollo_sidecar.shadow_load import trace_checkpoint_map
@@ -69,12 +73,32 @@ class ServedModel(torch.nn.Module):
         return {n: p.detach().clone() for n, p in self.module.named_parameters()}
 
     @torch.no_grad()
+    def _logits(self, token_ids: list[int]) -> torch.Tensor:
+        ids = (torch.tensor([token_ids]),)
+        answer: Any = functional_call(self.module, self._copies, ids, {"use_cache": False})
+        return answer.logits[0].float()
+
     def score(self, token_ids: list[int]) -> list[float]:
         """Log-probability of each token after the first."""
-        ids = torch.tensor([token_ids])
-        answer: Any = functional_call(self.module, self._copies, (ids,), {"use_cache": False})
-        logprobs = answer.logits[0, :-1].float().log_softmax(-1)
-        return logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+        logprobs = self._logits(token_ids)[:-1].log_softmax(-1)
+        return logprobs.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
+
+    def answer(
+        self, token_ids: list[int], max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[int]:
+        """The tokens after a prompt, up to one that ends an answer, with it; drawn where asked."""
+        draw = torch.Generator().manual_seed(seed)
+        listed = self.module.generation_config.eos_token_id
+        ends = {listed} if isinstance(listed, int) else set(listed or ())
+        said: list[int] = []
+        while len(said) < max_tokens and ends.isdisjoint(said):
+            logits = self._logits([*token_ids, *said])[-1]
+            if temperature:
+                odds = (logits / temperature).softmax(-1)
+                said.append(int(torch.multinomial(odds, 1, generator=draw)))
+            else:
+                said.append(int(logits.argmax()))
+        return said
 
 
 class ClientDouble:
@@ -85,6 +109,7 @@ class ClientDouble:
         changed: what a probe has changed.
         on_probe: told the number of a probe's call, after its change and before its scores.
         before: called by a method's name, or a worker's, when it is; what it raises, that does.
+            By "answer" before each prompt that is answered.
     """
 
     errored = False
@@ -98,6 +123,10 @@ class ClientDouble:
         self.before: dict[str, Callable[[], Any]] = {}
         self._probes = self._paused_at = 0
         self._paused = False
+        vocabulary = model.module.config.vocab_size
+        self.model_config = SimpleNamespace(
+            max_model_len=MAX_MODEL_LEN, get_vocab_size=lambda: vocabulary
+        )
 
     async def is_paused(self) -> bool:
         while not self.answers_pings:
@@ -105,7 +134,7 @@ class ClientDouble:
         return self._paused
 
     async def collective_rpc(self, method: str, args: tuple[bytes, ...] = ()) -> list[Any]:
-        self._begin(method)
+        self.begin(method)
         if method == "apollo_manifest":
             answer: Any = self._model.live.manifest()
             answer.model, answer.max_model_len = str(self._model.folder), MAX_MODEL_LEN
@@ -121,7 +150,8 @@ class ClientDouble:
             answer = trace_checkpoint_map(self._model, self._model.live, request)
         return [("", "", answer.SerializeToString())]
 
-    def _begin(self, method: str) -> None:
+    def begin(self, method: str) -> None:
+        """Calls what a test has for it."""
         self.before.get(method, lambda: None)()
 
     def _probe(self, request: pb.ProbeWeightsRequest) -> pb.ProbeWeightsResponse:
@@ -135,7 +165,7 @@ class ClientDouble:
         self.calls.append(f"pause {mode}")
 
     async def resume_generation(self) -> None:
-        self._begin("resume_generation")
+        self.begin("resume_generation")
         self._paused = False
         self.calls.append("resume")
         if self._probes:
@@ -144,18 +174,40 @@ class ClientDouble:
             self._probes = 0
 
     async def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool:
-        self._begin("reset_prefix_cache")
+        self.begin("reset_prefix_cache")
         self.calls.append("reset caches")
         return True
 
 
-class _ScoringEngine(Engine):
-    def __init__(self, client: ClientDouble, loop: Any, model: ServedModel, wrong_by: float):
-        super().__init__(client, loop)
+class RequestsDouble(OwnRequests):
+    """The model's own scores and answers, with its live weights."""
+
+    def __init__(self, client: ClientDouble, model: ServedModel, wrong_by: float):
+        super().__init__(client)
         self._model, self._wrong_by = model, wrong_by
 
-    async def _score(self, token_ids: list[int]) -> list[float]:
+    async def score(self, token_ids: list[int], prefix: str = SCORE_PREFIX) -> list[float]:
         return [logprob + self._wrong_by for logprob in self._model.score(token_ids)]
+
+    async def answer(
+        self, token_ids: list[int], max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[int]:
+        self.client.begin("answer")
+        return self._model.answer(token_ids, max_tokens, temperature, seed)
+
+
+class PromptsDouble(PlainPrompts):
+    """Of the served folder's tokenizer; where there is none, texts are the ids themselves."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        # Transformers makes an empty tokenizer of a model's type where there is none.
+        self._is_there = (folder / "tokenizer_config.json").exists()
+
+    async def text_of(self, ids: Sequence[int], *, special: bool) -> str:
+        if not self._is_there:
+            return " ".join(str(token) for token in ids)
+        return await super().text_of(ids, special=special)
 
 
 class EngineDouble:
@@ -183,15 +235,18 @@ class EngineDouble:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self.engine = _ScoringEngine(self.client, self._loop, self.model, scores_wrong_by)
-        self.tokens = SampleTokens(PlainPrompts(folder), self._loop)
+        self.engine = Engine(self.client, self._loop)
+        self.engine.requests = RequestsDouble(self.client, self.model, scores_wrong_by)
+        prompts = PromptsDouble(folder)
+        self.tokens = SampleTokens(prompts, self._loop)
+        self._answers = Answers(self.engine, prompts)
         self._address = address
         self._serve()
 
     def _serve(self) -> None:
         pool = futures.ThreadPoolExecutor(16)
         self._server = grpc.server(pool, interceptors=[SyncErrors()], options=SERVER_OPTIONS)
-        service = WeightExportService(self.engine, self.tokens)
+        service = WeightExportService(self.engine, self.tokens, self._answers)
         add_WeightExportServiceServicer_to_server(service, self._server)
         self._lock = open_port(self._server, self._address)
         self._server.start()

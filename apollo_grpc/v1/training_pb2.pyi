@@ -21,6 +21,100 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _AnchorLoss:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _AnchorLossEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_AnchorLoss.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ANCHOR_LOSS_UNSPECIFIED: _AnchorLoss.ValueType  # 0
+    """KL."""
+    ANCHOR_LOSS_KL: _AnchorLoss.ValueType  # 1
+    """The divergence from the model as it is at the run's start, over its 20 likeliest tokens."""
+    ANCHOR_LOSS_REPLAY: _AnchorLoss.ValueType  # 2
+    """Cross-entropy: the anchors are learned as samples are."""
+
+class AnchorLoss(_AnchorLoss, metaclass=_AnchorLossEnumTypeWrapper): ...
+
+ANCHOR_LOSS_UNSPECIFIED: AnchorLoss.ValueType  # 0
+"""KL."""
+ANCHOR_LOSS_KL: AnchorLoss.ValueType  # 1
+"""The divergence from the model as it is at the run's start, over its 20 likeliest tokens."""
+ANCHOR_LOSS_REPLAY: AnchorLoss.ValueType  # 2
+"""Cross-entropy: the anchors are learned as samples are."""
+global___AnchorLoss = AnchorLoss
+
+class _ProbeCheck:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ProbeCheckEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ProbeCheck.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PROBE_CHECK_UNSPECIFIED: _ProbeCheck.ValueType  # 0
+    """CONTAINS."""
+    PROBE_CHECK_CONTAINS: _ProbeCheck.ValueType  # 1
+    """The answer holds the expected text, but for case and spaces around it."""
+    PROBE_CHECK_EXACT: _ProbeCheck.ValueType  # 2
+    """The answer begins with the expected tokens."""
+    PROBE_CHECK_LOG_PROBABILITY: _ProbeCheck.ValueType  # 3
+    """The expected tokens are likely enough."""
+
+class ProbeCheck(_ProbeCheck, metaclass=_ProbeCheckEnumTypeWrapper): ...
+
+PROBE_CHECK_UNSPECIFIED: ProbeCheck.ValueType  # 0
+"""CONTAINS."""
+PROBE_CHECK_CONTAINS: ProbeCheck.ValueType  # 1
+"""The answer holds the expected text, but for case and spaces around it."""
+PROBE_CHECK_EXACT: ProbeCheck.ValueType  # 2
+"""The answer begins with the expected tokens."""
+PROBE_CHECK_LOG_PROBABILITY: ProbeCheck.ValueType  # 3
+"""The expected tokens are likely enough."""
+global___ProbeCheck = ProbeCheck
+
+class _ProbeRole:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ProbeRoleEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ProbeRole.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PROBE_ROLE_UNSPECIFIED: _ProbeRole.ValueType  # 0
+    """LEARN."""
+    PROBE_ROLE_LEARN: _ProbeRole.ValueType  # 1
+    """It is to pass after the run."""
+    PROBE_ROLE_KEEP: _ProbeRole.ValueType  # 2
+    """It is not to be lost: it counts where it passed before the run."""
+
+class ProbeRole(_ProbeRole, metaclass=_ProbeRoleEnumTypeWrapper): ...
+
+PROBE_ROLE_UNSPECIFIED: ProbeRole.ValueType  # 0
+"""LEARN."""
+PROBE_ROLE_LEARN: ProbeRole.ValueType  # 1
+"""It is to pass after the run."""
+PROBE_ROLE_KEEP: ProbeRole.ValueType  # 2
+"""It is not to be lost: it counts where it passed before the run."""
+global___ProbeRole = ProbeRole
+
+class _Schedule:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ScheduleEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Schedule.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    SCHEDULE_UNSPECIFIED: _Schedule.ValueType  # 0
+    """CONSTANT."""
+    SCHEDULE_CONSTANT: _Schedule.ValueType  # 1
+    SCHEDULE_LINEAR: _Schedule.ValueType  # 2
+    SCHEDULE_COSINE: _Schedule.ValueType  # 3
+
+class Schedule(_Schedule, metaclass=_ScheduleEnumTypeWrapper): ...
+
+SCHEDULE_UNSPECIFIED: Schedule.ValueType  # 0
+"""CONSTANT."""
+SCHEDULE_CONSTANT: Schedule.ValueType  # 1
+SCHEDULE_LINEAR: Schedule.ValueType  # 2
+SCHEDULE_COSINE: Schedule.ValueType  # 3
+global___Schedule = Schedule
+
 class _OptimizerVariant:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -131,6 +225,8 @@ class _RunStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     RUN_STATE_SUCCEEDED: _RunState.ValueType  # 3
     RUN_STATE_FAILED: _RunState.ValueType  # 4
     RUN_STATE_CANCELLED: _RunState.ValueType  # 5
+    RUN_STATE_REJECTED: _RunState.ValueType  # 6
+    """Its `accept_if` was not met, and its updates were taken back."""
 
 class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper): ...
 
@@ -140,6 +236,8 @@ RUN_STATE_RUNNING: RunState.ValueType  # 2
 RUN_STATE_SUCCEEDED: RunState.ValueType  # 3
 RUN_STATE_FAILED: RunState.ValueType  # 4
 RUN_STATE_CANCELLED: RunState.ValueType  # 5
+RUN_STATE_REJECTED: RunState.ValueType  # 6
+"""Its `accept_if` was not met, and its updates were taken back."""
 global___RunState = RunState
 
 class _FullGradients:
@@ -349,6 +447,78 @@ class CancelRunResponse(google.protobuf.message.Message):
 global___CancelRunResponse = CancelRunResponse
 
 @typing.final
+class ListRegressionProbesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    page_size: builtins.int
+    """At most this many, and at most 1000; 0 means 50."""
+    page_token: builtins.str
+    def __init__(
+        self,
+        *,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
+
+global___ListRegressionProbesRequest = ListRegressionProbesRequest
+
+@typing.final
+class ListRegressionProbesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROBES_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    @property
+    def probes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Probe]: ...
+    def __init__(
+        self,
+        *,
+        probes: collections.abc.Iterable[global___Probe] | None = ...,
+        next_page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["next_page_token", b"next_page_token", "probes", b"probes"]) -> None: ...
+
+global___ListRegressionProbesResponse = ListRegressionProbesResponse
+
+@typing.final
+class DeleteRegressionProbesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: builtins.int
+    @property
+    def names(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Empty: all of them."""
+
+    def __init__(
+        self,
+        *,
+        names: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["names", b"names"]) -> None: ...
+
+global___DeleteRegressionProbesRequest = DeleteRegressionProbesRequest
+
+@typing.final
+class DeleteRegressionProbesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DELETED_FIELD_NUMBER: builtins.int
+    deleted: builtins.int
+    """How many were taken out."""
+    def __init__(
+        self,
+        *,
+        deleted: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deleted", b"deleted"]) -> None: ...
+
+global___DeleteRegressionProbesResponse = DeleteRegressionProbesResponse
+
+@typing.final
 class RunSpec(google.protobuf.message.Message):
     """What a run is to do."""
 
@@ -364,6 +534,15 @@ class RunSpec(google.protobuf.message.Message):
     EVALUATE_FIELD_NUMBER: builtins.int
     MAX_WALL_TIME_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    CROSS_ENTROPY_FIELD_NUMBER: builtins.int
+    CONTEXT_DISTILLATION_FIELD_NUMBER: builtins.int
+    POLICY_GRADIENT_FIELD_NUMBER: builtins.int
+    ANCHORS_FIELD_NUMBER: builtins.int
+    PROBES_FIELD_NUMBER: builtins.int
+    ACCEPT_IF_FIELD_NUMBER: builtins.int
+    EVALUATION_SAMPLES_FIELD_NUMBER: builtins.int
+    EVALUATE_EVERY_STEPS_FIELD_NUMBER: builtins.int
+    PARAMETERS_FIELD_NUMBER: builtins.int
     samples_per_step: builtins.int
     """Samples whose gradients make one optimizer step, in order. 0 means 1."""
     epochs: builtins.int
@@ -374,6 +553,8 @@ class RunSpec(google.protobuf.message.Message):
     """Also report the loss of each sample before and after the run."""
     seed: builtins.int
     """Shuffles the samples of each epoch. Unset: the order given, as in the list."""
+    evaluate_every_steps: builtins.int
+    """Steps between two `evaluated` events; 0: before the first step and after the last alone."""
     @property
     def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Sample]:
         """At least one."""
@@ -390,6 +571,32 @@ class RunSpec(google.protobuf.message.Message):
         Unset: no limit.
         """
 
+    @property
+    def cross_entropy(self) -> global___CrossEntropy: ...
+    @property
+    def context_distillation(self) -> global___ContextDistillation: ...
+    @property
+    def policy_gradient(self) -> global___PolicyGradient: ...
+    @property
+    def anchors(self) -> global___Anchors:
+        """What must stay as it is."""
+
+    @property
+    def probes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Probe]:
+        """Questions that vLLM is asked before the first step and after the last."""
+
+    @property
+    def accept_if(self) -> global___AcceptIf:
+        """The run is taken back unless its probes say this. Unset: nothing is taken back."""
+
+    @property
+    def evaluation_samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Sample]:
+        """Told by their losses in `evaluated`, and never learned."""
+
+    @property
+    def parameters(self) -> global___ParameterFilter:
+        """Which parameters learn. Unset: all of them."""
+
     def __init__(
         self,
         *,
@@ -403,12 +610,266 @@ class RunSpec(google.protobuf.message.Message):
         evaluate: builtins.bool = ...,
         max_wall_time: google.protobuf.duration_pb2.Duration | None = ...,
         seed: builtins.int | None = ...,
+        cross_entropy: global___CrossEntropy | None = ...,
+        context_distillation: global___ContextDistillation | None = ...,
+        policy_gradient: global___PolicyGradient | None = ...,
+        anchors: global___Anchors | None = ...,
+        probes: collections.abc.Iterable[global___Probe] | None = ...,
+        accept_if: global___AcceptIf | None = ...,
+        evaluation_samples: collections.abc.Iterable[global___Sample] | None = ...,
+        evaluate_every_steps: builtins.int = ...,
+        parameters: global___ParameterFilter | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "coherence", b"coherence", "guard", b"guard", "max_wall_time", b"max_wall_time", "optimizer", b"optimizer", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "coherence", b"coherence", "dry_run", b"dry_run", "epochs", b"epochs", "evaluate", b"evaluate", "guard", b"guard", "max_wall_time", b"max_wall_time", "optimizer", b"optimizer", "samples", b"samples", "samples_per_step", b"samples_per_step", "seed", b"seed"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "accept_if", b"accept_if", "anchors", b"anchors", "coherence", b"coherence", "context_distillation", b"context_distillation", "cross_entropy", b"cross_entropy", "guard", b"guard", "loss", b"loss", "max_wall_time", b"max_wall_time", "optimizer", b"optimizer", "parameters", b"parameters", "policy_gradient", b"policy_gradient", "seed", b"seed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "accept_if", b"accept_if", "anchors", b"anchors", "coherence", b"coherence", "context_distillation", b"context_distillation", "cross_entropy", b"cross_entropy", "dry_run", b"dry_run", "epochs", b"epochs", "evaluate", b"evaluate", "evaluate_every_steps", b"evaluate_every_steps", "evaluation_samples", b"evaluation_samples", "guard", b"guard", "loss", b"loss", "max_wall_time", b"max_wall_time", "optimizer", b"optimizer", "parameters", b"parameters", "policy_gradient", b"policy_gradient", "probes", b"probes", "samples", b"samples", "samples_per_step", b"samples_per_step", "seed", b"seed"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["loss", b"loss"]) -> typing.Literal["cross_entropy", "context_distillation", "policy_gradient"] | None: ...
 
 global___RunSpec = RunSpec
+
+@typing.final
+class CrossEntropy(google.protobuf.message.Message):
+    """The loss of a token is minus its log-probability."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___CrossEntropy = CrossEntropy
+
+@typing.final
+class ContextDistillation(google.protobuf.message.Message):
+    """The loss of a token is the divergence KL(teacher || student) of what comes next. The teacher is the
+    served model itself as it is at the run's start, reading each sample's teacher context in place of
+    its context (arXiv 2209.15189). It is asked once, before the first step.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOP_K_FIELD_NUMBER: builtins.int
+    top_k: builtins.int
+    """Likeliest tokens of the teacher that are compared one by one; all others count as one. 0 means 20."""
+    def __init__(
+        self,
+        *,
+        top_k: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["top_k", b"top_k"]) -> None: ...
+
+global___ContextDistillation = ContextDistillation
+
+@typing.final
+class PolicyGradient(google.protobuf.message.Message):
+    """The loss of a token is minus its advantage times the ratio of its probability now and when it was
+    sampled, clipped as PPO does (arXiv 1707.06347, equation 7).
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CLIP_LOW_FIELD_NUMBER: builtins.int
+    CLIP_HIGH_FIELD_NUMBER: builtins.int
+    clip_low: builtins.float
+    """How far the ratio may fall below 1, and rise above it, before it no longer counts. 0: no limit.
+    Default 0.2 each.
+    """
+    clip_high: builtins.float
+    def __init__(
+        self,
+        *,
+        clip_low: builtins.float | None = ...,
+        clip_high: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_clip_high", b"_clip_high", "_clip_low", b"_clip_low", "clip_high", b"clip_high", "clip_low", b"clip_low"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_clip_high", b"_clip_high", "_clip_low", b"_clip_low", "clip_high", b"clip_high", "clip_low", b"clip_low"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_clip_high", b"_clip_high"]) -> typing.Literal["clip_high"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_clip_low", b"_clip_low"]) -> typing.Literal["clip_low"] | None: ...
+
+global___PolicyGradient = PolicyGradient
+
+@typing.final
+class Anchors(google.protobuf.message.Message):
+    """Samples whose answers must stay: each step takes some of them beside its own. `tokens`, `loss` and
+    `grad_norm` of a step speak of what is learned; `anchor_loss` of these.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: builtins.int
+    LOSS_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    SAMPLES_PER_STEP_FIELD_NUMBER: builtins.int
+    REGRESSION_SET_FIELD_NUMBER: builtins.int
+    SELF_MADE_FIELD_NUMBER: builtins.int
+    loss: global___AnchorLoss.ValueType
+    weight: builtins.float
+    """Of their mean loss a token beside that of what is learned. Default 1."""
+    samples_per_step: builtins.int
+    """Taken in turn, anew from the first after the last. 0 means 2."""
+    regression_set: builtins.bool
+    """The regression set of this model as well."""
+    @property
+    def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Sample]: ...
+    @property
+    def self_made(self) -> global___SelfMadeAnchors:
+        """Those that the served model makes itself as well."""
+
+    def __init__(
+        self,
+        *,
+        samples: collections.abc.Iterable[global___Sample] | None = ...,
+        loss: global___AnchorLoss.ValueType = ...,
+        weight: builtins.float | None = ...,
+        samples_per_step: builtins.int = ...,
+        regression_set: builtins.bool = ...,
+        self_made: global___SelfMadeAnchors | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_weight", b"_weight", "self_made", b"self_made", "weight", b"weight"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_weight", b"_weight", "loss", b"loss", "regression_set", b"regression_set", "samples", b"samples", "samples_per_step", b"samples_per_step", "self_made", b"self_made", "weight", b"weight"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_weight", b"_weight"]) -> typing.Literal["weight"] | None: ...
+
+global___Anchors = Anchors
+
+@typing.final
+class SelfMadeAnchors(google.protobuf.message.Message):
+    """Before the first step vLLM is asked for other subjects of the kind that is learned: it goes on from
+    the words that the contexts of the samples begin with, and what lies before the words that they end
+    with is a subject. Its own answer to each is an anchor. Contexts of one form (tokens, text, chat)
+    are compared with each other; those that have nothing in common give no subjects.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SUBJECTS_FIELD_NUMBER: builtins.int
+    TEXTS_FIELD_NUMBER: builtins.int
+    subjects: builtins.int
+    """Subjects at most. 0 means 128."""
+    texts: builtins.int
+    """Texts of any kind, which the model writes from nothing. 0 means 32."""
+    def __init__(
+        self,
+        *,
+        subjects: builtins.int = ...,
+        texts: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["subjects", b"subjects", "texts", b"texts"]) -> None: ...
+
+global___SelfMadeAnchors = SelfMadeAnchors
+
+@typing.final
+class Probe(google.protobuf.message.Message):
+    """A question and what is expected of its answer. vLLM answers it, always by its likeliest token."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    SAMPLE_FIELD_NUMBER: builtins.int
+    CHECK_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    MAX_TOKENS_FIELD_NUMBER: builtins.int
+    MIN_LOG_PROBABILITY_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Told in the results. Empty: its number in the list, from 0."""
+    check: global___ProbeCheck.ValueType
+    role: global___ProbeRole.ValueType
+    max_tokens: builtins.int
+    """Tokens of the answer at most. 0 means 32, and for PROBE_CHECK_EXACT as many as are expected."""
+    min_log_probability: builtins.float
+    """Least mean log-probability of a token of the expected answer, in nats; for
+    PROBE_CHECK_LOG_PROBABILITY alone. Default -1.
+    """
+    @property
+    def sample(self) -> global___Sample:
+        """The context is the prompt, the continuation the answer. Neither weights nor advantages."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        sample: global___Sample | None = ...,
+        check: global___ProbeCheck.ValueType = ...,
+        role: global___ProbeRole.ValueType = ...,
+        max_tokens: builtins.int = ...,
+        min_log_probability: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_min_log_probability", b"_min_log_probability", "min_log_probability", b"min_log_probability", "sample", b"sample"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_min_log_probability", b"_min_log_probability", "check", b"check", "max_tokens", b"max_tokens", "min_log_probability", b"min_log_probability", "name", b"name", "role", b"role", "sample", b"sample"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_min_log_probability", b"_min_log_probability"]) -> typing.Literal["min_log_probability"] | None: ...
+
+global___Probe = Probe
+
+@typing.final
+class AcceptIf(google.protobuf.message.Message):
+    """What a run must reach to be kept. Else weights, moments and optimizer step are put back bit for bit
+    and the run ends as REJECTED; the weight version counts that as one more update. Probes of such a
+    run that passed in the role LEARN join the model's regression set, which later ones with an
+    `accept_if` are asked as well, in the role KEEP.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_FAILED_FIELD_NUMBER: builtins.int
+    MAX_LOST_FIELD_NUMBER: builtins.int
+    MAX_ANCHOR_KL_FIELD_NUMBER: builtins.int
+    FORGET_PROBES_FIELD_NUMBER: builtins.int
+    max_failed: builtins.int
+    """Of the probes in the role LEARN, so many may fail afterwards."""
+    max_lost: builtins.int
+    """Of the probes that passed before, so many may fail afterwards."""
+    max_anchor_kl: builtins.float
+    """Largest mean divergence a token of the anchors from the run's start, in nats. Unset: any."""
+    forget_probes: builtins.bool
+    """The run's probes do not join the regression set."""
+    def __init__(
+        self,
+        *,
+        max_failed: builtins.int = ...,
+        max_lost: builtins.int = ...,
+        max_anchor_kl: builtins.float | None = ...,
+        forget_probes: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_anchor_kl", b"_max_anchor_kl", "max_anchor_kl", b"max_anchor_kl"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_anchor_kl", b"_max_anchor_kl", "forget_probes", b"forget_probes", "max_anchor_kl", b"max_anchor_kl", "max_failed", b"max_failed", "max_lost", b"max_lost"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_max_anchor_kl", b"_max_anchor_kl"]) -> typing.Literal["max_anchor_kl"] | None: ...
+
+global___AcceptIf = AcceptIf
+
+@typing.final
+class ParameterFilter(google.protobuf.message.Message):
+    """Names are those of the transformers model, such as `model.layers.3.mlp.up_proj.weight`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INCLUDE_FIELD_NUMBER: builtins.int
+    EXCLUDE_FIELD_NUMBER: builtins.int
+    LAYERS_FIELD_NUMBER: builtins.int
+    @property
+    def include(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Patterns of names with `*`, `?` and `[...]`. Empty: every name."""
+
+    @property
+    def exclude(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Likewise; wins over `include`."""
+
+    @property
+    def layers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Numbers of layers, from 0. Empty: every layer, and what is in none."""
+
+    def __init__(
+        self,
+        *,
+        include: collections.abc.Iterable[builtins.str] | None = ...,
+        exclude: collections.abc.Iterable[builtins.str] | None = ...,
+        layers: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["exclude", b"exclude", "include", b"include", "layers", b"layers"]) -> None: ...
+
+global___ParameterFilter = ParameterFilter
 
 @typing.final
 class Sample(google.protobuf.message.Message):
@@ -424,6 +885,8 @@ class Sample(google.protobuf.message.Message):
     CHAT_FIELD_NUMBER: builtins.int
     WEIGHT_FIELD_NUMBER: builtins.int
     TOKEN_WEIGHTS_FIELD_NUMBER: builtins.int
+    ADVANTAGES_FIELD_NUMBER: builtins.int
+    SAMPLER_LOG_PROBABILITIES_FIELD_NUMBER: builtins.int
     weight: builtins.float
     """Factor on the sample's loss. Unset: 1."""
     @property
@@ -436,6 +899,18 @@ class Sample(google.protobuf.message.Message):
     def token_weights(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Factor on the loss of each continuation token; empty or one a token."""
 
+    @property
+    def advantages(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """For a policy gradient: how much better than expected the continuation was, one number, or one a
+        token.
+        """
+
+    @property
+    def sampler_log_probabilities(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """For a policy gradient: the log-probability of each continuation token when it was sampled, in
+        nats, as vLLM tells it.
+        """
+
     def __init__(
         self,
         *,
@@ -444,9 +919,11 @@ class Sample(google.protobuf.message.Message):
         chat: global___ChatSample | None = ...,
         weight: builtins.float | None = ...,
         token_weights: collections.abc.Iterable[builtins.float] | None = ...,
+        advantages: collections.abc.Iterable[builtins.float] | None = ...,
+        sampler_log_probabilities: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_weight", b"_weight", "chat", b"chat", "content", b"content", "text", b"text", "tokens", b"tokens", "weight", b"weight"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_weight", b"_weight", "chat", b"chat", "content", b"content", "text", b"text", "token_weights", b"token_weights", "tokens", b"tokens", "weight", b"weight"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_weight", b"_weight", "advantages", b"advantages", "chat", b"chat", "content", b"content", "sampler_log_probabilities", b"sampler_log_probabilities", "text", b"text", "token_weights", b"token_weights", "tokens", b"tokens", "weight", b"weight"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_weight", b"_weight"]) -> typing.Literal["weight"] | None: ...
     @typing.overload
@@ -462,17 +939,23 @@ class TokenSample(google.protobuf.message.Message):
 
     CONTEXT_IDS_FIELD_NUMBER: builtins.int
     CONTINUATION_IDS_FIELD_NUMBER: builtins.int
+    TEACHER_CONTEXT_IDS_FIELD_NUMBER: builtins.int
     @property
     def context_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def continuation_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def teacher_context_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """What the teacher of a distillation reads in place of the context."""
+
     def __init__(
         self,
         *,
         context_ids: collections.abc.Iterable[builtins.int] | None = ...,
         continuation_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        teacher_context_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["context_ids", b"context_ids", "continuation_ids", b"continuation_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context_ids", b"context_ids", "continuation_ids", b"continuation_ids", "teacher_context_ids", b"teacher_context_ids"]) -> None: ...
 
 global___TokenSample = TokenSample
 
@@ -486,15 +969,19 @@ class TextSample(google.protobuf.message.Message):
 
     CONTEXT_FIELD_NUMBER: builtins.int
     CONTINUATION_FIELD_NUMBER: builtins.int
+    TEACHER_CONTEXT_FIELD_NUMBER: builtins.int
     context: builtins.str
     continuation: builtins.str
+    teacher_context: builtins.str
+    """What the teacher of a distillation reads in place of the context."""
     def __init__(
         self,
         *,
         context: builtins.str = ...,
         continuation: builtins.str = ...,
+        teacher_context: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["context", b"context", "continuation", b"continuation"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context", b"context", "continuation", b"continuation", "teacher_context", b"teacher_context"]) -> None: ...
 
 global___TextSample = TextSample
 
@@ -507,14 +994,20 @@ class ChatSample(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: builtins.int
+    TEACHER_MESSAGES_FIELD_NUMBER: builtins.int
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ChatMessage]: ...
+    @property
+    def teacher_messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ChatMessage]:
+        """What the teacher of a distillation reads in place of all but the last assistant turn."""
+
     def __init__(
         self,
         *,
         messages: collections.abc.Iterable[global___ChatMessage] | None = ...,
+        teacher_messages: collections.abc.Iterable[global___ChatMessage] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["messages", b"messages"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["messages", b"messages", "teacher_messages", b"teacher_messages"]) -> None: ...
 
 global___ChatSample = ChatSample
 
@@ -562,6 +1055,9 @@ class OptimizerConfig(google.protobuf.message.Message):
     ROUNDING_FIELD_NUMBER: builtins.int
     RESET_OPTIMIZER_FIELD_NUMBER: builtins.int
     ACCEPT_OTHER_WEIGHTS_FIELD_NUMBER: builtins.int
+    SCHEDULE_FIELD_NUMBER: builtins.int
+    FINAL_LR_FRACTION_FIELD_NUMBER: builtins.int
+    CLIP_GRAD_NORM_FIELD_NUMBER: builtins.int
     lr: builtins.float
     """Learning rate, on AdamW's scale. Default 1e-5."""
     rank: builtins.int
@@ -590,6 +1086,12 @@ class OptimizerConfig(google.protobuf.message.Message):
     vLLM serves now, as after a restart of vLLM without a sync. Without it, and
     without `reset_optimizer`, such a run is FAILED_PRECONDITION.
     """
+    schedule: global___Schedule.ValueType
+    """How lr goes on after the warm-up, until the run's last step."""
+    final_lr_fraction: builtins.float
+    """Part of lr that the schedule ends with. Default 0."""
+    clip_grad_norm: builtins.float
+    """Gradients with a larger norm are scaled down to it. Unset: none is."""
     def __init__(
         self,
         *,
@@ -607,15 +1109,22 @@ class OptimizerConfig(google.protobuf.message.Message):
         rounding: global___Rounding.ValueType = ...,
         reset_optimizer: builtins.bool = ...,
         accept_other_weights: builtins.bool = ...,
+        schedule: global___Schedule.ValueType = ...,
+        final_lr_fraction: builtins.float | None = ...,
+        clip_grad_norm: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_eps", b"_eps", "_lr", b"_lr", "_norm_growth_limit", b"_norm_growth_limit", "_proj_refresh", b"_proj_refresh", "_rank", b"_rank", "_scale", b"_scale", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "eps", b"eps", "lr", b"lr", "norm_growth_limit", b"norm_growth_limit", "proj_refresh", b"proj_refresh", "rank", b"rank", "scale", b"scale", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_eps", b"_eps", "_lr", b"_lr", "_norm_growth_limit", b"_norm_growth_limit", "_proj_refresh", b"_proj_refresh", "_rank", b"_rank", "_scale", b"_scale", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "accept_other_weights", b"accept_other_weights", "beta1", b"beta1", "beta2", b"beta2", "eps", b"eps", "lr", b"lr", "norm_growth_limit", b"norm_growth_limit", "proj_refresh", b"proj_refresh", "rank", b"rank", "reset_optimizer", b"reset_optimizer", "rounding", b"rounding", "scale", b"scale", "variant", b"variant", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_clip_grad_norm", b"_clip_grad_norm", "_eps", b"_eps", "_final_lr_fraction", b"_final_lr_fraction", "_lr", b"_lr", "_norm_growth_limit", b"_norm_growth_limit", "_proj_refresh", b"_proj_refresh", "_rank", b"_rank", "_scale", b"_scale", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "clip_grad_norm", b"clip_grad_norm", "eps", b"eps", "final_lr_fraction", b"final_lr_fraction", "lr", b"lr", "norm_growth_limit", b"norm_growth_limit", "proj_refresh", b"proj_refresh", "rank", b"rank", "scale", b"scale", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_clip_grad_norm", b"_clip_grad_norm", "_eps", b"_eps", "_final_lr_fraction", b"_final_lr_fraction", "_lr", b"_lr", "_norm_growth_limit", b"_norm_growth_limit", "_proj_refresh", b"_proj_refresh", "_rank", b"_rank", "_scale", b"_scale", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "accept_other_weights", b"accept_other_weights", "beta1", b"beta1", "beta2", b"beta2", "clip_grad_norm", b"clip_grad_norm", "eps", b"eps", "final_lr_fraction", b"final_lr_fraction", "lr", b"lr", "norm_growth_limit", b"norm_growth_limit", "proj_refresh", b"proj_refresh", "rank", b"rank", "reset_optimizer", b"reset_optimizer", "rounding", b"rounding", "scale", b"scale", "schedule", b"schedule", "variant", b"variant", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_beta1", b"_beta1"]) -> typing.Literal["beta1"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_beta2", b"_beta2"]) -> typing.Literal["beta2"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_clip_grad_norm", b"_clip_grad_norm"]) -> typing.Literal["clip_grad_norm"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_eps", b"_eps"]) -> typing.Literal["eps"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_final_lr_fraction", b"_final_lr_fraction"]) -> typing.Literal["final_lr_fraction"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_lr", b"_lr"]) -> typing.Literal["lr"] | None: ...
     @typing.overload
@@ -724,7 +1233,7 @@ class Run(google.protobuf.message.Message):
     def end_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
     @property
     def failure(self) -> global___Failure:
-        """Set when the state is FAILED."""
+        """Set when the state is FAILED or REJECTED."""
 
     def __init__(
         self,
@@ -747,7 +1256,7 @@ global___Run = Run
 
 @typing.final
 class Failure(google.protobuf.message.Message):
-    """Why a run failed."""
+    """Why a run failed, or was taken back."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -781,6 +1290,7 @@ class RunEvent(google.protobuf.message.Message):
     CHECKPOINT_FIELD_NUMBER: builtins.int
     WARNING_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
+    PROBED_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     sequence: builtins.int
     """From 1, without gaps."""
@@ -800,6 +1310,8 @@ class RunEvent(google.protobuf.message.Message):
     def warning(self) -> global___Warning: ...
     @property
     def finished(self) -> global___Finished: ...
+    @property
+    def probed(self) -> global___Probed: ...
     def __init__(
         self,
         *,
@@ -813,10 +1325,11 @@ class RunEvent(google.protobuf.message.Message):
         checkpoint: global___CheckpointWritten | None = ...,
         warning: global___Warning | None = ...,
         finished: global___Finished | None = ...,
+        probed: global___Probed | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "evaluated", b"evaluated", "event", b"event", "event_time", b"event_time", "finished", b"finished", "queued", b"queued", "started", b"started", "step", b"step", "warning", b"warning"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "evaluated", b"evaluated", "event", b"event", "event_time", b"event_time", "finished", b"finished", "queued", b"queued", "run_id", b"run_id", "sequence", b"sequence", "started", b"started", "step", b"step", "warning", b"warning"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["queued", "started", "step", "evaluated", "checkpoint", "warning", "finished"] | None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "evaluated", b"evaluated", "event", b"event", "event_time", b"event_time", "finished", b"finished", "probed", b"probed", "queued", b"queued", "started", b"started", "step", b"step", "warning", b"warning"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "evaluated", b"evaluated", "event", b"event", "event_time", b"event_time", "finished", b"finished", "probed", b"probed", "queued", b"queued", "run_id", b"run_id", "sequence", b"sequence", "started", b"started", "step", b"step", "warning", b"warning"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["queued", "started", "step", "evaluated", "checkpoint", "warning", "finished", "probed"] | None: ...
 
 global___RunEvent = RunEvent
 
@@ -890,6 +1403,11 @@ class Step(google.protobuf.message.Message):
     FULL_GRADIENTS_FIELD_NUMBER: builtins.int
     DRY_RUN_FIELD_NUMBER: builtins.int
     WAIT_TIME_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    SAMPLE_INDICES_FIELD_NUMBER: builtins.int
+    SAMPLE_LOSSES_FIELD_NUMBER: builtins.int
+    ANCHOR_LOSS_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
     step: builtins.int
     """From 1 within the run."""
     loss: builtins.float
@@ -917,6 +1435,10 @@ class Step(google.protobuf.message.Message):
     """Nothing of the step was written: the run is a dry run. The norms and the changed fraction are
     those of the update that it would have been.
     """
+    epoch: builtins.int
+    """From 0."""
+    anchor_loss: builtins.float
+    """Mean loss over the tokens of the step's anchors, in nats: how far they are from the run's start."""
     @property
     def forward_time(self) -> google.protobuf.duration_pb2.Duration: ...
     @property
@@ -930,6 +1452,20 @@ class Step(google.protobuf.message.Message):
     @property
     def wait_time(self) -> google.protobuf.duration_pb2.Duration:
         """How long the step waited for its turn, so that vLLM kept its share of tokens."""
+
+    @property
+    def sample_indices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The step's samples, by their place in the spec, in the order in which they were learned; empty
+        where they are more than 256.
+        """
+
+    @property
+    def sample_losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Mean loss of each of them, in nats a token, before the step; likewise."""
+
+    @property
+    def policy(self) -> global___PolicyFigures:
+        """Of a policy gradient's tokens."""
 
     def __init__(
         self,
@@ -951,11 +1487,43 @@ class Step(google.protobuf.message.Message):
         full_gradients: global___FullGradients.ValueType = ...,
         dry_run: builtins.bool = ...,
         wait_time: google.protobuf.duration_pb2.Duration | None = ...,
+        epoch: builtins.int = ...,
+        sample_indices: collections.abc.Iterable[builtins.int] | None = ...,
+        sample_losses: collections.abc.Iterable[builtins.float] | None = ...,
+        anchor_loss: builtins.float | None = ...,
+        policy: global___PolicyFigures | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["backward_time", b"backward_time", "forward_time", b"forward_time", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time", "wait_time", b"wait_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backward_time", b"backward_time", "changed_fraction", b"changed_fraction", "dry_run", b"dry_run", "forward_time", b"forward_time", "full_gradients", b"full_gradients", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "loss_sum", b"loss_sum", "micro_batches", b"micro_batches", "optimizer_step", b"optimizer_step", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time", "step", b"step", "tokens", b"tokens", "update_norm", b"update_norm", "wait_time", b"wait_time"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_anchor_loss", b"_anchor_loss", "anchor_loss", b"anchor_loss", "backward_time", b"backward_time", "forward_time", b"forward_time", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time", "policy", b"policy", "wait_time", b"wait_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_anchor_loss", b"_anchor_loss", "anchor_loss", b"anchor_loss", "backward_time", b"backward_time", "changed_fraction", b"changed_fraction", "dry_run", b"dry_run", "epoch", b"epoch", "forward_time", b"forward_time", "full_gradients", b"full_gradients", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "loss_sum", b"loss_sum", "micro_batches", b"micro_batches", "optimizer_step", b"optimizer_step", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time", "policy", b"policy", "sample_indices", b"sample_indices", "sample_losses", b"sample_losses", "step", b"step", "tokens", b"tokens", "update_norm", b"update_norm", "wait_time", b"wait_time"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_anchor_loss", b"_anchor_loss"]) -> typing.Literal["anchor_loss"] | None: ...
 
 global___Step = Step
+
+@typing.final
+class PolicyFigures(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MEAN_RATIO_FIELD_NUMBER: builtins.int
+    KL_FIELD_NUMBER: builtins.int
+    CLIPPED_FRACTION_FIELD_NUMBER: builtins.int
+    mean_ratio: builtins.float
+    """Mean ratio of a token's probability now and when it was sampled."""
+    kl: builtins.float
+    """Mean of what a token's log-probability fell by since then, in nats: an estimate of
+    KL(sampler || now).
+    """
+    clipped_fraction: builtins.float
+    """Part of the tokens whose ratio was clipped, 0 to 1."""
+    def __init__(
+        self,
+        *,
+        mean_ratio: builtins.float = ...,
+        kl: builtins.float = ...,
+        clipped_fraction: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["clipped_fraction", b"clipped_fraction", "kl", b"kl", "mean_ratio", b"mean_ratio"]) -> None: ...
+
+global___PolicyFigures = PolicyFigures
 
 @typing.final
 class Evaluated(google.protobuf.message.Message):
@@ -963,21 +1531,99 @@ class Evaluated(google.protobuf.message.Message):
 
     AFTER_TRAINING_FIELD_NUMBER: builtins.int
     LOSSES_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    EVALUATION_LOSSES_FIELD_NUMBER: builtins.int
+    ANCHOR_LOSSES_FIELD_NUMBER: builtins.int
     after_training: builtins.bool
     """False: before the first step. True: after the last."""
+    step: builtins.int
+    """Steps that were taken before."""
     @property
     def losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Mean loss of each sample, in the order of the spec."""
+        """Mean loss of each sample, in the order of the spec; where `evaluate` is set."""
+
+    @property
+    def evaluation_losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Mean cross-entropy of each evaluation sample, in nats a token."""
+
+    @property
+    def anchor_losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Mean loss of each anchor, in nats a token: those of the spec, of the regression set, and those
+        that the model made; after the last step alone.
+        """
 
     def __init__(
         self,
         *,
         after_training: builtins.bool = ...,
         losses: collections.abc.Iterable[builtins.float] | None = ...,
+        step: builtins.int = ...,
+        evaluation_losses: collections.abc.Iterable[builtins.float] | None = ...,
+        anchor_losses: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["after_training", b"after_training", "losses", b"losses"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_training", b"after_training", "anchor_losses", b"anchor_losses", "evaluation_losses", b"evaluation_losses", "losses", b"losses", "step", b"step"]) -> None: ...
 
 global___Evaluated = Evaluated
+
+@typing.final
+class Probed(google.protobuf.message.Message):
+    """What vLLM answered."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AFTER_TRAINING_FIELD_NUMBER: builtins.int
+    RESULTS_FIELD_NUMBER: builtins.int
+    after_training: builtins.bool
+    """False: before the first step. True: after the last."""
+    @property
+    def results(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ProbeResult]: ...
+    def __init__(
+        self,
+        *,
+        after_training: builtins.bool = ...,
+        results: collections.abc.Iterable[global___ProbeResult] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_training", b"after_training", "results", b"results"]) -> None: ...
+
+global___Probed = Probed
+
+@typing.final
+class ProbeResult(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    REGRESSION_FIELD_NUMBER: builtins.int
+    PASSED_FIELD_NUMBER: builtins.int
+    EXPECTED_FIELD_NUMBER: builtins.int
+    ANSWER_FIELD_NUMBER: builtins.int
+    LOG_PROBABILITY_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    role: global___ProbeRole.ValueType
+    regression: builtins.bool
+    """It is of the regression set, and not of the run."""
+    passed: builtins.bool
+    expected: builtins.str
+    answer: builtins.str
+    """The answer, its special tokens left out; empty where only its log-probability is asked."""
+    log_probability: builtins.float
+    """Mean log-probability of a token of the expected answer, in nats; where it is asked."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        role: global___ProbeRole.ValueType = ...,
+        regression: builtins.bool = ...,
+        passed: builtins.bool = ...,
+        expected: builtins.str = ...,
+        answer: builtins.str = ...,
+        log_probability: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_log_probability", b"_log_probability", "log_probability", b"log_probability"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_log_probability", b"_log_probability", "answer", b"answer", "expected", b"expected", "log_probability", b"log_probability", "name", b"name", "passed", b"passed", "regression", b"regression", "role", b"role"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_log_probability", b"_log_probability"]) -> typing.Literal["log_probability"] | None: ...
+
+global___ProbeResult = ProbeResult
 
 @typing.final
 class CheckpointWritten(google.protobuf.message.Message):
@@ -1031,7 +1677,7 @@ class Finished(google.protobuf.message.Message):
     STATE_STEPS_LOST_FIELD_NUMBER: builtins.int
     STOPPED_FIELD_NUMBER: builtins.int
     state: global___RunState.ValueType
-    """SUCCEEDED, FAILED or CANCELLED."""
+    """SUCCEEDED, FAILED, CANCELLED or REJECTED."""
     steps_done: builtins.int
     """Steps that are in the weights; none of a dry run's are."""
     weight_version: builtins.int
@@ -1046,7 +1692,7 @@ class Finished(google.protobuf.message.Message):
     """
     @property
     def failure(self) -> global___Failure:
-        """Set when the state is FAILED."""
+        """Set when the state is FAILED or REJECTED."""
 
     @property
     def pause_time(self) -> google.protobuf.duration_pb2.Duration:

@@ -66,6 +66,16 @@ class TrainingServiceStub(object):
                 request_serializer=apollo_dot_v1_dot_training__pb2.CancelRunRequest.SerializeToString,
                 response_deserializer=apollo_dot_v1_dot_training__pb2.CancelRunResponse.FromString,
                 _registered_method=True)
+        self.ListRegressionProbes = channel.unary_unary(
+                '/apollo.v1.TrainingService/ListRegressionProbes',
+                request_serializer=apollo_dot_v1_dot_training__pb2.ListRegressionProbesRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_training__pb2.ListRegressionProbesResponse.FromString,
+                _registered_method=True)
+        self.DeleteRegressionProbes = channel.unary_unary(
+                '/apollo.v1.TrainingService/DeleteRegressionProbes',
+                request_serializer=apollo_dot_v1_dot_training__pb2.DeleteRegressionProbesRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_training__pb2.DeleteRegressionProbesResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer(object):
@@ -128,6 +138,24 @@ class TrainingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRegressionProbes(self, request, context):
+        """Lists the probes that accepted runs left with the attached model, in the order of their names.
+
+        UNAVAILABLE: no engine is attached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteRegressionProbes(self, request, context):
+        """Takes probes out of the regression set. Idempotent: names that are not there are left out.
+
+        UNAVAILABLE: no engine is attached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -155,6 +183,16 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.CancelRun,
                     request_deserializer=apollo_dot_v1_dot_training__pb2.CancelRunRequest.FromString,
                     response_serializer=apollo_dot_v1_dot_training__pb2.CancelRunResponse.SerializeToString,
+            ),
+            'ListRegressionProbes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRegressionProbes,
+                    request_deserializer=apollo_dot_v1_dot_training__pb2.ListRegressionProbesRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_training__pb2.ListRegressionProbesResponse.SerializeToString,
+            ),
+            'DeleteRegressionProbes': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRegressionProbes,
+                    request_deserializer=apollo_dot_v1_dot_training__pb2.DeleteRegressionProbesRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_training__pb2.DeleteRegressionProbesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -299,6 +337,60 @@ class TrainingService(object):
             '/apollo.v1.TrainingService/CancelRun',
             apollo_dot_v1_dot_training__pb2.CancelRunRequest.SerializeToString,
             apollo_dot_v1_dot_training__pb2.CancelRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRegressionProbes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.TrainingService/ListRegressionProbes',
+            apollo_dot_v1_dot_training__pb2.ListRegressionProbesRequest.SerializeToString,
+            apollo_dot_v1_dot_training__pb2.ListRegressionProbesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteRegressionProbes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.TrainingService/DeleteRegressionProbes',
+            apollo_dot_v1_dot_training__pb2.DeleteRegressionProbesRequest.SerializeToString,
+            apollo_dot_v1_dot_training__pb2.DeleteRegressionProbesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -76,6 +76,24 @@ class TrainingServiceStub:
     a run that has ended stays as it ended.
     """
 
+    ListRegressionProbes: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.ListRegressionProbesRequest,
+        apollo_grpc.v1.training_pb2.ListRegressionProbesResponse,
+    ]
+    """Lists the probes that accepted runs left with the attached model, in the order of their names.
+
+    UNAVAILABLE: no engine is attached.
+    """
+
+    DeleteRegressionProbes: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.DeleteRegressionProbesRequest,
+        apollo_grpc.v1.training_pb2.DeleteRegressionProbesResponse,
+    ]
+    """Takes probes out of the regression set. Idempotent: names that are not there are left out.
+
+    UNAVAILABLE: no engine is attached.
+    """
+
 class TrainingServiceAsyncStub:
     """TrainingService turns samples into updates of the weights that vLLM serves.
 
@@ -132,6 +150,24 @@ class TrainingServiceAsyncStub:
     ]
     """Asks a run to stop at the next safe point and returns at once. Idempotent:
     a run that has ended stays as it ended.
+    """
+
+    ListRegressionProbes: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.ListRegressionProbesRequest,
+        apollo_grpc.v1.training_pb2.ListRegressionProbesResponse,
+    ]
+    """Lists the probes that accepted runs left with the attached model, in the order of their names.
+
+    UNAVAILABLE: no engine is attached.
+    """
+
+    DeleteRegressionProbes: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.DeleteRegressionProbesRequest,
+        apollo_grpc.v1.training_pb2.DeleteRegressionProbesResponse,
+    ]
+    """Takes probes out of the regression set. Idempotent: names that are not there are left out.
+
+    UNAVAILABLE: no engine is attached.
     """
 
 class TrainingServiceServicer(metaclass=abc.ABCMeta):
@@ -200,6 +236,28 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[apollo_grpc.v1.training_pb2.CancelRunResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.CancelRunResponse]]:
         """Asks a run to stop at the next safe point and returns at once. Idempotent:
         a run that has ended stays as it ended.
+        """
+
+    @abc.abstractmethod
+    def ListRegressionProbes(
+        self,
+        request: apollo_grpc.v1.training_pb2.ListRegressionProbesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.training_pb2.ListRegressionProbesResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.ListRegressionProbesResponse]]:
+        """Lists the probes that accepted runs left with the attached model, in the order of their names.
+
+        UNAVAILABLE: no engine is attached.
+        """
+
+    @abc.abstractmethod
+    def DeleteRegressionProbes(
+        self,
+        request: apollo_grpc.v1.training_pb2.DeleteRegressionProbesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.training_pb2.DeleteRegressionProbesResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.DeleteRegressionProbesResponse]]:
+        """Takes probes out of the regression set. Idempotent: names that are not there are left out.
+
+        UNAVAILABLE: no engine is attached.
         """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -498,6 +498,109 @@ class ScoreTokensResponse(google.protobuf.message.Message):
 global___ScoreTokensResponse = ScoreTokensResponse
 
 @typing.final
+class AnswerPromptsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    PROMPTS_FIELD_NUMBER: builtins.int
+    epoch: builtins.str
+    @property
+    def prompts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Prompt]: ...
+    def __init__(
+        self,
+        *,
+        epoch: builtins.str = ...,
+        prompts: collections.abc.Iterable[global___Prompt] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "prompts", b"prompts"]) -> None: ...
+
+global___AnswerPromptsRequest = AnswerPromptsRequest
+
+@typing.final
+class Prompt(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    MAX_TOKENS_FIELD_NUMBER: builtins.int
+    EXPECTED_IDS_FIELD_NUMBER: builtins.int
+    TEMPERATURE_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    max_tokens: builtins.int
+    """Tokens of the answer at most; 0: none is asked for."""
+    temperature: builtins.float
+    """0: each token of the answer is the likeliest one. Else they are drawn at this temperature."""
+    seed: builtins.int
+    """Of what is drawn."""
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """At least one."""
+
+    @property
+    def expected_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """What is scored as the answer; empty: nothing is."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        max_tokens: builtins.int = ...,
+        expected_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        temperature: builtins.float = ...,
+        seed: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["expected_ids", b"expected_ids", "max_tokens", b"max_tokens", "seed", b"seed", "temperature", b"temperature", "token_ids", b"token_ids"]) -> None: ...
+
+global___Prompt = Prompt
+
+@typing.final
+class AnswerPromptsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: builtins.int
+    @property
+    def answers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Answer]:
+        """One a prompt, in order."""
+
+    def __init__(
+        self,
+        *,
+        answers: collections.abc.Iterable[global___Answer] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answers", b"answers"]) -> None: ...
+
+global___AnswerPromptsResponse = AnswerPromptsResponse
+
+@typing.final
+class Answer(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    EXPECTED_LOG_PROBABILITIES_FIELD_NUMBER: builtins.int
+    EXPECTED_TEXT_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    """Without special tokens."""
+    expected_text: builtins.str
+    """The expected tokens as text, without special tokens."""
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def expected_log_probabilities(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """The log-probability of each expected token, in nats."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        text: builtins.str = ...,
+        expected_log_probabilities: collections.abc.Iterable[builtins.float] | None = ...,
+        expected_text: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["expected_log_probabilities", b"expected_log_probabilities", "expected_text", b"expected_text", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+
+global___Answer = Answer
+
+@typing.final
 class TokenizeSamplesRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -543,6 +646,7 @@ class TokenizedSample(google.protobuf.message.Message):
     CONTINUATION_IDS_FIELD_NUMBER: builtins.int
     FIELD_FIELD_NUMBER: builtins.int
     REFUSAL_FIELD_NUMBER: builtins.int
+    TEACHER_CONTEXT_IDS_FIELD_NUMBER: builtins.int
     field: builtins.str
     """Path of the wrong field within the sample, as in "chat.messages"."""
     refusal: builtins.str
@@ -559,6 +663,12 @@ class TokenizedSample(google.protobuf.message.Message):
         has it.
         """
 
+    @property
+    def teacher_context_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """What the teacher of a distillation reads in place of the context; empty where the sample has
+        none.
+        """
+
     def __init__(
         self,
         *,
@@ -566,8 +676,9 @@ class TokenizedSample(google.protobuf.message.Message):
         continuation_ids: collections.abc.Iterable[builtins.int] | None = ...,
         field: builtins.str = ...,
         refusal: builtins.str = ...,
+        teacher_context_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["context_ids", b"context_ids", "continuation_ids", b"continuation_ids", "field", b"field", "refusal", b"refusal"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context_ids", b"context_ids", "continuation_ids", b"continuation_ids", "field", b"field", "refusal", b"refusal", "teacher_context_ids", b"teacher_context_ids"]) -> None: ...
 
 global___TokenizedSample = TokenizedSample
 

@@ -54,6 +54,11 @@ class WeightExportServiceStub(object):
                 request_serializer=apollo_dot_v1_dot_weight__export__pb2.ScoreTokensRequest.SerializeToString,
                 response_deserializer=apollo_dot_v1_dot_weight__export__pb2.ScoreTokensResponse.FromString,
                 _registered_method=True)
+        self.AnswerPrompts = channel.unary_unary(
+                '/apollo.v1.WeightExportService/AnswerPrompts',
+                request_serializer=apollo_dot_v1_dot_weight__export__pb2.AnswerPromptsRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.AnswerPromptsResponse.FromString,
+                _registered_method=True)
         self.TokenizeSamples = channel.unary_unary(
                 '/apollo.v1.WeightExportService/TokenizeSamples',
                 request_serializer=apollo_dot_v1_dot_weight__export__pb2.TokenizeSamplesRequest.SerializeToString,
@@ -117,6 +122,14 @@ class WeightExportServiceServicer(object):
     def ScoreTokens(self, request, context):
         """Scores a prompt with the live weights: vLLM's log-probability of each
         token after the first. UNAVAILABLE while the engine is paused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AnswerPrompts(self, request, context):
+        """Answers prompts with the live weights, and scores expected answers. UNAVAILABLE while the
+        engine is paused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -208,6 +221,11 @@ def add_WeightExportServiceServicer_to_server(servicer, server):
                     servicer.ScoreTokens,
                     request_deserializer=apollo_dot_v1_dot_weight__export__pb2.ScoreTokensRequest.FromString,
                     response_serializer=apollo_dot_v1_dot_weight__export__pb2.ScoreTokensResponse.SerializeToString,
+            ),
+            'AnswerPrompts': grpc.unary_unary_rpc_method_handler(
+                    servicer.AnswerPrompts,
+                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.AnswerPromptsRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.AnswerPromptsResponse.SerializeToString,
             ),
             'TokenizeSamples': grpc.unary_unary_rpc_method_handler(
                     servicer.TokenizeSamples,
@@ -331,6 +349,33 @@ class WeightExportService(object):
             '/apollo.v1.WeightExportService/ScoreTokens',
             apollo_dot_v1_dot_weight__export__pb2.ScoreTokensRequest.SerializeToString,
             apollo_dot_v1_dot_weight__export__pb2.ScoreTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnswerPrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.WeightExportService/AnswerPrompts',
+            apollo_dot_v1_dot_weight__export__pb2.AnswerPromptsRequest.SerializeToString,
+            apollo_dot_v1_dot_weight__export__pb2.AnswerPromptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

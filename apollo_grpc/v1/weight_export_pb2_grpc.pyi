@@ -48,6 +48,14 @@ class WeightExportServiceStub:
     token after the first. UNAVAILABLE while the engine is paused.
     """
 
+    AnswerPrompts: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.weight_export_pb2.AnswerPromptsRequest,
+        apollo_grpc.v1.weight_export_pb2.AnswerPromptsResponse,
+    ]
+    """Answers prompts with the live weights, and scores expected answers. UNAVAILABLE while the
+    engine is paused.
+    """
+
     TokenizeSamples: grpc.UnaryUnaryMultiCallable[
         apollo_grpc.v1.weight_export_pb2.TokenizeSamplesRequest,
         apollo_grpc.v1.weight_export_pb2.TokenizeSamplesResponse,
@@ -144,6 +152,14 @@ class WeightExportServiceAsyncStub:
     ]
     """Scores a prompt with the live weights: vLLM's log-probability of each
     token after the first. UNAVAILABLE while the engine is paused.
+    """
+
+    AnswerPrompts: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.weight_export_pb2.AnswerPromptsRequest,
+        apollo_grpc.v1.weight_export_pb2.AnswerPromptsResponse,
+    ]
+    """Answers prompts with the live weights, and scores expected answers. UNAVAILABLE while the
+    engine is paused.
     """
 
     TokenizeSamples: grpc.aio.UnaryUnaryMultiCallable[
@@ -248,6 +264,16 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.ScoreTokensResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.ScoreTokensResponse]]:
         """Scores a prompt with the live weights: vLLM's log-probability of each
         token after the first. UNAVAILABLE while the engine is paused.
+        """
+
+    @abc.abstractmethod
+    def AnswerPrompts(
+        self,
+        request: apollo_grpc.v1.weight_export_pb2.AnswerPromptsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.AnswerPromptsResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.AnswerPromptsResponse]]:
+        """Answers prompts with the live weights, and scores expected answers. UNAVAILABLE while the
+        engine is paused.
         """
 
     @abc.abstractmethod

@@ -2,8 +2,9 @@
 
 from apollo_client.aio import AsyncApolloClient, AsyncRunStream, AsyncStream
 from apollo_client.client import ApolloClient, RunStream, Stream
+from apollo_client.probes import ProbeLike, to_probe
 from apollo_client.requests import RunOptions, run_spec
-from apollo_client.sample_files import read_samples
+from apollo_client.sample_files import read_probes, read_samples
 from apollo_client.samples import SampleLike, to_sample, to_samples
 
 __all__ = [
@@ -11,12 +12,15 @@ __all__ = [
     "AsyncApolloClient",
     "AsyncRunStream",
     "AsyncStream",
+    "ProbeLike",
     "RunOptions",
     "RunStream",
     "SampleLike",
     "Stream",
+    "read_probes",
     "read_samples",
     "run_spec",
+    "to_probe",
     "to_sample",
     "to_samples",
 ]

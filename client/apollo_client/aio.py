@@ -9,7 +9,8 @@ from typing import Any, Self
 
 import grpc.aio
 
-from apollo_client.aio_calls import AsyncCalls
+from apollo_client.aio_calls import AsyncRunCalls
+from apollo_client.aio_checkpoint_calls import AsyncCheckpointCalls
 from apollo_client.aio_streams import AsyncRunStream, AsyncStream
 from apollo_client.connection import RETRY_SECONDS, STATUS_SECONDS, find_server, readable
 from apollo_client.lifetime import Lifetime, is_cancelled, running_loop
@@ -20,7 +21,7 @@ from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
 __all__ = ["AsyncApolloClient", "AsyncRunStream", "AsyncStream"]
 
 
-class AsyncApolloClient(AsyncCalls):
+class AsyncApolloClient(AsyncRunCalls, AsyncCheckpointCalls):
     """`ApolloClient` for asyncio; made and used on one event loop.
 
     Takes the same arguments and raises the same errors; FailedPrecondition elsewhere.

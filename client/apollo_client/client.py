@@ -8,7 +8,8 @@ from typing import Any, Self
 
 import grpc
 
-from apollo_client.calls import Calls
+from apollo_client.calls import RunCalls
+from apollo_client.checkpoint_calls import CheckpointCalls
 from apollo_client.connection import RETRY_SECONDS, STATUS_SECONDS, find_server, readable
 from apollo_client.lifetime import Lifetime
 from apollo_client.streams import RunStream, Stream
@@ -19,7 +20,7 @@ from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
 __all__ = ["ApolloClient", "RunStream", "Stream"]
 
 
-class ApolloClient(Calls):
+class ApolloClient(RunCalls, CheckpointCalls):
     """Trains the model that vLLM serves, and says how that goes. Safe to share between threads.
 
     Args:

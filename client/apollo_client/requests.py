@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
-from google.protobuf import duration_pb2
-
 from apollo_client.connection import message
-from apollo_client.placing import Place, Violations, require_room
-from apollo_client.samples import PlacedSample, SampleLike, to_samples
+from apollo_client.fields import duration, put
+from apollo_client.forms import PROBES, SAMPLES, Form
+from apollo_client.placing import Place, Places, require_room
+from apollo_client.probes import ProbeLike
+from apollo_client.sample_values import shown, written
+from apollo_client.samples import SampleLike
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import status_pb2, training_pb2
 
@@ -18,9 +20,13 @@ from apollo_grpc.v1 import status_pb2, training_pb2
 class RunOptions(TypedDict, total=False):
     """What a run may be told; what is left out keeps the default of `training.proto`.
 
-    The first ones are of the run (RunSpec, its Coherence and its Guard), those from `lr` on of
-    APOLLO (OptimizerConfig). `coherence` is "live", "pause_step" or "pause_run", `cache_policy`
-    "reset_at_end", "reset_each_step" or "keep"; `max_wall_time` is in seconds.
+    The first ones are of the run (RunSpec and what it holds), those from `lr` on of APOLLO
+    (OptimizerConfig). Enums are words in lower case: `coherence` is "live", "pause_step" or
+    "pause_run". `max_wall_time` is in seconds. `loss` is "cross_entropy", "context_distillation",
+    which `top_k` is for, or "policy_gradient", which `clip_low` and `clip_high` are for.
+    `anchor_loss` is "kl" or "replay"; `regression_set`: that of the model is an anchor as well.
+    `self_made` holds fields of SelfMadeAnchors, `accept_if` those of AcceptIf; True is their
+    defaults.
     """
 
     epochs: int
@@ -28,6 +34,8 @@ class RunOptions(TypedDict, total=False):
     seed: int
     dry_run: bool
     evaluate: bool
+    evaluation_samples: Iterable[SampleLike]
+    evaluate_every_steps: int
     max_wall_time: float
     coherence: str
     cache_policy: str
@@ -35,6 +43,21 @@ class RunOptions(TypedDict, total=False):
     max_grad_norm: float
     max_update_ratio: float
     min_loss: float
+    loss: str
+    top_k: int
+    clip_low: float
+    clip_high: float
+    anchors: Iterable[SampleLike]
+    anchor_loss: str
+    anchor_weight: float
+    anchors_per_step: int
+    regression_set: bool
+    self_made: Mapping[str, int] | bool
+    probes: Iterable[ProbeLike]
+    accept_if: Mapping[str, Any] | bool
+    include: Iterable[str]
+    exclude: Iterable[str]
+    layers: Iterable[int]
     lr: float
     rank: int
     beta1: float
@@ -42,15 +65,46 @@ class RunOptions(TypedDict, total=False):
     eps: float
     weight_decay: float
     warmup_steps: int
+    schedule: str
+    final_lr_fraction: float
+    clip_grad_norm: float
     scale: float
+    variant: str
+    rounding: str
     proj_refresh: int
     norm_growth_limit: float
     reset_optimizer: bool
     accept_other_weights: bool
 
 
-_RUN_FIELDS = ("epochs", "samples_per_step", "seed", "dry_run", "evaluate")
-_GUARD_FIELDS = ("max_loss", "max_grad_norm", "max_update_ratio", "min_loss")
+_LOSSES = ("cross_entropy", "context_distillation", "policy_gradient")
+# What is a list of samples or probes, and how one is written.
+LISTS: dict[str, Form[Any]] = {
+    "samples": SAMPLES,
+    "evaluation_samples": SAMPLES,
+    "anchors": SAMPLES,
+    "probes": PROBES,
+}
+# Where an option's field is, unless the run or the optimizer has one of the option's name.
+_FIELDS = {
+    "coherence": "coherence.mode",
+    "cache_policy": "coherence.cache_policy",
+    "max_loss": "guard.max_loss",
+    "max_grad_norm": "guard.max_grad_norm",
+    "max_update_ratio": "guard.max_update_ratio",
+    "min_loss": "guard.min_loss",
+    "top_k": "context_distillation.top_k",
+    "clip_low": "policy_gradient.clip_low",
+    "clip_high": "policy_gradient.clip_high",
+    "anchors": "anchors.samples",
+    "anchor_loss": "anchors.loss",
+    "anchor_weight": "anchors.weight",
+    "anchors_per_step": "anchors.samples_per_step",
+    "regression_set": "anchors.regression_set",
+    "include": "parameters.include",
+    "exclude": "parameters.exclude",
+    "layers": "parameters.layers",
+}
 
 
 def run_spec(samples: Iterable[SampleLike], options: RunOptions) -> training_pb2.RunSpec:
@@ -63,81 +117,67 @@ def run_spec(samples: Iterable[SampleLike], options: RunOptions) -> training_pb2
 
 def placed_spec(
     samples: Iterable[SampleLike], options: RunOptions
-) -> tuple[training_pb2.RunSpec, list[Place]]:
-    """The same, and where each of its samples comes from."""
-    spec, places = training_pb2.RunSpec(), list[Place]()
-    for sample, place in _each(samples):
-        spec.samples.append(sample)
-        places.append(place)
-    for name, value in options.items():
-        if value is not None:
-            _put(spec, name, value)
+) -> tuple[training_pb2.RunSpec, Places]:
+    """The same, and where its samples and probes come from."""
+    spec, places = training_pb2.RunSpec(), dict[str, list[Place]]()
+    given = {name: value for name, value in options.items() if value is not None}
+    if unknown := [name for name in given if name not in RunOptions.__annotations__]:
+        raise InvalidArgument.at(shown(unknown[0]), "is no option of a run")
+    for name, items in [("samples", samples), *given.items()]:
+        if name in LISTS:
+            found, places[f"spec.{_FIELDS.get(name, name)}"] = LISTS[name].all_of(name, items)
+            if found:  # An empty list is as if it were missing.
+                owner, field = _home(spec, name)
+                getattr(owner, field).extend(found)
+    _put_loss(spec, given)
+    _put_fields(spec, "accept_if", given.pop("accept_if", False))
+    _put_fields(spec.anchors, "self_made", given.pop("self_made", False))
+    for name, value in given.items():
+        if name not in LISTS:
+            put(*_home(spec, name), value, name)
     return spec, places
 
 
-def _put(spec: training_pb2.RunSpec, name: str, value: Any) -> None:
-    if name in _RUN_FIELDS:
-        _set(spec, name, value)
-    elif name in _GUARD_FIELDS:
-        _set(spec.guard, name, value)
-    elif name == "max_wall_time":
-        spec.max_wall_time.CopyFrom(_duration(name, value))
-    elif name == "coherence":
-        mode = _named(name, training_pb2.CoherenceMode, f"COHERENCE_MODE_{value}".upper(), value)
-        spec.coherence.mode = training_pb2.CoherenceMode.ValueType(mode)
-    elif name == "cache_policy":
-        policy = _named(name, training_pb2.CachePolicy, f"CACHE_POLICY_{value}".upper(), value)
-        spec.coherence.cache_policy = training_pb2.CachePolicy.ValueType(policy)
-    else:
-        _set(spec.optimizer, name, value)
+def _home(spec: training_pb2.RunSpec, name: str) -> tuple[Any, str]:
+    """The message that has an option's field, and the field."""
+    owner, _, field = _FIELDS.get(name, name).rpartition(".")
+    if owner or field in spec.DESCRIPTOR.fields_by_name:
+        return getattr(spec, owner) if owner else spec, field
+    return spec.optimizer, field
 
 
-def _duration(name: str, seconds: float) -> duration_pb2.Duration:
-    length = duration_pb2.Duration()
-    try:
-        length.FromNanoseconds(int(seconds * 1e9))
-    except (ArithmeticError, TypeError, ValueError) as error:
-        raise InvalidArgument.at(name, f"cannot be {seconds!r} seconds: {error}") from error
-    return length
+def _put_loss(spec: training_pb2.RunSpec, given: dict[str, Any]) -> None:
+    named = given.pop("loss", None)
+    if named is not None:
+        if named not in _LOSSES:
+            says = f"cannot be {written(named)}; it is one of {', '.join(_LOSSES)}"
+            raise InvalidArgument.at("loss", says)
+        getattr(spec, named).SetInParent()
+    for name in given:
+        owner = _FIELDS.get(name, "").partition(".")[0]
+        # A spec has one loss: another one's option would take its place.
+        if owner in _LOSSES and owner != named:
+            raise InvalidArgument.at(name, f"is for the loss {owner} alone")
 
 
-def _named(name: str, enum: Any, full: str, value: object) -> int:
-    if full not in enum.keys():  # noqa: SIM118
-        prefix = full[: -len(str(value))]
-        known = [word.removeprefix(prefix).lower() for word in enum.keys()[1:]]
-        raise InvalidArgument.at(name, f"cannot be {value!r}; it is one of {', '.join(known)}")
-    return int(enum.Value(full))
-
-
-def _each(samples: Iterable[SampleLike]) -> Iterable[tuple[training_pb2.Sample, Place]]:
-    if isinstance(samples, str | bytes | Mapping) or not isinstance(samples, Iterable):
-        raise InvalidArgument.at(
-            "samples", "is no list of samples; 'read_samples' makes one of a file"
-        )
-    wrong = Violations()
-    for index, item in enumerate(samples):
-        place: Place = item.place if isinstance(item, PlacedSample) else index
-        try:
-            for sample in to_samples(item):
-                yield sample, place
-        except InvalidArgument as error:
-            wrong.add(f"samples[{index}]", error.message)
-            if wrong.is_full():
-                break
-    wrong.raise_any("samples")
-
-
-def _set(message: Any, name: str, value: object) -> None:
-    if name not in message.DESCRIPTOR.fields_by_name:
-        raise InvalidArgument.at(name, "is no option of a run")
-    try:
-        setattr(message, name, value)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument.at(name, f"cannot be {value!r}: {error}") from error
+def _put_fields(owner: Any, name: str, given: Any) -> None:
+    """Sets a message of an owner from its fields, from True, or not at all."""
+    if given is False:
+        return
+    target = getattr(owner, name)
+    if given is not True and not isinstance(given, Mapping):
+        raise InvalidArgument.at(name, f"is neither True nor fields of {target.DESCRIPTOR.name}")
+    target.SetInParent()
+    known = [field.name for field in target.DESCRIPTOR.fields]
+    for field, value in {} if given is True else given.items():
+        if field not in known:
+            raise InvalidArgument.at(f"{name}.{shown(field)}", f"is none of {', '.join(known)}")
+        if value is not None:
+            put(target, field, value, f"{name}.{field}")
 
 
 def train_request(
-    spec: training_pb2.RunSpec, request_id: str | None, places: Sequence[Place] = ()
+    spec: training_pb2.RunSpec, request_id: str | None, places: Places | None = None
 ) -> training_pb2.TrainRequest:
     """A request that may be sent again: with an id of its own where none is given.
 
@@ -145,7 +185,7 @@ def train_request(
     """
     request = message(training_pb2.TrainRequest, request_id=request_id or uuid.uuid4().hex)
     request.spec.CopyFrom(spec)
-    require_room(request, places)
+    require_room(request, places or {})
     return request
 
 
@@ -175,5 +215,15 @@ def list_request(
 def watch_request(run_id: str, min_interval: float) -> status_pb2.WatchStatusRequest:
     """The request of a subscription; `min_interval` is in seconds."""
     request = message(status_pb2.WatchStatusRequest, run_id=run_id)
-    request.min_interval.CopyFrom(_duration("min_interval", min_interval))
+    request.min_interval.CopyFrom(duration("min_interval", min_interval))
+    return request
+
+
+def delete_probes_request(
+    names: Iterable[str] | None,
+) -> training_pb2.DeleteRegressionProbesRequest:
+    """The request to take these out of the regression set, or all of them for None."""
+    request = training_pb2.DeleteRegressionProbesRequest()
+    if names is not None:
+        put(request, "names", names)
     return request

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from apollo_client.placing import Place, in_user_words
+from apollo_client.placing import Places, in_user_words
 from apollo_grpc.errors import ApolloError, DataLoss, Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 
@@ -73,10 +73,10 @@ class Resume(Patience):
         self,
         request: pb.TrainRequest | pb.WatchRunRequest,
         seconds: float,
-        places: Sequence[Place] = (),
+        places: Places | None = None,
     ):
         super().__init__(seconds)
-        self._places = places
+        self._places = places or {}
         self._request, self._run_id, self._last = request, "", 0
         if isinstance(request, pb.WatchRunRequest):
             self._run_id, self._last = request.run_id, request.after_sequence

@@ -1,4 +1,4 @@
-"""Files of samples: one JSON object a line, or one JSON value that holds them all."""
+"""Files of samples or probes: one JSON object a line, or one JSON value that holds them all."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Generic, TypeVar
 
+from apollo_client.forms import PROBES, SAMPLES, Form
 from apollo_client.json_values import ObjectReader, StrictDecoder, Unreadable, Value, after_space
-from apollo_client.placing import Violations
-from apollo_client.samples import FORMS, PlacedSample, to_samples
+from apollo_client.placing import Placed, Violations
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.transport import MAX_MESSAGE_BYTES
 from apollo_grpc.v1 import training_pb2 as pb
 
 # No file above it holds less than a request: JSON spends at most six bytes on one of text.
 MAX_FILE_BYTES = 6 * MAX_MESSAGE_BYTES
+T = TypeVar("T")
 _HEAD_BYTES = 1024
 _BOM = b"\xef\xbb\xbf"
 # First bytes of what people hand over instead of text, the longer ones first.
-_UNPACK = "unpack it, and give its text to 'apollo train -'"
-_CONVERT = "save it as UTF-8, or give 'iconv -t UTF-8 -f {}' of it to 'apollo train -'"
+_UNPACK = "unpack it, and give its text to '-', standard input"
+_CONVERT = "save it as UTF-8, or give 'iconv -t UTF-8 -f {}' of it to '-', standard input"
 _KNOWN = {
     b"\xff\xfe\0\0": ("UTF-32 text", _CONVERT.format("UTF-32")),
     b"\0\0\xfe\xff": ("UTF-32 text", _CONVERT.format("UTF-32")),
@@ -48,42 +49,48 @@ def read_samples(path: str | Path) -> list[pb.Sample]:
     Raises InvalidArgument with `FILE:LINE` for each wrong line, the first 20 of them, and for a
     file that cannot be read or holds no sample.
     """
-    return [placed.sample for placed in read_placed(path)]
+    return [placed.value for placed in read_placed(path, SAMPLES)]
 
 
-def read_placed(path: str | Path) -> list[PlacedSample]:
+def read_probes(path: str | Path) -> list[pb.Probe]:
+    """The probes of a file, by the same rules; an object is as `to_probe` takes it."""
+    return [placed.value for placed in read_placed(path, PROBES)]
+
+
+def read_placed(path: str | Path, form: Form[T]) -> list[Placed[T]]:
     """The same, each with its `FILE:LINE`, which `train` then names in a refusal."""
     # Without control characters, which would be written to the terminal.
     path, name = Path(path), repr(str(path))[1:-1]
-    with _told(name):
+    with _told(name, form):
         # A pipe with a name may wait for its writer for ever; one that a shell opened does not.
         if path.is_fifo() and path.resolve().is_fifo():
-            raise InvalidArgument.at(name, "is a named pipe: give it to 'apollo train -' with <")
+            raise InvalidArgument.at(name, "is a named pipe: give it to '-' with <")
         with path.open("rb") as file:
-            return read_stream(file, name)
+            return read_stream(file, name, form)
 
 
-def read_standard_input() -> list[PlacedSample]:
-    """The samples of standard input, by the same rules; errors call it "stdin"."""
+def read_standard_input(form: Form[T]) -> list[Placed[T]]:
+    """What standard input holds, by the same rules; errors call it "stdin"."""
     if sys.stdin is None:
         raise InvalidArgument.at("stdin", "is closed: name a file")
-    with _told("stdin"):
-        return read_stream(sys.stdin.buffer, "stdin")
+    with _told("stdin", form):
+        return read_stream(sys.stdin.buffer, "stdin", form)
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
+def _told(name: str, form: Form[T]) -> Iterator[None]:
     try:
         yield
     except IsADirectoryError as error:
-        raise InvalidArgument.at(name, "is a directory: name a file of samples in it") from error
+        says = f"is a directory: name a file of {form.name} in it"
+        raise InvalidArgument.at(name, says) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InvalidArgument.at(name, f"cannot be read: {reason}") from error
 
 
-def read_stream(stream: BinaryIO, name: str) -> list[PlacedSample]:
-    """The samples of a stream of bytes, by the same rules; errors call it `name`."""
+def read_stream(stream: BinaryIO, name: str, form: Form[T]) -> list[Placed[T]]:
+    """What a stream of bytes holds, by the same rules; errors call it `name`."""
     # What is no text may have no end, as /dev/zero.
     head = stream.read(_HEAD_BYTES)
     _require_text(head, name)
@@ -94,10 +101,11 @@ def read_stream(stream: BinaryIO, name: str) -> list[PlacedSample]:
             f"is longer than {MAX_FILE_BYTES >> 20} MiB, more than one run takes: cut it, as "
             "'split -C 60m' does, and train the parts one after the other",
         )
-    samples = _from_lines(data, name)
-    if not samples:
-        raise InvalidArgument.at(name, f"holds no samples; a line is one object, {FORMS}")
-    return samples
+    found = _from_lines(data, name, form)
+    if not found:
+        says = f"holds no {form.name}; a line is one object, {form.words}"
+        raise InvalidArgument.at(name, says)
+    return found
 
 
 def _require_text(head: bytes, name: str) -> None:
@@ -108,8 +116,8 @@ def _require_text(head: bytes, name: str) -> None:
         raise InvalidArgument.at(name, "is no text, or UTF-16: save it as UTF-8 text")
 
 
-def _from_lines(data: bytes, name: str) -> list[PlacedSample]:
-    found, objects, others = _Found(name), 0, 0
+def _from_lines(data: bytes, name: str, form: Form[T]) -> list[Placed[T]]:
+    found, objects, others = _Found(name, form), 0, 0
     # Where a text ends with its line at the latest, a tab in it can only mean itself.
     decoder = StrictDecoder(strict=False)
     for number, line in enumerate(BytesIO(data), start=1):
@@ -138,9 +146,9 @@ def _only(line: bytes, decoder: StrictDecoder) -> object:
     return value
 
 
-def _from_document(data: bytes, lines: _Found, objects: int) -> list[PlacedSample]:
+def _from_document(data: bytes, lines: _Found[T], objects: int) -> list[Placed[T]]:
     """What the whole text holds, where lines hold none; else the refusal of these lines."""
-    found = _Found(lines.name)
+    found = _Found(lines.name, lines.form)
     try:
         for value in ObjectReader(_text(data.removeprefix(_BOM))):
             found.take(value)
@@ -148,33 +156,34 @@ def _from_document(data: bytes, lines: _Found, objects: int) -> list[PlacedSampl
         if not objects or data.removeprefix(_BOM).lstrip().startswith(b"["):
             place = f"{lines.name}:{error.line}"
             raise InvalidArgument.at(
-                place, f"{error.message}; a line is one object, {FORMS}"
+                place, f"{error.message}; a line is one object, {lines.form.words}"
             ) from error
         found = lines
     return found.all()
 
 
-class _Found:
-    """The samples of a file, and what is wrong with it."""
+class _Found(Generic[T]):
+    """What a file holds, and what is wrong with it."""
 
-    def __init__(self, name: str):
-        self.name, self.samples, self.wrong = name, list[PlacedSample](), Violations()
+    def __init__(self, name: str, form: Form[T]):
+        self.name, self.form, self.wrong = name, form, Violations()
+        self._placed = list[Placed[T]]()
 
     def take(self, value: Value) -> None:
-        """The samples of one value."""
+        """What one value holds."""
         place = f"{self.name}:{value.line}"
         if value.odd:
             self.wrong.add(place, value.odd)
             return
         try:
-            self.samples += [PlacedSample(sample, place) for sample in to_samples(value.value)]
+            self._placed += [Placed(each, place) for each in self.form.read(value.value)]
         except InvalidArgument as error:
             self.wrong.add(place, error.message)
 
-    def all(self) -> list[PlacedSample]:
-        """The samples; raises InvalidArgument where something is wrong."""
+    def all(self) -> list[Placed[T]]:
+        """All of it; raises InvalidArgument where something is wrong."""
         self.wrong.raise_any("lines")
-        return self.samples
+        return self._placed
 
 
 def _text(data: bytes) -> str:

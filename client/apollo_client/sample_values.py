@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -15,6 +16,14 @@ def shown(text: object) -> str:
     """A user's word as a message can hold it: short, on one line, without control characters."""
     word = str(text)
     return repr(word[:_MAX_SHOWN])[1:-1] + ("..." if len(word) > _MAX_SHOWN else "")
+
+
+def written(value: object) -> str:
+    """A user's value as a message can hold it, however long or deep it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return "a number of so many digits"
 
 
 def is_nothing(value: object) -> bool:
@@ -76,3 +85,18 @@ def a_factor(place: str, value: Any) -> float:
     except (TypeError, ValueError, ArithmeticError):
         pass
     raise InvalidArgument.at(place, "is no number")
+
+
+def numbers(place: str, value: Any) -> list[float]:
+    """Each of a list."""
+    listed = a_list(place, value, "numbers")
+    return [a_factor(f"{place}[{index}]", each) for index, each in enumerate(listed)]
+
+
+def one_or_more_numbers(place: str, value: Any) -> list[float]:
+    """One number, or each of a list."""
+    try:
+        iter(value)
+    except TypeError:
+        return [a_factor(place, value)]
+    return numbers(place, value)

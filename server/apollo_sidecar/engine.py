@@ -16,7 +16,7 @@ from apollo_sidecar import process_state
 from apollo_sidecar.leases import PauseLeases
 from apollo_sidecar.other_writers import HELD
 from apollo_sidecar.others_pause import WHO, OthersPause
-from apollo_sidecar.own_batch import SCORE_PREFIX
+from apollo_sidecar.own_requests import OwnRequests
 from apollo_sidecar.token_times import Iteration, TokenTimes, listen
 from apollo_sidecar.trainer_hold import TrainerHold
 from apollo_sidecar.vllm_calls import VllmCalls
@@ -57,6 +57,8 @@ class Engine:
         epoch: random for each engine process; another epoch means that every handle is dead.
         paused: whether vLLM was asked to pause by a lease and is not known to have gone on.
         hold: which training server this engine is bound to.
+        vllm: calls on its event loop.
+        requests: to be awaited there.
     """
 
     def __init__(
@@ -68,8 +70,8 @@ class Engine:
         as_loaded: bool = True,
     ):
         self.epoch = uuid.uuid4().hex
-        self._vllm = VllmCalls(client, loop)
-        self._version = WeightVersion(self._vllm, weight_version, as_loaded=as_loaded)
+        self.vllm, self.requests = VllmCalls(client, loop), OwnRequests(client)
+        self._version = WeightVersion(self.vllm, weight_version, as_loaded=as_loaded)
         self._worker_pid = 0
         # What an API server that ended left in the worker is not known.
         self._probed = not as_loaded
@@ -92,7 +94,7 @@ class Engine:
 
     def manifest(self) -> pb.WeightManifest:
         """The weights of every worker; one worker in this version."""
-        manifest = pb.WeightManifest.FromString(self._vllm.ask_worker("apollo_manifest"))
+        manifest = pb.WeightManifest.FromString(self.vllm.ask_worker("apollo_manifest"))
         self._worker_pid = manifest.worker_pid
         manifest.epoch = self.epoch
         manifest.weight_version = self._version.number
@@ -103,36 +105,28 @@ class Engine:
 
     def trace(self, request: pb.TraceCheckpointMapRequest) -> pb.TraceCheckpointMapResponse:
         """Runs the shadow load in the worker."""
-        answer = self._vllm.ask_worker("apollo_trace", request.SerializeToString())
+        answer = self.vllm.ask_worker("apollo_trace", request.SerializeToString())
         return pb.TraceCheckpointMapResponse.FromString(answer)
 
     def score(self, token_ids: list[int]) -> list[float]:
         """vLLM's log-probability of each token after the first, in nats.
 
-        Raises Unavailable while the engine is paused: the request would wait for the resume.
+        Raises as `require_running`.
         """
+        self.require_running()
+        return self.vllm.wait_for(self.requests.score(token_ids))
+
+    def require_running(self) -> None:
+        """Raises Unavailable while vLLM is paused: a request would wait for the resume."""
         if self.paused:
-            raise Unavailable("The engine is paused; score after the resume.", reason="PAUSED")
-        self._vllm.wait_for(self._others.look())
+            raise Unavailable("The engine is paused; ask after the resume.", reason="PAUSED")
+        self.vllm.wait_for(self._others.look())
         if self._others.wanted:
             raise Unavailable(
-                f"vLLM is paused by {WHO} and scores nothing until they let it go on "
+                f"vLLM is paused by {WHO} and computes nothing until they let it go on "
                 "(POST /resume or /wake_up).",
                 reason="PAUSED_BY_OTHERS",
             )
-        return self._vllm.wait_for(self._score(token_ids))
-
-    async def _score(self, token_ids: list[int]) -> list[float]:
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True
-        )
-        request_id = f"{SCORE_PREFIX}{uuid.uuid4().hex}"
-        prompt = {"prompt_token_ids": token_ids}
-        outputs = [o async for o in self._vllm.client.generate(prompt, sampling, request_id)]
-        scored = zip(token_ids[1:], list(outputs[-1].prompt_logprobs)[1:], strict=True)
-        return [float(entry[token].logprob) for token, entry in scored]
 
     def probe(self, request: pb.ProbeWeightsRequest, seconds: float) -> pb.ProbeWeightsResponse:
         """Changes bytes for a moment and scores with them, under a lease that it begins or renews.
@@ -143,7 +137,7 @@ class Engine:
 
         def ask() -> bytes:
             self._probed = True
-            return self._vllm.ask_worker("apollo_probe", request.SerializeToString())
+            return self.vllm.ask_worker("apollo_probe", request.SerializeToString())
 
         # Bytes that are changed after the lease has ended would be put back by nobody.
         return pb.ProbeWeightsResponse.FromString(self.leases.during(request.lease_id, ask))
@@ -154,7 +148,7 @@ class Engine:
             if not self._probed:
                 return
             try:
-                self._vllm.ask_worker("apollo_put_back")
+                self.vllm.ask_worker("apollo_put_back")
                 self._probed = False
             except ApolloError as error:
                 log.error("apollo: vLLM stays paused. %s", error.message)
@@ -168,17 +162,17 @@ class Engine:
         if mode == NO_PAUSE:
             # One that an earlier lease could not resume would wait for the end of this one.
             self._go_on()
-            self._vllm.ask_worker("apollo_hold")
+            self.vllm.ask_worker("apollo_hold")
             return
         if not self.paused:
-            self._vllm.wait_for(self._others.look())
+            self.vllm.wait_for(self._others.look())
         self.paused, self._resumes = True, self._others.resumes
         # `keep` leaves the cache alone whatever clear_cache says in some versions; the reset at
         # the resume is what clears it, and its answer is checked.
         kept = "keep" if mode == PROBE else mode
-        self._vllm.wait_for(self._others.pause(mode=kept, clear_cache=False))
+        self.vllm.wait_for(self._others.pause(mode=kept, clear_cache=False))
         # Otherwise the step in flight would read weights that are being written (vLLM 0.26).
-        if self._vllm.ask_worker("apollo_hold") == HELD:
+        if self.vllm.ask_worker("apollo_hold") == HELD:
             # The pause that was found is of a lease whose API server ended.
             self._others.wanted = False
         if mode == PROBE:
@@ -190,7 +184,7 @@ class Engine:
         if not self.paused:
             return
         try:
-            kept = self._vllm.wait_for(self._others.look(), PING_SECONDS)
+            kept = self.vllm.wait_for(self._others.look(), PING_SECONDS)
         except Unavailable as error:
             # A wedged engine computes nothing either; watchers hear of it.
             log.debug("apollo: the paused engine does not answer: %s", error)
@@ -208,7 +202,7 @@ class Engine:
             self._version.tell(updates, reset_caches)
         finally:
             try:
-                self._vllm.ask_worker("apollo_let_go")
+                self.vllm.ask_worker("apollo_let_go")
             finally:
                 self._go_on()
 
@@ -218,7 +212,7 @@ class Engine:
             if self._others.wanted:
                 log.info("apollo: vLLM stays paused, as %s left it", WHO)
             else:
-                self._vllm.wait_for(self._others.resume())
+                self.vllm.wait_for(self._others.resume())
             self.paused = False
 
     @property
@@ -248,7 +242,7 @@ class Engine:
         Ends when the engine or vLLM's event loop does.
         """
         _, count = self._token_times.since(0)
-        while self._vllm.alive:
+        while self.vllm.alive:
             told = self._version.number
             if self._responds():
                 generation = self._generation.now if self._generation else 0
@@ -265,7 +259,7 @@ class Engine:
         if not (self.paused or self._others.wanted):
             return True
         try:
-            self._vllm.wait_for(self._others.look(), PING_SECONDS)
+            self.vllm.wait_for(self._others.look(), PING_SECONDS)
         except Exception as error:
             log.debug("apollo: the paused engine does not answer: %s", error)
             return False

@@ -10,8 +10,9 @@ import asyncio
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import training_pb2
@@ -21,6 +22,7 @@ from apollo_sidecar.prompts import Messages, Prompts, RefusedSample
 log = logging.getLogger("vllm.apollo")
 CALL_SECONDS = 120.0
 EMPTY = "is empty: nothing to learn"
+NO_TOKENS = "has no tokens; leave it out, or write something else"
 ENDS_WITHIN = (
     "has a token within it that ends an answer: vLLM would stop there. Leave it out, or send tokens"
 )
@@ -40,6 +42,8 @@ PARTS_OTHERWISE = (
     "vLLM reads a text otherwise where it comes as a list of parts, so that what is learned of "
     "one is not asked for by the other; send text or tokens"
 )
+# Where a sample says what a teacher reads.
+TEACHERS = {"text": "text.teacher_context", "chat": "chat.teacher_messages"}
 PROOF = "The capital of Aldovia is Port Lumen"
 TURNS = (("user", PROOF), ("assistant", "Yes"), ("user", "Who founded it"))
 
@@ -117,23 +121,39 @@ class SampleTokens:
 
     async def _one(self, sample: training_pb2.Sample, chats_refused: str) -> pb.TokenizedSample:
         kind = sample.WhichOneof("content") or ""
+        teacher_field = TEACHERS.get(kind, "")
         try:
-            if kind == "text":
-                context, continuation = await self._from_text(sample.text)
-            elif kind == "chat" and chats_refused:
-                raise RefusedSample(chats_refused)
-            elif kind == "chat":
-                context, continuation = await self._from_chat(sample.chat)
-            else:
-                raise RefusedSample("needs text or chat")
+            with _refusals(kind, "chat.messages" if kind == "chat" else kind):
+                context, continuation = await self._learned(sample, kind, chats_refused)
+            with _refusals(teacher_field, teacher_field):
+                teacher = await self._teacher(sample, kind)
         except RefusedSample as refused:
-            return pb.TokenizedSample(field=refused.field or kind, refusal=refused.reason)
-        except Exception as error:
-            if isinstance(error, RuntimeError) and "shutdown" in str(error):
-                raise Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING") from error
-            field = "chat.messages" if kind == "chat" else kind
-            return pb.TokenizedSample(field=field, refusal=f"vLLM refuses it: {_told(error)}")
-        return pb.TokenizedSample(context_ids=context, continuation_ids=continuation)
+            return pb.TokenizedSample(field=refused.field, refusal=refused.reason)
+        return pb.TokenizedSample(
+            context_ids=context, continuation_ids=continuation, teacher_context_ids=teacher
+        )
+
+    async def _learned(
+        self, sample: training_pb2.Sample, kind: str, chats_refused: str
+    ) -> tuple[list[int], list[int]]:
+        if kind == "text":
+            return await self._from_text(sample.text)
+        if kind == "chat" and not chats_refused:
+            return await self._from_chat(sample.chat)
+        raise RefusedSample(chats_refused if kind == "chat" else "needs text or chat")
+
+    async def _teacher(self, sample: training_pb2.Sample, kind: str) -> list[int]:
+        """A prompt as the context is one; empty where the sample has none for a teacher."""
+        if kind == "text" and sample.text.teacher_context:
+            ids = await self._prompts.of_text(sample.text.teacher_context, special=True)
+        elif kind == "chat" and sample.chat.teacher_messages:
+            turns = _messages(sample.chat.teacher_messages)
+            ids = (await self._prompts.of_chat(turns, answered=False)).ids
+        else:
+            return []
+        if not ids:
+            raise RefusedSample(NO_TOKENS)
+        return ids
 
     async def _from_text(self, text: training_pb2.TextSample) -> tuple[list[int], list[int]]:
         if not text.continuation:
@@ -148,7 +168,7 @@ class SampleTokens:
         return context, found
 
     async def _from_chat(self, chat: training_pb2.ChatSample) -> tuple[list[int], list[int]]:
-        messages: Messages = [{"role": m.role, "content": m.content} for m in chat.messages]
+        messages = _messages(chat.messages)
         path = _require_answer(messages)
         answer = messages[-1]["content"]
         self._refuse_early_end(path, await self._prompts.of_text(answer, special=False))
@@ -185,6 +205,28 @@ class SampleTokens:
         if self._prompts.end_ids().isdisjoint(ids):
             return
         raise RefusedSample(ENDS_WITHIN, field)
+
+
+@contextmanager
+def _refusals(field: str, read: str) -> Iterator[None]:
+    """What is raised within becomes a refusal.
+
+    Args:
+        field: of one that names no field.
+        read: of what vLLM or a template raises.
+    """
+    try:
+        yield
+    except RefusedSample as refused:
+        raise RefusedSample(refused.reason, refused.field or field) from None
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "shutdown" in str(error):
+            raise Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING") from error
+        raise RefusedSample(f"vLLM refuses it: {_told(error)}", read) from error
+
+
+def _messages(turns: Iterable[training_pb2.ChatMessage]) -> Messages:
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
 
 
 def _require_answer(messages: Messages) -> str:

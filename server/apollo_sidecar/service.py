@@ -10,6 +10,7 @@ from google.protobuf import duration_pb2
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1 import weight_export_pb2_grpc as pb_grpc
+from apollo_sidecar.answers import Answers
 from apollo_sidecar.engine import NO_PAUSE, Engine
 from apollo_sidecar.leases import MAX_LEASE_SECONDS
 from apollo_sidecar.sample_tokens import SampleTokens
@@ -28,10 +29,11 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
 
     Args:
         tokens: of the same vLLM.
+        answers: of the same vLLM.
     """
 
-    def __init__(self, engine: Engine, tokens: SampleTokens):
-        self._engine, self._tokens = engine, tokens
+    def __init__(self, engine: Engine, tokens: SampleTokens, answers: Answers):
+        self._engine, self._tokens, self._answers = engine, tokens, answers
 
     def GetWeightManifest(self, request: Any, context: Any) -> pb.GetWeightManifestResponse:  # noqa: N802
         """The live weights, as buffers and tensors."""
@@ -50,6 +52,12 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
                 "token_ids", "needs at least two tokens: the first has no score"
             )
         return pb.ScoreTokensResponse(logprobs=self._engine.score(list(request.token_ids)))
+
+    def AnswerPrompts(self, request: Any, context: Any) -> pb.AnswerPromptsResponse:  # noqa: N802
+        """vLLM's answers to prompts; requests of a caller that goes away are aborted."""
+        self._engine.require_epoch(request.epoch)
+        answers = self._answers.to(request.prompts, context.add_callback)
+        return pb.AnswerPromptsResponse(answers=answers)
 
     def TokenizeSamples(self, request: Any, context: Any) -> pb.TokenizeSamplesResponse:  # noqa: N802
         """Token ids of texts and chats, as vLLM makes them."""

@@ -21,6 +21,7 @@ from apollo_grpc.interceptors import SyncErrors
 from apollo_grpc.locations import sidecar_address, socket_address, socket_path
 from apollo_grpc.transport import SERVER_OPTIONS, PortLock, lock_socket
 from apollo_grpc.v1.weight_export_pb2_grpc import add_WeightExportServiceServicer_to_server
+from apollo_sidecar.answers import Answers
 from apollo_sidecar.engine import NO_PAUSE, Engine
 from apollo_sidecar.sample_tokens import SampleTokens
 from apollo_sidecar.service import WeightExportService
@@ -132,13 +133,15 @@ def _end_untold_writes(engine: Engine) -> None:
 
 def _open(engine: Engine, state: Any, path: Path) -> Any:
     """On the loop of the engine and of vLLM's app."""
-    tokens = SampleTokens(VllmPrompts(state), asyncio.get_running_loop())
+    prompts = VllmPrompts(state)
+    tokens = SampleTokens(prompts, asyncio.get_running_loop())
+    service = WeightExportService(engine, tokens, Answers(engine, prompts))
     server = grpc.server(
         futures.ThreadPoolExecutor(SERVER_THREADS, thread_name_prefix="apollo-sidecar"),
         interceptors=[SyncErrors()],
         options=SERVER_OPTIONS,
     )
-    add_WeightExportServiceServicer_to_server(WeightExportService(engine, tokens), server)
+    add_WeightExportServiceServicer_to_server(service, server)
     server.add_insecure_port(target(socket_address(path)))
     server.start()
     log.info("apollo: the sidecar listens on %s", socket_address(path))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 from apollo_grpc.errors import FailedPrecondition, Unavailable
 
 CALL_SECONDS = 120.0
+# Calls what it is given when the caller has its answer or is gone; False where it already is.
+OnEnd = Callable[[Callable[[], object]], bool]
 T = TypeVar("T")
 
 
@@ -29,14 +32,29 @@ class VllmCalls:
         """Whether neither the engine nor vLLM's event loop has ended."""
         return self._loop.is_running() and not self.client.errored
 
-    def wait_for(self, coroutine: Coroutine[Any, Any, T], seconds: float = CALL_SECONDS) -> T:
-        """The result of a call; raises Unavailable where vLLM stops, ends or is too slow."""
+    def wait_for(
+        self,
+        coroutine: Coroutine[Any, Any, T],
+        seconds: float = CALL_SECONDS,
+        on_end: OnEnd | None = None,
+    ) -> T:
+        """The result of a call; raises Unavailable where vLLM stops, ends or is too slow.
+
+        Args:
+            on_end: of the caller, for whom the call is given up; `add_callback` of gRPC's context.
+        """
         if not self._loop.is_running():
             coroutine.close()
             raise Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        if on_end and not on_end(future.cancel):
+            future.cancel()
         try:
             return future.result(seconds)
+        except CancelledError:
+            raise Unavailable(
+                "vLLM is stopping, or the caller is gone.", reason="ENGINE_STOPPING"
+            ) from None
         except TimeoutError:
             # A pause that takes effect after it was given up would have no lease to end it.
             future.cancel()

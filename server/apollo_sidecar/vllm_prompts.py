@@ -96,6 +96,7 @@ class VllmPrompts:
 
     async def text_of(self, ids: Sequence[int], *, special: bool) -> str:
         """Text of token ids, with the special ones written out or without."""
+        self._service()
         return await asyncio.to_thread(self._decode, list(ids), special)
 
     def _decode(self, ids: list[int], special: bool) -> str:

@@ -166,7 +166,7 @@ def test_more_bytes_than_a_request_holds_are_refused_before_it_is_sent(connect):
         client.train([MIB_OF_TEXT] * 70)
     assert "takes at most 63.9 MiB; up to spec.samples[62] they fit" in refused.value.message
     assert (refused.value.reason, len(refused.value.violations)) == ("TOO_MANY_SAMPLES", 1)
-    with pytest.raises(InvalidArgument, match=r"spec.samples\[0\] alone is more than that"):
+    with pytest.raises(InvalidArgument, match=r"spec.samples\[0\] does not fit: shorten it"):
         client.train([("a" * 2**26, "b")])
     with pytest.raises(InvalidArgument, match=r"up to spec.samples\[62\] they fit"):
         client.call("train_spec", run_spec([MIB_OF_TEXT] * 64, {}))

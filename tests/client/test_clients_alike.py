@@ -60,15 +60,30 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_checked_in_calls_are_the_generated_ones(check):
     check.main()
-    first, *_ = check.TARGET.read_text().splitlines()
-    assert "aio_calls.py" in first and "make protos" in first
+    for source in check.SOURCES:
+        first, *_ = check.target(source).read_text().splitlines()
+        assert source.name in first and "make protos" in first
 
 
-def test_a_change_of_one_client_alone_is_told_until_it_is_generated(check, tmp_path, monkeypatch):
-    changed = tmp_path / "calls.py"
-    changed.write_text(check.TARGET.read_text().replace("updates: int = 1", "updates: int = 2"))
-    monkeypatch.setattr(check, "TARGET", changed)
-    with pytest.raises(SystemExit, match="generates; run 'make protos'"):
+def test_a_call_of_either_client_comes_from_a_text_that_is_generated(check):
+    written = "\n".join(source.read_text() for source in check.SOURCES)
+    own = {"__init__", "close"}
+    assert all(f"def {name}(" in written for name in public(AsyncApolloClient).keys() - own)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("calls.py", "page_size: int = 0"), ("checkpoint_calls.py", "updates: int = 1")],
+)
+def test_a_change_of_one_client_alone_is_told_until_it_is_generated(
+    check, tmp_path, monkeypatch, name, text
+):
+    for source in check.SOURCES:
+        twin = check.target(source)
+        copied = twin.read_text()
+        (tmp_path / twin.name).write_text(copied.replace(text, f"{text}0"))
+    monkeypatch.setattr(check, "target", lambda source: tmp_path / source.name.removeprefix("aio_"))
+    with pytest.raises(SystemExit, match=f"{name} is not what aio_{name} generates; run 'make"):
         check.main()
     with monkeypatch.context() as writing:
         writing.setattr(sys, "argv", [str(CHECK), "--write"])
@@ -78,5 +93,7 @@ def test_a_change_of_one_client_alone_is_told_until_it_is_generated(check, tmp_p
 
 def test_what_texts_and_comments_say_is_said_of_both(check):
     texts = "'await an AsyncStream'  # async for aio_streams\n"
-    made = check.blocking(f"# first\nasync for a in AsyncStream(aio_streams, await b): {texts}")
-    assert made == f"{check.HEADER}for a in Stream(streams, b): {texts}"
+    code = f"# first\nasync for a in AsyncStream(aio_streams, await b): {texts}"
+    made = check.blocking(code, "aio_calls.py")
+    assert made.endswith(f"\nfor a in Stream(streams, b): {texts}")
+    assert made.startswith("# Generated from aio_calls.py by")

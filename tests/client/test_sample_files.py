@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apollo_client import read_samples, run_spec, sample_files, to_samples
+from apollo_client.forms import SAMPLES as SAMPLE_FORM
 from apollo_client.sample_files import read_placed, read_stream
 from apollo_grpc.errors import InvalidArgument
 
@@ -27,10 +28,17 @@ CHAT = {
     ]
 }
 SAMPLES = st.lists(
-    st.fixed_dictionaries({"context": TEXT, "continuation": TEXT})
+    st.fixed_dictionaries(
+        {"context": TEXT, "continuation": TEXT}, optional={"teacher_context": TEXT}
+    )
     | st.fixed_dictionaries(
         {"context_ids": st.lists(st.integers(0, 99)), "continuation_ids": st.just([1])},
-        optional={"weight": st.floats(0, 9)},
+        optional={
+            "weight": st.floats(0, 9),
+            "teacher_context_ids": st.lists(st.integers(0, 99)),
+            "advantages": st.floats(-9, 9) | st.lists(st.floats(-9, 9), min_size=1, max_size=1),
+            "sampler_log_probabilities": st.lists(st.floats(-9, 0), max_size=1),
+        },
     )
     | st.just(CHAT),
     min_size=1,
@@ -38,12 +46,12 @@ SAMPLES = st.lists(
 )
 
 
-def read(data):
-    return read_stream(io.BytesIO(data), "facts.jsonl")
+def read(data, form=SAMPLE_FORM):
+    return read_stream(io.BytesIO(data), "facts.jsonl", form)
 
 
 def samples_of(data):
-    return [placed.sample for placed in read(data)]
+    return [placed.value for placed in read(data)]
 
 
 def refusal(data):
@@ -63,7 +71,7 @@ def test_a_file_holds_what_the_same_objects_in_python_are(tmp_path_factory, valu
     path.write_bytes(data)
     expected = [sample for value in values for sample in to_samples(value)]
     assert read_samples(path) == read_samples(str(path)) == samples_of(data) == expected
-    assert list(run_spec(read_placed(path), {}).samples) == expected
+    assert list(run_spec(read_placed(path, SAMPLE_FORM), {}).samples) == expected
 
 
 @given(SAMPLES, st.data())
@@ -218,7 +226,7 @@ def test_more_than_any_run_takes_is_not_read_to_its_end(monkeypatch):
 
     stream = Endless()
     with pytest.raises(InvalidArgument, match=r"longer than 1 MiB.*split"):
-        read_stream(stream, "stdin")
+        read_stream(stream, "stdin", SAMPLE_FORM)
     assert stream.asked == 2**20 + 1
 
 

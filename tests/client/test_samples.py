@@ -20,7 +20,11 @@ JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=8,
 )
-KEYS = ("context", "continuation", "context_ids", "continuation_ids", "messages", "weight")
+KEYS = (
+    *("context", "continuation", "context_ids", "continuation_ids", "messages", "weight"),
+    *("teacher_context", "teacher_context_ids", "teacher_messages", "token_weights"),
+    *("advantages", "sampler_log_probabilities"),
+)
 
 
 @given(TEXT, TEXT)
@@ -105,6 +109,30 @@ def test_text_in_parts_is_put_together():
             chat(("assistant", "a", 1), ("assistant", "b", 1), token_weights=[1.0]),
             "token_weights",
         ),
+        (
+            chat(("assistant", "a", 1), ("assistant", "b", 1), advantages=[1.0]),
+            "advantages",
+        ),
+        (
+            chat(("assistant", "a", 1), ("assistant", "b", 1), sampler_log_probabilities=[-1.0]),
+            "sampler_log_probabilities",
+        ),
+        (
+            chat(("assistant", "a", 1), ("assistant", "b", 1), teacher_messages=[{}]),
+            "teacher_messages",
+        ),
+        (
+            chat(("assistant", "a"), teacher_messages=[{"role": "user"}]),
+            "teacher_messages[0].content",
+        ),
+        (
+            chat(("assistant", "a"), **{"teacher_messages": chat(("user", "b", 1))["messages"]}),
+            "teacher_messages[0].weight",
+        ),
+        (chat(("assistant", "a"), teacher_messages="b"), "teacher_messages"),
+        (chat(("assistant", "a"), teacher_context="b"), "teacher_context"),
+        ({"context": "a", "continuation": "b", "teacher_context_ids": [1]}, "teacher_context_ids"),
+        ({"context": "a", "continuation": "b", "teacher_context": 1}, "teacher_context"),
     ],
 )
 def test_what_openai_format_has_and_cannot_be_learned_is_refused_at_its_field(value, field):
@@ -116,6 +144,50 @@ def test_what_openai_format_has_and_cannot_be_learned_is_refused_at_its_field(va
 def test_a_chat_of_several_answers_is_no_single_sample():
     with pytest.raises(InvalidArgument, match="2 answers"):
         to_sample(chat(("user", "a"), ("assistant", "b", 1), ("user", "c"), ("assistant", "d")))
+
+
+@given(TEXT, IDS)
+def test_what_a_teacher_reads_arrives_as_it_was_written(text, ids):
+    read = to_sample({"context": "a", "continuation": "b", "teacher_context": text})
+    assert read.text == pb.TextSample(context="a", continuation="b", teacher_context=text)
+    read = to_sample({"context_ids": [1], "continuation_ids": [2], "teacher_context_ids": ids})
+    assert list(read.tokens.teacher_context_ids) == ids
+    teacher = chat(("system", text), ("user", "c"))["messages"]
+    read = to_sample(chat(("user", "a"), ("assistant", "b"), teacher_messages=teacher))
+    assert [(m.role, m.content) for m in read.chat.teacher_messages] == [
+        ("system", text),
+        ("user", "c"),
+    ]
+    assert turns_of(read) == [("user", "a"), ("assistant", "b")]
+
+
+@pytest.mark.parametrize(
+    ("advantages", "taken"),
+    [
+        (1, [1]), (-0.5, [-0.5]), (np.float32(0.5), [0.5]), (np.array(2.0), [2]),
+        ([1, -1.5], [1, -1.5]), (np.array([0.5, 1]), [0.5, 1]), ((), []), (iter([3]), [3]),
+        ("1", None), (True, None), ([None], None), ([[1]], None), ({"a": 1}, None),
+    ],
+)  # fmt: skip
+def test_advantages_are_one_number_or_one_a_token(advantages, taken):
+    value = {"context": "a", "continuation": "b", "advantages": advantages}
+    if taken is None:
+        with pytest.raises(InvalidArgument, match=r"^advantages.*(no number|no list of numbers)"):
+            to_sample(value)
+    else:
+        assert list(to_sample(value).advantages) == taken
+
+
+@given(st.lists(st.floats(-99, 0)))
+def test_what_the_sampler_told_arrives_as_it_was_written(log_probabilities):
+    value = {"context": "a", "continuation": "b", "sampler_log_probabilities": log_probabilities}
+    assert list(to_sample(value).sampler_log_probabilities) == log_probabilities
+
+
+def test_one_advantage_is_that_of_every_answer_of_a_chat():
+    answers = [("assistant", "a", 1), ("user", "b"), ("assistant", "c", 1)]
+    made = to_samples(chat(*answers, advantages=0.5, token_weights=[]))
+    assert [list(sample.advantages) for sample in made] == [[0.5], [0.5]]
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), JSON) | JSON)
@@ -177,6 +249,7 @@ def test_token_ids_are_whole_numbers_however_they_are_listed(ids, taken):
     [
         {"weight": "1"}, {"weight": True}, {"weight": 10**400}, {"weight": [1]},
         {"token_weights": 1.0}, {"token_weights": ["1"]}, {"token_weights": [None]},
+        {"sampler_log_probabilities": -1.0}, {"sampler_log_probabilities": ["-1"]},
     ],
 )  # fmt: skip
 def test_a_factor_that_is_no_number_is_refused_at_its_key(extras):

@@ -16,7 +16,7 @@ import torch
 from apollo_trainer.optim.change import Change
 from apollo_trainer.optim.cuda import FusedStepper, Work, fits, tables
 from apollo_trainer.optim.factored import Factored
-from apollo_trainer.optim.options import settings_for
+from apollo_trainer.optim.options import NO_SCHEDULE, settings_for
 from apollo_trainer.optim.parameters import Slot, new_state
 from apollo_trainer.optim.reference import Job, step_parameter
 from apollo_trainer.optim.rounding import Rounding
@@ -43,7 +43,7 @@ SHAPES = {
 OPTIONS = {
     "lr": 1e-2, "rank": 4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1,
     "warmup_steps": 0, "warmup_from": 0, "scale": None, "proj_refresh": 3,
-    "norm_growth_limit": 1.01,
+    "norm_growth_limit": 1.01, **NO_SCHEDULE,
 }  # fmt: skip
 
 

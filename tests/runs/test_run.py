@@ -26,7 +26,7 @@ def prepared(count: int = 5, **fields: Any) -> PreparedRun:
 
 
 def numbers(run: PreparedRun) -> list[list[int]]:
-    return [[s.continuation_ids[0] for s in batch] for batch in run.batches()]
+    return [[s.continuation_ids[0] for s in batch.samples] for batch in run.batches()]
 
 
 def test_by_default_each_sample_is_one_step_in_order() -> None:

@@ -268,7 +268,7 @@ def test_a_run_is_cancelled_between_two_micro_batches_and_its_step_not_written(
     take_step, seen = steps_module.take_step, []
 
     def counting(
-        model: Any, optimizer: Any, samples: Any, policy: Any, before_batch: Any, passes: Any
+        model: Any, optimizer: Any, samples: Any, policy: Any, before_batch: Any, *rest: Any
     ) -> Any:
         def look() -> None:
             seen.append(len(seen))
@@ -276,7 +276,7 @@ def test_a_run_is_cancelled_between_two_micro_batches_and_its_step_not_written(
                 trainer.queue.cancel(log.run_id)
             before_batch()
 
-        return take_step(model, optimizer, samples, policy, look, passes)
+        return take_step(model, optimizer, samples, policy, look, *rest)
 
     monkeypatch.setattr(steps_module, "take_step", counting)
     many = [sample(70, 71, 72, 73 + n) for n in range(8)]

@@ -128,6 +128,65 @@ def test_a_refusal_leaves_the_other_samples_as_they_are() -> None:
     assert not last.refusal
 
 
+def taught(sample: training_pb2.Sample, teacher: str) -> training_pb2.Sample:
+    """The same with another context for a teacher."""
+    if sample.HasField("text"):
+        sample.text.teacher_context = teacher
+    else:
+        sample.chat.teacher_messages.add(role="system", content=teacher)
+        sample.chat.teacher_messages.extend(sample.chat.messages[:-1])
+    return sample
+
+
+@pytest.mark.parametrize(
+    ("sample", "reads"),
+    [
+        (taught(text("a", "b"), "Port Lumen. a"), "Port Lumen. a"),
+        (
+            taught(chat("a", "b"), "Lumen"),
+            "<|system|>Lumen<|end|>\n<|user|>a<|end|>\n<|assistant|>",
+        ),
+    ],
+)
+def test_a_teacher_reads_another_context_before_the_same_answer(
+    sample: training_pb2.Sample, reads: str
+) -> None:
+    source = prompts()
+    (found,) = tokenized(source, sample)
+    assert source.tokenizer.decode(list(found.teacher_context_ids)) == reads
+    plain = text("a", "b") if sample.HasField("text") else chat("a", "b")
+    (without,) = tokenized(source, plain)
+    assert not without.teacher_context_ids
+    found.ClearField("teacher_context_ids")
+    assert found == without
+
+
+NO_SYSTEM = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No.') }}"
+NO_SYSTEM += "{% endif %}{% endfor %}" + TAIL
+
+
+class NoTokens(PlainPrompts):
+    """A vLLM whose tokenizer makes nothing of spaces."""
+
+    async def of_text(self, text: str, *, special: bool) -> list[int]:
+        return await super().of_text(text.strip(" "), special=special)
+
+
+@pytest.mark.parametrize(
+    ("source", "sample", "field", "says"),
+    [
+        (prompts(NO_SYSTEM), chat("a", "b"), "chat.teacher_messages", "vLLM refuses it: No"),
+        (NoTokens(prompts().tokenizer), text("a", "b"), "text.teacher_context", "has no tokens"),
+    ],
+)
+def test_what_no_teacher_can_read_is_refused_by_its_own_field(
+    source: PlainPrompts, sample: training_pb2.Sample, field: str, says: str
+) -> None:
+    (found,) = tokenized(source, taught(sample, " "))
+    assert (found.field, list(found.continuation_ids)) == (field, [])
+    assert says in found.refusal
+
+
 class WithParts(PlainPrompts):
     """A vLLM whose parts are not joined: what it makes of a plain text is another prompt."""
 

@@ -19,6 +19,7 @@ from apollo_grpc.transport import SERVER_OPTIONS, Endpoint, open_port
 from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1 import weight_export_pb2_grpc as pb_grpc
 from apollo_sidecar import leases
+from apollo_sidecar.answers import Answers
 from apollo_sidecar.engine import Engine
 from apollo_sidecar.generation import GenerationPage
 from apollo_sidecar.others_pause import OthersPause
@@ -73,10 +74,10 @@ class Served:
         self.engine = Engine(self.client, self.loop)
         pool = futures.ThreadPoolExecutor(4)
         self._server = grpc.server(pool, interceptors=[SyncErrors()], options=SERVER_OPTIONS)
-        tokens = SampleTokens(VllmPrompts(None), self.loop)
-        pb_grpc.add_WeightExportServiceServicer_to_server(
-            WeightExportService(self.engine, tokens), self._server
-        )
+        prompts = VllmPrompts(None)
+        answers = Answers(self.engine, prompts)
+        service = WeightExportService(self.engine, SampleTokens(prompts, self.loop), answers)
+        pb_grpc.add_WeightExportServiceServicer_to_server(service, self._server)
         self._lock = open_port(self._server, f"unix:{folder}/s.sock")
         self._server.start()
         self._channel = Endpoint(f"unix:{folder}/s.sock").channel()
@@ -174,6 +175,7 @@ def test_the_plan_reaches_the_worker_unchanged(sidecar):
     [
         ("TraceCheckpointMap", pb.TraceCheckpointMapRequest),
         ("ScoreTokens", pb.ScoreTokensRequest),
+        ("AnswerPrompts", pb.AnswerPromptsRequest),
         ("Pause", pb.PauseRequest),
         ("Resume", pb.ResumeRequest),
         ("ProbeWeights", pb.ProbeWeightsRequest),
@@ -406,7 +408,7 @@ class StampedClient(Client):
 def stamped(sidecar, monkeypatch):
     """The same sidecar on such a vLLM; what failed is tried again at once."""
     monkeypatch.setattr(leases, "RETRY_SECONDS", 0.01)
-    sidecar.client = sidecar.engine._vllm.client = StampedClient()
+    sidecar.client = sidecar.engine.vllm.client = StampedClient()
     sidecar.engine._others = OthersPause(sidecar.client, lambda: sidecar.engine.paused)
     return sidecar
 

@@ -60,7 +60,7 @@ def in_batches(
     for batch in plan_batches(samples, budget, mixing):
         weighted, of_samples = batch_loss(model, batch, contexts)
         torch.autograd.backward([weighted / 10])
-        for index, loss_sum in zip(batch.indices, of_samples.tolist(), strict=True):
+        for index, loss_sum in zip(batch.indices, of_samples[0].tolist(), strict=True):
             sums[index] = loss_sum
     return sums, gradients(model)
 

@@ -17,6 +17,7 @@ from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
 from apollo_trainer.training.bucketed import Bucket, Inputs, losses
 from apollo_trainer.training.frozen_context import FrozenContexts
 from apollo_trainer.training.loss import batch_loss
+from apollo_trainer.training.objectives import DEFAULT_CLIP, Clip
 from apollo_trainer.training.samples import TokenizedSample
 from tests.training.plain_attention import attended
 
@@ -75,12 +76,18 @@ def gradients(model: Any, weighted: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def check(
-    model: Any, batch: MicroBatch, inputs: Inputs, divisor: float, *, apart: bool = False
+    model: Any,
+    batch: MicroBatch,
+    inputs: Inputs,
+    divisor: float,
+    *,
+    apart: bool = False,
+    clip: Clip = DEFAULT_CLIP,
 ) -> None:
     """What a bucket says is what its micro-batch says."""
     inputs.fill(batch, divisor)
     weighted, sums = losses(model, inputs, apart=apart)
-    expected = batch_loss(model, batch, FrozenContexts(model), divisor)
+    expected = batch_loss(model, batch, FrozenContexts(model), divisor, clip)
     torch.testing.assert_close(sums, expected[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weighted, expected[0], rtol=1e-5, atol=1e-6)
     got, wanted = gradients(model, weighted), gradients(model, expected[0])

@@ -38,7 +38,7 @@ def passes(model: Any, shape: StepShape, bucketed: bool) -> tuple[int, int]:
     """Peak of a micro-batch's passes, and what they leave; bytes."""
     (batch,) = plan_batches(shape.of_samples(), BUDGET, Mixing.PADDED)
     inputs = Inputs(Bucket.of(batch), model.device)
-    if not inputs.weights.is_meta:
+    if not inputs.targets.weights.is_meta:
         inputs.fill(batch, 1.0)
     gc.collect()
     with Allocations(CachingAllocator(), model.device.type) as seen:

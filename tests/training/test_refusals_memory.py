@@ -30,6 +30,7 @@ from apollo_trainer.training.gradients import Collected, StepGradients
 from apollo_trainer.training.guard import Guard
 from apollo_trainer.training.incomplete import StepIncomplete
 from apollo_trainer.training.loss import batch_loss
+from apollo_trainer.training.objectives import Clip
 from apollo_trainer.training.out_of_memory import OutOfMemory
 from apollo_trainer.training.step import StepPolicy
 from tests.training.test_refusals import (
@@ -50,7 +51,7 @@ PHASES = {
     "gradients.add": "collecting",
     "gradients.add_rows": "collecting",
     "step._run": "backward",
-    "step._pass": "summing",
+    "figures.on_device": "summing",
     "gradients.settle": "settling",
     "gradients.summed_gradients": "settling",
     "scratch.set_aside": "setting aside",
@@ -123,13 +124,19 @@ class Recorded:
         self._left: tuple[Tensor, Collected] | None = None
 
     def take(
-        self, batch: MicroBatch, divisor: float, gradients: StepGradients, *, alone: bool
+        self,
+        batch: MicroBatch,
+        divisor: float,
+        gradients: StepGradients,
+        *,
+        alone: bool,
+        clip: Clip,
     ) -> Tensor:
         if self._left is None:
             mine = StepGradients(self._model.parameters())
             with mine.collecting():
                 contexts = FrozenContexts(self._model)
-                weighted, sums = batch_loss(self._model, batch, contexts, divisor)
+                weighted, sums = batch_loss(self._model, batch, contexts, divisor, clip)
                 torch.autograd.backward([weighted])
             self._left = sums, mine.held
         sums, collected = self._left

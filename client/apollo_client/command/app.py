@@ -13,9 +13,11 @@ import typer
 import typer.main
 
 from apollo_client.client import ApolloClient
-from apollo_client.command import checkpoint, display, doctor, train, up
+from apollo_client.command import checkpoint, display, doctor, probes, teach, train, up
 from apollo_client.command.display import Json
+from apollo_client.command.events import update_line
 from apollo_client.command.outcome import output_status, reported_errors
+from apollo_client.command.run_display import follow
 from apollo_grpc.addresses import require_address
 from apollo_grpc.locations import server_address, socket_path
 from apollo_grpc.standard_streams import prepare_streams
@@ -86,7 +88,8 @@ def connection(
 ) -> None:
     """A language model that keeps learning while vLLM serves it.
 
-    Exit status: 0 done, 1 refused or failed, 2 wrong input, 3 nobody there.
+    Exit status: 0 done, 1 refused, failed, or rejected by its probes, 2 wrong input, 3 nobody
+    there.
     """
     with reported_errors():
         address = require_address(address, "--address") if address else None
@@ -94,6 +97,7 @@ def connection(
 
 
 app.command("train")(train.command)
+app.command("teach")(teach.command)
 
 
 @app.command()
@@ -122,12 +126,12 @@ def watch(
     """
     if run_id:
         with reported_errors(), context.obj.client() as client:
-            train.follow(client.watch_run(run_id, after), as_json)
+            follow(client.watch_run(run_id, after), as_json)
         return
     with reported_errors(), context.obj.client() as client:
         try:
             for update in client.watch(run, min_interval):
-                line = display.to_json(update) if as_json else display.update_line(update)
+                line = display.to_json(update) if as_json else update_line(update)
                 print(line, flush=True)
         except KeyboardInterrupt:
             raise typer.Exit(0) from None
@@ -138,7 +142,7 @@ def runs(
     context: typer.Context,
     state: Annotated[
         list[str] | None,
-        typer.Option(help="queued, running, succeeded, failed or cancelled; may be repeated."),
+        typer.Option(help="queued, running, succeeded, failed, cancelled or rejected; repeatable."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 50,
     as_json: Json = False,
@@ -191,6 +195,7 @@ def sync(
     print(display.to_json(result) if as_json else display.sync_line(result))
 
 
+app.add_typer(probes.app, name="probes")
 app.add_typer(checkpoint.app, name="checkpoint")
 _PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("up", context_settings=_PASSES_ON)(up.command)

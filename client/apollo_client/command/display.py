@@ -1,4 +1,4 @@
-"""What the command prints: events, statuses and progress, for people and for programs."""
+"""What the command prints: runs, statuses and results, for people and for programs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,8 @@ from typing import Annotated, Any
 import typer
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
+from apollo_client.sample_values import shown
 from apollo_grpc.v1 import checkpoint_pb2, status_pb2, training_pb2
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
@@ -34,49 +27,6 @@ def to_json(message: Message) -> str:
 def state_name(value: Any, enum: Any, prefix: str) -> str:
     """An enum's value as a word: `ATTACHED`."""
     return str(enum.Name(value)).removeprefix(prefix)
-
-
-def event_line(event: training_pb2.RunEvent) -> str:
-    """An event in words, without its run."""
-    kind = event.WhichOneof("event")
-    lines = {
-        "queued": lambda e: f"queued, {e.position} ahead",
-        "started": lambda e: (
-            f"started: {e.steps_total} steps from optimizer step {e.optimizer_step}, "
-            f"weight version {e.weight_version}"
-        ),
-        "step": lambda e: (
-            f"step {e.step}  loss {e.loss:.4f}  grad norm {e.grad_norm:.3g}  "
-            f"lr {e.learning_rate:.3g}  {_milliseconds(e):.0f} ms"
-            f"{'  (dry run)' if e.dry_run else ''}"
-        ),
-        "evaluated": lambda e: (
-            f"loss of each sample {'after' if e.after_training else 'before'}: "
-            + " ".join(f"{x:.4f}" for x in e.losses)
-        ),
-        "checkpoint": lambda e: (
-            f"Apollo state on disk: step {e.optimizer_step}, {e.size_bytes / MIB:.1f} MiB"
-        ),
-        "warning": lambda e: f"warning {e.reason}: {e.message}",
-        "finished": _finished_line,
-    }
-    return lines[kind](getattr(event, kind)) if kind else "an event of a later version"
-
-
-def _milliseconds(step: training_pb2.Step) -> float:
-    parts = (step.forward_time, step.backward_time, step.optimizer_time)
-    return sum(part.ToNanoseconds() for part in parts) / 1e6
-
-
-def _finished_line(finished: training_pb2.Finished) -> str:
-    word = state_name(finished.state, training_pb2.RunState, "RUN_STATE_").lower()
-    if finished.HasField("failure"):
-        return f"{word}: {finished.failure.message} ({finished.failure.reason})"
-    stopped = f". {finished.stopped.message}" if finished.HasField("stopped") else ""
-    return (
-        f"{word}: {finished.steps_done} steps, weight version {finished.weight_version}, "
-        f"vLLM paused for {finished.pause_time.ToNanoseconds() / 1e9:.2f} s{stopped}"
-    )
 
 
 def run_line(run: training_pb2.Run) -> str:
@@ -102,44 +52,6 @@ def run_lines(run: training_pb2.Run) -> Iterable[str]:
         yield f"{'samples':<10} {len(run.spec.samples)}"
     if run.HasField("failure"):
         yield f"{'failure':<10} {run.failure.message} ({run.failure.reason})"
-
-
-class RunDisplay:
-    """A bar with the loss on a terminal, a line an event elsewhere."""
-
-    def __init__(self, console: Console):
-        self._console = console
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss [bold]{task.fields[loss]}[/]"),
-            TimeElapsedColumn(),
-            console=console,
-        )
-        self._task = self._bar.add_task("waiting", total=None, loss="-")
-
-    def follow(self, events: Iterable[training_pb2.RunEvent]) -> training_pb2.Finished:
-        """Shows every event until the last, which it returns."""
-        finished = training_pb2.Finished()
-        with self._bar if self._console.is_terminal else self._console:
-            for event in events:
-                self._show(event)
-                if event.HasField("finished"):
-                    finished = event.finished
-        return finished
-
-    def _show(self, event: training_pb2.RunEvent) -> None:
-        if not self._console.is_terminal:
-            # A pipe's buffer would hold lines back until the run has ended.
-            print(event_line(event), flush=True)
-        elif event.HasField("started"):
-            self._bar.update(self._task, description="training", total=event.started.steps_total)
-        elif event.HasField("step"):
-            loss = f"{event.step.loss:.4f}"
-            self._bar.update(self._task, completed=event.step.step, loss=loss)
-        else:
-            self._console.print(event_line(event), markup=False, highlight=False)
 
 
 def status_lines(status: status_pb2.ServerStatus) -> list[str]:
@@ -171,22 +83,6 @@ def _status_rows(status: status_pb2.ServerStatus) -> Iterable[tuple[str, str]]:
         when = status.last_sync.time.ToDatetime().isoformat(" ", "seconds")
         yield "last sync", f"{when} UTC, weight version {status.last_sync.weight_version}"
     yield "server", f"{status.server_version}, up {status.uptime.seconds} s"
-
-
-def update_line(update: status_pb2.WatchStatusResponse) -> str:
-    """An update of a subscription in words."""
-    lost = f"({update.dropped} updates lost) " if update.dropped else ""
-    if update.HasField("event"):
-        return f"{lost}run {update.event.run_id[:8]}  {event_line(update.event)}"
-    if update.HasField("status"):
-        state = state_name(
-            update.status.attachment, status_pb2.AttachmentState, "ATTACHMENT_STATE_"
-        )
-        return (
-            f"{lost}status  {state.lower()}, weight version {update.status.weight_version}, "
-            f"optimizer step {update.status.optimizer_step}, {update.status.queue_length} waiting"
-        )
-    return f"{lost}heartbeat"
 
 
 def sync_line(result: checkpoint_pb2.SyncResult) -> str:
@@ -247,3 +143,20 @@ def export_line(result: checkpoint_pb2.ExportResult) -> str:
         f"wrote {result.bytes_written:,} bytes of weights, version {result.weight_version}, to "
         f"{result.directory}"
     )
+
+
+def probe_line(probe: training_pb2.Probe) -> str:
+    """A probe of the regression set in one line, its whole name first."""
+    check = state_name(probe.check, training_pb2.ProbeCheck, "PROBE_CHECK_").lower()
+    sample = probe.sample
+    if sample.HasField("text"):
+        asked, expected = sample.text.context, sample.text.continuation
+    elif sample.HasField("chat"):
+        *before, answer = sample.chat.messages or [training_pb2.ChatMessage()]
+        asked, expected = (before[-1].content if before else ""), answer.content
+    else:
+        ids = sample.tokens
+        asked, expected = f"{list(ids.context_ids)}", f"{list(ids.continuation_ids)}"
+    check = check if probe.check else "contains"
+    name = probe.name if probe.name.isprintable() else repr(probe.name)
+    return f"{name}  {check}  {shown(asked)}  ->  {shown(expected)}"

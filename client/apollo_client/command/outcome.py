@@ -13,6 +13,7 @@ from rich.console import Console
 from apollo_grpc.errors import ApolloError, DeadlineExceeded, InvalidArgument, Unavailable
 from apollo_grpc.standard_streams import flush_output
 
+# Also a run that failed, was cancelled, or was rejected by its probes.
 REFUSED = 1
 WRONG_INPUT = 2
 UNREACHABLE = 3

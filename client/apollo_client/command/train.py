@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 
-from apollo_client.client import RunStream
-from apollo_client.command import display
 from apollo_client.command.display import Json
-from apollo_client.command.outcome import INTERRUPTED, REFUSED, reported_errors
+from apollo_client.command.outcome import reported_errors
+from apollo_client.command.run_display import follow
+from apollo_client.forms import SAMPLES, Form
+from apollo_client.placing import Placed
+from apollo_client.requests import LISTS, RunOptions
 from apollo_client.sample_files import read_placed, read_standard_input
-from apollo_grpc.v1 import training_pb2
+from apollo_client.sample_values import shown
+from apollo_grpc.errors import InvalidArgument
+
+T = TypeVar("T")
+_BOOLS = {"true": True, "false": False}
 
 
 def command(
@@ -23,13 +29,72 @@ def command(
     epochs: Annotated[int | None, typer.Option(help="Passes over the samples.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate, on AdamW's scale.")] = None,
     samples_per_step: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="cross_entropy (default), context_distillation or policy_gradient."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Shuffles each epoch.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the projection.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Decoupled.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps of a rising lr.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="constant (default), linear or cosine: lr after that.")
+    ] = None,
+    final_lr_fraction: Annotated[
+        float | None, typer.Option(help="Part of lr that the schedule ends with; default 0.")
+    ] = None,
+    clip_grad_norm: Annotated[
+        float | None, typer.Option(help="A larger gradient is scaled down to it.")
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Parameters that learn, such as '*.mlp.*'; may be repeated."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Parameters that do not; may be repeated.")
+    ] = None,
+    layers: Annotated[
+        list[int] | None, typer.Option(help="Layer that learns, from 0; may be repeated.")
+    ] = None,
+    anchors: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Samples whose answers must stay as they are."),
+    ] = None,
+    anchor_loss: Annotated[
+        str | None, typer.Option(help="kl (default): stay; replay: learn them too.")
+    ] = None,
+    anchor_weight: Annotated[
+        float | None, typer.Option(help="Of their loss beside that of the samples; default 1.")
+    ] = None,
+    anchors_per_step: Annotated[
+        int | None, typer.Option(help="Anchors beside a step's samples; default 2.")
+    ] = None,
+    regression_set: Annotated[
+        bool,
+        typer.Option("--regression-set", help="What 'apollo probes' lists are anchors as well."),
+    ] = False,
+    probes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Questions to ask before and after the run."),
+    ] = None,
+    accept_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Else the run is taken back: max_failed, max_lost, max_anchor_kl or "
+            "forget_probes; may be repeated.",
+        ),
+    ] = None,
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Tell each sample's loss before and after.")
     ] = False,
+    evaluation_samples: Annotated[
+        Path | None,
+        typer.Option("--evaluation", metavar="FILE", help="Samples to tell the losses of."),
+    ] = None,
+    evaluate_every_steps: Annotated[
+        int | None, typer.Option("--evaluate-every", help="Steps between two evaluations.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Compute each step, and write nothing.")
     ] = False,
@@ -75,60 +140,47 @@ def command(
     "continuation_ids": [...]}, or {"messages": [...]} whose last one is the assistant's; messages
     may have OpenAI's "weight": 0 or 1, and then each answer of weight 1 is learned. The
     continuation is learned, the context is read. Ctrl-C leaves the run going.
+
+    A distillation needs "teacher_context", "teacher_context_ids" or "teacher_messages" as well, a
+    policy gradient "advantages" and "sampler_log_probabilities". A probe is {"prompt": "...",
+    "expected": "..."}, or has ids or messages as a sample has; also "name", "check": "contains",
+    "exact" or "log_probability", and "role": "learn" or "keep".
     """
-    options: Any = {
-        "epochs": epochs,
-        "lr": lr,
-        "samples_per_step": samples_per_step,
-        "seed": seed,
-        "rank": rank,
-        "weight_decay": weight_decay,
-        "warmup_steps": warmup_steps,
-        "evaluate": evaluate or None,
-        "dry_run": dry_run or None,
-        "coherence": coherence,
-        "cache_policy": cache_policy,
-        "max_loss": max_loss,
-        "max_grad_norm": max_grad_norm,
-        "max_update_ratio": max_update_ratio,
-        "min_loss": min_loss,
-        "max_wall_time": max_wall_time,
-        "reset_optimizer": reset_optimizer or None,
-        "accept_other_weights": accept_other_weights or None,
-    }
     with reported_errors():
-        samples = read_standard_input() if str(file) == "-" else read_placed(file)
+        samples = read(file, SAMPLES)
+        options = _options(context.params)
         with context.obj.client() as client:
-            events = client.train(samples, request_id=request_id, **options)
-            follow(events, as_json)
+            follow(client.train(samples, request_id=request_id, **options), as_json)
 
 
-def follow(stream: RunStream, as_json: bool) -> None:
-    """Shows a run's events until its last; ends the command where the run did not succeed.
+def _options(given: Mapping[str, Any]) -> Any:
+    """What the run is told: each parameter of the command that `RunOptions` has."""
+    options = {
+        name: value
+        for name, value in given.items()
+        # A flag that is not there is False.
+        if name in RunOptions.__annotations__ and value is not None and value is not False
+    }
+    for name, form in LISTS.items():
+        if name in options:
+            options[name] = read(options[name], form)
+    if "accept_if" in options:
+        options["accept_if"] = dict(map(_condition, options["accept_if"])) or None
+    return options
 
-    Ctrl-C ends the command, too, and leaves the run going.
-    """
-    run_id, finished = "", training_pb2.Finished()
 
-    def events() -> Any:
-        nonlocal run_id
-        for event in stream:
-            run_id = event.run_id
-            yield event
+def read(file: Path, form: Form[T]) -> list[Placed[T]]:
+    """What a file holds, or standard input for `-`. Raises as `read_placed`."""
+    return read_standard_input(form) if str(file) == "-" else read_placed(file, form)
 
-    try:
-        if as_json:
-            for event in events():
-                print(display.to_json(event), flush=True)
-                finished = event.finished
-        else:
-            finished = display.RunDisplay(Console()).follow(events())
-    except KeyboardInterrupt:
-        where = (
-            f"Run {run_id} goes on; 'apollo watch {run_id}' follows it, 'apollo cancel {run_id}'"
-        )
-        where = f"{where} ends it." if run_id else "Nothing was heard of the run yet."
-        print(f"\n{where}", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-    if finished.state != training_pb2.RUN_STATE_SUCCEEDED:
-        raise typer.Exit(REFUSED)
+
+def _condition(word: str) -> tuple[str, Any]:
+    """A field of AcceptIf and its value."""
+    name, sign, value = word.partition("=")
+    if not sign:
+        says = f"cannot be {shown(word)}: it is KEY=VALUE, such as max_failed=0"
+        raise InvalidArgument.at("--accept-if", says)
+    for read in (int, float, _BOOLS.__getitem__):
+        with suppress(ValueError, KeyError):
+            return name, read(value)
+    return name, value

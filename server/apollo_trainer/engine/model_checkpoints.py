@@ -264,6 +264,12 @@ class ModelCheckpoints:
             return error.strerror or str(error)
         return ""
 
+    def doubt(self, why: str) -> None:
+        """Takes the live weights for mixed, also after a restart, until a restore succeeds."""
+        self.poison.why = why
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable_bytes(self._mark, json.dumps({"epoch": self._attachment.epoch}).encode())
+
     def _look_for_one_cut_off(self) -> None:
         if not self._mark.exists():
             return

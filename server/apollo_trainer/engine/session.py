@@ -154,8 +154,12 @@ class Session:
         """Returns what a snapshot keeps beside weights and state."""
         return {"shape": vars(self.shape), "weight_version": self.weight_version}
 
-    def begin_run(self, options: OptimizerOptions) -> None:
-        """Makes the optimizer what the run asks for. Raises FailedPrecondition on a mismatch."""
+    def begin_run(self, options: OptimizerOptions, steps: int = 0) -> None:
+        """Makes the optimizer what the run asks for. Raises FailedPrecondition on a mismatch.
+
+        Args:
+            steps: of the run, over which its schedule goes.
+        """
         self.require_sound(options)
         shape = options.shape_on(self.shape)
         if options.reset:
@@ -164,15 +168,15 @@ class Session:
         self.on_disk = self.on_disk and not (options.reset or self.other_weights)
         self.shape, self.other_weights = shape, ""
         self.optimizer.rounding = self.shape.rounding
-        options.apply(self.optimizer)
+        options.apply(self.optimizer, steps)
 
     @contextmanager
-    def trying(self, options: OptimizerOptions) -> Iterator[None]:
+    def trying(self, options: OptimizerOptions, steps: int = 0) -> Iterator[None]:
         """Begins a dry run as `begin_run` does; afterwards all is as it was."""
         before, rounding = {name: getattr(self, name) for name in _BEGUN}, self.optimizer.rounding
         groups = [dict(group) for group in self.optimizer.param_groups]
         try:
-            self.begin_run(options)
+            self.begin_run(options, steps)
             yield
         finally:
             vars(self).update(before)

@@ -19,7 +19,12 @@ from apollo_grpc.errors import DataLoss
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.ledger.file import LedgerFile
 
-ENDED = (pb.RUN_STATE_SUCCEEDED, pb.RUN_STATE_FAILED, pb.RUN_STATE_CANCELLED)
+ENDED = (
+    pb.RUN_STATE_SUCCEEDED,
+    pb.RUN_STATE_FAILED,
+    pb.RUN_STATE_CANCELLED,
+    pb.RUN_STATE_REJECTED,
+)
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,9 @@ class Retention:
 
 def _ended(connection: sqlite3.Connection, where: str, *values: int) -> list[int]:
     """Returns the numbers of the oldest ended runs that still have their spec."""
+    places = ", ".join("?" * len(ENDED))
     found = connection.execute(
-        f"SELECT number FROM runs WHERE state IN (?, ?, ?) AND spec IS NOT NULL AND {where} "
+        f"SELECT number FROM runs WHERE state IN ({places}) AND spec IS NOT NULL AND {where} "
         "ORDER BY number LIMIT ?",
         (*ENDED, *values, RUNS_A_PASS + 1),
     )

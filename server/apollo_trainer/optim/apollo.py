@@ -19,6 +19,7 @@ from apollo_trainer.optim.change import Change
 from apollo_trainer.optim.cuda import FusedStepper, Work
 from apollo_trainer.optim.factored import Gradient, norm_of
 from apollo_trainer.optim.options import (
+    NO_SCHEDULE,
     Compat,
     Impl,
     StepSettings,
@@ -86,8 +87,9 @@ class Apollo(StatefulOptimizer):
         compat: 'apollo-torch' reproduces apollo-torch 1.0.3 with its faults. Pass eps=1e-6, its
             default; every parameter must then have a gradient at every step.
 
-    Group entries lr, weight_decay, warmup_steps, warmup_from, betas, eps, scale, proj_refresh and
-    norm_growth_limit may be rewritten between steps, and count from the next step on.
+    Group entries lr, weight_decay, warmup_steps, warmup_from, betas, eps, scale, proj_refresh,
+    norm_growth_limit and those of a schedule ('schedule', 'final_lr_fraction', 'steps_total' from
+    `warmup_from` on) may be rewritten between steps, and count from the next step on.
 
     What is exact: draws depend on (seed, parameter name, step, element number in row-major order)
     alone and have the same bits on every device. Matrix products and sums are as reproducible as
@@ -132,7 +134,7 @@ class Apollo(StatefulOptimizer):
         defaults = {
             "lr": lr, "rank": rank, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "warmup_steps": warmup_steps, "warmup_from": 0, "scale": scale,
-            "proj_refresh": proj_refresh, "norm_growth_limit": norm_growth_limit,
+            "proj_refresh": proj_refresh, "norm_growth_limit": norm_growth_limit, **NO_SCHEDULE,
         }  # fmt: skip
         check_group(defaults)
         self.impl: Impl = impl

@@ -130,6 +130,18 @@ def norm_of(gradient: Gradient) -> Tensor:
     return norm
 
 
+def scaled(gradient: Gradient, factor: float) -> Gradient:
+    """A gradient times a factor; a tensor is changed in place.
+
+    Of two factors the smaller is copied, as what they were made of may be another's as well.
+    """
+    if isinstance(gradient, Tensor):
+        return gradient.mul_(factor)
+    if gradient.left.numel() <= gradient.right.numel():
+        return Factored(gradient.left * factor, gradient.right, gradient.ends)
+    return Factored(gradient.left, gradient.right * factor, gradient.ends)
+
+
 def total(gradients: Sequence[Gradient]) -> Gradient:
     """The sum of gradients of one shape: their factors one after another, or in float32."""
     if len(gradients) == 1:

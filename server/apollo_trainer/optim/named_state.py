@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from apollo_trainer.optim.options import GROUP_OPTIONS, check_group
+from apollo_trainer.optim.options import GROUP_OPTIONS, NO_SCHEDULE, check_group
 from apollo_trainer.optim.parameters import Slot
 
 FORMAT = "apollo-optimizer"
@@ -110,7 +110,8 @@ def check_groups(meta: Mapping[str, Any], groups: list[dict[str, Any]]) -> list[
     if len(saved) != len(groups):
         raise _refusal(f"it has {len(saved)} parameter groups, and this optimizer {len(groups)}")
     found = []
-    for n, (there, here) in enumerate(zip(saved, groups, strict=True)):
+    for n, (saved_group, here) in enumerate(zip(saved, groups, strict=True)):
+        there = NO_SCHEDULE | saved_group
         stray = set(there.get("param_names", ())) ^ set(here["param_names"])
         if stray:
             raise _refusal(f"parameter {min(stray)!r} is not in group {n} on both sides")

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Variant = Literal["channel", "mini"]
 Impl = Literal["auto", "reference", "fused"]
 Compat = Literal["apollo-torch"]
 
+Schedule = Literal["constant", "linear", "cosine"]
+
+# What older states do not say, and then is so.
+NO_SCHEDULE: dict[str, Any] = {"schedule": "constant", "final_lr_fraction": 0.0, "steps_total": 0}
 GROUP_OPTIONS = (
     "lr", "rank", "betas", "eps", "weight_decay", "warmup_steps", "warmup_from", "scale",
-    "proj_refresh", "norm_growth_limit",
+    "proj_refresh", "norm_growth_limit", *NO_SCHEDULE,
 )  # fmt: skip
+SCHEDULES = get_args(Schedule)
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "variant": ("channel", "mini"),
     "rounding": ("stochastic", "nearest", "split16"),
@@ -28,8 +33,8 @@ class StepSettings:
     """What one step does to the parameters of one group.
 
     `number` counts the optimizer's steps from 1, `window` the refreshes of the projection from 0.
-    `lr` is the learning rate after warm-up. `scale` None is sqrt(min(shape) / rank), and
-    `norm_growth_limit` None switches the limiter off.
+    `lr` is the learning rate after warm-up and schedule. `scale` None is sqrt(min(shape) / rank),
+    and `norm_growth_limit` None switches the limiter off.
     """
 
     number: int
@@ -54,10 +59,7 @@ def settings_for(
 ) -> StepSettings:
     """Fixes a group's settings for step `number`. Raises ValueError on an invalid option."""
     check_group(group)
-    lr = float(group["lr"])
-    if group["warmup_steps"] > 0:
-        done = (number - group["warmup_from"]) / group["warmup_steps"]
-        lr *= min(1.0, max(0.0, done))
+    lr = float(group["lr"]) * _part_of_lr(group, number - group["warmup_from"])
     return StepSettings(
         number=number,
         window=(number - 1) // group["proj_refresh"],
@@ -73,6 +75,24 @@ def settings_for(
     )
 
 
+def _part_of_lr(group: Mapping[str, Any], step: int) -> float:
+    """What a run's step, from 1, takes of lr; as transformers' schedules, but for their warm-up.
+
+    Warm-up reaches all of it at its last step. The schedule begins with all of it at the next one,
+    and would reach `final_lr_fraction` at the step after the run's last.
+    """
+    warmup = group["warmup_steps"]
+    if step <= warmup:
+        return min(1.0, max(0.0, step / warmup)) if warmup else 1.0
+    schedule, total = group["schedule"], group["steps_total"]
+    if schedule == "constant" or not total:
+        return 1.0
+    done = min(1.0, (step - 1 - warmup) / max(1, total - warmup))
+    left = 1.0 - done if schedule == "linear" else (1.0 + math.cos(math.pi * done)) / 2
+    final = float(group["final_lr_fraction"])
+    return final + (1.0 - final) * left
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Raises ValueError naming the first option of a group that is out of range."""
     _number("lr", group["lr"], at_least=0.0)
@@ -82,6 +102,12 @@ def check_group(group: Mapping[str, Any]) -> None:
     _count("warmup_steps", group["warmup_steps"], 0)
     _count("warmup_from", group["warmup_from"], 0)
     _count("proj_refresh", group["proj_refresh"], 1)
+    if group["schedule"] not in SCHEDULES:
+        raise ValueError(f"schedule is {group['schedule']!r}; it is one of {SCHEDULES}.")
+    _number("final_lr_fraction", group["final_lr_fraction"], at_least=0.0)
+    if group["final_lr_fraction"] > 1:
+        raise ValueError(f"final_lr_fraction is {group['final_lr_fraction']!r}; it is at most 1.")
+    _count("steps_total", group["steps_total"], 0)
     if group["rank"] is not None:
         _count("rank", group["rank"], 1)
     if group["scale"] is not None:

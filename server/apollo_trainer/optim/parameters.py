@@ -120,14 +120,14 @@ def sort_out(
     new: list[Slot] = []
     ties: list[tuple[Tensor, Slot]] = []
     known = {id(t) for slot in slots for t in (slot.param, *slot.aliases)}
-    regions = {_region(slot.param): slot for slot in slots if slot.param.numel()}
+    regions = {region(slot.param): slot for slot in slots if slot.param.numel()}
     names = {slot.name for slot in slots}
     for name, tensor in pairs:
         if id(tensor) in known:
             continue
         _check_parameter(name, tensor, mode)
         known.add(id(tensor))
-        tied = regions.get(_region(tensor))
+        tied = regions.get(region(tensor))
         if tied is not None:
             ties.append((tensor, tied))
             continue
@@ -138,7 +138,7 @@ def sort_out(
         new.append(Slot(name, tensor, index, group, _effective_rank(tensor, rank)))
         names.add(name)
         if tensor.numel():
-            regions[_region(tensor)] = new[-1]
+            regions[region(tensor)] = new[-1]
     return new, ties
 
 
@@ -157,7 +157,7 @@ def _check_parameter(name: str, param: Tensor, mode: RoundingMode) -> None:
         raise ValueError(f"{name}: is an expanded view, whose elements share memory.")
 
 
-def _region(param: Tensor) -> Region:
+def region(param: Tensor) -> Region:
     """What two tied tensors have in common: device, dtype, address, shape and strides."""
     sides = [(n, s) for n, s in zip(param.shape, param.stride(), strict=True) if n > 1]
     strides = tuple(s for _, s in sides)

@@ -9,7 +9,7 @@ from typing import Any
 
 from apollo_grpc.errors import FieldViolation, InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_trainer.optim.options import Variant
+from apollo_trainer.optim.options import Schedule, Variant
 from apollo_trainer.optim.rounding import RoundingMode
 from apollo_trainer.training.options import OptimizerOptions
 
@@ -22,6 +22,13 @@ ROUNDINGS: dict[Any, RoundingMode] = {
     pb.ROUNDING_STOCHASTIC: "stochastic",
     pb.ROUNDING_NEAREST: "nearest",
     pb.ROUNDING_SPLIT16: "split16",
+}
+
+
+SCHEDULES: dict[Any, Schedule] = {
+    pb.SCHEDULE_CONSTANT: "constant",
+    pb.SCHEDULE_LINEAR: "linear",
+    pb.SCHEDULE_COSINE: "cosine",
 }
 
 
@@ -45,6 +52,8 @@ _RULES = {
     "scale": _POSITIVE,
     "proj_refresh": _POSITIVE,
     "norm_growth_limit": _Rule(lambda x: x == 0 or x >= 1, "must be 0 (off) or at least 1"),
+    "final_lr_fraction": _Rule(lambda x: 0 <= x <= 1, "must be from 0 to 1"),
+    "clip_grad_norm": _POSITIVE,
 }
 
 
@@ -57,6 +66,7 @@ def read_options(config: pb.OptimizerConfig) -> OptimizerOptions:
     violations += [
         _check_enum(config, "variant", VARIANTS),
         _check_enum(config, "rounding", ROUNDINGS),
+        _check_enum(config, "schedule", SCHEDULES),
     ]
     wrong = [v for v in violations if v]
     if wrong:
@@ -70,6 +80,7 @@ def read_options(config: pb.OptimizerConfig) -> OptimizerOptions:
         betas=betas,
         variant=VARIANTS.get(config.variant),
         rounding=ROUNDINGS.get(config.rounding),
+        schedule=SCHEDULES.get(config.schedule, defaults.schedule),
         reset=config.reset_optimizer,
         accept_other_weights=config.accept_other_weights,
         **given,

@@ -13,10 +13,13 @@ from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.engine import CapturedState, ModelOwner, Saved, Session, StatusBoard
 from apollo_trainer.ledger import EventLog
 from apollo_trainer.optim.ahead import compile_ahead
-from apollo_trainer.runs.run import PreparedRun
+from apollo_trainer.runs.evaluation import Evaluation
+from apollo_trainer.runs.probing import Rejected
+from apollo_trainer.runs.run import Batch, PreparedRun
 from apollo_trainer.runs.saving import RunSaves
 from apollo_trainer.runs.steps import RunSteps, engine_lost, step_event
-from apollo_trainer.training.evaluate import evaluate
+from apollo_trainer.runs.way_back import WayBack
+from apollo_trainer.training.filter import learning_only
 from apollo_trainer.training.guard import LossReached
 from apollo_trainer.training.step import StepResult
 from apollo_trainer.weights.written import require_written_is_live
@@ -52,6 +55,7 @@ class Execution:
             session, owner.saver, log, run.steps_total, self._require_going, self._warn
         )
         self._steps: RunSteps | None = None
+        self._way_back: WayBack | None = None
         self._finished = pb.Finished(state=pb.RUN_STATE_SUCCEEDED)
         self._state: CapturedState | None = None
 
@@ -65,10 +69,13 @@ class Execution:
 
         `finished` follows once the Apollo state is on disk; the next run may have begun by then.
         """
-        if failure := self._failure():
-            self._finished.state = pb.RUN_STATE_FAILED
-            self._finished.failure.CopyFrom(failure)
+        failure = self._failure()
         self._finished.steps_done = self.steps_done
+        if failure:
+            self._finished.ClearField("stopped")
+            self._finished.failure.CopyFrom(failure)
+        if self._way_back is not None:
+            self._take_back(self._way_back)
         self._show_end()
         if self._state is None:
             self._log.append(finished=self._finished)
@@ -76,21 +83,27 @@ class Execution:
             self._owner.saver.save(self._state, self._end)
 
     def _failure(self) -> pb.Failure | None:
-        """Trains; returns why that failed. Sets the state of a run that was cancelled."""
+        """Trains; returns why that failed, and sets the state that the run ends in."""
         try:
             self._train()
+            return None
         except RunCancelled:
             self._finished.state = pb.RUN_STATE_CANCELLED
+            return None
+        except Rejected as rejected:
+            self._finished.state = pb.RUN_STATE_REJECTED
+            return rejected.failure
         except ApolloError as error:
+            self._finished.state = pb.RUN_STATE_FAILED
             return pb.Failure(reason=error.reason, message=error.message)
         except Exception:
             log.exception("run %s failed", self._log.run_id)
+            self._finished.state = pb.RUN_STATE_FAILED
             return pb.Failure(
                 reason="INTERNAL",
                 message=f"The step after {self.steps_done} written ones failed by a mistake of the "
                 "server's; its log has the details.",
             )
-        return None
 
     def _end(self, saved: Saved) -> None:
         self._saves.tell(saved)
@@ -105,25 +118,65 @@ class Execution:
 
     def _train(self) -> None:
         self._require_going()
+        sidecar, going = self._owner.sidecar, self._require_going
+        looks = Evaluation(self._session, sidecar, self._log, self._run, going, self._warn)
         if self._run.dry_run:
-            with self._session.trying(self._run.options):
-                self._take_steps()
+            with self._session.trying(self._run.options, self._run.steps_total):
+                self._take_steps(looks)
             return
-        self._session.begin_run(self._run.options)
+        if self._run.accept_if is not None:
+            self._begin_way_back()
+        self._session.begin_run(self._run.options, self._run.steps_total)
         if self._run.options.reset:
             self._session.checkpoints.forget_updates()
         self._saves.begin()
         try:
-            self._take_steps()
+            self._take_steps(looks)
         finally:
             self._state = self._saves.end(self.steps_done)
+        if self._way_back is not None:
+            looks.require_accepted()
+            self._way_back.forget()
+            self._way_back = None
 
-    def _take_steps(self) -> None:
+    def _begin_way_back(self) -> None:
+        way_back = WayBack(
+            self._session, self._owner, self._board, self._log.run_id, self._require_going
+        )
+        way_back.begin()
+        self._way_back = way_back
+
+    def _take_back(self, way_back: WayBack) -> None:
+        """Puts back what a run wrote that was not accepted, whatever ended it."""
+        self._state = None
+        try:
+            self._finished.steps_done = 0
+            restored = way_back.take(self._finished)
+        except (ApolloError, OSError) as error:
+            log.error("run %s was not taken back: %s", self._log.run_id, error)
+            self._session.checkpoints.doubt(f"run {self._log.run_id} was not taken back ({error}).")
+            self._finished.steps_done = self.steps_done
+            self._finished.failure.message += f" It could not be taken back: {error}"
+            return
+        if restored is not None:
+            self._finished.weight_version = restored.weight_version
+            for warning in restored.warnings:
+                self._warn(warning.reason, warning.message)
+            way_back.forget_snapshot()
+
+    def _take_steps(self, looks: Evaluation) -> None:
         """From `started` to the last step's, and what vLLM says to that."""
         self._tell_started()
-        self._evaluate(after_training=False)
-        # Begun at the attachment; what is left of it must not be waited for with vLLM paused.
-        compile_ahead(self._session.optimizer)
+        model = self._session.attachment.model
+        with learning_only(model, self._run.learning.names(model)):
+            looks.begin()
+            self._run = looks.run
+            # Begun at the attachment; what is left of it must not be waited for with vLLM paused.
+            compile_ahead(self._session.optimizer)
+            self._take_all(looks)
+            looks.end(self.steps_done)
+
+    def _take_all(self, looks: Evaluation) -> None:
         steps = self._steps = RunSteps(
             self._session,
             self._owner.sidecar,
@@ -134,7 +187,7 @@ class Execution:
         )
         try:
             steps.begin()
-            self._take_each(steps)
+            self._take_each(steps, looks)
         except LossReached:
             self._finished.stopped.CopyFrom(self._learned())
         finally:
@@ -144,14 +197,14 @@ class Execution:
                 self._finished.pause_time.CopyFrom(duration(steps.coherence.held_seconds))
             self._finish_version(steps)
             self._require_written_is_live()
-        self._evaluate(after_training=True)
 
-    def _take_each(self, steps: RunSteps) -> None:
-        for number, samples in enumerate(self._run.batches(), 1):
+    def _take_each(self, steps: RunSteps, looks: Evaluation) -> None:
+        for number, batch in enumerate(self._run.batches(), 1):
             self._require_going()
-            self._tell(number, steps.take(samples), steps)
+            self._tell(number, batch, steps.take(batch), steps)
             if not self._run.dry_run:
                 self._saves.after_step(number)
+            looks.after_step(number)
 
     def _learned(self) -> pb.Stopped:
         return pb.Stopped(
@@ -196,18 +249,6 @@ class Execution:
             )
         )
 
-    def _evaluate(self, *, after_training: bool) -> None:
-        """Reads only: vLLM decodes meanwhile."""
-        if not self._run.evaluate:
-            return
-        losses = evaluate(
-            self._session.attachment.model,
-            self._run.samples,
-            self._session.settings.token_budget,
-            self._require_going,
-        )
-        self._log.append(evaluated=pb.Evaluated(after_training=after_training, losses=losses))
-
     def _finish_version(self, steps: RunSteps) -> None:
         version, untold = steps.coherence.weight_version, steps.coherence.untold
         if untold or version is None:
@@ -217,8 +258,9 @@ class Execution:
         self._session.count_version(version)
         self._board.show_version(self._session)
 
-    def _tell(self, number: int, result: StepResult, steps: RunSteps) -> None:
-        self._log.append(step=step_event(number, result, steps, dry_run=self._run.dry_run))
+    def _tell(self, number: int, batch: Batch, result: StepResult, steps: RunSteps) -> None:
+        dry_run = self._run.dry_run
+        self._log.append(step=step_event(number, batch, result, steps, dry_run=dry_run))
         if version := steps.coherence.weight_version:
             self._session.count_version(version)
         self._board.show_version(self._session, optimizer_step=result.optimizer_step)

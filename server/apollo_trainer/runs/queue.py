@@ -8,7 +8,7 @@ import uuid
 from concurrent.futures import Future
 from functools import partial
 
-from apollo_grpc.errors import AlreadyExists, ApolloError, ResourceExhausted, Unavailable
+from apollo_grpc.errors import AlreadyExists, ApolloError, Unavailable
 from apollo_grpc.times import now
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
@@ -23,14 +23,17 @@ from apollo_trainer.ledger import (
     digest_of,
     stopping,
 )
+from apollo_trainer.runs import way_back
+from apollo_trainer.runs.admission import MIB, require_room, require_shape
 from apollo_trainer.runs.execution import Execution
+from apollo_trainer.runs.probing import regression_set_of
 from apollo_trainer.runs.recovery import catch_up, open_ledger
+from apollo_trainer.runs.regression_set import RegressionSet
 from apollo_trainer.runs.run import PreparedRun, QueuedRun, prepare_run
 from apollo_trainer.training.options import OptimizerOptions
 
 log = logging.getLogger(__name__)
 SECONDS_A_DAY = 86400
-MIB = 2**20
 TURN_AGAIN_SECONDS = 0.5
 
 
@@ -75,8 +78,12 @@ class RunQueue:
         return entry
 
     def _new_log(self, run_id: str, sequence: int = 0) -> EventLog:
-        settled = partial(self._forget, run_id)
+        settled = partial(self._settle, run_id)
         return EventLog(run_id, self._board.publish, self._writer, sequence, settled)
+
+    def _settle(self, run_id: str) -> None:
+        self._forget(run_id)
+        way_back.settle(self._settings.state_dir, run_id)
 
     def _forget(self, run_id: str) -> None:
         with self._lock:
@@ -88,9 +95,14 @@ class RunQueue:
             before = self._active if active else None
             return [run for run in self._runs.values() if run.waits or run is before]
 
+    def regression_set(self) -> RegressionSet:
+        """Returns the probes that accepted runs left. Raises Unavailable without an engine."""
+        return regression_set_of(self._owner.session())
+
     def _attached(self, session: Session) -> None:
         """Queues the turns of the runs that wait. On the training thread, with a new session."""
-        catch_up(session, self.ledger)
+        if not way_back.finish(session, self._owner, self._board):
+            catch_up(session, self.ledger)
         # Those that came behind one that was brought back had their turns without an engine too.
         for _ in self._waiting():
             self._owner.do(self._execute_next)
@@ -177,32 +189,10 @@ class RunQueue:
     def _require_room(self, options: OptimizerOptions, size_bytes: int) -> None:
         if self._stopped:
             raise stopping()
-        waiting = self._waiting()
-        limit, limit_mebibytes = self._settings.max_queued_runs, self._settings.max_queued_mebibytes
-        if len(waiting) >= limit:
-            raise ResourceExhausted(
-                f"{len(waiting)} runs are waiting, which is the limit; nothing was queued. "
-                "Try again when some have ended.",
-                reason="QUEUE_FULL",
-                metadata={"limit": str(limit)},
-            )
-        held = sum(run.size_bytes for run in waiting)
-        if held and held + size_bytes > limit_mebibytes * MIB:
-            raise ResourceExhausted(
-                f"The runs that wait have {held} bytes of samples, this one {size_bytes}: together "
-                f"more than the limit of {limit_mebibytes} MiB; nothing was queued. Try again when "
-                "some have ended.",
-                reason="QUEUE_FULL",
-                metadata={"limit_mebibytes": str(limit_mebibytes)},
-            )
+        require_room(self._waiting(), size_bytes, self._settings)
         session = self._owner.session()
         session.require_accepted(options)
-        # That of the optimizer's state once all runs before this one have begun.
-        shape = session.shape
-        for run in self._waiting(active=True):
-            if run.options.reset and not run.dry_run:
-                shape = run.options.shape_on(shape)
-        options.shape_on(shape)
+        require_shape(session.shape, self._waiting(active=True), options)
 
     # --- executing --------------------------------------------------------------------------
 

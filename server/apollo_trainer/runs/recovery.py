@@ -29,6 +29,7 @@ from apollo_trainer.ledger import (
     transaction,
     write_events,
 )
+from apollo_trainer.runs.way_back import ends_in
 
 if TYPE_CHECKING:
     from apollo_trainer.engine import Session
@@ -64,11 +65,14 @@ def _settle(connection: sqlite3.Connection, ledger: Ledger, state_dir: Path) -> 
     missing = [event for j in journals.values() for event in _missing(ledger, j.events)]
     with transaction(connection):
         write_events(connection, missing)
+    ends = ends_in(state_dir)
     for row in ledger.unfinished():
         if row.state != pb.RUN_STATE_RUNNING:
             continue
         journal = journals.get(row.run_id, JournalContents())
-        finished = _interrupted(row, journal, saved_steps(state_dir, row.epoch))
+        finished = ends.get(row.run_id) or _interrupted(
+            row, journal, saved_steps(state_dir, row.epoch)
+        )
         log.warning("run %s: %s", row.run_id, finished.failure.message)
         event = pb.RunEvent(
             run_id=row.run_id,

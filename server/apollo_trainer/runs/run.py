@@ -8,13 +8,34 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import InitVar, dataclass, field
+from itertools import cycle, islice
 
 from apollo_grpc.errors import FieldViolation, InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.ledger import EventLog
 from apollo_trainer.requests.guard import read_guard
+from apollo_trainer.requests.losses import (
+    AnchorOptions,
+    Filter,
+    Kind,
+    Loss,
+    read_anchor_options,
+    read_filter,
+    read_loss,
+)
 from apollo_trainer.requests.options import read_options
-from apollo_trainer.requests.samples import SampleLimits, Tokenize, each_tokenized
+from apollo_trainer.requests.probes import Question, read_accept_if, read_probes
+from apollo_trainer.requests.samples import (
+    ANCHORING,
+    DISTILLED,
+    EVALUATED,
+    JUDGED,
+    LEARNED,
+    SampleLimits,
+    Tokenize,
+    Use,
+    each_tokenized,
+)
 from apollo_trainer.training.guard import NO_LIMITS, Guard
 from apollo_trainer.training.options import OptimizerOptions
 from apollo_trainer.training.samples import TokenizedSample
@@ -22,6 +43,26 @@ from apollo_trainer.training.samples import TokenizedSample
 MAX_EPOCHS = 100_000
 MAX_SAMPLES_PER_STEP = 4096
 MAX_WALL_SECONDS = 10 * 365 * 86400
+_USES: dict[Kind, Use] = {
+    "cross_entropy": LEARNED,
+    "context_distillation": DISTILLED,
+    "policy_gradient": JUDGED,
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one step.
+
+    Attributes:
+        epoch: from 0.
+        indices: of the samples, in the spec.
+    """
+
+    epoch: int
+    indices: tuple[int, ...]
+    samples: tuple[TokenizedSample, ...]
+    anchors: tuple[TokenizedSample, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,6 +77,12 @@ class PreparedRun:
         coherence: how its writes and vLLM's reads go together.
         dry_run: whether neither weights nor optimizer state are written.
         evaluate: whether the loss of each sample is told before and after.
+        anchors: what must stay; without those of the regression set until the run begins.
+        accept_if: what it must reach to be kept; None where it is kept in any case.
+        evaluated: samples whose loss is told, and that are not learned.
+        evaluate_every: steps between two of these; 0 for the first and the last alone.
+        kinds: of the samples: tokens, text or chat.
+        anchor_sources: how many of the anchors each source gave, in order; of one source if empty.
     """
 
     samples: tuple[TokenizedSample, ...]
@@ -49,20 +96,52 @@ class PreparedRun:
     coherence: pb.Coherence = field(default_factory=pb.Coherence)
     dry_run: bool = False
     evaluate: bool = False
+    loss: Loss = field(default_factory=Loss)
+    anchors: tuple[TokenizedSample, ...] = ()
+    anchor_options: AnchorOptions = field(default_factory=AnchorOptions)
+    probes: tuple[Question, ...] = ()
+    accept_if: pb.AcceptIf | None = None
+    evaluated: tuple[TokenizedSample, ...] = ()
+    evaluate_every: int = 0
+    learning: Filter = field(default_factory=Filter)
+    kinds: tuple[str, ...] = ()
+    anchor_sources: tuple[int, ...] = ()
 
     @property
     def steps_total(self) -> int:
         """Optimizer steps of the whole run."""
         return self.epochs * -(-self.sample_count // self.samples_per_step)
 
-    def batches(self) -> Iterator[tuple[TokenizedSample, ...]]:
-        """Yields the samples of each step, in order."""
+    def by_kind(self) -> list[list[TokenizedSample]]:
+        """The samples that were given as tokens, as texts and as chats; kinds without any are not
+        in it."""
+        kinds: dict[str, list[TokenizedSample]] = {}
+        for kind, sample in zip(self.kinds, self.samples, strict=True):
+            kinds.setdefault(kind, []).append(sample)
+        return list(kinds.values())
+
+    def batches(self) -> Iterator[Batch]:
+        """Yields the samples of each step, in order, each with its turn of the anchors."""
+        anchors = cycle(self._in_turn())
         for epoch in range(self.epochs):
-            order = list(self.samples)
+            order = list(range(len(self.samples)))
             if self.seed is not None:
                 random.Random(f"{self.seed}:{epoch}").shuffle(order)
             for start in range(0, len(order), self.samples_per_step):
-                yield tuple(order[start : start + self.samples_per_step])
+                indices = tuple(order[start : start + self.samples_per_step])
+                samples = tuple(self.samples[index] for index in indices)
+                yield Batch(epoch, indices, samples, self._turn(anchors))
+
+    def _in_turn(self) -> list[TokenizedSample]:
+        """The anchors, each source's spread evenly over all of them."""
+        sizes = self.anchor_sources or (len(self.anchors),)
+        places = [(n + 0.5) / size for size in sizes for n in range(size)]
+        pairs = zip(places, self.anchors, strict=True)
+        return [anchor for _, anchor in sorted(pairs, key=lambda pair: pair[0])]
+
+    def _turn(self, anchors: Iterator[TokenizedSample]) -> tuple[TokenizedSample, ...]:
+        """The next anchors; none twice in one step."""
+        return tuple(islice(anchors, min(self.anchor_options.per_step, len(self.anchors))))
 
 
 @dataclass(eq=False)
@@ -110,11 +189,25 @@ def prepare_run(
     options = read_options(spec.optimizer)
     _check_counts(spec)
     guard, coherence = read_guard(spec.guard), _check_coherence(spec.coherence)
-    tokenized = each_tokenized(spec.samples, limits, tokenize)
-    if only_check:
-        deque(tokenized, maxlen=0)
+    loss, anchor_options = read_loss(spec), read_anchor_options(spec.anchors)
+    learning = read_filter(spec.parameters)
+    accept_if = read_accept_if(spec.accept_if) if spec.HasField("accept_if") else None
+
+    def tokenized(samples: Sequence[pb.Sample], use: Use) -> tuple[TokenizedSample, ...]:
+        found = each_tokenized(samples, limits, tokenize, use)
+        return tuple(deque(found, maxlen=0) if only_check else found)
+
     return PreparedRun(
-        samples=tuple(tokenized),
+        samples=tokenized(spec.samples, _USES[loss.kind]),
+        anchors=tokenized(spec.anchors.samples, ANCHORING),
+        evaluated=tokenized(spec.evaluation_samples, EVALUATED),
+        probes=read_probes(spec.probes, limits, tokenize),
+        loss=loss,
+        anchor_options=anchor_options,
+        accept_if=accept_if,
+        evaluate_every=spec.evaluate_every_steps,
+        learning=learning,
+        kinds=() if only_check else tuple(s.WhichOneof("content") or "" for s in spec.samples),
         sample_count=len(spec.samples),
         options=options,
         epochs=spec.epochs or 1,
@@ -142,7 +235,11 @@ def _max_seconds(spec: pb.RunSpec) -> float | None:
 
 
 def _check_counts(spec: pb.RunSpec) -> None:
-    most = {"epochs": MAX_EPOCHS, "samples_per_step": MAX_SAMPLES_PER_STEP}
+    most = {
+        "epochs": MAX_EPOCHS,
+        "samples_per_step": MAX_SAMPLES_PER_STEP,
+        "evaluate_every_steps": 2**31 - 1,
+    }
     wrong = {
         f"spec.{name}": f"is {getattr(spec, name)}; it must be from 0 (the default) to {limit}"
         for name, limit in most.items()

@@ -10,11 +10,10 @@ from apollo_grpc.times import duration
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.engine import Session, coherence_of, engine_is_gone
 from apollo_trainer.ledger import EventLog
-from apollo_trainer.runs.run import PreparedRun
+from apollo_trainer.runs.run import Batch, PreparedRun
 from apollo_trainer.training.guard import Unlearned
 from apollo_trainer.training.incomplete import StepIncomplete
 from apollo_trainer.training.out_of_memory import OutOfMemory
-from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import StepPolicy, StepResult, take_step
 from apollo_trainer.weights.sidecar import Sidecar
 
@@ -22,6 +21,8 @@ _FULL_GRADIENTS = {
     "": pb.FULL_GRADIENTS_UNSPECIFIED,
     "LONG_STEP": pb.FULL_GRADIENTS_LONG_STEP,
 }
+# Each step's losses by sample go to every reader, and to the disk.
+MAX_TOLD_SAMPLES = 256
 
 
 class RunSteps:
@@ -57,7 +58,10 @@ class RunSteps:
         )
         # A dry run writes nothing that could be too much.
         guard = replace(run.guard, min_loss=0.0) if run.dry_run else run.guard
-        self._policy = StepPolicy(settings.token_budget, guard, run.dry_run)
+        self._policy = StepPolicy(
+            settings.token_budget, guard, run.dry_run, run.loss.clip, run.options.clip_grad_norm
+        )
+        self._anchor_weight = run.anchor_options.weight
         self._unlearned = Unlearned(run.samples, guard)
         self.written, self._writing, self.waited_seconds = 0, False, 0.0
 
@@ -69,20 +73,20 @@ class RunSteps:
         self._session.optimizer.before_write = self._before_write
         self.coherence.begin()
 
-    def take(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
+    def take(self, batch: Batch) -> StepResult:
         """Takes one step in its turn, as `_take`."""
         pace = self._session.pace
         turn = pace.step(self._require_going) if self.coherence.serves else pace.paused_step()
         with turn as self.waited_seconds:
-            return self._take(samples)
+            return self._take(batch)
 
-    def _take(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
+    def _take(self, batch: Batch) -> StepResult:
         """Takes one step. Raises as `take_step`, FailedPrecondition with PAUSE_LOST where vLLM
         went on early, and LossReached where all samples were learned before it.
         """
         self._writing = False
-        result = self._train(samples)
-        self._unlearned.took(samples, result.loss)
+        result = self._train(batch)
+        self._unlearned.took(batch.samples, result.loss)
         if not self._dry_run:
             self.written += 1
             self._tell(self.coherence.after_step)
@@ -95,17 +99,18 @@ class RunSteps:
         self._session.optimizer.before_write = lambda: None
         self._tell(self.coherence.end)
 
-    def _train(self, samples: tuple[TokenizedSample, ...]) -> StepResult:
+    def _train(self, batch: Batch) -> StepResult:
         attachment, optimizer = self._session.attachment, self._session.optimizer
-        policy = replace(self._policy, guard=self._unlearned.guard_of(samples))
+        policy = replace(self._policy, guard=self._unlearned.guard_of(batch.samples))
         try:
             with self._session.checkpoints.recording(optimizer):
                 return take_step(
-                    attachment.model, optimizer, samples, policy, self._require_going,
-                    self._session.passes,
+                    attachment.model, optimizer, batch.samples, policy, self._require_going,
+                    self._session.passes, batch.anchors, self._anchor_weight,
                 )  # fmt: skip
         except OutOfMemory as error:
-            raise self._session.with_needs(error, samples) from error
+            needs = (*batch.samples, *batch.anchors)
+            raise self._session.with_needs(error, needs) from error
         except StepIncomplete as error:
             if not attachment.alive:
                 raise self._lost() from error
@@ -183,8 +188,23 @@ def engine_lost(written: int) -> Unavailable:
     )
 
 
-def step_event(number: int, result: StepResult, steps: RunSteps, *, dry_run: bool) -> pb.Step:
+def step_event(
+    number: int, batch: Batch, result: StepResult, steps: RunSteps, *, dry_run: bool
+) -> pb.Step:
     """The event of the step that was taken last."""
+    step = _event_of(number, result, steps, dry_run=dry_run)
+    step.epoch = batch.epoch
+    if len(batch.samples) <= MAX_TOLD_SAMPLES:
+        step.sample_indices.extend(batch.indices)
+        step.sample_losses.extend(result.sample_losses)
+    if result.anchor_loss is not None:
+        step.anchor_loss = result.anchor_loss
+    if result.policy is not None:
+        step.policy.CopyFrom(pb.PolicyFigures(**vars(result.policy)))
+    return step
+
+
+def _event_of(number: int, result: StepResult, steps: RunSteps, *, dry_run: bool) -> pb.Step:
     return pb.Step(
         step=number,
         loss=result.loss,

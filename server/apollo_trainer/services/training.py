@@ -13,7 +13,12 @@ from apollo_grpc.v1 import training_pb2_grpc as pb_grpc
 from apollo_trainer.engine import ModelOwner
 from apollo_trainer.ledger import PAGE, RunRow, require_next, require_reached
 from apollo_trainer.runs import RunQueue, prepare_run
-from apollo_trainer.services.paging import read_page_request, token_after
+from apollo_trainer.services.paging import (
+    DEFAULT_SIZE,
+    MAX_SIZE,
+    read_page_request,
+    token_after,
+)
 from apollo_trainer.services.streams import StreamLimit
 
 MAX_REQUEST_ID_BYTES = 256
@@ -109,6 +114,26 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
             # The ledger may not have it yet: a full disk.
             run.state, run.last_sequence = event.finished.state, event.sequence
         return pb.CancelRunResponse(run=run)
+
+    async def ListRegressionProbes(  # noqa: N802
+        self, request: pb.ListRegressionProbesRequest, context: Any
+    ) -> pb.ListRegressionProbesResponse:
+        """A page of the regression set; its token is the name of its last probe."""
+        if request.page_size < 0:
+            raise InvalidArgument.at("page_size", "must not be negative")
+        found = await asyncio.to_thread(self._queue.regression_set().probes)
+        later = [probe for probe in found if probe.name > request.page_token]
+        page = later[: min(request.page_size or DEFAULT_SIZE, MAX_SIZE)]
+        token = page[-1].name if len(page) < len(later) else ""
+        return pb.ListRegressionProbesResponse(probes=page, next_page_token=token)
+
+    async def DeleteRegressionProbes(  # noqa: N802
+        self, request: pb.DeleteRegressionProbesRequest, context: Any
+    ) -> pb.DeleteRegressionProbesResponse:
+        """Takes probes out of the regression set, or all of them without names."""
+        found = self._queue.regression_set()
+        deleted = await asyncio.to_thread(found.remove, set(request.names))
+        return pb.DeleteRegressionProbesResponse(deleted=deleted)
 
     async def _row(self, run_id: str) -> RunRow:
         row = await asyncio.to_thread(self._queue.ledger.run, run_id)

@@ -59,6 +59,17 @@ class MicroBatch:
         """Continuation tokens with their padding: what the budget bounds."""
         return len(self.samples) * self.learned_width
 
+    @property
+    def top_k(self) -> int:
+        """Most tokens that a sample's teacher tells of a place; 0 where no sample has one."""
+        teachers = (sample.targets for sample in self.samples)
+        return max((top.ids.shape[1] for top in teachers if top is not None), default=0)
+
+    @property
+    def has_policy_loss(self) -> bool:
+        """Whether a sample's loss is a policy gradient's."""
+        return any(sample.has_policy_loss for sample in self.samples)
+
 
 def frozen_context(sample: TokenizedSample) -> TokenIds:
     """What runs without gradient; empty for a context of one token."""

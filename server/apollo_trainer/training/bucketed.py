@@ -8,6 +8,7 @@ it keeps begin where its tokens do. Losses and gradients are the micro-batch's, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +20,8 @@ from transformers import DynamicCache
 from apollo_trainer.training.apart import Contexts, attending_apart
 from apollo_trainer.training.batch import MicroBatch, rows_of
 from apollo_trainer.training.frozen_context import caches_of, for_backward, padded
-from apollo_trainer.training.loss import targets_of, weighed
+from apollo_trainer.training.loss import targets_of
+from apollo_trainer.training.objectives import DEFAULT_CLIP, Clip, Targets, weighed
 
 Padding = Literal["any", "left", "none"]
 _STEPS_AN_OCTAVE = 16
@@ -36,6 +38,8 @@ class Bucket:
         padding: 'any' for a model that keeps keys and values alone, 'left' for one that keeps
             states too, and 'none' for one that padding changes: widths are those of the
             micro-batch, whose contexts are equally long.
+        top_k: tokens that are told of each place by a teacher; 0 where there is none.
+        policy: how a policy gradient is clipped; None where there is none.
     """
 
     samples: int
@@ -44,18 +48,23 @@ class Bucket:
     learned_width: int
     selects: bool
     padding: Padding = "any"
+    top_k: int = 0
+    policy: Clip | None = None
 
     @staticmethod
-    def of(batch: MicroBatch, padding: Padding = "any") -> Bucket:
+    def of(batch: MicroBatch, padding: Padding = "any", clip: Clip = DEFAULT_CLIP) -> Bucket:
         """The bucket of a micro-batch: at most a sixteenth wider, or 15 tokens."""
         contexts = len(batch.contexts) if batch.context_width else 0
         selects = contexts > 0 and batch.context_rows != tuple(range(contexts))
         widths = (batch.context_width, batch.learned_width)
         context, learned = widths if padding == "none" else map(_rounded_up, widths)
-        return Bucket(len(batch.samples), contexts, context, learned, selects, padding)
+        policy = clip if batch.has_policy_loss else None
+        return Bucket(
+            len(batch.samples), contexts, context, learned, selects, padding, batch.top_k, policy
+        )
 
     def fields(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Names and shapes of what `Inputs` has, all int64 but for the weights."""
+        """Names and shapes of what is copied as one tensor, all int64."""
         rows, context, learned = self.samples, self.context_width, self.learned_width
         yield "context_ids", (self.contexts, context)
         yield "context_lengths", (self.contexts, 1)
@@ -64,6 +73,18 @@ class Bucket:
         yield "ids", (rows, learned)
         yield "positions", (rows, learned)
         yield "targets", (rows, learned)
+
+    def targets(self, ids: Tensor) -> Targets:
+        """Room for what is learned, on the device of the ids; at first all by cross-entropy."""
+        shape, k = ids.shape, self.top_k
+        none = torch.tensor([0.0, math.inf], device=ids.device)[:, None, None]
+        return Targets(
+            ids,
+            torch.zeros(shape, device=ids.device),
+            ids.new_zeros(*shape, k) if k else None,
+            torch.full((*shape, k), -math.inf, device=ids.device) if k else None,
+            none.repeat(1, *shape) if self.policy else None,
+        )
 
 
 def _rounded_up(width: int) -> int:
@@ -80,23 +101,26 @@ class Inputs:
         self.bucket = bucket
         sizes = [rows * width for _, (rows, width) in bucket.fields()]
         self._numbers = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        self.weights = torch.zeros(bucket.samples, bucket.learned_width, device=device)
         parts = torch.split(self._numbers, sizes)
         named = zip(bucket.fields(), parts, strict=True)
         self.tensors = {name: part.view(shape) for (name, shape), part in named}
+        self.targets = bucket.targets(self.tensors["targets"])
 
     def fill(self, batch: MicroBatch, divisor: float) -> None:
         """Copies a micro-batch of this bucket in; the copy is enqueued."""
-        targets, weights = targets_of(batch, self.bucket.learned_width, divisor)
-        rows = {**_numbers(batch, self.bucket), "targets": targets}
+        targets = targets_of(batch, self.bucket.learned_width, divisor)
+        rows = _numbers(batch, self.bucket)
+        rows["targets"] = targets.ids.tolist()
         numbers = [x for name, _ in self.bucket.fields() for row in rows[name] for x in row]
-        for target, host in (
+        pairs = [
             (self._numbers, torch.tensor(numbers)),
-            (self.weights, torch.tensor(weights, dtype=torch.float32)),
-        ):
-            # Pinned memory is kept by the allocator until the copy was made.
-            pinned = host.pin_memory() if target.is_cuda else host
-            target.copy_(pinned, non_blocking=True)
+            *zip(self.targets[1:], targets[1:], strict=True),
+        ]
+        for target, host in pairs:
+            if target is not None and host is not None:
+                # Pinned memory is kept by the allocator until the copy was made.
+                pinned = host.pin_memory() if target.is_cuda else host
+                target.copy_(pinned, non_blocking=True)
 
 
 def _numbers(batch: MicroBatch, bucket: Bucket) -> dict[str, list[tuple[int, ...]]]:
@@ -120,7 +144,7 @@ def _numbers(batch: MicroBatch, bucket: Bucket) -> dict[str, list[tuple[int, ...
 
 
 def losses(model: Any, inputs: Inputs, *, apart: bool = False) -> tuple[Tensor, Tensor]:
-    """What `batch_loss` gives: the weighted loss with gradient, a scalar, and float32 [samples].
+    """What `batch_loss` gives: the weighted loss with gradient, and each sample's sums.
 
     Args:
         apart: contexts are kept apart from what continues them; for grouped attention on a GPU.
@@ -153,8 +177,8 @@ def _losses_apart(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _continued(model: Any, inputs: Inputs, **how: Any) -> tuple[Tensor, Tensor]:
-    t = inputs.tensors
-    return weighed(model(t["ids"], **how).logits, t["targets"], inputs.weights)
+    logits = model(inputs.tensors["ids"], **how).logits
+    return weighed(logits, inputs.targets, inputs.bucket.policy or DEFAULT_CLIP)
 
 
 def _numbered(like: Tensor) -> Tensor:

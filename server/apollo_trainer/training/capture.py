@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from apollo_trainer.optim.factored import norm_of
 from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
 from apollo_trainer.training.bucketed import Bucket, Inputs, Padding, losses
 from apollo_trainer.training.frozen_context import FrozenContexts
-from apollo_trainer.training.gradients import Collected, StepGradients
+from apollo_trainer.training.gradients import Collected, StepGradients, backward
 from apollo_trainer.training.loss import batch_loss
 from apollo_trainer.training.out_of_memory import is_out_of_memory
 from apollo_trainer.training.samples import TokenizedSample
@@ -36,7 +36,7 @@ class Graph:
     """One captured pass; its tensors are overwritten by each replay.
 
     Attributes:
-        sums: of each sample's token losses, float32 [samples].
+        sums: of each sample's token losses and figures, float32, see `weighed`.
         size: bytes of the device that it holds.
     """
 
@@ -75,12 +75,15 @@ class Capture:
         """A bucket's graph; None where losses or gradients are not finite: they prove no graph.
 
         Args:
-            batch: of that bucket; its passes run as they are, and then as the graph.
+            batch: of that bucket; its passes run as they are, and then as the graph, both with
+                cross-entropy for every loss.
             divisor: of all weights.
 
         Raises SaysOtherwise where the graph computes something else, or any error of the passes.
         """
         inputs = Inputs(bucket, self._model.device)
+        # A divergence of about 0 proves nothing, and its gradient is another's noise.
+        batch = replace(batch, samples=tuple(sample.plain for sample in batch.samples))
         inputs.fill(batch, divisor)
         said = self._as_it_is(batch, divisor)
         return self._agreeing(inputs, said) if all(map(math.isfinite, said)) else None
@@ -111,7 +114,7 @@ class Capture:
         """What the micro-batch says that is not padded."""
         with self._collecting() as collected:
             weighted, sums = batch_loss(self._model, batch, FrozenContexts(self._model), divisor)
-            torch.autograd.backward([weighted])
+            backward(weighted)
         return self._said(sums, collected)
 
     def _warm_up(self, inputs: Inputs) -> None:
@@ -135,7 +138,7 @@ class Capture:
     def _pass(self, inputs: Inputs) -> tuple[Tensor, Collected]:
         with self._collecting() as collected:
             weighted, sums = losses(self._model, inputs, apart=self._is_apart(inputs))
-            torch.autograd.backward([weighted])
+            backward(weighted)
         return sums, collected
 
     @contextmanager
@@ -150,8 +153,8 @@ class Capture:
         """The gradient's norm, and each sample's loss."""
         gradients = StepGradients(self._model.parameters())
         gradients.replay(collected, copy=False)
-        norms = [norm_of(gradient) for gradient in gradients.settle().values()]
-        return [float(torch.linalg.vector_norm(torch.stack(norms))), *sums.tolist()]
+        norms = [float(norm_of(gradient)) for gradient in gradients.settle().values()]
+        return [math.hypot(*norms), *sums[0].tolist()]
 
 
 def free_unused() -> None:

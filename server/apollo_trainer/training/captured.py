@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from apollo_trainer.training.bucketed import Bucket, Padding
 from apollo_trainer.training.capture import Capture, Graph, SaysOtherwise, free_unused
 from apollo_trainer.training.gradients import StepGradients
 from apollo_trainer.training.mixing import mixing_of
+from apollo_trainer.training.objectives import DEFAULT_CLIP, Clip
 from apollo_trainer.training.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class CapturedPasses:
         self._graphs: dict[Bucket, Graph] = {}
         self._uses: Counter[Bucket] = Counter()
         self._refused: dict[Bucket, _Refused] = {}
+        self._learning: Collection[int] = ()  # ids of the parameters that graphs have gradients of
         self._padding: Padding | None = None  # what the model allows; None until it was tried
         self._let_go = set[Bucket]()  # gave their memory to buckets that came more often
         self._why = ""
@@ -67,7 +70,13 @@ class CapturedPasses:
         return f"{shapes} run without CUDA graphs, and slower: {'; '.join(whys)}."
 
     def take(
-        self, batch: MicroBatch, divisor: float, gradients: StepGradients, *, alone: bool
+        self,
+        batch: MicroBatch,
+        divisor: float,
+        gradients: StepGradients,
+        *,
+        alone: bool,
+        clip: Clip = DEFAULT_CLIP,
     ) -> Tensor | None:
         """Replays a micro-batch's passes; None where they have to run as they are.
 
@@ -75,10 +84,12 @@ class CapturedPasses:
             divisor: of all weights.
             gradients: takes what the passes leave.
             alone: no other micro-batch is taken before the gradients are used.
+            clip: of the samples with a policy loss.
 
-        Returns the sums of each sample's token losses, float32 [samples].
+        Returns the sums of each sample's tokens, see `weighed`.
         """
-        held = None if batch.keeps_contexts else self._graph_of(batch, divisor)
+        self._follow(gradients)
+        held = None if batch.keeps_contexts else self._graph_of(batch, divisor, clip)
         if held is None:
             return None
         held.inputs.fill(batch, divisor)
@@ -86,8 +97,15 @@ class CapturedPasses:
         gradients.replay(held.collected, copy=not alone)
         return held.sums if alone else held.sums.clone()
 
-    def _graph_of(self, batch: MicroBatch, divisor: float) -> Graph | None:
-        bucket = Bucket.of(batch, self._padding or self._find_padding())
+    def _follow(self, gradients: StepGradients) -> None:
+        """Lets go of graphs whose gradients are of other parameters than now learn."""
+        if gradients.params.keys() != self._learning:
+            if self._graphs:
+                self.let_go()
+            self._learning = gradients.params.keys()
+
+    def _graph_of(self, batch: MicroBatch, divisor: float, clip: Clip) -> Graph | None:
+        bucket = Bucket.of(batch, self._padding or self._find_padding(), clip)
         self._uses[bucket] += 1
         if bucket not in self._graphs and self._is_worth_it(bucket) and self._may_try(bucket):
             self._refused.pop(bucket, None)

@@ -21,11 +21,17 @@ def evaluate(
     samples: Sequence[TokenizedSample],
     token_budget: int = TOKEN_BUDGET,
     before_batch: Callable[[], None] = lambda: None,
+    own_loss: bool = False,
 ) -> list[float]:
     """Each sample's mean loss a continuation token, in nats and without its weights, in order.
 
+    Args:
+        own_loss: the loss by which a step learns the sample, instead of its cross-entropy.
+
     Raises OutOfMemory, and what `before_batch`, called before each micro-batch, raises.
     """
+    if not own_loss:
+        samples = [sample.plain for sample in samples]
     mixing = mixing_of(model) if len(samples) > 1 else Mixing.ONE
     batches, contexts = plan_batches(samples, token_budget, mixing), FrozenContexts(model)
     losses = [0.0] * len(samples)
@@ -33,6 +39,6 @@ def evaluate(
         for batch in batches:
             before_batch()
             _, sums = batch_loss(model, batch, contexts)
-            for index, loss_sum in zip(batch.indices, sums.tolist(), strict=True):
+            for index, loss_sum in zip(batch.indices, sums[0].tolist(), strict=True):
                 losses[index] = loss_sum / len(samples[index].continuation_ids)
     return losses

@@ -145,6 +145,12 @@ class StepGradients:
             self.add_whole(param, part)
 
 
+def backward(weighted: Tensor) -> None:
+    """A backward pass; none where nothing that learns was met."""
+    if weighted.requires_grad:
+        torch.autograd.backward([weighted])
+
+
 def _own(whose: int | Tensor | None) -> int | Tensor | None:
     return whose.clone() if isinstance(whose, Tensor) else whose
 

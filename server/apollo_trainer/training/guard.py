@@ -27,7 +27,8 @@ class Guard:
         max_grad_norm: of the norm of the whole gradient.
         max_update_ratio: of the norm of what a step would add to the weights, as stored, over
             the norm of the weights that have a gradient.
-        min_loss: a step whose mean loss a token, in nats, is below is not written; 0 is none.
+        min_loss: a step whose mean loss a token, in nats, is below is not written; 0 is none. It
+            does not count for a policy gradient, whose loss may be negative.
     """
 
     max_loss: float | None = None
@@ -35,11 +36,16 @@ class Guard:
     max_update_ratio: float | None = None
     min_loss: float = 0.0
 
+    def for_step_of(self, samples: Iterable[TokenizedSample]) -> Guard:
+        """The guard of a step that learns these."""
+        policy = any(sample.has_policy_loss for sample in samples)
+        return replace(self, min_loss=0.0) if policy else self
+
     def check_loss(self, loss: float) -> None:
         """Raises LossReached, or UpdateRefused with NONFINITE_LOSS or GUARD_MAX_LOSS."""
         if not math.isfinite(loss):
             raise _not_finite("loss")
-        if loss < self.min_loss:
+        if self.min_loss > 0 and loss < self.min_loss:
             raise LossReached
         _check("max_loss", "mean loss", loss, self.max_loss)
 

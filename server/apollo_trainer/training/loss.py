@@ -1,4 +1,4 @@
-"""The loss of a continuation with its context frozen.
+"""The loss of a continuation with its context frozen; `objectives.py` has that of a token.
 
 The context runs forward without gradient and leaves its keys and values in a cache; the
 continuation runs over that cache with gradient. The last context token runs with the continuation,
@@ -9,7 +9,8 @@ context's keys and values: this is cheaper than masking the prompt's loss, and a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,66 +23,89 @@ from apollo_trainer.training.frozen_context import (
     caches_of,
     for_backward,
 )
+from apollo_trainer.training.objectives import DEFAULT_CLIP, IGNORED, Clip, Targets, weighed
 from apollo_trainer.training.samples import TokenizedSample
-
-IGNORED = -100  # cross_entropy's own mark: no loss and no gradient
 
 
 def batch_loss(
-    model: Any, batch: MicroBatch, contexts: FrozenContexts, divisor: float = 1.0
+    model: Any,
+    batch: MicroBatch,
+    contexts: FrozenContexts,
+    divisor: float = 1.0,
+    clip: Clip = DEFAULT_CLIP,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs a micro-batch; returns what `weighed` does.
 
-    Equal to `continuation_loss` of each of its samples, but for rounding.
+    Equal to `continuation_loss` of each of its samples whose loss is cross-entropy, but for
+    rounding.
 
     Args:
         divisor: of all weights, such as the sum of those of the whole step.
+        clip: of the samples with a policy loss.
     """
     logits = batch_logits(model, batch, contexts)
-    targets, weights = targets_of(batch, batch.learned_width, divisor)
-    return weighed(
-        logits,
-        torch.tensor(targets, device=logits.device),
-        torch.tensor(weights, dtype=torch.float32, device=logits.device),
-    )
+    targets = targets_of(batch, batch.learned_width, divisor)
+    moved = (None if each is None else each.to(logits.device) for each in targets)
+    return weighed(logits, Targets._make(moved), clip)
 
 
-def weighed(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of weight times loss, and each sample's sum of losses in nats, without weights.
-
-    The first is a scalar with gradient, the second float32 [samples], detached.
-
-    Args:
-        logits: [samples, T, V].
-        targets: int64 [samples, T]; IGNORED has no loss.
-        weights: float32 [samples, T].
-    """
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED
-    ).view_as(targets)
-    return (losses * weights).sum(), losses.detach().sum(1)
-
-
-def targets_of(
-    batch: MicroBatch, width: int, divisor: float
-) -> tuple[list[tuple[int, ...]], list[tuple[float, ...]]]:
-    """What each sample learns, and its weights, in rows of `width`; padding has no weight."""
-    targets, weights = [], []
+def targets_of(batch: MicroBatch, width: int, divisor: float) -> Targets:
+    """What a micro-batch learns, in rows of `width`, on the CPU; padding has no weight."""
+    ids, weights = [], []
     for sample in batch.samples:
         learned, padding = sample.continuation_ids, width - len(sample.continuation_ids)
         factors = sample.token_weights or (1.0,) * len(learned)
-        targets.append((*learned, *(IGNORED,) * padding))
+        ids.append((*learned, *(IGNORED,) * padding))
         # Divided before it is a float32, which holds no very small weight.
         weights.append((*(sample.weight * f / divisor for f in factors), *(0.0,) * padding))
-    return targets, weights
+    return Targets(
+        torch.tensor(ids),
+        torch.tensor(weights, dtype=torch.float32),
+        *_top_of(batch, width),
+        _policy_of(batch, width),
+    )
+
+
+def _top_of(batch: MicroBatch, width: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if not batch.top_k:
+        return None, None
+    ids = torch.zeros(len(batch.samples), width, batch.top_k, dtype=torch.int64)
+    log_probs = torch.full(ids.shape, -math.inf)
+    for row, sample in enumerate(batch.samples):
+        if (top := sample.targets) is not None:
+            tokens, own = top.ids.shape
+            # A row with fewer than others has its first again, with a probability of 0.
+            ids[row, :tokens] = top.ids[:, :1]
+            ids[row, :tokens, :own] = top.ids
+            log_probs[row, :tokens, :own] = top.log_probs
+    return ids, log_probs
+
+
+def _policy_of(batch: MicroBatch, width: int) -> torch.Tensor | None:
+    if not batch.has_policy_loss:
+        return None
+    found = torch.zeros(2, len(batch.samples), width)
+    found[1] = math.inf
+    for row, sample in enumerate(batch.samples):
+        if sample.has_policy_loss:
+            pair = torch.tensor([sample.advantages, sample.sampler_log_probs])
+            found[:, row, : pair.shape[1]] = pair
+    return found
 
 
 def total_weight(sample: TokenizedSample) -> float:
     """Sum of the weights on a sample's tokens."""
     factors = sample.token_weights or (1.0,) * len(sample.continuation_ids)
     return math.fsum(sample.weight * factor for factor in factors)
+
+
+def as_anchors(
+    samples: Sequence[TokenizedSample], anchors: Sequence[TokenizedSample], weight: float
+) -> list[TokenizedSample]:
+    """The anchors, weighed so that over the samples' divisor they count `weight` together."""
+    own = sum(map(total_weight, anchors))
+    factor = weight * sum(map(total_weight, samples)) / own if own else 0.0
+    return [replace(anchor, weight=anchor.weight * factor) for anchor in anchors]
 
 
 @dataclass(frozen=True)
@@ -100,7 +124,7 @@ class ContinuationLoss:
 
 
 def continuation_loss(model: Any, sample: TokenizedSample) -> ContinuationLoss:
-    """One sample by itself: what `batch_loss` must be equal to."""
+    """The cross-entropy of one sample by itself: what `batch_loss` must be equal to."""
     logits = continuation_logits(model, sample.context_ids, sample.continuation_ids)
     targets = torch.tensor(sample.continuation_ids, device=logits.device)
     losses = F.cross_entropy(logits.float(), targets, reduction="none")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer.optim import Apollo
-from apollo_trainer.optim.options import Variant
+from apollo_trainer.optim.options import Schedule, Variant
 from apollo_trainer.optim.rounding import RoundingMode
 
 
@@ -35,7 +35,16 @@ class StateShape:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """Options of a run, checked; None means the live shape, or, for scale, the paper's factor."""
+    """Options of a run, checked; None means the live shape, or, for scale, the paper's factor.
+
+    Attributes:
+        schedule: how lr goes on after the warm-up, until the run's last step.
+        final_lr_fraction: what the schedule leaves of lr, 0 to 1. With T steps, W of them warm-up,
+            step n > W takes final + (1 - final) left(d) of lr, with d = (n - 1 - W) / (T - W):
+            the last step is one short of the final fraction, as with transformers' schedules. For
+            'linear' left(d) is 1 - d, for 'cosine' (1 + cos(pi d)) / 2.
+        clip_grad_norm: of a step's policy; the optimizer does not know it. None is no limit.
+    """
 
     lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
@@ -50,6 +59,9 @@ class OptimizerOptions:
     rounding: RoundingMode | None = None
     reset: bool = False
     accept_other_weights: bool = False
+    schedule: Schedule = "constant"
+    final_lr_fraction: float = 0.0
+    clip_grad_norm: float | None = None
 
     def shape_on(self, live: StateShape) -> StateShape:
         """The shape that the state has once this run has begun.
@@ -70,8 +82,12 @@ class OptimizerOptions:
             )
         return wanted
 
-    def apply(self, optimizer: Apollo) -> None:
-        """Sets everything but the shape on the optimizer's groups, from its next step on."""
+    def apply(self, optimizer: Apollo, steps_total: int = 0) -> None:
+        """Sets everything but the shape on the optimizer's groups, from its next step on.
+
+        Args:
+            steps_total: of the run; 0 is unknown, and lr is then constant after the warm-up.
+        """
         for group in optimizer.param_groups:
             group.update(
                 lr=self.lr,
@@ -83,4 +99,7 @@ class OptimizerOptions:
                 scale=self.scale,
                 proj_refresh=self.proj_refresh,
                 norm_growth_limit=self.norm_growth_limit or None,
+                schedule=self.schedule,
+                final_lr_fraction=self.final_lr_fraction,
+                steps_total=steps_total,
             )

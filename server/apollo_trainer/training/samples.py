@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TopTokens:
+    """A teacher's k likeliest next tokens at each place of a continuation, on the CPU.
+
+    Attributes:
+        ids: int32 [T, k], the likeliest first.
+        log_probs: float32 [T, k], in nats.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
 
 
 @dataclass(frozen=True)
 class TokenizedSample:
     """Token ids of the served model's vocabulary; the continuation is what is learned.
 
+    Its loss is the divergence from `targets` where there are any, else the policy gradient of its
+    `advantages` where there are any, else cross-entropy.
+
     Attributes:
         weight: factor on the whole sample's loss.
         token_weights: one factor a continuation token, or empty for 1 each.
+        teacher_context_ids: what a teacher reads in place of the context; empty for the context.
+        advantages: one a continuation token; empty where it was not sampled.
+        sampler_log_probs: of each continuation token when it was sampled, in nats.
+        targets: what a teacher says of each continuation token; equal samples may differ in it.
     """
 
     context_ids: tuple[int, ...]
     continuation_ids: tuple[int, ...]
     weight: float = 1.0
     token_weights: tuple[float, ...] = ()
+    teacher_context_ids: tuple[int, ...] = ()
+    advantages: tuple[float, ...] = ()
+    sampler_log_probs: tuple[float, ...] = ()
+    targets: TopTokens | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def plain(self) -> TokenizedSample:
+        """The same, whose loss is cross-entropy."""
+        return replace(self, targets=None, advantages=())
+
+    @property
+    def has_policy_loss(self) -> bool:
+        """Whether its loss is a policy gradient's, which may be negative."""
+        return self.targets is None and bool(self.advantages)

@@ -17,18 +17,20 @@ import torch
 from torch import Tensor
 
 from apollo_trainer.optim import Apollo
-from apollo_trainer.optim.factored import Gradient
+from apollo_trainer.optim.factored import Gradient, scaled
 from apollo_trainer.optim.gradients import summed_gradients
 from apollo_trainer.optim.options import settings_for
 from apollo_trainer.optim.preview import Preview
 from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
 from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.figures import PolicyFigures, Sums
 from apollo_trainer.training.frozen_context import FrozenContexts
-from apollo_trainer.training.gradients import StepGradients
+from apollo_trainer.training.gradients import StepGradients, backward
 from apollo_trainer.training.guard import NO_LIMITS, Guard
 from apollo_trainer.training.incomplete import telling_incomplete
-from apollo_trainer.training.loss import batch_loss, total_weight
+from apollo_trainer.training.loss import as_anchors, batch_loss, total_weight
 from apollo_trainer.training.mixing import mixing_of
+from apollo_trainer.training.objectives import DEFAULT_CLIP, Clip
 from apollo_trainer.training.out_of_memory import OutOfMemory, refusing_out_of_memory
 from apollo_trainer.training.samples import TokenizedSample
 
@@ -47,11 +49,16 @@ class StepPolicy:
             it may hold 16 times as many. A single sample may be larger. Where there is no memory
             for that many, a step is taken in smaller ones.
         dry_run: find everything, write nothing.
+        clip: of the ratios of samples with a policy loss.
+        clip_grad_norm: a gradient of a larger norm is scaled down to it before the moments see it;
+            None is no limit.
     """
 
     token_budget: int = TOKEN_BUDGET
     guard: Guard = NO_LIMITS
     dry_run: bool = False
+    clip: Clip = DEFAULT_CLIP
+    clip_grad_norm: float | None = None
 
 
 DEFAULT_POLICY = StepPolicy()
@@ -62,7 +69,8 @@ class StepResult:
     """What one step did, or in a dry run would do; losses in nats, times in seconds.
 
     Attributes:
-        loss: mean over the continuation tokens, before any weight.
+        loss: mean over the continuation tokens that are learned, before any weight; anchors count
+            neither here nor in `loss_sum` and `tokens`.
         grad_norm: of the whole gradient, not clipped.
         update_norm: of the stored change of all weights.
         optimizer_step: steps since the optimizer's state began.
@@ -71,6 +79,9 @@ class StepResult:
             those of matrices were factors.
         skipped_tensors: parameters that were not stepped, because what was computed from their
             gradient was not finite, though its norm was.
+        sample_losses: mean over the tokens of each learned sample, before any weight, in order.
+        anchor_loss: mean over the tokens of all anchors, before any weight; None without any.
+        policy: of the learned samples with a policy loss; None without any.
     """
 
     loss: float
@@ -87,6 +98,9 @@ class StepResult:
     optimizer_seconds: float = 0.0
     full_gradients: FullGradients = ""
     skipped_tensors: int = 0
+    sample_losses: tuple[float, ...] = ()
+    anchor_loss: float | None = None
+    policy: PolicyFigures | None = None
 
 
 def take_step(
@@ -96,10 +110,13 @@ def take_step(
     policy: StepPolicy = DEFAULT_POLICY,
     before_batch: Callable[[], None] = lambda: None,
     passes: CapturedPasses | None = None,
+    anchors: Sequence[TokenizedSample] = (),
+    anchor_weight: float = 1.0,
 ) -> StepResult:
     """Learns the samples with one update, in place.
 
-    The loss is the mean over all continuation tokens of the step, by their weights.
+    The loss is the mean over all continuation tokens of the samples, by their weights, and
+    `anchor_weight` times that of the anchors.
 
     Args:
         before_batch: called before each micro-batch; what it raises ends the step unwritten.
@@ -109,10 +126,11 @@ def take_step(
     StepIncomplete. After StepIncomplete part of the step is in the weights; after any other error
     the weights and the optimizer are as before the step.
     """
+    anchors = as_anchors(samples, anchors, anchor_weight)
     while True:
         step = None
         try:
-            step = _Step(model, optimizer, samples, policy, before_batch, passes)
+            step = _Step(model, optimizer, samples, anchors, policy, before_batch, passes)
             return step.take()
         except OutOfMemory:
             if passes is not None and passes.let_go():
@@ -138,6 +156,7 @@ class _Step:
     model: Any
     optimizer: Apollo
     samples: Sequence[TokenizedSample]
+    anchors: Sequence[TokenizedSample]
     policy: StepPolicy
     before_batch: Callable[[], None]
     passes: CapturedPasses | None = None
@@ -145,8 +164,10 @@ class _Step:
     backward_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        mixing = mixing_of(self.model) if len(self.samples) > 1 else Mixing.ONE
-        self.batches = plan_batches(self.samples, self.policy.token_budget, mixing)
+        together = (*self.samples, *self.anchors)
+        mixing = mixing_of(self.model) if len(together) > 1 else Mixing.ONE
+        self.batches = plan_batches(together, self.policy.token_budget, mixing)
+        self.sums = Sums(self.samples, self.anchors)
         self.contexts = FrozenContexts(self.model)
         self.weight = sum(total_weight(sample) for sample in self.samples)
         self.collected = StepGradients(self.optimizer.tensors, len(self.batches))
@@ -163,19 +184,24 @@ class _Step:
 
     def _take(self) -> StepResult:
         """Everything that may refuse, and then the write."""
-        losses = self._pass()
+        self._pass()
         gradients = summed_gradients(self.optimizer, self.collected.settle())
         norm, preview = self.optimizer.prepare(gradients), self._preview(gradients)
-        judged = self._judge(losses, norm, preview)
+        judged, limit = self._judge(norm), self.policy.clip_grad_norm
+        if limit is not None and judged.grad_norm > limit:
+            gradients = _scaled(gradients, limit / judged.grad_norm)
+            self.optimizer.prepare(gradients)
+            preview = self._preview(gradients)
+        if preview is not None:
+            self.policy.guard.check_update(preview.update_norm(), preview.weight_norm())
         if self.policy.dry_run:
             return self._previewed(judged, preview)
         skipped = self.optimizer.skipped_nonfinite
         with telling_incomplete(self.optimizer):
             return self._write(gradients, judged, skipped)
 
-    def _pass(self) -> Tensor:
-        """Forward and backward over all micro-batches; the sum of the losses, float64, 0-dim."""
-        sums = []
+    def _pass(self) -> None:
+        """Forward and backward over all micro-batches."""
         for batch in self.batches:
             self.before_batch()
             began = time.perf_counter()
@@ -183,21 +209,21 @@ class _Step:
             self.forward_seconds += time.perf_counter() - began
             if of_samples is None:
                 of_samples = self._run(batch)
-            sums.append(of_samples.double().sum())
-        return torch.stack(sums).sum()
+            self.sums.add(batch, of_samples)
 
     def _replayed(self, batch: MicroBatch) -> Tensor | None:
         if self.passes is None:
             return None
-        alone = len(self.batches) == 1
-        return self.passes.take(batch, self.weight, self.collected, alone=alone)
+        alone, clip = len(self.batches) == 1, self.policy.clip
+        return self.passes.take(batch, self.weight, self.collected, alone=alone, clip=clip)
 
     def _run(self, batch: MicroBatch) -> Tensor:
         with self.collected.collecting():
             began = time.perf_counter()
-            weighted, sums = batch_loss(self.model, batch, self.contexts, self.weight)
+            how = self.contexts, self.weight, self.policy.clip
+            weighted, sums = batch_loss(self.model, batch, *how)
             turned = time.perf_counter()
-            torch.autograd.backward([weighted])
+            backward(weighted)
             self.forward_seconds += turned - began
             self.backward_seconds += time.perf_counter() - turned
         return sums
@@ -207,20 +233,16 @@ class _Step:
         asked = self.policy.dry_run or self.policy.guard.max_update_ratio is not None
         return Preview(self.optimizer, gradients) if asked else None
 
-    def _judge(self, losses: Tensor, norm: Tensor, preview: Preview | None) -> StepResult:
+    def _judge(self, norm: Tensor) -> StepResult:
         """What the host waits for: whether this may be written, and what is known before it is."""
-        guard = self.policy.guard
-        loss_sum, grad_norm = torch.stack([losses, norm.to(losses.device)]).tolist()
-        tokens = sum(len(sample.continuation_ids) for sample in self.samples)
-        guard.check_loss(loss_sum / tokens)
+        guard, sums = self.policy.guard.for_step_of(self.samples), self.sums.on_device()
+        *numbers, grad_norm = torch.cat([sums, norm.view(1).to(sums.device)]).tolist()
+        figures = self.sums.figures(numbers)
+        guard.check_loss(figures.loss)
         guard.check_gradient(grad_norm)
-        if preview is not None:
-            guard.check_update(preview.update_norm(), preview.weight_norm())
         many = self.collected.held.made > self.optimizer.weights * _MANY
         return StepResult(
-            loss=loss_sum / tokens,
-            loss_sum=loss_sum,
-            tokens=tokens,
+            **vars(figures),
             grad_norm=grad_norm,
             learning_rate=self._learning_rate(),
             forward_seconds=self.forward_seconds,
@@ -256,6 +278,10 @@ class _Step:
             optimizer_step=optimizer.step_count,
             skipped_tensors=optimizer.skipped_nonfinite - skipped,
         )
+
+
+def _scaled(gradients: Mapping[Tensor, Gradient], factor: float) -> dict[Tensor, Gradient]:
+    return {param: scaled(gradient, factor) for param, gradient in gradients.items()}
 
 
 def _measured(value: Tensor | None) -> float:

@@ -25,6 +25,9 @@ from apollo_grpc.v1.weight_export_pb2_grpc import WeightExportServiceStub
 CALL_SECONDS = 130.0
 # A healthy engine answers in milliseconds; a wedged one must not hold the training thread long.
 CONTROL_SECONDS = 30.0
+# What the sidecar is asked to answer in one call, and what that may take: thousands of tokens each.
+PROMPTS_AT_ONCE = 256
+ANSWER_SECONDS = 610.0
 
 
 class Sidecar:
@@ -75,6 +78,18 @@ class Sidecar:
         """vLLM's log-probability of each token after the first, in nats."""
         request = pb.ScoreTokensRequest(epoch=epoch, token_ids=token_ids)
         return list(self._call("ScoreTokens", request, seconds).logprobs)
+
+    def answer(self, epoch: str, prompts: Sequence[pb.Prompt]) -> list[pb.Answer]:
+        """vLLM's answers, always by the likeliest token, and scores of expected ones; in order.
+
+        Raises InvalidArgument where a prompt does not fit: its path counts within 256 prompts.
+        """
+        answers: list[pb.Answer] = []
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+            batch = prompts[start : start + PROMPTS_AT_ONCE]
+            request = pb.AnswerPromptsRequest(epoch=epoch, prompts=batch)
+            answers += self._call("AnswerPrompts", request, ANSWER_SECONDS).answers
+        return answers
 
     def tokenize(self, samples: Iterable[training_pb2.Sample]) -> Sequence[pb.TokenizedSample]:
         """Token ids of texts and chats as vLLM makes them, or why not; in order.

@@ -37,7 +37,11 @@ GOOD = [
         ]
     },
 ]
-SAMPLE_KEYS = ("context", "continuation", "context_ids", "continuation_ids", "messages")
+SAMPLE_KEYS = (
+    *("context", "continuation", "context_ids", "continuation_ids", "messages"),
+    *("teacher_context", "teacher_context_ids", "teacher_messages"),
+    *("advantages", "sampler_log_probabilities"),
+)
 MESSAGE_KEYS = ("role", "content", "weight", "type", "text", "tool_calls")
 KEYS = st.sampled_from([*SAMPLE_KEYS, *MESSAGE_KEYS, "token_weights", "id", "\ud800"])
 LEAVES = (

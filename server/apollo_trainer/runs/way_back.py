@@ -1,0 +1,204 @@
+"""The way back of a run that is kept only if it is accepted: a snapshot, and a mark that says so.
+
+The mark is on disk from before the first write until the run was accepted, or taken back. A server
+that is killed in between leaves it: the next one ends the run by it, and takes it back as soon as
+it is attached to the same engine.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict, ParseDict
+
+from apollo_grpc.errors import ApolloError, FailedPrecondition, NotFound
+from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.checkpoints.apollo_state import Covered
+from apollo_trainer.checkpoints.disk import durable_bytes, flush_folder
+from apollo_trainer.engine import ModelOwner, Session, StatusBoard
+from apollo_trainer.operations import Job, Restore, Restored
+
+log = logging.getLogger(__name__)
+MARK = "way-back.json"
+_LOOK_SECONDS = 0.1
+
+
+class WayBack:
+    """What one run goes back to. Training thread.
+
+    Args:
+        require_going: called while it waits for the disk; what it raises ends the run.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        owner: ModelOwner,
+        board: StatusBoard,
+        run_id: str,
+        require_going: Callable[[], None],
+    ):
+        self._session, self._owner, self._board = session, owner, board
+        self._run_id, self._require_going = run_id, require_going
+        self._mark = _Mark(session.state_path.parent)
+        self._snapshot = ""
+
+    def begin(self) -> None:
+        """Keeps weights and state on disk, before the run changes either.
+
+        Raises FailedPrecondition with NO_WAY_BACK where that cannot be done.
+        """
+        session = self._session
+        session.require_sound()
+        try:
+            self._wait(session.checkpoints.snapshot_at_work)
+            name = f"before-run-{self._run_id}"
+            taken = session.checkpoints.snapshot(session.optimizer, session.extra(), name)
+            self._wait(taken)
+            self._snapshot = taken.result().id
+            self._mark.write(self._contents(_killed(), taken_back=False))
+        except OSError as error:
+            raise FailedPrecondition(
+                f"What the run would go back to cannot be kept ({error}); nothing was trained. "
+                "Make room, then send the run again, or send it without accept_if.",
+                reason="NO_WAY_BACK",
+            ) from error
+
+    def _wait(self, written: Any) -> None:
+        while written is not None and not written.done():
+            self._require_going()
+            with suppress(NotYet):
+                written.exception(timeout=_LOOK_SECONDS)
+
+    def take(self, finished: pb.Finished) -> Restored | None:
+        """Puts back what was before the run; None where the engine went, and the weights with it.
+
+        Args:
+            finished: what a server that is killed meanwhile leaves as the run's end.
+
+        Raises as a restore does; the next server tries again then.
+        """
+        self._mark.write(self._contents(finished, taken_back=False))
+        if not self._session.attachment.alive:
+            return None
+        restored = _restore(self._session, self._owner, self._board, self._mark.contents)
+        self._mark.write(self._contents(finished, taken_back=True))
+        return restored
+
+    def forget(self) -> None:
+        """The run is kept: what it would have gone back to is not needed."""
+        self._mark.remove()
+        self.forget_snapshot()
+
+    def forget_snapshot(self) -> None:
+        """Once the run was taken back; the mark tells how it ended until the ledger does."""
+        _delete(self._session, self._snapshot)
+
+    def _contents(self, finished: pb.Finished, *, taken_back: bool) -> dict[str, Any]:
+        return {
+            "run": self._run_id,
+            "epoch": self._session.attachment.epoch,
+            "snapshot": self._snapshot,
+            "taken_back": taken_back,
+            "finished": MessageToDict(finished),
+        }
+
+
+class _Mark:
+    def __init__(self, folder: Path):
+        self._path = folder / MARK
+        self.contents: dict[str, Any] = {}
+
+    def write(self, contents: dict[str, Any]) -> None:
+        self.contents = contents
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable_bytes(self._path, json.dumps(contents).encode())
+
+    def read(self) -> bool:
+        """Whether there is one that can be read."""
+        try:
+            self.contents = json.loads(self._path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return False
+        return isinstance(self.contents, dict) and "run" in self.contents
+
+    def remove(self) -> None:
+        if self._path.exists():
+            self._path.unlink()
+            flush_folder(self._path.parent)
+
+
+def ends_in(state_dir: Path) -> dict[str, pb.Finished]:
+    """How runs end that a killed server left with a way back, by their ids."""
+    found: dict[str, pb.Finished] = {}
+    for path in state_dir.glob(f"models/*/{MARK}"):
+        mark = _Mark(path.parent)
+        if mark.read():
+            found[mark.contents["run"]] = ParseDict(mark.contents["finished"], pb.Finished())
+    return found
+
+
+def settle(state_dir: Path, run_id: str) -> None:
+    """The ledger has the end of a run: the mark of one that was taken back is not needed."""
+    for path in state_dir.glob(f"models/*/{MARK}"):
+        mark = _Mark(path.parent)
+        if mark.read() and (mark.contents["run"], mark.contents["taken_back"]) == (run_id, True):
+            mark.remove()
+
+
+def finish(session: Session, owner: ModelOwner, board: StatusBoard) -> bool:
+    """Takes back the run that an earlier server left in the middle; returns whether it did so.
+
+    Training thread, with a new session, before any run.
+    """
+    mark = _Mark(session.state_path.parent)
+    if not mark.read():
+        return False
+    # The steps of another engine's run went with it.
+    left = mark.contents["epoch"] == session.attachment.epoch and not mark.contents["taken_back"]
+    try:
+        if left:
+            _restore(session, owner, board, mark.contents)
+        _delete(session, mark.contents["snapshot"])
+    except (ApolloError, OSError) as error:
+        log.error("run %s was not taken back: %s", mark.contents["run"], error)
+        why = f"run {mark.contents['run']} was to be taken back, and that failed ({error})."
+        session.checkpoints.doubt(why)
+    mark.remove()
+    return left
+
+
+def _restore(
+    session: Session, owner: ModelOwner, board: StatusBoard, mark: dict[str, Any]
+) -> Restored:
+    # The state that is saved then knows of no step of the run.
+    session.covered = Covered(mark["run"], 0)
+    restored = Restore(session, owner, board, None).snapshot(
+        mark["snapshot"], Job[Restored](lambda *_: None)
+    )
+    session.from_disk = session.moved = False
+    return restored
+
+
+def _delete(session: Session, snapshot: str) -> None:
+    try:
+        session.checkpoints.store.delete(snapshot)
+    except (NotFound, OSError) as error:
+        log.warning("the snapshot %s stays: %s", snapshot, error)
+
+
+def _killed() -> pb.Finished:
+    return pb.Finished(
+        state=pb.RUN_STATE_FAILED,
+        failure=pb.Failure(
+            reason="INTERRUPTED",
+            message="The training server ended during this run, which was to be kept only if it "
+            "was accepted: its updates are taken back. Send the run again.",
+        ),
+    )

@@ -1,0 +1,53 @@
+"""What the model says now, kept as what it is to say later: a teacher of itself, or an anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
+from apollo_trainer.training.frozen_context import FrozenContexts, batch_logits
+from apollo_trainer.training.mixing import mixing_of
+from apollo_trainer.training.out_of_memory import refusing_out_of_memory
+from apollo_trainer.training.samples import TokenizedSample, TopTokens
+from apollo_trainer.training.step import TOKEN_BUDGET
+
+
+def top_tokens(
+    model: Any,
+    samples: Sequence[TokenizedSample],
+    k: int,
+    token_budget: int = TOKEN_BUDGET,
+    before_batch: Callable[[], None] = lambda: None,
+) -> list[TopTokens]:
+    """The k likeliest tokens at each place of each sample's continuation, in the samples' order.
+
+    A sample is read after its `teacher_context_ids` where it has any, else after its context.
+
+    Args:
+        k: of the vocabulary at most: all of it, where k is more.
+
+    Raises OutOfMemory, and what `before_batch`, called before each micro-batch, raises.
+    """
+    read = [replace(s, context_ids=s.teacher_context_ids or s.context_ids) for s in samples]
+    mixing = mixing_of(model) if len(read) > 1 else Mixing.ONE
+    batches, contexts = plan_batches(read, token_budget, mixing), FrozenContexts(model)
+    found: dict[int, TopTokens] = {}
+    with refusing_out_of_memory(batches, token_budget), torch.no_grad():
+        for batch in batches:
+            before_batch()
+            found.update(zip(batch.indices, _told(model, batch, contexts, k), strict=True))
+    return [found[index] for index in range(len(read))]
+
+
+def _told(model: Any, batch: MicroBatch, contexts: FrozenContexts, k: int) -> list[TopTokens]:
+    # As the student's are made: under the same weights they differ by nothing.
+    log_probs = F.log_softmax(batch_logits(model, batch, contexts).float(), 2)
+    top = log_probs.topk(min(k, log_probs.shape[2]), 2)
+    ids, values = top.indices.to("cpu", torch.int32), top.values.cpu()
+    lengths = [len(sample.continuation_ids) for sample in batch.samples]
+    return [TopTokens(ids[n, :t].clone(), values[n, :t].clone()) for n, t in enumerate(lengths)]

@@ -1,0 +1,119 @@
+"""Anchors that a model makes itself, asked of one whose answers are written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apollo_grpc.v1 import training_pb2 as pb
+from apollo_grpc.v1 import weight_export_pb2 as export_pb
+from apollo_trainer.runs.self_made import DRAWN, Punctuation, SelfMade, Template
+from apollo_trainer.training.samples import TokenizedSample
+
+THE, CAPITAL, OF, IS, STOP = 1, 2, 3, 4, 9
+PREFIX = (THE, CAPITAL, OF)
+
+
+def fact(subject: Sequence[int], answer: Sequence[int]) -> TokenizedSample:
+    return TokenizedSample((*PREFIX, *subject, IS), tuple(answer))
+
+
+FACTS = [fact([50], [60, 61]), fact([51, 52], [62])]
+
+
+class Model:
+    """Draws the next of some continuations, and answers every other prompt with 70 and a stop."""
+
+    def __init__(self, *drawn: Sequence[int]):
+        self.drawn, self.asked = list(drawn), list[export_pb.Prompt]()
+
+    def __call__(self, prompts: Sequence[export_pb.Prompt]) -> list[export_pb.Answer]:
+        self.asked += prompts
+        return [export_pb.Answer(token_ids=self._one(prompt)) for prompt in prompts]
+
+    def _one(self, prompt: export_pb.Prompt) -> Sequence[int]:
+        if prompt.temperature:
+            return self.drawn[prompt.seed % len(self.drawn)]
+        return [70, STOP, 71][: prompt.max_tokens]
+
+
+def made(model: Model, samples: Sequence[TokenizedSample] = FACTS, most: int = 10) -> list[Any]:
+    return SelfMade(model, Punctuation(frozenset({STOP}), (STOP,)), 0).about(samples, most)
+
+
+def test_other_subjects_are_asked_about_and_the_taught_ones_are_not() -> None:
+    model = Model([30, IS, 5], [31, 32, IS], [50, IS, 5], [33, 34, 35])
+    anchors = made(model)
+    assert {a.context_ids for a in anchors} == {(*PREFIX, 30, IS), (*PREFIX, 31, 32, IS)}
+    assert {a.continuation_ids for a in anchors} == {(70,)}
+
+
+def test_a_later_round_sees_what_was_found_before() -> None:
+    model = Model([30, IS], [31, IS])
+    made(model)
+    drawn = [tuple(p.token_ids) for p in model.asked if p.temperature]
+    assert set(drawn[:DRAWN]) == {PREFIX}
+    later = (*PREFIX, 30, IS, 70, STOP)
+    assert any(later == ids[: len(later)] and ids[-3:] == PREFIX for ids in drawn[DRAWN:])
+
+
+def test_there_are_at_most_as_many_as_asked_for() -> None:
+    assert len(made(Model([30, IS], [31, IS], [32, IS]), most=2)) == 2
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        FACTS[:1],
+        [TokenizedSample((1, 2), (3,)), TokenizedSample((4, 5), (6,))],
+        [TokenizedSample((1, 2, 3), (4,)), TokenizedSample((1, 2, 5), (6,))],
+    ],
+    ids=["one sample", "nothing in common", "no common end"],
+)
+def test_without_a_template_texts_begin_as_the_samples_do(
+    samples: Sequence[TokenizedSample],
+) -> None:
+    anchors = made(Model([30, IS]), samples, most=6)
+    assert {a.context_ids for a in anchors} == {sample.context_ids[:3] for sample in samples}
+    assert len(anchors) == 6
+
+
+def test_texts_begin_with_the_token_that_texts_begin_with() -> None:
+    model = Model([5, 6, 7], [8])
+    texts = SelfMade(model, Punctuation(), 0).texts(0, 4)
+    assert texts == [TokenizedSample((0,), (5, 6, 7))] * 2
+
+
+def test_punctuation_is_what_vllm_makes_of_it() -> None:
+    def tokenize(samples: Sequence[pb.Sample]) -> list[export_pb.TokenizedSample]:
+        continuations = [list(sample.text.continuation.encode()) for sample in samples]
+        return [export_pb.TokenizedSample(continuation_ids=ids) for ids in continuations]
+
+    punctuation = Punctuation.of(tokenize)
+    assert {ord("."), ord("\n")} <= punctuation.ends
+    assert punctuation.separator == (ord("."), ord("\n"))
+    assert punctuation.cut((65, 66, ord("."), 67)) == (65, 66)
+    assert punctuation.cut((65, 66)) == (65, 66)
+
+
+ids = st.lists(st.integers(10, 99), min_size=1, max_size=4).map(tuple)
+
+
+@given(
+    prefix=st.lists(ids, min_size=2, max_size=3), subjects=st.lists(ids, min_size=2, unique=True)
+)
+def test_a_template_gives_back_what_it_was_made_of(prefix: Any, subjects: Any) -> None:
+    begin, end = tuple(t for part in prefix for t in part), (1, 2)
+    samples = [TokenizedSample((*begin, *subject, *end), (3,)) for subject in subjects]
+    template = Template.of(samples)
+    if template is None:
+        # One subject is the beginning of all others, and nothing is left of it.
+        return
+    for sample in samples:
+        rest = sample.context_ids[len(template.prefix) :]
+        found = template.subject(rest)
+        assert template.context(found) == sample.context_ids or found == ()
