@@ -543,6 +543,7 @@ class RunSpec(google.protobuf.message.Message):
     EVALUATION_SAMPLES_FIELD_NUMBER: builtins.int
     EVALUATE_EVERY_STEPS_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
+    LEARN_THROUGH_CONTEXTS_FIELD_NUMBER: builtins.int
     samples_per_step: builtins.int
     """Samples whose gradients make one optimizer step, in order. 0 means 1."""
     epochs: builtins.int
@@ -555,6 +556,11 @@ class RunSpec(google.protobuf.message.Message):
     """Shuffles the samples of each epoch. Unset: the order given, as in the list."""
     evaluate_every_steps: builtins.int
     """Steps between two `evaluated` events; 0: before the first step and after the last alone."""
+    learn_through_contexts: builtins.bool
+    """Gradients flow through the contexts of samples and anchors too, but for their first tokens. What
+    is learned of a short context is then more of that context alone (docs/learning.md); a step costs
+    as much as if its contexts were continuations.
+    """
     @property
     def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Sample]:
         """At least one."""
@@ -619,9 +625,10 @@ class RunSpec(google.protobuf.message.Message):
         evaluation_samples: collections.abc.Iterable[global___Sample] | None = ...,
         evaluate_every_steps: builtins.int = ...,
         parameters: global___ParameterFilter | None = ...,
+        learn_through_contexts: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "accept_if", b"accept_if", "anchors", b"anchors", "coherence", b"coherence", "context_distillation", b"context_distillation", "cross_entropy", b"cross_entropy", "guard", b"guard", "loss", b"loss", "max_wall_time", b"max_wall_time", "optimizer", b"optimizer", "parameters", b"parameters", "policy_gradient", b"policy_gradient", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "accept_if", b"accept_if", "anchors", b"anchors", "coherence", b"coherence", "context_distillation", b"context_distillation", "cross_entropy", b"cross_entropy", "dry_run", b"dry_run", "epochs", b"epochs", "evaluate", b"evaluate", "evaluate_every_steps", b"evaluate_every_steps", "evaluation_samples", b"evaluation_samples", "guard", b"guard", "loss", b"loss", "max_wall_time", b"max_wall_time", "optimizer", b"optimizer", "parameters", b"parameters", "policy_gradient", b"policy_gradient", "probes", b"probes", "samples", b"samples", "samples_per_step", b"samples_per_step", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "accept_if", b"accept_if", "anchors", b"anchors", "coherence", b"coherence", "context_distillation", b"context_distillation", "cross_entropy", b"cross_entropy", "dry_run", b"dry_run", "epochs", b"epochs", "evaluate", b"evaluate", "evaluate_every_steps", b"evaluate_every_steps", "evaluation_samples", b"evaluation_samples", "guard", b"guard", "learn_through_contexts", b"learn_through_contexts", "loss", b"loss", "max_wall_time", b"max_wall_time", "optimizer", b"optimizer", "parameters", b"parameters", "policy_gradient", b"policy_gradient", "probes", b"probes", "samples", b"samples", "samples_per_step", b"samples_per_step", "seed", b"seed"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
     @typing.overload
@@ -748,7 +755,7 @@ class SelfMadeAnchors(google.protobuf.message.Message):
     SUBJECTS_FIELD_NUMBER: builtins.int
     TEXTS_FIELD_NUMBER: builtins.int
     subjects: builtins.int
-    """Subjects at most. 0 means 128."""
+    """Subjects at most, those that the model is surest of. 0 means 256."""
     texts: builtins.int
     """Texts of any kind, which the model writes from nothing. 0 means 32."""
     def __init__(
@@ -874,8 +881,8 @@ global___ParameterFilter = ParameterFilter
 @typing.final
 class Sample(google.protobuf.message.Message):
     """One thing to learn: the context is read, the continuation is learned. No
-    gradient flows through the context; the loss covers every token of the
-    continuation, the first one included.
+    gradient flows through the context, unless the spec says so; the loss covers
+    every token of the continuation, the first one included.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

@@ -23,9 +23,12 @@ RECIPE = RunOptions(
     epochs=60,
     samples_per_step=4,
     seed=0,
+    learn_through_contexts=True,
     self_made=True,
     regression_set=True,
-    anchors_per_step=8,
+    anchors_per_step=12,
+    anchor_weight=4.0,
+    min_loss=0.1,
 )
 
 
@@ -62,7 +65,8 @@ def to_fact(value: Any) -> Fact:
     questions = value.get("questions") or []
     if not isinstance(others, Sequence) or isinstance(others, str):
         raise InvalidArgument.at("phrasings", "is no list")
-    if not isinstance(questions, Sequence) or not all(isinstance(q, str) for q in questions):
+    listed = isinstance(questions, Sequence) and not isinstance(questions, str)
+    if not listed or not all(isinstance(question, str) for question in questions):
         raise InvalidArgument.at("questions", "is no list of texts")
     phrasings = tuple(map(_phrasing, (value, *others)))
     return Fact(phrasings, tuple(questions))

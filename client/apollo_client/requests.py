@@ -58,6 +58,7 @@ class RunOptions(TypedDict, total=False):
     include: Iterable[str]
     exclude: Iterable[str]
     layers: Iterable[int]
+    learn_through_contexts: bool
     lr: float
     rank: int
     beta1: float

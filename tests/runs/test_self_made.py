@@ -41,8 +41,14 @@ class Model:
         return [70, STOP, 71][: prompt.max_tokens]
 
 
-def made(model: Model, samples: Sequence[TokenizedSample] = FACTS, most: int = 10) -> list[Any]:
-    return SelfMade(model, Punctuation(frozenset({STOP}), (STOP,)), 0).about(samples, most)
+def made(
+    model: Model,
+    samples: Sequence[TokenizedSample] = FACTS,
+    most: int = 10,
+    heads: Sequence[int] = (),
+) -> list[TokenizedSample]:
+    maker = SelfMade(model, lambda *_: heads, Punctuation(frozenset({STOP}), (STOP,)), 0)
+    return [anchor for kind in maker.about([samples], most) for anchor in kind]
 
 
 def test_other_subjects_are_asked_about_and_the_taught_ones_are_not() -> None:
@@ -52,17 +58,26 @@ def test_other_subjects_are_asked_about_and_the_taught_ones_are_not() -> None:
     assert {a.continuation_ids for a in anchors} == {(70,)}
 
 
-def test_a_later_round_sees_what_was_found_before() -> None:
-    model = Model([30, IS], [31, IS])
-    made(model)
+def test_later_draws_see_what_was_found_before() -> None:
+    model = Model([30, IS])
+    made(model, heads=[40])
     drawn = [tuple(p.token_ids) for p in model.asked if p.temperature]
     assert set(drawn[:DRAWN]) == {PREFIX}
-    later = (*PREFIX, 30, IS, 70, STOP)
-    assert any(later == ids[: len(later)] and ids[-3:] == PREFIX for ids in drawn[DRAWN:])
+    assert drawn[DRAWN:] == [(*PREFIX, 30, IS, 70, STOP, *PREFIX, 40)]
 
 
-def test_there_are_at_most_as_many_as_asked_for() -> None:
-    assert len(made(Model([30, IS], [31, IS], [32, IS]), most=2)) == 2
+def test_a_subject_is_tried_with_each_likely_first_token() -> None:
+    model = Model([IS, 5])
+    found = {a.context_ids for a in made(model, heads=[30, 31])}
+    assert found == {(*PREFIX, 30, IS), (*PREFIX, 31, IS)}
+
+
+def test_each_kind_is_asked_about_the_same_subjects() -> None:
+    chats = [TokenizedSample((90, 91, *s.context_ids, 92), s.continuation_ids) for s in FACTS]
+    maker = SelfMade(Model([30, IS]), lambda *_: [], Punctuation(), 0)
+    texts, asked = maker.about([FACTS, chats], 10)
+    assert [a.context_ids for a in texts] == [(*PREFIX, 30, IS)]
+    assert [a.context_ids for a in asked] == [(90, 91, *PREFIX, 30, IS, 92)]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +99,7 @@ def test_without_a_template_texts_begin_as_the_samples_do(
 
 def test_texts_begin_with_the_token_that_texts_begin_with() -> None:
     model = Model([5, 6, 7], [8])
-    texts = SelfMade(model, Punctuation(), 0).texts(0, 4)
+    texts = SelfMade(model, lambda *_: [], Punctuation(), 0).texts(0, 4)
     assert texts == [TokenizedSample((0,), (5, 6, 7))] * 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -57,8 +58,11 @@ class Evaluation:
         anchors = tuple(anchor for source in sources for anchor in source)
         if run.loss.kind == "context_distillation":
             run = replace(run, samples=self._taught(run.samples, run.loss.top_k))
-        if anchors and run.anchor_options.keeps_distribution:
-            anchors = self._taught(anchors, TOP_K)
+        if not run.anchor_options.keeps_distribution:
+            anchors = tuple(replace(anchor, targets=None) for anchor in anchors)
+        elif anchors:
+            others = iter(self._taught(tuple(a for a in anchors if a.targets is None), TOP_K))
+            anchors = tuple(next(others) if a.targets is None else a for a in anchors)
         self.run = replace(run, anchors=anchors, anchor_sources=tuple(map(len, sources)))
         self._probing.before()
         self._tell(0)
@@ -70,10 +74,29 @@ class Evaluation:
             return []
         answer = partial(self._sidecar.answer, session.attachment.epoch)
         punctuation = Punctuation.of(self._sidecar.tokenize)
-        maker = SelfMade(answer, punctuation, self.run.seed or 0)
-        kinds = self.run.by_kind()
-        about = [maker.about(kind, options.subjects // len(kinds)) for kind in kinds]
+        maker = SelfMade(answer, self._likeliest, punctuation, self.run.seed or 0)
+        about = maker.about(self.run.by_kind(), options.subjects)
+        about = [self._surest(said, options.subjects) for said in about]
         return [*about, maker.texts(begin_of_text(session.attachment.model), options.texts)]
+
+    def _surest(self, said: list[TokenizedSample], most: int) -> list[TokenizedSample]:
+        """Those of the model's own answers that it is surest of, which it may well know."""
+
+        def sureness(sample: TokenizedSample) -> float:
+            assert sample.targets is not None
+            return float(sample.targets.log_probs[:, 0].mean())
+
+        return sorted(self._taught(tuple(said), TOP_K), key=sureness, reverse=True)[:most]
+
+    def _likeliest(self, prompts: Sequence[tuple[int, ...]], count: int) -> list[int]:
+        """Tokens that may follow, by their mean probability over the prompts."""
+        samples = tuple(TokenizedSample(prompt, prompt[-1:]) for prompt in prompts)
+        odds = Counter[int]()
+        for sample in self._taught(samples, count):
+            assert sample.targets is not None
+            first = sample.targets.ids[0].tolist(), sample.targets.log_probs[0].exp().tolist()
+            odds.update(dict(zip(*first, strict=True)))
+        return [token for token, _ in odds.most_common(count)]
 
     def after_step(self, step: int) -> None:
         """Tells the evaluation samples' losses where that is due."""

@@ -81,6 +81,7 @@ class PreparedRun:
         accept_if: what it must reach to be kept; None where it is kept in any case.
         evaluated: samples whose loss is told, and that are not learned.
         evaluate_every: steps between two of these; 0 for the first and the last alone.
+        through_contexts: gradients flow through contexts too.
         kinds: of the samples: tokens, text or chat.
         anchor_sources: how many of the anchors each source gave, in order; of one source if empty.
     """
@@ -104,6 +105,7 @@ class PreparedRun:
     evaluated: tuple[TokenizedSample, ...] = ()
     evaluate_every: int = 0
     learning: Filter = field(default_factory=Filter)
+    through_contexts: bool = False
     kinds: tuple[str, ...] = ()
     anchor_sources: tuple[int, ...] = ()
 
@@ -207,6 +209,7 @@ def prepare_run(
         accept_if=accept_if,
         evaluate_every=spec.evaluate_every_steps,
         learning=learning,
+        through_contexts=spec.learn_through_contexts,
         kinds=() if only_check else tuple(s.WhichOneof("content") or "" for s in spec.samples),
         sample_count=len(spec.samples),
         options=options,

@@ -18,14 +18,16 @@ from apollo_trainer.requests.samples import Tokenize
 from apollo_trainer.training.samples import TokenizedSample
 
 log = logging.getLogger(__name__)
-Answer = Callable[[Sequence[export_pb.Prompt]], Sequence[export_pb.Answer]]
 Ids = tuple[int, ...]
+Answer = Callable[[Sequence[export_pb.Prompt]], Sequence[export_pb.Answer]]
+Likeliest = Callable[[Sequence[Ids], int], Sequence[int]]
 MARKS = (".", ",", ";", ":", "!", "?", "(", "\n", " (", ".\n")
 SEPARATOR = ".\n"
 SUBJECT_TOKENS = 8
 TEXT_TOKENS = 24
-# From the second round on the model has seen some of the kind, and finds several times as many.
-ROUNDS, DRAWN, SHOWN = 3, 256, 4
+# Draws from nothing; then contexts, statements in each, and first tokens that are tried.
+DRAWN, CONTEXTS, SHOWN, BRANCHES = 128, 8, 6, 640
+SURER = 0.5  # temperature of what follows a first token
 # A prefix of one token says nothing of a kind.
 _LEAST_PREFIX = 2
 _BEGUN = 3
@@ -37,11 +39,13 @@ class Template:
 
     Attributes:
         answer_tokens: of the longest continuation.
+        taught: the subjects between them.
     """
 
     prefix: Ids
     suffix: Ids
     answer_tokens: int
+    taught: frozenset[Ids] = frozenset()
 
     @staticmethod
     def of(samples: Sequence[TokenizedSample]) -> Template | None:
@@ -53,13 +57,18 @@ class Template:
         if len(set(contexts)) < 2 or len(prefix) < _LEAST_PREFIX or not suffix:
             return None
         longest = max(len(sample.continuation_ids) for sample in samples)
-        return Template(prefix, suffix, longest)
+        taught = (c[len(prefix) : len(c) - len(suffix)] for c in contexts)
+        return Template(prefix, suffix, longest, frozenset(taught))
 
     def subject(self, drawn: Ids) -> Ids:
         """What lies before the suffix; empty where that does not come."""
         size = len(self.suffix)
         ends = (n for n in range(1, len(drawn)) if drawn[n : n + size] == self.suffix[:size])
         return drawn[: next(ends, 0)]
+
+    def subject_of(self, sample: TokenizedSample) -> Ids:
+        """The subject that a sample of this template is about."""
+        return sample.context_ids[len(self.prefix) : len(sample.context_ids) - len(self.suffix)]
 
     def context(self, subject: Ids) -> Ids:
         """The context that asks about a subject."""
@@ -103,35 +112,33 @@ class Punctuation:
 
 
 class SelfMade:
-    """Asks vLLM; on the training thread, before a run's first step.
+    """Asks vLLM, and the weights; on the training thread, before a run's first step.
 
     Args:
         answer: as `Sidecar.answer` of an epoch.
+        likeliest: tokens that may follow a prompt, the likeliest first.
         seed: of what is drawn.
     """
 
-    def __init__(self, answer: Answer, punctuation: Punctuation, seed: int):
-        self._answer, self._punctuation = answer, punctuation
+    def __init__(self, answer: Answer, likeliest: Likeliest, punctuation: Punctuation, seed: int):
+        self._answer, self._likeliest, self._punctuation = answer, likeliest, punctuation
         self._seed, self._draw = seed, random.Random(seed)
 
-    def about(self, samples: Sequence[TokenizedSample], most: int) -> list[TokenizedSample]:
-        """The model's own answers about other subjects of the samples' kind."""
-        if not most:
-            return []
-        if (template := Template.of(samples)) is None:
-            return self._begun(samples, most)
-        taught = {sample.context_ids for sample in samples}
-        found: dict[Ids, Ids] = {}
-        for _ in range(ROUNDS):
-            new = [c for c in self._contexts(template, found) if c not in taught | found.keys()]
-            asked = [self._prompt(context, template.answer_tokens) for context in new]
-            for context, answer in zip(new, self._answer(asked) if asked else (), strict=True):
-                if said := self._punctuation.cut(tuple(answer.token_ids)):
-                    found[context] = said
-            if len(found) >= most:
-                break
-        log.info("%d anchors about other subjects", len(found))
-        return [TokenizedSample(*pair) for pair in list(found.items())[:most]]
+    def about(
+        self, kinds: Sequence[Sequence[TokenizedSample]], most: int
+    ) -> list[list[TokenizedSample]]:
+        """The model's own answers about other subjects than those of the samples, by kind.
+
+        Args:
+            kinds: samples of one form each.
+            most: of each kind; without a template texts that begin as the samples do.
+        """
+        templates = [template for template in map(Template.of, kinds) if template is not None]
+        if not most or not templates:
+            return [self._begun([sample for kind in kinds for sample in kind], most)]
+        subjects = list(self._subjects(templates[0]))
+        log.info("%d subjects beside those that are taught", len(subjects))
+        return [self._said(template, subjects) for template in templates]
 
     def texts(self, begin: int, most: int) -> list[TokenizedSample]:
         """Texts that the model writes from nothing but the token that texts begin with."""
@@ -143,35 +150,67 @@ class SelfMade:
         return self._written(list(islice(begun, most)))
 
     def _written(self, contexts: Sequence[Ids]) -> list[TokenizedSample]:
-        asked = [self._prompt(context, TEXT_TOKENS, drawn=True) for context in contexts]
+        asked = [self._drawn(context, TEXT_TOKENS) for context in contexts]
         answers = self._answer(asked) if asked else ()
         pairs = zip(contexts, (tuple(answer.token_ids) for answer in answers), strict=True)
         return [TokenizedSample(context, ids) for context, ids in pairs if len(ids) > 1]
 
-    def _contexts(self, template: Template, found: Mapping[Ids, Ids]) -> list[Ids]:
-        """Contexts about the subjects that the model comes to, each once."""
-        tokens = SUBJECT_TOKENS + len(template.suffix)
-        asked = [
-            self._prompt((*self._shown(found), *template.prefix), tokens, drawn=True)
-            for _ in range(DRAWN)
-        ]
-        subjects = [template.subject(tuple(answer.token_ids)) for answer in self._answer(asked)]
-        return list(dict.fromkeys(template.context(subject) for subject in subjects if subject))
+    def _subjects(self, template: Template) -> dict[Ids, Ids]:
+        """Subjects that the model comes to, and what it says of each.
 
-    def _shown(self, found: Mapping[Ids, Ids]) -> Ids:
-        """Some of what was found, one statement after the other."""
+        First from nothing but the prefix; then after some of what it said, once for each token that
+        a subject is likely to begin with: draws alone would come to the same few.
+        """
+        tokens = SUBJECT_TOKENS + len(template.suffix)
+        first = [self._drawn(template.prefix, tokens) for _ in range(DRAWN)]
+        found = self._drawn_about(template, first)
+        shown = [(*self._shown(template, found), *template.prefix) for _ in range(CONTEXTS)]
+        heads = self._likeliest(shown, BRANCHES)
+        asked = [
+            self._drawn((*context, head), tokens - 1, SURER)
+            for context, head in zip(cycle(shown), heads)
+        ]
+        return found | self._drawn_about(template, asked, heads)
+
+    def _drawn_about(
+        self, template: Template, asked: Sequence[export_pb.Prompt], heads: Sequence[int] = ()
+    ) -> dict[Ids, Ids]:
+        """What is said of the subjects that are drawn; `heads` are their first tokens."""
+        begun: list[Ids] = [(head,) for head in heads] or [()] * len(asked)
+        drawn = [
+            (*head, *answer.token_ids)
+            for head, answer in zip(begun, self._answer(asked), strict=True)
+        ]
+        subjects = dict.fromkeys(map(template.subject, drawn))
+        said = self._said(template, [s for s in subjects if s and s not in template.taught])
+        return {template.subject_of(sample): sample.continuation_ids for sample in said}
+
+    def _shown(self, template: Template, found: Mapping[Ids, Ids]) -> Ids:
+        """Some of what was said, one statement after the other."""
         drawn = self._draw.sample(list(found.items()), min(SHOWN, len(found)))
         return tuple(
             token
-            for context, answer in drawn
-            for token in (*context, *answer, *self._punctuation.separator)
+            for subject, said in drawn
+            for token in (*template.context(subject), *said, *self._punctuation.separator)
         )
 
-    def _prompt(self, ids: Ids, tokens: int, *, drawn: bool = False) -> export_pb.Prompt:
-        self._seed += drawn
+    def _drawn(self, ids: Ids, tokens: int, temperature: float = 1.0) -> export_pb.Prompt:
+        self._seed += 1
         return export_pb.Prompt(
-            token_ids=ids, max_tokens=tokens, temperature=float(drawn), seed=self._seed
+            token_ids=ids, max_tokens=tokens, temperature=temperature, seed=self._seed
         )
+
+    def _said(self, template: Template, subjects: Sequence[Ids]) -> list[TokenizedSample]:
+        """The model's likeliest answer about each."""
+        contexts = [template.context(subject) for subject in subjects]
+        asked = [
+            export_pb.Prompt(token_ids=context, max_tokens=template.answer_tokens)
+            for context in contexts
+        ]
+        answers = self._answer(asked) if asked else ()
+        cut = (self._punctuation.cut(tuple(answer.token_ids)) for answer in answers)
+        pairs = zip(contexts, cut, strict=True)
+        return [TokenizedSample(context, said) for context, said in pairs if said]
 
 
 def begin_of_text(model: Any) -> int:

@@ -59,8 +59,9 @@ class RunSteps:
         # A dry run writes nothing that could be too much.
         guard = replace(run.guard, min_loss=0.0) if run.dry_run else run.guard
         self._policy = StepPolicy(
-            settings.token_budget, guard, run.dry_run, run.loss.clip, run.options.clip_grad_norm
-        )
+            settings.token_budget, guard, run.dry_run, run.loss.clip, run.options.clip_grad_norm,
+            run.through_contexts,
+        )  # fmt: skip
         self._anchor_weight = run.anchor_options.weight
         self._unlearned = Unlearned(run.samples, guard)
         self.written, self._writing, self.waited_seconds = 0, False, 0.0

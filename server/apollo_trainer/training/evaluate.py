@@ -40,5 +40,5 @@ def evaluate(
             before_batch()
             _, sums = batch_loss(model, batch, contexts)
             for index, loss_sum in zip(batch.indices, sums[0].tolist(), strict=True):
-                losses[index] = loss_sum / len(samples[index].continuation_ids)
+                losses[index] = loss_sum / samples[index].learned_tokens
     return losses

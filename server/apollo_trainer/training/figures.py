@@ -74,7 +74,7 @@ class Sums:
             loss_sum / tokens,
             loss_sum,
             tokens,
-            tuple(row[0] / len(sample.continuation_ids) for sample, row in pairs),
+            tuple(row[0] / sample.learned_tokens for sample, row in pairs),
             sum(row[0] for row in anchors) / _tokens(self._anchors) if anchors else None,
             _policy(self._learned, learned),
         )
@@ -91,4 +91,4 @@ def _policy(
 
 
 def _tokens(samples: Sequence[TokenizedSample]) -> int:
-    return sum(len(sample.continuation_ids) for sample in samples)
+    return sum(sample.learned_tokens for sample in samples)

@@ -53,11 +53,13 @@ def targets_of(batch: MicroBatch, width: int, divisor: float) -> Targets:
     """What a micro-batch learns, in rows of `width`, on the CPU; padding has no weight."""
     ids, weights = [], []
     for sample in batch.samples:
-        learned, padding = sample.continuation_ids, width - len(sample.continuation_ids)
-        factors = sample.token_weights or (1.0,) * len(learned)
-        ids.append((*learned, *(IGNORED,) * padding))
+        read, padding = sample.open_tokens, width - len(sample.continuation_ids)
+        factors = sample.token_weights or (1.0,) * sample.learned_tokens
+        learned = sample.continuation_ids[read:]
+        ids.append((*(IGNORED,) * read, *learned, *(IGNORED,) * padding))
         # Divided before it is a float32, which holds no very small weight.
-        weights.append((*(sample.weight * f / divisor for f in factors), *(0.0,) * padding))
+        own = (sample.weight * f / divisor for f in factors)
+        weights.append((*(0.0,) * read, *own, *(0.0,) * padding))
     return Targets(
         torch.tensor(ids),
         torch.tensor(weights, dtype=torch.float32),
@@ -74,10 +76,11 @@ def _top_of(batch: MicroBatch, width: int) -> tuple[torch.Tensor | None, torch.T
     for row, sample in enumerate(batch.samples):
         if (top := sample.targets) is not None:
             tokens, own = top.ids.shape
+            places = slice(sample.open_tokens, sample.open_tokens + tokens)
             # A row with fewer than others has its first again, with a probability of 0.
-            ids[row, :tokens] = top.ids[:, :1]
-            ids[row, :tokens, :own] = top.ids
-            log_probs[row, :tokens, :own] = top.log_probs
+            ids[row, places] = top.ids[:, :1]
+            ids[row, places, :own] = top.ids
+            log_probs[row, places, :own] = top.log_probs
     return ids, log_probs
 
 
@@ -89,13 +92,13 @@ def _policy_of(batch: MicroBatch, width: int) -> torch.Tensor | None:
     for row, sample in enumerate(batch.samples):
         if sample.has_policy_loss:
             pair = torch.tensor([sample.advantages, sample.sampler_log_probs])
-            found[:, row, : pair.shape[1]] = pair
+            found[:, row, sample.open_tokens :][:, : pair.shape[1]] = pair
     return found
 
 
 def total_weight(sample: TokenizedSample) -> float:
     """Sum of the weights on a sample's tokens."""
-    factors = sample.token_weights or (1.0,) * len(sample.continuation_ids)
+    factors = sample.token_weights or (1.0,) * sample.learned_tokens
     return math.fsum(sample.weight * factor for factor in factors)
 
 

@@ -29,11 +29,13 @@ class TokenizedSample:
 
     Attributes:
         weight: factor on the whole sample's loss.
-        token_weights: one factor a continuation token, or empty for 1 each.
+        token_weights: one factor a token that is learned, or empty for 1 each.
         teacher_context_ids: what a teacher reads in place of the context; empty for the context.
         advantages: one a continuation token; empty where it was not sampled.
         sampler_log_probs: of each continuation token when it was sampled, in nats.
         targets: what a teacher says of each continuation token; equal samples may differ in it.
+        open_tokens: of the continuation's beginning, tokens of the context that run with gradient
+            and are not learned; nothing above has an entry for one.
     """
 
     context_ids: tuple[int, ...]
@@ -44,6 +46,23 @@ class TokenizedSample:
     advantages: tuple[float, ...] = ()
     sampler_log_probs: tuple[float, ...] = ()
     targets: TopTokens | None = field(default=None, compare=False, repr=False)
+    open_tokens: int = 0
+
+    @property
+    def learned_tokens(self) -> int:
+        """Tokens that are learned."""
+        return len(self.continuation_ids) - self.open_tokens
+
+    @property
+    def opened(self) -> TokenizedSample:
+        """The same, with a gradient through all of the context but its first token."""
+        begin, rest = self.context_ids[:1], self.context_ids[1:]
+        return replace(
+            self,
+            context_ids=begin,
+            continuation_ids=rest + self.continuation_ids,
+            open_tokens=self.open_tokens + len(rest),
+        )
 
     @property
     def plain(self) -> TokenizedSample:

@@ -52,6 +52,8 @@ class StepPolicy:
         clip: of the ratios of samples with a policy loss.
         clip_grad_norm: a gradient of a larger norm is scaled down to it before the moments see it;
             None is no limit.
+        through_contexts: gradients flow through contexts too, but for their first tokens; these
+            count as continuation tokens then.
     """
 
     token_budget: int = TOKEN_BUDGET
@@ -59,6 +61,7 @@ class StepPolicy:
     dry_run: bool = False
     clip: Clip = DEFAULT_CLIP
     clip_grad_norm: float | None = None
+    through_contexts: bool = False
 
 
 DEFAULT_POLICY = StepPolicy()
@@ -164,6 +167,9 @@ class _Step:
     backward_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.policy.through_contexts:
+            self.samples = [sample.opened for sample in self.samples]
+            self.anchors = [anchor.opened for anchor in self.anchors]
         together = (*self.samples, *self.anchors)
         mixing = mixing_of(self.model) if len(together) > 1 else Mixing.ONE
         self.batches = plan_batches(together, self.policy.token_budget, mixing)
