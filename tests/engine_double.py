@@ -83,21 +83,13 @@ class ServedModel(torch.nn.Module):
         logprobs = self._logits(token_ids)[:-1].log_softmax(-1)
         return logprobs.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
 
-    def answer(
-        self, token_ids: list[int], max_tokens: int, temperature: float = 0.0, seed: int = 0
-    ) -> list[int]:
-        """The tokens after a prompt, up to one that ends an answer, with it; drawn where asked."""
-        draw = torch.Generator().manual_seed(seed)
+    def answer(self, token_ids: list[int], max_tokens: int) -> list[int]:
+        """The likeliest tokens after a prompt, up to one that ends an answer, with it."""
         listed = self.module.generation_config.eos_token_id
         ends = {listed} if isinstance(listed, int) else set(listed or ())
         said: list[int] = []
         while len(said) < max_tokens and ends.isdisjoint(said):
-            logits = self._logits([*token_ids, *said])[-1]
-            if temperature:
-                odds = (logits / temperature).softmax(-1)
-                said.append(int(torch.multinomial(odds, 1, generator=draw)))
-            else:
-                said.append(int(logits.argmax()))
+            said.append(int(self._logits([*token_ids, *said])[-1].argmax()))
         return said
 
 
@@ -189,11 +181,9 @@ class RequestsDouble(OwnRequests):
     async def score(self, token_ids: list[int], prefix: str = SCORE_PREFIX) -> list[float]:
         return [logprob + self._wrong_by for logprob in self._model.score(token_ids)]
 
-    async def answer(
-        self, token_ids: list[int], max_tokens: int, temperature: float = 0.0, seed: int = 0
-    ) -> list[int]:
+    async def answer(self, token_ids: list[int], max_tokens: int) -> list[int]:
         self.client.begin("answer")
-        return self._model.answer(token_ids, max_tokens, temperature, seed)
+        return self._model.answer(token_ids, max_tokens)
 
 
 class PromptsDouble(PlainPrompts):

@@ -543,7 +543,7 @@ class RunSpec(google.protobuf.message.Message):
     EVALUATION_SAMPLES_FIELD_NUMBER: builtins.int
     EVALUATE_EVERY_STEPS_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
-    LEARN_THROUGH_CONTEXTS_FIELD_NUMBER: builtins.int
+    CONTEXT_GRADIENT_TOKENS_FIELD_NUMBER: builtins.int
     samples_per_step: builtins.int
     """Samples whose gradients make one optimizer step, in order. 0 means 1."""
     epochs: builtins.int
@@ -556,10 +556,10 @@ class RunSpec(google.protobuf.message.Message):
     """Shuffles the samples of each epoch. Unset: the order given, as in the list."""
     evaluate_every_steps: builtins.int
     """Steps between two `evaluated` events; 0: before the first step and after the last alone."""
-    learn_through_contexts: builtins.bool
-    """Gradients flow through the contexts of samples and anchors too, but for their first tokens. What
-    is learned of a short context is then more of that context alone (docs/learning.md); a step costs
-    as much as if its contexts were continuations.
+    context_gradient_tokens: builtins.int
+    """Gradients flow through so many of the last tokens of each context too, of samples and of anchors;
+    not through its first token. What is learned of a subject in them is then more of that subject
+    alone (docs/learning.md). A step costs as if they were of the continuation. At most 4096.
     """
     @property
     def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Sample]:
@@ -625,10 +625,10 @@ class RunSpec(google.protobuf.message.Message):
         evaluation_samples: collections.abc.Iterable[global___Sample] | None = ...,
         evaluate_every_steps: builtins.int = ...,
         parameters: global___ParameterFilter | None = ...,
-        learn_through_contexts: builtins.bool = ...,
+        context_gradient_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "accept_if", b"accept_if", "anchors", b"anchors", "coherence", b"coherence", "context_distillation", b"context_distillation", "cross_entropy", b"cross_entropy", "guard", b"guard", "loss", b"loss", "max_wall_time", b"max_wall_time", "optimizer", b"optimizer", "parameters", b"parameters", "policy_gradient", b"policy_gradient", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "accept_if", b"accept_if", "anchors", b"anchors", "coherence", b"coherence", "context_distillation", b"context_distillation", "cross_entropy", b"cross_entropy", "dry_run", b"dry_run", "epochs", b"epochs", "evaluate", b"evaluate", "evaluate_every_steps", b"evaluate_every_steps", "evaluation_samples", b"evaluation_samples", "guard", b"guard", "learn_through_contexts", b"learn_through_contexts", "loss", b"loss", "max_wall_time", b"max_wall_time", "optimizer", b"optimizer", "parameters", b"parameters", "policy_gradient", b"policy_gradient", "probes", b"probes", "samples", b"samples", "samples_per_step", b"samples_per_step", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "accept_if", b"accept_if", "anchors", b"anchors", "coherence", b"coherence", "context_distillation", b"context_distillation", "context_gradient_tokens", b"context_gradient_tokens", "cross_entropy", b"cross_entropy", "dry_run", b"dry_run", "epochs", b"epochs", "evaluate", b"evaluate", "evaluate_every_steps", b"evaluate_every_steps", "evaluation_samples", b"evaluation_samples", "guard", b"guard", "loss", b"loss", "max_wall_time", b"max_wall_time", "optimizer", b"optimizer", "parameters", b"parameters", "policy_gradient", b"policy_gradient", "probes", b"probes", "samples", b"samples", "samples_per_step", b"samples_per_step", "seed", b"seed"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
     @typing.overload

@@ -523,14 +523,8 @@ class Prompt(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     MAX_TOKENS_FIELD_NUMBER: builtins.int
     EXPECTED_IDS_FIELD_NUMBER: builtins.int
-    TEMPERATURE_FIELD_NUMBER: builtins.int
-    SEED_FIELD_NUMBER: builtins.int
     max_tokens: builtins.int
     """Tokens of the answer at most; 0: none is asked for."""
-    temperature: builtins.float
-    """0: each token of the answer is the likeliest one. Else they are drawn at this temperature."""
-    seed: builtins.int
-    """Of what is drawn."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """At least one."""
@@ -545,10 +539,8 @@ class Prompt(google.protobuf.message.Message):
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         max_tokens: builtins.int = ...,
         expected_ids: collections.abc.Iterable[builtins.int] | None = ...,
-        temperature: builtins.float = ...,
-        seed: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["expected_ids", b"expected_ids", "max_tokens", b"max_tokens", "seed", b"seed", "temperature", b"temperature", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["expected_ids", b"expected_ids", "max_tokens", b"max_tokens", "token_ids", b"token_ids"]) -> None: ...
 
 global___Prompt = Prompt
 

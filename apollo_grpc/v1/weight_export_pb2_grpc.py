@@ -128,8 +128,8 @@ class WeightExportServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def AnswerPrompts(self, request, context):
-        """Answers prompts with the live weights, and scores expected answers. UNAVAILABLE while the
-        engine is paused.
+        """Answers prompts with the live weights, always by the likeliest token, and scores expected
+        answers. UNAVAILABLE while the engine is paused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,8 +52,8 @@ class WeightExportServiceStub:
         apollo_grpc.v1.weight_export_pb2.AnswerPromptsRequest,
         apollo_grpc.v1.weight_export_pb2.AnswerPromptsResponse,
     ]
-    """Answers prompts with the live weights, and scores expected answers. UNAVAILABLE while the
-    engine is paused.
+    """Answers prompts with the live weights, always by the likeliest token, and scores expected
+    answers. UNAVAILABLE while the engine is paused.
     """
 
     TokenizeSamples: grpc.UnaryUnaryMultiCallable[
@@ -158,8 +158,8 @@ class WeightExportServiceAsyncStub:
         apollo_grpc.v1.weight_export_pb2.AnswerPromptsRequest,
         apollo_grpc.v1.weight_export_pb2.AnswerPromptsResponse,
     ]
-    """Answers prompts with the live weights, and scores expected answers. UNAVAILABLE while the
-    engine is paused.
+    """Answers prompts with the live weights, always by the likeliest token, and scores expected
+    answers. UNAVAILABLE while the engine is paused.
     """
 
     TokenizeSamples: grpc.aio.UnaryUnaryMultiCallable[
@@ -272,8 +272,8 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
         request: apollo_grpc.v1.weight_export_pb2.AnswerPromptsRequest,
         context: _ServicerContext,
     ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.AnswerPromptsResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.AnswerPromptsResponse]]:
-        """Answers prompts with the live weights, and scores expected answers. UNAVAILABLE while the
-        engine is paused.
+        """Answers prompts with the live weights, always by the likeliest token, and scores expected
+        answers. UNAVAILABLE while the engine is paused.
         """
 
     @abc.abstractmethod

@@ -23,10 +23,10 @@ RECIPE = RunOptions(
     epochs=60,
     samples_per_step=4,
     seed=0,
-    learn_through_contexts=True,
+    context_gradient_tokens=16,
     self_made=True,
     regression_set=True,
-    anchors_per_step=16,
+    anchors_per_step=12,
     anchor_weight=2.0,
     min_loss=0.1,
 )

@@ -58,7 +58,7 @@ class RunOptions(TypedDict, total=False):
     include: Iterable[str]
     exclude: Iterable[str]
     layers: Iterable[int]
-    learn_through_contexts: bool
+    context_gradient_tokens: int
     lr: float
     rank: int
     beta1: float

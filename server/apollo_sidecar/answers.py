@@ -17,7 +17,6 @@ MAX_ANSWER_TOKENS = 4096
 # More would keep the requests of others waiting.
 IN_FLIGHT = 64
 ANSWER_SECONDS = 600.0
-MAX_TEMPERATURE = 10.0
 
 
 class Answers:
@@ -72,8 +71,7 @@ class Answers:
         requests = self._engine.requests
         async with self._turns:
             if prompt.max_tokens:
-                drawn = prompt.temperature, prompt.seed
-                answer.token_ids.extend(await requests.answer(ids, prompt.max_tokens, *drawn))
+                answer.token_ids.extend(await requests.answer(ids, prompt.max_tokens))
             if expected:
                 scores = await requests.score(ids + expected, ANSWER_PREFIX)
                 answer.expected_log_probabilities.extend(scores[-len(expected) :])
@@ -106,9 +104,6 @@ def _require_length(path: str, prompt: pb.Prompt, longest: int) -> None:
             f"{path}.max_tokens",
             f"is {prompt.max_tokens}; it must be from 0 to {MAX_ANSWER_TOKENS}",
         )
-    if not 0 <= prompt.temperature <= MAX_TEMPERATURE:
-        says = f"is {prompt.temperature:g}; it must be from 0 to {MAX_TEMPERATURE:g}"
-        raise InvalidArgument.at(f"{path}.temperature", says)
     # vLLM scores a prompt only where it may add a token to it.
     scored = len(prompt.expected_ids) + 1 if prompt.expected_ids else 0
     for name, more in (("max_tokens", prompt.max_tokens), ("expected_ids", scored)):

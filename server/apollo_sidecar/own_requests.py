@@ -39,21 +39,14 @@ class OwnRequests:
         scored = zip(token_ids[1:], list(done.prompt_logprobs)[1:], strict=True)
         return [float(entry[token].logprob) for token, entry in scored]
 
-    async def answer(
-        self, token_ids: list[int], max_tokens: int, temperature: float = 0.0, seed: int = 0
-    ) -> list[int]:
-        """The tokens after a prompt, up to the one that ends an answer, with it.
+    async def answer(self, token_ids: list[int], max_tokens: int) -> list[int]:
+        """The likeliest tokens after a prompt, up to the one that ends an answer, with it.
 
         Which tokens do, vLLM knows: its tokenizer's, and those of generation_config.json.
-
-        Args:
-            temperature: 0 for the likeliest tokens.
-            seed: of what is drawn.
         """
         # What an earlier request left in the prefix cache may be of older weights.
-        drawn = {"temperature": temperature, "seed": seed} if temperature else {}
         done = await self._ask(
-            token_ids, ANSWER_PREFIX, max_tokens=max_tokens, skip_reading_prefix_cache=True, **drawn
+            token_ids, ANSWER_PREFIX, max_tokens=max_tokens, skip_reading_prefix_cache=True
         )
         return list(done.outputs[0].token_ids)
 
@@ -62,8 +55,7 @@ class OwnRequests:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         once = RequestOutputKind.FINAL_ONLY
-        options = {"temperature": 0.0} | options
-        sampling = SamplingParams(detokenize=False, output_kind=once, **options)
+        sampling = SamplingParams(temperature=0.0, detokenize=False, output_kind=once, **options)
         prompt = {"prompt_token_ids": token_ids}
         request_id = f"{prefix}{uuid.uuid4().hex}"
         (done,) = [o async for o in self.client.generate(prompt, sampling, request_id)]

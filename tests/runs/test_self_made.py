@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_grpc.v1 import weight_export_pb2 as export_pb
-from apollo_trainer.runs.self_made import DRAWN, Punctuation, SelfMade, Template
+from apollo_trainer.runs.self_made import Punctuation, SelfMade, Template
 from apollo_trainer.training.samples import TokenizedSample
 
 THE, CAPITAL, OF, IS, STOP = 1, 2, 3, 4, 9
@@ -26,56 +26,48 @@ FACTS = [fact([50], [60, 61]), fact([51, 52], [62])]
 
 
 class Model:
-    """Draws the next of some continuations, and answers every other prompt with 70 and a stop."""
+    """Goes on from a first token as it is told, and answers a question with 70 and a stop."""
 
-    def __init__(self, *drawn: Sequence[int]):
-        self.drawn, self.asked = list(drawn), list[export_pb.Prompt]()
+    def __init__(self, goes_on: Mapping[int, Sequence[int]]):
+        self.goes_on, self.asked = goes_on, list[tuple[int, ...]]()
 
     def __call__(self, prompts: Sequence[export_pb.Prompt]) -> list[export_pb.Answer]:
-        self.asked += prompts
+        self.asked += [tuple(prompt.token_ids) for prompt in prompts]
         return [export_pb.Answer(token_ids=self._one(prompt)) for prompt in prompts]
 
     def _one(self, prompt: export_pb.Prompt) -> Sequence[int]:
-        if prompt.temperature:
-            return self.drawn[prompt.seed % len(self.drawn)]
-        return [70, STOP, 71][: prompt.max_tokens]
+        said = self.goes_on.get(prompt.token_ids[-1], [70, STOP, 71])
+        return list(said)[: prompt.max_tokens]
+
+    def likeliest(self, contexts: Sequence[tuple[int, ...]], count: int) -> list[int]:
+        return list(self.goes_on)[:count]
+
+    def maker(self) -> SelfMade:
+        return SelfMade(self, self.likeliest, Punctuation(frozenset({STOP}), (STOP,)), 0)
 
 
 def made(
-    model: Model,
-    samples: Sequence[TokenizedSample] = FACTS,
-    most: int = 10,
-    heads: Sequence[int] = (),
+    model: Model, samples: Sequence[TokenizedSample] = FACTS, most: int = 10
 ) -> list[TokenizedSample]:
-    maker = SelfMade(model, lambda *_: heads, Punctuation(frozenset({STOP}), (STOP,)), 0)
-    return [anchor for kind in maker.about([samples], most) for anchor in kind]
+    return [anchor for kind in model.maker().about([samples], most) for anchor in kind]
 
 
 def test_other_subjects_are_asked_about_and_the_taught_ones_are_not() -> None:
-    model = Model([30, IS, 5], [31, 32, IS], [50, IS, 5], [33, 34, 35])
+    model = Model({30: [IS, 5], 31: [32, IS], 50: [IS, 5], 33: [34, 35]})
     anchors = made(model)
     assert {a.context_ids for a in anchors} == {(*PREFIX, 30, IS), (*PREFIX, 31, 32, IS)}
     assert {a.continuation_ids for a in anchors} == {(70,)}
 
 
-def test_later_draws_see_what_was_found_before() -> None:
-    model = Model([30, IS])
-    made(model, heads=[40])
-    drawn = [tuple(p.token_ids) for p in model.asked if p.temperature]
-    assert set(drawn[:DRAWN]) == {PREFIX}
-    assert drawn[DRAWN:] == [(*PREFIX, 30, IS, 70, STOP, *PREFIX, 40)]
-
-
-def test_a_subject_is_tried_with_each_likely_first_token() -> None:
-    model = Model([IS, 5])
-    found = {a.context_ids for a in made(model, heads=[30, 31])}
-    assert found == {(*PREFIX, 30, IS), (*PREFIX, 31, IS)}
+def test_later_it_goes_on_from_what_it_said_before() -> None:
+    model = Model({30: [IS]})
+    made(model)
+    assert (*PREFIX, 30, IS, 70, STOP, *PREFIX, 30) in model.asked
 
 
 def test_each_kind_is_asked_about_the_same_subjects() -> None:
     chats = [TokenizedSample((90, 91, *s.context_ids, 92), s.continuation_ids) for s in FACTS]
-    maker = SelfMade(Model([30, IS]), lambda *_: [], Punctuation(), 0)
-    texts, asked = maker.about([FACTS, chats], 10)
+    texts, asked = Model({30: [IS]}).maker().about([FACTS, chats], 10)
     assert [a.context_ids for a in texts] == [(*PREFIX, 30, IS)]
     assert [a.context_ids for a in asked] == [(90, 91, *PREFIX, 30, IS, 92)]
 
@@ -92,15 +84,14 @@ def test_each_kind_is_asked_about_the_same_subjects() -> None:
 def test_without_a_template_texts_begin_as_the_samples_do(
     samples: Sequence[TokenizedSample],
 ) -> None:
-    anchors = made(Model([30, IS]), samples, most=6)
+    anchors = made(Model({head: [5, 6] for head in range(30, 40)}), samples, most=6)
     assert {a.context_ids for a in anchors} == {sample.context_ids[:3] for sample in samples}
-    assert len(anchors) == 6
+    assert [a.continuation_ids for a in anchors] == [(head, 5, 6) for head in range(30, 36)]
 
 
 def test_texts_begin_with_the_token_that_texts_begin_with() -> None:
-    model = Model([5, 6, 7], [8])
-    texts = SelfMade(model, lambda *_: [], Punctuation(), 0).texts(0, 4)
-    assert texts == [TokenizedSample((0,), (5, 6, 7))] * 2
+    texts = Model({8: [5, 6], 9: [7]}).maker().texts(0, 2)
+    assert texts == [TokenizedSample((0,), (8, 5, 6)), TokenizedSample((0,), (9, 7))]
 
 
 def test_punctuation_is_what_vllm_makes_of_it() -> None:

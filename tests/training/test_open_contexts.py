@@ -21,7 +21,7 @@ from tests.training.test_anchors import ANCHORS, LEARNED, norm_of_gradient
 from tests.training.test_mixed_losses import ALL
 
 Make = Callable[[str], Any]
-OPEN = StepPolicy(dry_run=True, through_contexts=True)
+OPEN = StepPolicy(dry_run=True, open_tokens=100)
 
 
 def whole(model: Any, sample: TokenizedSample) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_the_gradient_is_that_of_the_whole_sequence(make_model: Make, family: st
     optimizer = Apollo(model.named_parameters(), rank=8)
     found = take_step(model, optimizer, LEARNED, OPEN, anchors=ANCHORS, anchor_weight=0.3)
     frozen = take_step(
-        model, optimizer, LEARNED, replace(OPEN, through_contexts=False), anchors=ANCHORS,
+        model, optimizer, LEARNED, replace(OPEN, open_tokens=0), anchors=ANCHORS,
         anchor_weight=0.3,
     )  # fmt: skip
     assert found.grad_norm == pytest.approx(expected, rel=1e-4)
@@ -63,7 +63,7 @@ def test_figures_are_those_of_frozen_contexts(
     model = make_model("qwen3")
     optimizer = Apollo(model.named_parameters(), rank=8)
     found = take_step(model, optimizer, samples, OPEN)
-    frozen = take_step(model, optimizer, samples, replace(OPEN, through_contexts=False))
+    frozen = take_step(model, optimizer, samples, replace(OPEN, open_tokens=0))
     assert found.tokens == frozen.tokens
     assert found.loss == pytest.approx(frozen.loss, rel=1e-4, abs=1e-5)
     assert found.sample_losses == pytest.approx(frozen.sample_losses, rel=1e-4, abs=1e-5)
@@ -73,7 +73,7 @@ def test_figures_are_those_of_frozen_contexts(
 
 def test_in_buckets_they_are_the_same(make_model: Make) -> None:
     model = make_model("qwen3")
-    (batch,) = plan_batches([sample.opened for sample in ALL], 1000, Mixing.PADDED)
+    (batch,) = plan_batches([sample.opened(100) for sample in ALL], 1000, Mixing.PADDED)
     inputs = Inputs(Bucket.of(batch), model.device)
     inputs.fill(batch, 3.0)
     weighted, sums = losses(model, inputs)
@@ -82,10 +82,11 @@ def test_in_buckets_they_are_the_same(make_model: Make) -> None:
     torch.testing.assert_close(sums, expected_sums, rtol=1e-4, atol=1e-4)
 
 
-def test_a_sample_is_opened_once_and_one_of_a_single_context_token_stays() -> None:
+def test_a_sample_is_opened_from_its_end_and_its_first_token_never_is() -> None:
     sample = TokenizedSample((1, 2, 3), (4, 5))
+    assert sample.opened(1) == TokenizedSample((1, 2), (3, 4, 5), open_tokens=1)
     opened = TokenizedSample((1,), (2, 3, 4, 5), open_tokens=2)
-    assert sample.opened == opened == opened.opened
+    assert sample.opened(2) == sample.opened(9) == sample.opened(1).opened(1) == opened
     assert opened.learned_tokens == sample.learned_tokens == 2
     single = TokenizedSample((1,), (4, 5))
-    assert single.opened == single
+    assert single.opened(5) == single

@@ -56,6 +56,7 @@ def test_a_family_that_nobody_tuned_for_is_supported(tmp_path):
     assert list((tmp_path / "state").iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_family_whose_loader_computes_is_refused_by_the_name_of_each_parameter(tmp_path):
     config = MambaConfig(**SMALL, state_size=16, pad_token_id=0)
     model = write_model(tmp_path / "model", config, seed=3)

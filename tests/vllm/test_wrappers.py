@@ -66,7 +66,7 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 CASES = [
-    pytest.param(("gemma3",), id="gemma3-with-its-tower"),
+    pytest.param(("gemma3",), id="gemma3-with-its-tower", marks=pytest.mark.long),
     pytest.param(("qwen3_5", WITHOUT_TOWER), id="qwen3_5"),
     *(
         pytest.param((name, WITHOUT_TOWER), id=name, marks=pytest.mark.long)

@@ -56,10 +56,10 @@ def command(
     layers: Annotated[
         list[int] | None, typer.Option(help="Layer that learns, from 0; may be repeated.")
     ] = None,
-    learn_through_contexts: Annotated[
-        bool,
-        typer.Option("--learn-through-contexts", help="Gradients flow through contexts too."),
-    ] = False,
+    context_gradient_tokens: Annotated[
+        int | None,
+        typer.Option(help="Last tokens of each context that gradients flow through; default 0."),
+    ] = None,
     anchors: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Samples whose answers must stay as they are."),

@@ -42,6 +42,7 @@ from apollo_trainer.training.samples import TokenizedSample
 
 MAX_EPOCHS = 100_000
 MAX_SAMPLES_PER_STEP = 4096
+MAX_OPEN_TOKENS = 4096
 MAX_WALL_SECONDS = 10 * 365 * 86400
 _USES: dict[Kind, Use] = {
     "cross_entropy": LEARNED,
@@ -81,7 +82,7 @@ class PreparedRun:
         accept_if: what it must reach to be kept; None where it is kept in any case.
         evaluated: samples whose loss is told, and that are not learned.
         evaluate_every: steps between two of these; 0 for the first and the last alone.
-        through_contexts: gradients flow through contexts too.
+        context_gradient_tokens: last ones of each context that gradients flow through too.
         kinds: of the samples: tokens, text or chat.
         anchor_sources: how many of the anchors each source gave, in order; of one source if empty.
     """
@@ -105,7 +106,7 @@ class PreparedRun:
     evaluated: tuple[TokenizedSample, ...] = ()
     evaluate_every: int = 0
     learning: Filter = field(default_factory=Filter)
-    through_contexts: bool = False
+    context_gradient_tokens: int = 0
     kinds: tuple[str, ...] = ()
     anchor_sources: tuple[int, ...] = ()
 
@@ -209,7 +210,7 @@ def prepare_run(
         accept_if=accept_if,
         evaluate_every=spec.evaluate_every_steps,
         learning=learning,
-        through_contexts=spec.learn_through_contexts,
+        context_gradient_tokens=spec.context_gradient_tokens,
         kinds=() if only_check else tuple(s.WhichOneof("content") or "" for s in spec.samples),
         sample_count=len(spec.samples),
         options=options,
@@ -242,6 +243,7 @@ def _check_counts(spec: pb.RunSpec) -> None:
         "epochs": MAX_EPOCHS,
         "samples_per_step": MAX_SAMPLES_PER_STEP,
         "evaluate_every_steps": 2**31 - 1,
+        "context_gradient_tokens": MAX_OPEN_TOKENS,
     }
     wrong = {
         f"spec.{name}": f"is {getattr(spec, name)}; it must be from 0 (the default) to {limit}"

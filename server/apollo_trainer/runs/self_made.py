@@ -9,7 +9,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any
 
 from apollo_grpc.v1 import training_pb2 as pb
@@ -25,9 +25,10 @@ MARKS = (".", ",", ";", ":", "!", "?", "(", "\n", " (", ".\n")
 SEPARATOR = ".\n"
 SUBJECT_TOKENS = 8
 TEXT_TOKENS = 24
-# Draws from nothing; then contexts, statements in each, and first tokens that are tried.
-DRAWN, CONTEXTS, SHOWN, BRANCHES = 128, 8, 6, 640
-SURER = 0.5  # temperature of what follows a first token
+# First tokens that are tried each time; contexts of the second time, and statements in each.
+BRANCHES, CONTEXTS, SHOWN = 384, 8, 6
+# Of the subjects, one of so many is asked about in each form but the first.
+OTHERS = 4
 # A prefix of one token says nothing of a kind.
 _LEAST_PREFIX = 2
 _BEGUN = 3
@@ -123,15 +124,19 @@ class Punctuation:
 class SelfMade:
     """Asks vLLM, and the weights; on the training thread, before a run's first step.
 
+    Nothing is drawn by chance: each of the likeliest tokens at one place is gone on from. vLLM 0.32
+    on a CPU dies of a request with a seed that is divided (v1/worker/gpu_model_runner.py,
+    _bookkeeping_sync).
+
     Args:
         answer: as `Sidecar.answer` of an epoch.
-        likeliest: tokens that may follow a prompt, the likeliest first.
-        seed: of what is drawn.
+        likeliest: tokens that may follow prompts, the likeliest first.
+        seed: of which statements stand before others.
     """
 
     def __init__(self, answer: Answer, likeliest: Likeliest, punctuation: Punctuation, seed: int):
         self._answer, self._likeliest, self._punctuation = answer, likeliest, punctuation
-        self._seed, self._draw = seed, random.Random(seed)
+        self._draw = random.Random(seed)
 
     def about(
         self, kinds: Sequence[Sequence[TokenizedSample]], most: int
@@ -139,58 +144,50 @@ class SelfMade:
         """The model's own answers about other subjects than those of the samples, by kind.
 
         Args:
-            kinds: samples of one form each.
-            most: of each kind; without a template texts that begin as the samples do.
+            kinds: samples of one form each; the first one with a template has answers about all
+                subjects, the others about a part of `most`, as theirs are longer.
+            most: texts that begin as the samples do, where these have no template.
         """
         templates = [template for template in map(Template.of, kinds) if template is not None]
         if not most or not templates:
-            return [self._begun([sample for kind in kinds for sample in kind], most)]
+            begun = {sample.context_ids[:_BEGUN] for kind in kinds for sample in kind}
+            return [self._written(sorted(begun), most)]
         subjects = list(self._subjects(templates[0]))
         log.info("%d subjects beside those that are taught", len(subjects))
-        return [self._said(template, subjects) for template in templates]
+        first, *others = templates
+        rest = [self._said(template, subjects[: most // OTHERS]) for template in others]
+        return [self._said(first, subjects), *rest]
 
     def texts(self, begin: int, most: int) -> list[TokenizedSample]:
         """Texts that the model writes from nothing but the token that texts begin with."""
-        return self._written([(begin,)] * most)
+        return self._written([(begin,)], most)
 
-    def _begun(self, samples: Sequence[TokenizedSample], most: int) -> list[TokenizedSample]:
-        """Texts that begin as the samples do: what has no template may still be near."""
-        begun = cycle(dict.fromkeys(sample.context_ids[:_BEGUN] for sample in samples))
-        return self._written(list(islice(begun, most)))
+    def _written(self, contexts: Sequence[Ids], most: int) -> list[TokenizedSample]:
+        begun = self._branched(contexts, most)
+        answers = self._asked([(*context, head) for context, head in begun], TEXT_TOKENS)
+        pairs = zip(begun, answers, strict=True)
+        return [TokenizedSample(context, (head, *said)) for (context, head), said in pairs]
 
-    def _written(self, contexts: Sequence[Ids]) -> list[TokenizedSample]:
-        asked = [self._drawn(context, TEXT_TOKENS) for context in contexts]
-        answers = self._answer(asked) if asked else ()
-        pairs = zip(contexts, (tuple(answer.token_ids) for answer in answers), strict=True)
-        return [TokenizedSample(context, ids) for context, ids in pairs if len(ids) > 1]
+    def _branched(self, contexts: Sequence[Ids], most: int) -> list[tuple[Ids, int]]:
+        """The likeliest tokens after the contexts, each after one of them in turn."""
+        heads = self._likeliest(contexts, most) if most else ()
+        return list(zip(cycle(contexts), heads))
 
     def _subjects(self, template: Template) -> dict[Ids, Ids]:
         """Subjects that the model comes to, and what it says of each.
 
-        First from nothing but the prefix; then after some of what it said, once for each token that
-        a subject is likely to begin with: draws alone would come to the same few.
+        First after nothing but the prefix, then after some of what it said.
         """
-        tokens = SUBJECT_TOKENS + len(template.suffix)
-        first = [self._drawn(template.prefix, tokens) for _ in range(DRAWN)]
-        found = self._drawn_about(template, first)
+        found = self._found(template, [template.prefix])
         shown = [(*self._shown(template, found), *template.prefix) for _ in range(CONTEXTS)]
-        heads = self._likeliest(shown, BRANCHES)
-        asked = [
-            self._drawn((*context, head), tokens - 1, SURER)
-            for context, head in zip(cycle(shown), heads)
-        ]
-        return found | self._drawn_about(template, asked, heads)
+        return found | self._found(template, shown)
 
-    def _drawn_about(
-        self, template: Template, asked: Sequence[export_pb.Prompt], heads: Sequence[int] = ()
-    ) -> dict[Ids, Ids]:
-        """What is said of the subjects that are drawn; `heads` are their first tokens."""
-        begun: list[Ids] = [(head,) for head in heads] or [()] * len(asked)
-        drawn = [
-            (*head, *answer.token_ids)
-            for head, answer in zip(begun, self._answer(asked), strict=True)
-        ]
-        subjects = dict.fromkeys(map(template.subject, drawn))
+    def _found(self, template: Template, contexts: Sequence[Ids]) -> dict[Ids, Ids]:
+        begun = self._branched(contexts, BRANCHES)
+        tokens = SUBJECT_TOKENS + len(template.suffix)
+        answers = self._asked([(*context, head) for context, head in begun], tokens)
+        pairs = zip(begun, answers, strict=True)
+        subjects = dict.fromkeys(template.subject((head, *said)) for (_, head), said in pairs)
         said = self._said(template, [s for s in subjects if s and s not in template.taught])
         return {template.subject_of(sample): sample.continuation_ids for sample in said}
 
@@ -203,22 +200,15 @@ class SelfMade:
             for token in (*template.context(subject), *said, *self._punctuation.separator)
         )
 
-    def _drawn(self, ids: Ids, tokens: int, temperature: float = 1.0) -> export_pb.Prompt:
-        self._seed += 1
-        return export_pb.Prompt(
-            token_ids=ids, max_tokens=tokens, temperature=temperature, seed=self._seed
-        )
+    def _asked(self, prompts: Sequence[Ids], tokens: int) -> list[Ids]:
+        asked = [export_pb.Prompt(token_ids=ids, max_tokens=tokens) for ids in prompts]
+        return [tuple(answer.token_ids) for answer in (self._answer(asked) if asked else ())]
 
     def _said(self, template: Template, subjects: Sequence[Ids]) -> list[TokenizedSample]:
         """The model's likeliest answer about each, where it is one."""
-        asked = [
-            export_pb.Prompt(
-                token_ids=template.context(subject), max_tokens=template.answer_tokens + 2
-            )
-            for subject in subjects
-        ]
-        answers = self._answer(asked) if asked else ()
-        said = [self._punctuation.cut(tuple(answer.token_ids)) for answer in answers]
+        contexts = [template.context(subject) for subject in subjects]
+        answers = self._asked(contexts, template.answer_tokens + 2)
+        said = [self._punctuation.cut(answer) for answer in answers]
         return [
             TokenizedSample(template.context(subject), each)
             for subject, each in zip(subjects, said, strict=True)

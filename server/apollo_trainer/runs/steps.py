@@ -60,7 +60,7 @@ class RunSteps:
         guard = replace(run.guard, min_loss=0.0) if run.dry_run else run.guard
         self._policy = StepPolicy(
             settings.token_budget, guard, run.dry_run, run.loss.clip, run.options.clip_grad_norm,
-            run.through_contexts,
+            run.context_gradient_tokens,
         )  # fmt: skip
         self._anchor_weight = run.anchor_options.weight
         self._unlearned = Unlearned(run.samples, guard)

@@ -53,10 +53,10 @@ class TokenizedSample:
         """Tokens that are learned."""
         return len(self.continuation_ids) - self.open_tokens
 
-    @property
-    def opened(self) -> TokenizedSample:
-        """The same, with a gradient through all of the context but its first token."""
-        begin, rest = self.context_ids[:1], self.context_ids[1:]
+    def opened(self, most: int) -> TokenizedSample:
+        """The same, with a gradient through the context's last tokens; its first one has none."""
+        cut = max(1, len(self.context_ids) - most)
+        begin, rest = self.context_ids[:cut], self.context_ids[cut:]
         return replace(
             self,
             context_ids=begin,

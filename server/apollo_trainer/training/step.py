@@ -52,7 +52,7 @@ class StepPolicy:
         clip: of the ratios of samples with a policy loss.
         clip_grad_norm: a gradient of a larger norm is scaled down to it before the moments see it;
             None is no limit.
-        through_contexts: gradients flow through contexts too, but for their first tokens; these
+        open_tokens: gradients flow through so many of the last tokens of each context too; these
             count as continuation tokens then.
     """
 
@@ -61,7 +61,7 @@ class StepPolicy:
     dry_run: bool = False
     clip: Clip = DEFAULT_CLIP
     clip_grad_norm: float | None = None
-    through_contexts: bool = False
+    open_tokens: int = 0
 
 
 DEFAULT_POLICY = StepPolicy()
@@ -167,9 +167,9 @@ class _Step:
     backward_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.policy.through_contexts:
-            self.samples = [sample.opened for sample in self.samples]
-            self.anchors = [anchor.opened for anchor in self.anchors]
+        if most := self.policy.open_tokens:
+            self.samples = [sample.opened(most) for sample in self.samples]
+            self.anchors = [anchor.opened(most) for anchor in self.anchors]
         together = (*self.samples, *self.anchors)
         mixing = mixing_of(self.model) if len(together) > 1 else Mixing.ONE
         self.batches = plan_batches(together, self.policy.token_budget, mixing)
