@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import random
 import statistics
 import tempfile
@@ -129,21 +130,23 @@ class Bench:
 
     def __init__(self, client: ApolloClient, options: Sequence[str]):
         self._client = client
-        self._options = {name: float(value) for name, value in (o.split("=") for o in options)}
-        for name in self._options:
-            if self._options[name].is_integer():
-                self._options[name] = int(self._options[name])
+        pairs = (option.split("=") for option in options)
+        self._options = {name: json.loads(value) for name, value in pairs}
         self._held_out = [_held_out(text) for text in learning_data.held_out()]
         self._known = self._what_is_known()
 
     def _what_is_known(self) -> list[pb.Probe]:
         probes = [_probe(f"neighbour {land}", f"The capital of {land} is", town)
                   for land, town in learning_data.capitals()]  # fmt: skip
-        events = self._client.train([_held_out("a b")], dry_run=True, probes=probes)
-        (asked,) = [event.probed for event in events if event.HasField("probed")]
-        known = [p for p, found in zip(probes, asked.results, strict=True) if found.passed]
+        known = [p for p, found in zip(probes, self._asked(probes), strict=True) if found.passed]
         print(f"{len(known)} of {len(probes)} capitals are known", flush=True)
         return known
+
+    def _asked(self, probes: Sequence[pb.Probe]) -> Sequence[pb.ProbeResult]:
+        """What vLLM says to them now."""
+        events = self._client.train([_held_out("a b")], dry_run=True, probes=probes)
+        (probed,) = [event.probed for event in events if event.HasField("probed")]
+        return probed.results
 
     def row(self, name: str, seed: int) -> dict[str, Any]:
         """One way to teach, from the base."""
@@ -172,9 +175,7 @@ class Bench:
             states.append(pb.RunState.Name(last.finished.state).removeprefix("RUN_STATE_"))
         seconds = time.monotonic() - began
         asked = [probe for fact in facts for probe in lesson([fact])[1]["probes"]]
-        events = self._client.train([_held_out("a b")], dry_run=True, probes=asked)
-        (probed,) = [event.probed for event in events if event.HasField("probed")]
-        passed = {result.name for result in probed.results if result.passed}
+        passed = {result.name for result in self._asked(asked) if result.passed}
         found = {
             "edits": count,
             "remembered": sum(fact.prompt in passed for fact in facts),

@@ -230,12 +230,10 @@ class ModelCheckpoints:
 
     @contextmanager
     def _at_work(self, paused: Pausing) -> Iterator[None]:
-        """Marks a restore on disk, until `end_restore`: a server that is killed before leaves mixed
-        weights, or whole ones without their Apollo state."""
+        """Marks a restore on disk until `end_restore`: before, weights and state are not of one."""
         was_there = self._mark.exists()
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            durable_bytes(self._mark, json.dumps({"epoch": self._attachment.epoch}).encode())
+            self._write_mark()
         except OSError as error:
             raise FailedPrecondition(
                 f"{self._mark} cannot be written ({error.strerror or error}); nothing was changed. "
@@ -252,10 +250,7 @@ class ModelCheckpoints:
             raise
 
     def end_restore(self) -> str:
-        """The live weights and the state on disk belong together again: removes the mark.
-
-        Returns why the mark could not be removed; empty where there is none.
-        """
+        """Removes the mark: weights and the state on disk belong together. Returns why it stays."""
         self.poison.why = ""
         try:
             if self._mark.exists():
@@ -267,8 +262,7 @@ class ModelCheckpoints:
     def doubt(self, why: str) -> None:
         """Takes the live weights for mixed, also after a restart, until a restore succeeds."""
         self.poison.why = why
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        durable_bytes(self._mark, json.dumps({"epoch": self._attachment.epoch}).encode())
+        self._write_mark()
 
     def _look_for_one_cut_off(self) -> None:
         if not self._mark.exists():
@@ -285,6 +279,10 @@ class ModelCheckpoints:
             "the training server ended in a restore or an undo, before weights and Apollo state "
             "were both in place."
         )
+
+    def _write_mark(self) -> None:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable_bytes(self._mark, json.dumps({"epoch": self._attachment.epoch}).encode())
 
     def _remove_mark(self) -> None:
         self._mark.unlink(missing_ok=True)

@@ -95,7 +95,6 @@ def read_probes(
     """
     _check(probes)
     samples = [probe.sample for probe in probes]
-    # A probe has a sample of its own: its path is another one.
     # vLLM scores a prompt only where one token more would fit.
     fitting = replace(limits, max_tokens=limits.max_tokens - 1)
     use = replace(PROBED, path="regression_set[{}].sample") if regression else PROBED

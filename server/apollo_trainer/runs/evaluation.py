@@ -18,7 +18,7 @@ from apollo_trainer.runs.probing import Probing, not_asked
 from apollo_trainer.runs.run import PreparedRun
 from apollo_trainer.runs.self_made import Punctuation, SelfMade, begin_of_text
 from apollo_trainer.training.evaluate import evaluate
-from apollo_trainer.training.samples import TokenizedSample
+from apollo_trainer.training.samples import TokenizedSample, TopTokens
 from apollo_trainer.training.teacher import top_tokens
 from apollo_trainer.weights.sidecar import Sidecar
 
@@ -60,9 +60,8 @@ class Evaluation:
             run = replace(run, samples=self._taught(run.samples, run.loss.top_k))
         if not run.anchor_options.keeps_distribution:
             anchors = tuple(replace(anchor, targets=None) for anchor in anchors)
-        elif anchors:
-            others = iter(self._taught(tuple(a for a in anchors if a.targets is None), TOP_K))
-            anchors = tuple(next(others) if a.targets is None else a for a in anchors)
+        else:
+            anchors = self._taught(anchors, TOP_K)
         self.run = replace(run, anchors=anchors, anchor_sources=tuple(map(len, sources)))
         self._probing.before()
         self._tell(0)
@@ -81,20 +80,16 @@ class Evaluation:
 
     def _surest(self, said: list[TokenizedSample], most: int) -> list[TokenizedSample]:
         """Those of the model's own answers that it is surest of, which it may well know."""
-
-        def sureness(sample: TokenizedSample) -> float:
-            assert sample.targets is not None
-            return float(sample.targets.log_probs[:, 0].mean())
-
-        return sorted(self._taught(tuple(said), TOP_K), key=sureness, reverse=True)[:most]
+        pairs = list(zip(said, self._top(said, TOP_K), strict=True))
+        pairs.sort(key=lambda pair: float(pair[1].log_probs[:, 0].mean()), reverse=True)
+        return [replace(sample, targets=top) for sample, top in pairs[:most]]
 
     def _likeliest(self, prompts: Sequence[tuple[int, ...]], count: int) -> list[int]:
         """Tokens that may follow, by their mean probability over the prompts."""
-        samples = tuple(TokenizedSample(prompt, prompt[-1:]) for prompt in prompts)
+        samples = [TokenizedSample(prompt, prompt[-1:]) for prompt in prompts]
         odds = Counter[int]()
-        for sample in self._taught(samples, count):
-            assert sample.targets is not None
-            first = sample.targets.ids[0].tolist(), sample.targets.log_probs[0].exp().tolist()
+        for top in self._top(samples, count):
+            first = top.ids[0].tolist(), top.log_probs[0].exp().tolist()
             odds.update(dict(zip(*first, strict=True)))
         return [token for token, _ in odds.most_common(count)]
 
@@ -135,11 +130,13 @@ class Evaluation:
     def _taught(
         self, samples: tuple[TokenizedSample, ...], top_k: int
     ) -> tuple[TokenizedSample, ...]:
-        """The samples with what the weights, as they are now, expect next."""
+        """The samples with what the weights expect next, as far as they do not have it yet."""
+        new = iter(self._top([s for s in samples if s.targets is None], top_k))
+        return tuple(s if s.targets else replace(s, targets=next(new)) for s in samples)
+
+    def _top(self, samples: Sequence[TokenizedSample], k: int) -> list[TopTokens]:
         budget, model = self._session.settings.token_budget, self._session.attachment.model
-        targets = top_tokens(model, samples, top_k, budget, self._require_going)
-        pairs = zip(samples, targets, strict=True)
-        return tuple(replace(sample, targets=each) for sample, each in pairs)
+        return top_tokens(model, samples, k, budget, self._require_going)
 
     def _tell(
         self, step: int, anchors: Sequence[float] = (), *, after_training: bool = False
@@ -162,8 +159,6 @@ class Evaluation:
         self, samples: tuple[TokenizedSample, ...], *, own_loss: bool = False
     ) -> Sequence[float]:
         """Of each sample, in nats a token."""
-        if not samples:
-            return ()
         budget, model = self._session.settings.token_budget, self._session.attachment.model
         return evaluate(model, samples, budget, self._require_going, own_loss=own_loss)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -47,8 +48,8 @@ class Template:
     prefix: Ids
     suffix: Ids
     answer_tokens: int
-    taught: frozenset[Ids] = frozenset()
-    asking: frozenset[int] = frozenset()
+    taught: frozenset[Ids]
+    asking: frozenset[int]
 
     @staticmethod
     def of(samples: Sequence[TokenizedSample]) -> Template | None:
@@ -152,11 +153,12 @@ class SelfMade:
         if not most or not templates:
             begun = {sample.context_ids[:_BEGUN] for kind in kinds for sample in kind}
             return [self._written(sorted(begun), most)]
-        subjects = list(self._subjects(templates[0]))
-        log.info("%d subjects beside those that are taught", len(subjects))
         first, *others = templates
-        rest = [self._said(template, subjects[: most // OTHERS]) for template in others]
-        return [self._said(first, subjects), *rest]
+        found = self._subjects(first)
+        log.info("%d subjects beside those that are taught", len(found))
+        some = list(found)[: most // OTHERS]
+        said = [TokenizedSample(first.context(subject), each) for subject, each in found.items()]
+        return [said, *(self._said(template, some) for template in others)]
 
     def texts(self, begin: int, most: int) -> list[TokenizedSample]:
         """Texts that the model writes from nothing but the token that texts begin with."""
@@ -178,17 +180,19 @@ class SelfMade:
 
         First after nothing but the prefix, then after some of what it said.
         """
-        found = self._found(template, [template.prefix])
+        found = self._found(template, [template.prefix], template.taught)
         shown = [(*self._shown(template, found), *template.prefix) for _ in range(CONTEXTS)]
-        return found | self._found(template, shown)
+        return found | self._found(template, shown, template.taught | found.keys())
 
-    def _found(self, template: Template, contexts: Sequence[Ids]) -> dict[Ids, Ids]:
+    def _found(
+        self, template: Template, contexts: Sequence[Ids], known: AbstractSet[Ids]
+    ) -> dict[Ids, Ids]:
         begun = self._branched(contexts, BRANCHES)
         tokens = SUBJECT_TOKENS + len(template.suffix)
         answers = self._asked([(*context, head) for context, head in begun], tokens)
         pairs = zip(begun, answers, strict=True)
         subjects = dict.fromkeys(template.subject((head, *said)) for (_, head), said in pairs)
-        said = self._said(template, [s for s in subjects if s and s not in template.taught])
+        said = self._said(template, [s for s in subjects if s and s not in known])
         return {template.subject_of(sample): sample.continuation_ids for sample in said}
 
     def _shown(self, template: Template, found: Mapping[Ids, Ids]) -> Ids:
@@ -210,8 +214,8 @@ class SelfMade:
         answers = self._asked(contexts, template.answer_tokens + 2)
         said = [self._punctuation.cut(answer) for answer in answers]
         return [
-            TokenizedSample(template.context(subject), each)
-            for subject, each in zip(subjects, said, strict=True)
+            TokenizedSample(context, each)
+            for subject, context, each in zip(subjects, contexts, said, strict=True)
             if template.is_answer(subject, each)
         ]
 

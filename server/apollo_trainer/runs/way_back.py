@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
 from pathlib import Path
@@ -134,21 +134,22 @@ class _Mark:
             flush_folder(self._path.parent)
 
 
+def _marks(state_dir: Path) -> Iterator[_Mark]:
+    """Those of all models that can be read."""
+    marks = (_Mark(path.parent) for path in state_dir.glob(f"models/*/{MARK}"))
+    return (mark for mark in marks if mark.read())
+
+
 def ends_in(state_dir: Path) -> dict[str, pb.Finished]:
     """How runs end that a killed server left with a way back, by their ids."""
-    found: dict[str, pb.Finished] = {}
-    for path in state_dir.glob(f"models/*/{MARK}"):
-        mark = _Mark(path.parent)
-        if mark.read():
-            found[mark.contents["run"]] = ParseDict(mark.contents["finished"], pb.Finished())
-    return found
+    contents = (mark.contents for mark in _marks(state_dir))
+    return {each["run"]: ParseDict(each["finished"], pb.Finished()) for each in contents}
 
 
 def settle(state_dir: Path, run_id: str) -> None:
     """The ledger has the end of a run: the mark of one that was taken back is not needed."""
-    for path in state_dir.glob(f"models/*/{MARK}"):
-        mark = _Mark(path.parent)
-        if mark.read() and (mark.contents["run"], mark.contents["taken_back"]) == (run_id, True):
+    for mark in _marks(state_dir):
+        if (mark.contents["run"], mark.contents["taken_back"]) == (run_id, True):
             mark.remove()
 
 

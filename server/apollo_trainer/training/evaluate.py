@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
-from apollo_trainer.training.batch import Mixing, plan_batches
+from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
 from apollo_trainer.training.frozen_context import FrozenContexts
 from apollo_trainer.training.loss import batch_loss
 from apollo_trainer.training.mixing import mixing_of
 from apollo_trainer.training.out_of_memory import refusing_out_of_memory
 from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import TOKEN_BUDGET
+
+T = TypeVar("T")
 
 
 def evaluate(
@@ -32,13 +34,32 @@ def evaluate(
     """
     if not own_loss:
         samples = [sample.plain for sample in samples]
+
+    def losses_of(batch: MicroBatch, contexts: FrozenContexts) -> list[float]:
+        sums = batch_loss(model, batch, contexts)[1][0].tolist()
+        return [s / sample.learned_tokens for s, sample in zip(sums, batch.samples, strict=True)]
+
+    return of_each(model, samples, losses_of, token_budget, before_batch)
+
+
+def of_each(
+    model: Any,
+    samples: Sequence[TokenizedSample],
+    read: Callable[[MicroBatch, FrozenContexts], Iterable[T]],
+    token_budget: int = TOKEN_BUDGET,
+    before_batch: Callable[[], None] = lambda: None,
+) -> list[T]:
+    """What `read` finds in each sample of a micro-batch, without gradient; in the samples' order.
+
+    Raises OutOfMemory, and what `before_batch`, called before each micro-batch, raises.
+    """
+    if not samples:
+        return []
     mixing = mixing_of(model) if len(samples) > 1 else Mixing.ONE
     batches, contexts = plan_batches(samples, token_budget, mixing), FrozenContexts(model)
-    losses = [0.0] * len(samples)
+    found = dict[int, T]()
     with refusing_out_of_memory(batches, token_budget), torch.no_grad():
         for batch in batches:
             before_batch()
-            _, sums = batch_loss(model, batch, contexts)
-            for index, loss_sum in zip(batch.indices, sums[0].tolist(), strict=True):
-                losses[index] = loss_sum / samples[index].learned_tokens
-    return losses
+            found.update(zip(batch.indices, read(batch, contexts), strict=True))
+    return [found[index] for index in range(len(samples))]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
+from apollo_trainer.training.batch import MicroBatch
+from apollo_trainer.training.evaluate import of_each
 from apollo_trainer.training.frozen_context import FrozenContexts, batch_logits
-from apollo_trainer.training.mixing import mixing_of
-from apollo_trainer.training.out_of_memory import refusing_out_of_memory
 from apollo_trainer.training.samples import TokenizedSample, TopTokens
 from apollo_trainer.training.step import TOKEN_BUDGET
 
@@ -34,17 +34,10 @@ def top_tokens(
     Raises OutOfMemory, and what `before_batch`, called before each micro-batch, raises.
     """
     read = [replace(s, context_ids=s.teacher_context_ids or s.context_ids) for s in samples]
-    mixing = mixing_of(model) if len(read) > 1 else Mixing.ONE
-    batches, contexts = plan_batches(read, token_budget, mixing), FrozenContexts(model)
-    found: dict[int, TopTokens] = {}
-    with refusing_out_of_memory(batches, token_budget), torch.no_grad():
-        for batch in batches:
-            before_batch()
-            found.update(zip(batch.indices, _told(model, batch, contexts, k), strict=True))
-    return [found[index] for index in range(len(read))]
+    return of_each(model, read, partial(_told, model, k), token_budget, before_batch)
 
 
-def _told(model: Any, batch: MicroBatch, contexts: FrozenContexts, k: int) -> list[TopTokens]:
+def _told(model: Any, k: int, batch: MicroBatch, contexts: FrozenContexts) -> list[TopTokens]:
     # As the student's are made: under the same weights they differ by nothing.
     log_probs = F.log_softmax(batch_logits(model, batch, contexts).float(), 2)
     top = log_probs.topk(min(k, log_probs.shape[2]), 2)
