@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from apollo_trainer.checkpoints.directory.spare import Spare
 from apollo_trainer.checkpoints.directory.sync import SyncMethod, SyncOptions
 from tests.checkpoints.crash_protocols import SHARDS, files
 from tests.checkpoints.directory.test_faulty_disk import generation_of, made, synced
@@ -76,9 +77,10 @@ def which(content: dict[str, bytes]) -> int | str:
 
 
 def test_a_reader_that_maps_in_the_middle_of_syncs_sees_one_generation(folder: Path) -> None:
-    reader = Reader(folder)
+    # As the server syncs: one that keeps no spare removes the old folder at once.
+    reader, options = Reader(folder), SyncOptions(spare=Spare())
     for number in range(SYNCS):
-        synced(folder, number % 3 + 1, SyncOptions())
+        synced(folder, number % 3 + 1, options)
         reader.syncs += 1
     reader.end()
     assert reader.seen == {1, 2, 3}
