@@ -55,7 +55,7 @@ check: install ## Lint, types, contract, and that checked-in stubs and calls are
 	.ci/check-stubs
 	$(BIN)/python .ci/check-calls.py
 
-protos: install ## Generate apollo_grpc/v1 from protos/, and the blocking client's calls
+protos: install ## Generate apollo_grpc's stubs from protos/, and the blocking client's calls
 	$(BIN)/buf format --write protos
 	.ci/check-stubs --write
 	$(BIN)/python .ci/check-calls.py --write

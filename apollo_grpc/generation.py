@@ -10,7 +10,7 @@ import mmap
 import os
 
 from apollo_grpc.errors import FailedPrecondition
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 
 SIZE_BYTES = 8
 FIRST = 1

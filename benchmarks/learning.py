@@ -193,8 +193,8 @@ class Bench:
     def _run(
         self, samples: list[pb.Sample], options: Options, facts: Sequence[Fact]
     ) -> dict[str, Any]:
-        began, steps = time.monotonic(), list[pb.Step]()
-        probed, evaluated = list[pb.Probed](), list[pb.Evaluated]()
+        began, steps = time.monotonic(), list[pb.RunEvent.Step]()
+        probed, evaluated = list[pb.RunEvent.Probed](), list[pb.RunEvent.Evaluated]()
         for event in self._client.train(samples, reset_optimizer=True, **options):
             steps += [event.step] if event.HasField("step") else []
             probed += [event.probed] if event.HasField("probed") else []

@@ -1,4 +1,4 @@
-"""Generates `apollo_grpc/v1` from the contract, into a folder of the caller's choice.
+"""Generates the stubs in apollo_grpc from the contract, into a folder of the caller's choice.
 
 Run by `make protos` and `make check` with an interpreter that has grpcio-tools 1.71.2, from
 `protos/requirements.txt`: stubs of that version import with protobuf 5.29.6 to 7.x, while newer
@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 PROTOS = Path(__file__).resolve().parent
-HEADER = '"""Generated from protos/apollo/v1 by `make protos`."""\n'
+PACKAGES = ("v1", "sidecar/v1")
+HEADER = '"""Generated from protos/apollo/{} by `make protos`."""\n'
 
 
 def well_known_types() -> Path:
@@ -24,8 +25,8 @@ def well_known_types() -> Path:
 
 
 def run_protoc(out: Path) -> None:
-    """Writes messages, services and their type stubs under `out`/apollo/v1."""
-    sources = sorted(str(p.relative_to(PROTOS)) for p in PROTOS.glob("apollo/v1/*.proto"))
+    """Writes messages, services and their type stubs under `out`/apollo."""
+    sources = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.glob("apollo/**/*.proto"))
     subprocess.run(
         [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}", f"-I{well_known_types()}"]
         + [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
@@ -38,21 +39,29 @@ def run_protoc(out: Path) -> None:
 
 def rewrite_imports(text: str) -> str:
     """Points imports at apollo_grpc; the descriptor keeps its name, apollo/v1/..., on the wire."""
-    text = re.sub(r"\bfrom apollo\.v1 import", "from apollo_grpc.v1 import", text)
-    text = re.sub(r"\bimport apollo\.v1\.", "import apollo_grpc.v1.", text)
-    return re.sub(r"(?<![\w./'\"])apollo\.v1\.(\w+_pb2)", r"apollo_grpc.v1.\1", text)
+    text = re.sub(r"\bfrom apollo\.(\S+) import", r"from apollo_grpc.\1 import", text)
+    text = re.sub(r"\bimport apollo\.", "import apollo_grpc.", text)
+    return re.sub(r"(?<![\w./'\"])apollo\.((?:\w+\.)+\w+_pb2)", r"apollo_grpc.\1", text)
 
 
 def main(target: Path) -> None:
-    """Fills `target` with the generated package, replacing what is there."""
+    """Fills the packages under `target`, replacing what is there."""
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as build:
+        run_protoc(Path(build))
+        for package in PACKAGES:
+            fill(target / package, Path(build, "apollo", package), HEADER.format(package))
+    (target / "sidecar" / "__init__.py").write_text(HEADER.format("sidecar"))
+
+
+def fill(target: Path, built: Path, header: str) -> None:
+    """Replaces the modules of one package by those that protoc built."""
     target.mkdir(parents=True, exist_ok=True)
     for old in target.glob("*.py*"):
         old.unlink()
-    with tempfile.TemporaryDirectory(dir=target.parent) as build:
-        run_protoc(Path(build))
-        for source in sorted(Path(build, "apollo", "v1").iterdir()):
-            (target / source.name).write_text(rewrite_imports(source.read_text()))
-    (target / "__init__.py").write_text(HEADER)
+    for source in sorted(path for path in built.iterdir() if path.is_file()):
+        (target / source.name).write_text(rewrite_imports(source.read_text()))
+    (target / "__init__.py").write_text(header)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ class Books:
         self.ledger, self.writer, self.waiting = open_ledger(folder, retention)
 
     def accept(self, run_id: str, request_id: str = "") -> EventLog:
-        queued = pb.RunEvent(run_id=run_id, sequence=1, event_time=now(), queued=pb.Queued())
+        queued = pb.RunEvent(
+            run_id=run_id, sequence=1, event_time=now(), queued=pb.RunEvent.Queued()
+        )
         log = EventLog(run_id, lambda event: None, self.writer)
         log.begin_with(queued)
         self.writer.accept(Acceptance(request_id, SPEC, 3, queued)).result(HANG)
@@ -37,5 +39,5 @@ class Books:
 
 def finish(log: EventLog, steps: int = 0) -> None:
     """Ends a run."""
-    finished = pb.Finished(state=pb.RUN_STATE_SUCCEEDED, steps_done=steps)
+    finished = pb.RunEvent.Finished(state=pb.RUN_STATE_SUCCEEDED, steps_done=steps)
     log.append(finished=finished)

@@ -22,9 +22,9 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from apollo_grpc.interceptors import SyncErrors
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1.weight_export_pb2_grpc import add_WeightExportServiceServicer_to_server
 from apollo_grpc.transport import SERVER_OPTIONS, open_port
-from apollo_grpc.v1 import weight_export_pb2 as pb
-from apollo_grpc.v1.weight_export_pb2_grpc import add_WeightExportServiceServicer_to_server
 from apollo_sidecar.answers import Answers
 from apollo_sidecar.changed_bytes import ChangedBytes
 from apollo_sidecar.engine import Engine

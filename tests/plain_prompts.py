@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1 import training_pb2
-from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_sidecar.prompts import NO_TEMPLATE, NO_TOKENIZER, Messages, Prompt, RefusedSample
 from apollo_sidecar.sample_tokens import SampleTokens
 

@@ -53,9 +53,9 @@ FRONTS = [
 UNKNOWN = {
     "apollo_trainer.ledger": {"torch", "numpy", "transformers"},
     "apollo_trainer.services": {"torch", "numpy", "transformers"},
-    "apollo_trainer.optim": {"grpc", "apollo_grpc.v1"},
-    "apollo_trainer.training": {"grpc", "apollo_grpc.v1"},
-    "apollo_trainer.checkpoints": {"grpc", "apollo_grpc.v1"},
+    "apollo_trainer.optim": {"grpc", "apollo_grpc.v1", "apollo_grpc.sidecar"},
+    "apollo_trainer.training": {"grpc", "apollo_grpc.v1", "apollo_grpc.sidecar"},
+    "apollo_trainer.checkpoints": {"grpc", "apollo_grpc.v1", "apollo_grpc.sidecar"},
     "apollo_client": {"torch", "vllm", "transformers"},
     "apollo_sidecar": {"transformers"},
 }

@@ -21,6 +21,62 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _OperationKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _OperationKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_OperationKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    OPERATION_KIND_UNSPECIFIED: _OperationKind.ValueType  # 0
+    OPERATION_KIND_SYNC: _OperationKind.ValueType  # 1
+    OPERATION_KIND_VERIFY: _OperationKind.ValueType  # 2
+    OPERATION_KIND_ADOPT: _OperationKind.ValueType  # 3
+    OPERATION_KIND_EXPORT: _OperationKind.ValueType  # 4
+    OPERATION_KIND_CREATE_SNAPSHOT: _OperationKind.ValueType  # 5
+    OPERATION_KIND_RESTORE_SNAPSHOT: _OperationKind.ValueType  # 6
+    OPERATION_KIND_UNDO: _OperationKind.ValueType  # 7
+    OPERATION_KIND_DELETE_SNAPSHOT: _OperationKind.ValueType  # 8
+
+class OperationKind(_OperationKind, metaclass=_OperationKindEnumTypeWrapper): ...
+
+OPERATION_KIND_UNSPECIFIED: OperationKind.ValueType  # 0
+OPERATION_KIND_SYNC: OperationKind.ValueType  # 1
+OPERATION_KIND_VERIFY: OperationKind.ValueType  # 2
+OPERATION_KIND_ADOPT: OperationKind.ValueType  # 3
+OPERATION_KIND_EXPORT: OperationKind.ValueType  # 4
+OPERATION_KIND_CREATE_SNAPSHOT: OperationKind.ValueType  # 5
+OPERATION_KIND_RESTORE_SNAPSHOT: OperationKind.ValueType  # 6
+OPERATION_KIND_UNDO: OperationKind.ValueType  # 7
+OPERATION_KIND_DELETE_SNAPSHOT: OperationKind.ValueType  # 8
+global___OperationKind = OperationKind
+
+class _OperationState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _OperationStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_OperationState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    OPERATION_STATE_UNSPECIFIED: _OperationState.ValueType  # 0
+    OPERATION_STATE_WAITING: _OperationState.ValueType  # 1
+    """For the run or the operation at work."""
+    OPERATION_STATE_RUNNING: _OperationState.ValueType  # 2
+    OPERATION_STATE_SUCCEEDED: _OperationState.ValueType  # 3
+    OPERATION_STATE_FAILED: _OperationState.ValueType  # 4
+    """Also where the server was killed (OPERATION_INTERRUPTED)."""
+    OPERATION_STATE_CANCELLED: _OperationState.ValueType  # 5
+
+class OperationState(_OperationState, metaclass=_OperationStateEnumTypeWrapper): ...
+
+OPERATION_STATE_UNSPECIFIED: OperationState.ValueType  # 0
+OPERATION_STATE_WAITING: OperationState.ValueType  # 1
+"""For the run or the operation at work."""
+OPERATION_STATE_RUNNING: OperationState.ValueType  # 2
+OPERATION_STATE_SUCCEEDED: OperationState.ValueType  # 3
+OPERATION_STATE_FAILED: OperationState.ValueType  # 4
+"""Also where the server was killed (OPERATION_INTERRUPTED)."""
+OPERATION_STATE_CANCELLED: OperationState.ValueType  # 5
+global___OperationState = OperationState
+
 class _SyncMethod:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -30,8 +86,6 @@ class _SyncMethodEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     SYNC_METHOD_UNSPECIFIED: _SyncMethod.ValueType  # 0
     SYNC_METHOD_UNCHANGED: _SyncMethod.ValueType  # 1
     """Nothing had changed; nothing was written."""
-    SYNC_METHOD_RENAME: _SyncMethod.ValueType  # 2
-    """New shards were renamed over the old ones, one by one."""
     SYNC_METHOD_EXCHANGE: _SyncMethod.ValueType  # 3
     """A folder with the new shards was exchanged with the old folder."""
     SYNC_METHOD_ROLLFORWARD: _SyncMethod.ValueType  # 4
@@ -44,8 +98,6 @@ class SyncMethod(_SyncMethod, metaclass=_SyncMethodEnumTypeWrapper): ...
 SYNC_METHOD_UNSPECIFIED: SyncMethod.ValueType  # 0
 SYNC_METHOD_UNCHANGED: SyncMethod.ValueType  # 1
 """Nothing had changed; nothing was written."""
-SYNC_METHOD_RENAME: SyncMethod.ValueType  # 2
-"""New shards were renamed over the old ones, one by one."""
 SYNC_METHOD_EXCHANGE: SyncMethod.ValueType  # 3
 """A folder with the new shards was exchanged with the old folder."""
 SYNC_METHOD_ROLLFORWARD: SyncMethod.ValueType  # 4
@@ -84,26 +136,219 @@ CANCEL_STATE_TOO_LATE: CancelState.ValueType  # 3
 global___CancelState = CancelState
 
 @typing.final
-class Progress(google.protobuf.message.Message):
+class Operation(google.protobuf.message.Message):
+    """One long job on checkpoints."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    BYTES_DONE_FIELD_NUMBER: builtins.int
-    BYTES_TOTAL_FIELD_NUMBER: builtins.int
-    CURRENT_FIELD_NUMBER: builtins.int
-    bytes_done: builtins.int
-    bytes_total: builtins.int
-    current: builtins.str
-    """The tensor or file at work."""
+    @typing.final
+    class Progress(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        BYTES_DONE_FIELD_NUMBER: builtins.int
+        BYTES_TOTAL_FIELD_NUMBER: builtins.int
+        CURRENT_FIELD_NUMBER: builtins.int
+        bytes_done: builtins.int
+        bytes_total: builtins.int
+        current: builtins.str
+        """The tensor or file at work."""
+        def __init__(
+            self,
+            *,
+            bytes_done: builtins.int = ...,
+            bytes_total: builtins.int = ...,
+            current: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "current", b"current"]) -> None: ...
+
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
+    CREATE_TIME_FIELD_NUMBER: builtins.int
+    START_TIME_FIELD_NUMBER: builtins.int
+    END_TIME_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    SYNC_FIELD_NUMBER: builtins.int
+    VERIFY_FIELD_NUMBER: builtins.int
+    ADOPT_FIELD_NUMBER: builtins.int
+    EXPORT_FIELD_NUMBER: builtins.int
+    SNAPSHOT_FIELD_NUMBER: builtins.int
+    RESTORE_FIELD_NUMBER: builtins.int
+    operation_id: builtins.str
+    request_id: builtins.str
+    """That it was begun with; empty for none."""
+    kind: global___OperationKind.ValueType
+    state: global___OperationState.ValueType
+    @property
+    def progress(self) -> global___Operation.Progress:
+        """The last one told; unset while it waits, and after a restart of the server."""
+
+    @property
+    def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
+    @property
+    def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
+    @property
+    def end_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
+    @property
+    def failure(self) -> apollo_grpc.v1.training_pb2.Notice: ...
+    @property
+    def sync(self) -> global___SyncResult: ...
+    @property
+    def verify(self) -> global___VerifyResult: ...
+    @property
+    def adopt(self) -> global___AdoptResult: ...
+    @property
+    def export(self) -> global___ExportResult: ...
+    @property
+    def snapshot(self) -> global___Snapshot: ...
+    @property
+    def restore(self) -> global___RestoreResult:
+        """Of a restore or an undo."""
+
     def __init__(
         self,
         *,
-        bytes_done: builtins.int = ...,
-        bytes_total: builtins.int = ...,
-        current: builtins.str = ...,
+        operation_id: builtins.str = ...,
+        request_id: builtins.str = ...,
+        kind: global___OperationKind.ValueType = ...,
+        state: global___OperationState.ValueType = ...,
+        progress: global___Operation.Progress | None = ...,
+        create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        end_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        failure: apollo_grpc.v1.training_pb2.Notice | None = ...,
+        sync: global___SyncResult | None = ...,
+        verify: global___VerifyResult | None = ...,
+        adopt: global___AdoptResult | None = ...,
+        export: global___ExportResult | None = ...,
+        snapshot: global___Snapshot | None = ...,
+        restore: global___RestoreResult | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "current", b"current"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["adopt", b"adopt", "create_time", b"create_time", "end_time", b"end_time", "export", b"export", "failure", b"failure", "outcome", b"outcome", "progress", b"progress", "restore", b"restore", "snapshot", b"snapshot", "start_time", b"start_time", "sync", b"sync", "verify", b"verify"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adopt", b"adopt", "create_time", b"create_time", "end_time", b"end_time", "export", b"export", "failure", b"failure", "kind", b"kind", "operation_id", b"operation_id", "outcome", b"outcome", "progress", b"progress", "request_id", b"request_id", "restore", b"restore", "snapshot", b"snapshot", "start_time", b"start_time", "state", b"state", "sync", b"sync", "verify", b"verify"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["failure", "sync", "verify", "adopt", "export", "snapshot", "restore"] | None: ...
 
-global___Progress = Progress
+global___Operation = Operation
+
+@typing.final
+class GetOperationRequest(google.protobuf.message.Message):
+    """Names one operation, by either id."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    operation_id: builtins.str
+    request_id: builtins.str
+    def __init__(
+        self,
+        *,
+        operation_id: builtins.str = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["operation_id", b"operation_id", "request_id", b"request_id"]) -> None: ...
+
+global___GetOperationRequest = GetOperationRequest
+
+@typing.final
+class GetOperationResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OPERATION_FIELD_NUMBER: builtins.int
+    @property
+    def operation(self) -> global___Operation: ...
+    def __init__(
+        self,
+        *,
+        operation: global___Operation | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["operation", b"operation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["operation", b"operation"]) -> None: ...
+
+global___GetOperationResponse = GetOperationResponse
+
+@typing.final
+class ListOperationsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    STATES_FIELD_NUMBER: builtins.int
+    page_size: builtins.int
+    """At most this many, and at most 1000; 0 means 50."""
+    page_token: builtins.str
+    @property
+    def states(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___OperationState.ValueType]:
+        """Only those in one of these states; empty means all."""
+
+    def __init__(
+        self,
+        *,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+        states: collections.abc.Iterable[global___OperationState.ValueType] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["page_size", b"page_size", "page_token", b"page_token", "states", b"states"]) -> None: ...
+
+global___ListOperationsRequest = ListOperationsRequest
+
+@typing.final
+class ListOperationsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OPERATIONS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    @property
+    def operations(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Operation]: ...
+    def __init__(
+        self,
+        *,
+        operations: collections.abc.Iterable[global___Operation] | None = ...,
+        next_page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["next_page_token", b"next_page_token", "operations", b"operations"]) -> None: ...
+
+global___ListOperationsResponse = ListOperationsResponse
+
+@typing.final
+class WatchOperationRequest(google.protobuf.message.Message):
+    """Names one operation, by either id."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    operation_id: builtins.str
+    request_id: builtins.str
+    def __init__(
+        self,
+        *,
+        operation_id: builtins.str = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["operation_id", b"operation_id", "request_id", b"request_id"]) -> None: ...
+
+global___WatchOperationRequest = WatchOperationRequest
+
+@typing.final
+class WatchOperationResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OPERATION_FIELD_NUMBER: builtins.int
+    @property
+    def operation(self) -> global___Operation: ...
+    def __init__(
+        self,
+        *,
+        operation: global___Operation | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["operation", b"operation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["operation", b"operation"]) -> None: ...
+
+global___WatchOperationResponse = WatchOperationResponse
 
 @typing.final
 class SyncRequest(google.protobuf.message.Message):
@@ -111,18 +356,24 @@ class SyncRequest(google.protobuf.message.Message):
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
     METHOD_FIELD_NUMBER: builtins.int
+    EXPECTED_WEIGHT_VERSION_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     method: global___SyncMethod.ValueType
     """Unset: EXCHANGE where the file system can, else ROLLFORWARD. ROLLFORWARD and IN_PLACE may be
     asked for; IN_PLACE needs room for the changed tensors only.
     """
+    expected_weight_version: builtins.int
+    """ABORTED when the live weights have another version. Unset: any."""
     def __init__(
         self,
         *,
         request_id: builtins.str = ...,
         method: global___SyncMethod.ValueType = ...,
+        expected_weight_version: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["method", b"method", "request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_weight_version", b"_expected_weight_version", "expected_weight_version", b"expected_weight_version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_weight_version", b"_expected_weight_version", "expected_weight_version", b"expected_weight_version", "method", b"method", "request_id", b"request_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_weight_version", b"_expected_weight_version"]) -> typing.Literal["expected_weight_version"] | None: ...
 
 global___SyncRequest = SyncRequest
 
@@ -132,18 +383,22 @@ class SyncResponse(google.protobuf.message.Message):
 
     PROGRESS_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    operation_id: builtins.str
+    """Of what was begun, in each message."""
     @property
-    def progress(self) -> global___Progress: ...
+    def progress(self) -> global___Operation.Progress: ...
     @property
     def result(self) -> global___SyncResult: ...
     def __init__(
         self,
         *,
-        progress: global___Progress | None = ...,
+        progress: global___Operation.Progress | None = ...,
         result: global___SyncResult | None = ...,
+        operation_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["operation_id", b"operation_id", "progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["update", b"update"]) -> typing.Literal["progress", "result"] | None: ...
 
 global___SyncResponse = SyncResponse
@@ -214,18 +469,22 @@ class VerifyResponse(google.protobuf.message.Message):
 
     PROGRESS_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    operation_id: builtins.str
+    """Of what was begun, in each message."""
     @property
-    def progress(self) -> global___Progress: ...
+    def progress(self) -> global___Operation.Progress: ...
     @property
     def result(self) -> global___VerifyResult: ...
     def __init__(
         self,
         *,
-        progress: global___Progress | None = ...,
+        progress: global___Operation.Progress | None = ...,
         result: global___VerifyResult | None = ...,
+        operation_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["operation_id", b"operation_id", "progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["update", b"update"]) -> typing.Literal["progress", "result"] | None: ...
 
 global___VerifyResponse = VerifyResponse
@@ -309,18 +568,22 @@ class AdoptResponse(google.protobuf.message.Message):
 
     PROGRESS_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    operation_id: builtins.str
+    """Of what was begun, in each message."""
     @property
-    def progress(self) -> global___Progress: ...
+    def progress(self) -> global___Operation.Progress: ...
     @property
     def result(self) -> global___AdoptResult: ...
     def __init__(
         self,
         *,
-        progress: global___Progress | None = ...,
+        progress: global___Operation.Progress | None = ...,
         result: global___AdoptResult | None = ...,
+        operation_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["operation_id", b"operation_id", "progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["update", b"update"]) -> typing.Literal["progress", "result"] | None: ...
 
 global___AdoptResponse = AdoptResponse
@@ -364,7 +627,7 @@ class Snapshot(google.protobuf.message.Message):
     optimizer_step: builtins.int
     size_bytes: builtins.int
     anchor_id: builtins.str
-    """The full copy that this snapshot is a difference against; empty for a full copy."""
+    """The full copy that this snapshot is a difference against."""
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
     def __init__(
@@ -389,15 +652,21 @@ class CreateSnapshotRequest(google.protobuf.message.Message):
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
+    EXPECTED_WEIGHT_VERSION_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     name: builtins.str
+    expected_weight_version: builtins.int
+    """ABORTED when the live weights have another version. Unset: any."""
     def __init__(
         self,
         *,
         request_id: builtins.str = ...,
         name: builtins.str = ...,
+        expected_weight_version: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_weight_version", b"_expected_weight_version", "expected_weight_version", b"expected_weight_version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_weight_version", b"_expected_weight_version", "expected_weight_version", b"expected_weight_version", "name", b"name", "request_id", b"request_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_weight_version", b"_expected_weight_version"]) -> typing.Literal["expected_weight_version"] | None: ...
 
 global___CreateSnapshotRequest = CreateSnapshotRequest
 
@@ -407,18 +676,22 @@ class CreateSnapshotResponse(google.protobuf.message.Message):
 
     PROGRESS_FIELD_NUMBER: builtins.int
     SNAPSHOT_FIELD_NUMBER: builtins.int
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    operation_id: builtins.str
+    """Of what was begun, in each message."""
     @property
-    def progress(self) -> global___Progress: ...
+    def progress(self) -> global___Operation.Progress: ...
     @property
     def snapshot(self) -> global___Snapshot: ...
     def __init__(
         self,
         *,
-        progress: global___Progress | None = ...,
+        progress: global___Operation.Progress | None = ...,
         snapshot: global___Snapshot | None = ...,
+        operation_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["progress", b"progress", "snapshot", b"snapshot", "update", b"update"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["progress", b"progress", "snapshot", b"snapshot", "update", b"update"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["operation_id", b"operation_id", "progress", b"progress", "snapshot", b"snapshot", "update", b"update"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["update", b"update"]) -> typing.Literal["progress", "snapshot"] | None: ...
 
 global___CreateSnapshotResponse = CreateSnapshotResponse
@@ -550,18 +823,22 @@ class RestoreSnapshotResponse(google.protobuf.message.Message):
 
     PROGRESS_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    operation_id: builtins.str
+    """Of what was begun, in each message."""
     @property
-    def progress(self) -> global___Progress: ...
+    def progress(self) -> global___Operation.Progress: ...
     @property
     def result(self) -> global___RestoreResult: ...
     def __init__(
         self,
         *,
-        progress: global___Progress | None = ...,
+        progress: global___Operation.Progress | None = ...,
         result: global___RestoreResult | None = ...,
+        operation_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["operation_id", b"operation_id", "progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["update", b"update"]) -> typing.Literal["progress", "result"] | None: ...
 
 global___RestoreSnapshotResponse = RestoreSnapshotResponse
@@ -597,18 +874,22 @@ class UndoResponse(google.protobuf.message.Message):
 
     PROGRESS_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    operation_id: builtins.str
+    """Of what was begun, in each message."""
     @property
-    def progress(self) -> global___Progress: ...
+    def progress(self) -> global___Operation.Progress: ...
     @property
     def result(self) -> global___RestoreResult: ...
     def __init__(
         self,
         *,
-        progress: global___Progress | None = ...,
+        progress: global___Operation.Progress | None = ...,
         result: global___RestoreResult | None = ...,
+        operation_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["operation_id", b"operation_id", "progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["update", b"update"]) -> typing.Literal["progress", "result"] | None: ...
 
 global___UndoResponse = UndoResponse
@@ -626,7 +907,7 @@ class RestoreResult(google.protobuf.message.Message):
     optimizer_step: builtins.int
     bytes_written: builtins.int
     @property
-    def warnings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[apollo_grpc.v1.training_pb2.Warning]:
+    def warnings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[apollo_grpc.v1.training_pb2.Notice]:
         """What went wrong once the weights were written: vLLM that was not resumed, or
         an Apollo state that no disk took. Each says what to do.
         """
@@ -637,7 +918,7 @@ class RestoreResult(google.protobuf.message.Message):
         weight_version: builtins.int = ...,
         optimizer_step: builtins.int = ...,
         bytes_written: builtins.int = ...,
-        warnings: collections.abc.Iterable[apollo_grpc.v1.training_pb2.Warning] | None = ...,
+        warnings: collections.abc.Iterable[apollo_grpc.v1.training_pb2.Notice] | None = ...,
     ) -> None: ...
     def ClearField(self, field_name: typing.Literal["bytes_written", b"bytes_written", "optimizer_step", b"optimizer_step", "warnings", b"warnings", "weight_version", b"weight_version"]) -> None: ...
 
@@ -649,16 +930,22 @@ class ExportRequest(google.protobuf.message.Message):
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
     DIRECTORY_FIELD_NUMBER: builtins.int
+    EXPECTED_WEIGHT_VERSION_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     directory: builtins.str
     """A folder on the server's machine that does not exist yet."""
+    expected_weight_version: builtins.int
+    """ABORTED when the live weights have another version. Unset: any."""
     def __init__(
         self,
         *,
         request_id: builtins.str = ...,
         directory: builtins.str = ...,
+        expected_weight_version: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["directory", b"directory", "request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_weight_version", b"_expected_weight_version", "expected_weight_version", b"expected_weight_version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_weight_version", b"_expected_weight_version", "directory", b"directory", "expected_weight_version", b"expected_weight_version", "request_id", b"request_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_weight_version", b"_expected_weight_version"]) -> typing.Literal["expected_weight_version"] | None: ...
 
 global___ExportRequest = ExportRequest
 
@@ -668,18 +955,22 @@ class ExportResponse(google.protobuf.message.Message):
 
     PROGRESS_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    operation_id: builtins.str
+    """Of what was begun, in each message."""
     @property
-    def progress(self) -> global___Progress: ...
+    def progress(self) -> global___Operation.Progress: ...
     @property
     def result(self) -> global___ExportResult: ...
     def __init__(
         self,
         *,
-        progress: global___Progress | None = ...,
+        progress: global___Operation.Progress | None = ...,
         result: global___ExportResult | None = ...,
+        operation_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["operation_id", b"operation_id", "progress", b"progress", "result", b"result", "update", b"update"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["update", b"update"]) -> typing.Literal["progress", "result"] | None: ...
 
 global___ExportResponse = ExportResponse
@@ -706,31 +997,41 @@ class ExportResult(google.protobuf.message.Message):
 global___ExportResult = ExportResult
 
 @typing.final
-class CancelCheckpointRequest(google.protobuf.message.Message):
+class CancelOperationRequest(google.protobuf.message.Message):
+    """Names one operation, by either id."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    OPERATION_ID_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    operation_id: builtins.str
     request_id: builtins.str
     def __init__(
         self,
         *,
+        operation_id: builtins.str = ...,
         request_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["request_id", b"request_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["operation_id", b"operation_id", "request_id", b"request_id"]) -> None: ...
 
-global___CancelCheckpointRequest = CancelCheckpointRequest
+global___CancelOperationRequest = CancelOperationRequest
 
 @typing.final
-class CancelCheckpointResponse(google.protobuf.message.Message):
+class CancelOperationResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     STATE_FIELD_NUMBER: builtins.int
+    OPERATION_FIELD_NUMBER: builtins.int
     state: global___CancelState.ValueType
+    @property
+    def operation(self) -> global___Operation: ...
     def __init__(
         self,
         *,
         state: global___CancelState.ValueType = ...,
+        operation: global___Operation | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["state", b"state"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["operation", b"operation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["operation", b"operation", "state", b"state"]) -> None: ...
 
-global___CancelCheckpointResponse = CancelCheckpointResponse
+global___CancelOperationResponse = CancelOperationResponse

@@ -28,8 +28,10 @@ if _version_not_supported:
 class CheckpointServiceStub(object):
     """CheckpointService brings the disk up to date with the live weights, and back.
 
-    Every operation takes a `request_id` and finishes when its caller goes away.
-    Streams send progress, then one message with the result.
+    What takes long is an operation: it has an id, is kept on disk, and goes on when its caller goes
+    away. The same `request_id` for the same operation, also of another caller, follows the first one
+    and tells its result; after a kill of the server it begins the operation anew, where that was cut
+    off. Streams send progress, then one message with the result.
     """
 
     def __init__(self, channel):
@@ -88,18 +90,35 @@ class CheckpointServiceStub(object):
                 request_serializer=apollo_dot_v1_dot_checkpoint__pb2.ExportRequest.SerializeToString,
                 response_deserializer=apollo_dot_v1_dot_checkpoint__pb2.ExportResponse.FromString,
                 _registered_method=True)
-        self.CancelCheckpoint = channel.unary_unary(
-                '/apollo.v1.CheckpointService/CancelCheckpoint',
-                request_serializer=apollo_dot_v1_dot_checkpoint__pb2.CancelCheckpointRequest.SerializeToString,
-                response_deserializer=apollo_dot_v1_dot_checkpoint__pb2.CancelCheckpointResponse.FromString,
+        self.GetOperation = channel.unary_unary(
+                '/apollo.v1.CheckpointService/GetOperation',
+                request_serializer=apollo_dot_v1_dot_checkpoint__pb2.GetOperationRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_checkpoint__pb2.GetOperationResponse.FromString,
+                _registered_method=True)
+        self.ListOperations = channel.unary_unary(
+                '/apollo.v1.CheckpointService/ListOperations',
+                request_serializer=apollo_dot_v1_dot_checkpoint__pb2.ListOperationsRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_checkpoint__pb2.ListOperationsResponse.FromString,
+                _registered_method=True)
+        self.WatchOperation = channel.unary_stream(
+                '/apollo.v1.CheckpointService/WatchOperation',
+                request_serializer=apollo_dot_v1_dot_checkpoint__pb2.WatchOperationRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_checkpoint__pb2.WatchOperationResponse.FromString,
+                _registered_method=True)
+        self.CancelOperation = channel.unary_unary(
+                '/apollo.v1.CheckpointService/CancelOperation',
+                request_serializer=apollo_dot_v1_dot_checkpoint__pb2.CancelOperationRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_checkpoint__pb2.CancelOperationResponse.FromString,
                 _registered_method=True)
 
 
 class CheckpointServiceServicer(object):
     """CheckpointService brings the disk up to date with the live weights, and back.
 
-    Every operation takes a `request_id` and finishes when its caller goes away.
-    Streams send progress, then one message with the result.
+    What takes long is an operation: it has an id, is kept on disk, and goes on when its caller goes
+    away. The same `request_id` for the same operation, also of another caller, follows the first one
+    and tells its result; after a kill of the server it begins the operation anew, where that was cut
+    off. Streams send progress, then one message with the result.
     """
 
     def Sync(self, request, context):
@@ -175,9 +194,29 @@ class CheckpointServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def CancelCheckpoint(self, request, context):
-        """Stops what a call with this `request_id` began, and leaves all as it was before that call.
-        Idempotent; returns at once. NOT_FOUND where no call had the id since the server started.
+    def GetOperation(self, request, context):
+        """Returns one operation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListOperations(self, request, context):
+        """Lists operations, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchOperation(self, request, context):
+        """Streams an operation as it is now, then as it changes, until it has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelOperation(self, request, context):
+        """Stops an operation, and leaves all as it was before it. Idempotent; returns at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -236,10 +275,25 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
                     request_deserializer=apollo_dot_v1_dot_checkpoint__pb2.ExportRequest.FromString,
                     response_serializer=apollo_dot_v1_dot_checkpoint__pb2.ExportResponse.SerializeToString,
             ),
-            'CancelCheckpoint': grpc.unary_unary_rpc_method_handler(
-                    servicer.CancelCheckpoint,
-                    request_deserializer=apollo_dot_v1_dot_checkpoint__pb2.CancelCheckpointRequest.FromString,
-                    response_serializer=apollo_dot_v1_dot_checkpoint__pb2.CancelCheckpointResponse.SerializeToString,
+            'GetOperation': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOperation,
+                    request_deserializer=apollo_dot_v1_dot_checkpoint__pb2.GetOperationRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_checkpoint__pb2.GetOperationResponse.SerializeToString,
+            ),
+            'ListOperations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOperations,
+                    request_deserializer=apollo_dot_v1_dot_checkpoint__pb2.ListOperationsRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_checkpoint__pb2.ListOperationsResponse.SerializeToString,
+            ),
+            'WatchOperation': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchOperation,
+                    request_deserializer=apollo_dot_v1_dot_checkpoint__pb2.WatchOperationRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_checkpoint__pb2.WatchOperationResponse.SerializeToString,
+            ),
+            'CancelOperation': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelOperation,
+                    request_deserializer=apollo_dot_v1_dot_checkpoint__pb2.CancelOperationRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_checkpoint__pb2.CancelOperationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -252,8 +306,10 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
 class CheckpointService(object):
     """CheckpointService brings the disk up to date with the live weights, and back.
 
-    Every operation takes a `request_id` and finishes when its caller goes away.
-    Streams send progress, then one message with the result.
+    What takes long is an operation: it has an id, is kept on disk, and goes on when its caller goes
+    away. The same `request_id` for the same operation, also of another caller, follows the first one
+    and tells its result; after a kill of the server it begins the operation anew, where that was cut
+    off. Streams send progress, then one message with the result.
     """
 
     @staticmethod
@@ -527,7 +583,7 @@ class CheckpointService(object):
             _registered_method=True)
 
     @staticmethod
-    def CancelCheckpoint(request,
+    def GetOperation(request,
             target,
             options=(),
             channel_credentials=None,
@@ -540,9 +596,90 @@ class CheckpointService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/apollo.v1.CheckpointService/CancelCheckpoint',
-            apollo_dot_v1_dot_checkpoint__pb2.CancelCheckpointRequest.SerializeToString,
-            apollo_dot_v1_dot_checkpoint__pb2.CancelCheckpointResponse.FromString,
+            '/apollo.v1.CheckpointService/GetOperation',
+            apollo_dot_v1_dot_checkpoint__pb2.GetOperationRequest.SerializeToString,
+            apollo_dot_v1_dot_checkpoint__pb2.GetOperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOperations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.CheckpointService/ListOperations',
+            apollo_dot_v1_dot_checkpoint__pb2.ListOperationsRequest.SerializeToString,
+            apollo_dot_v1_dot_checkpoint__pb2.ListOperationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/apollo.v1.CheckpointService/WatchOperation',
+            apollo_dot_v1_dot_checkpoint__pb2.WatchOperationRequest.SerializeToString,
+            apollo_dot_v1_dot_checkpoint__pb2.WatchOperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.CheckpointService/CancelOperation',
+            apollo_dot_v1_dot_checkpoint__pb2.CancelOperationRequest.SerializeToString,
+            apollo_dot_v1_dot_checkpoint__pb2.CancelOperationResponse.FromString,
             options,
             channel_credentials,
             insecure,

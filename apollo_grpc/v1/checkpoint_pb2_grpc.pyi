@@ -20,8 +20,10 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
 class CheckpointServiceStub:
     """CheckpointService brings the disk up to date with the live weights, and back.
 
-    Every operation takes a `request_id` and finishes when its caller goes away.
-    Streams send progress, then one message with the result.
+    What takes long is an operation: it has an id, is kept on disk, and goes on when its caller goes
+    away. The same `request_id` for the same operation, also of another caller, follows the first one
+    and tells its result; after a kill of the server it begins the operation anew, where that was cut
+    off. Streams send progress, then one message with the result.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -90,19 +92,37 @@ class CheckpointServiceStub:
     ]
     """Writes a new, complete Hugging Face directory."""
 
-    CancelCheckpoint: grpc.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.checkpoint_pb2.CancelCheckpointRequest,
-        apollo_grpc.v1.checkpoint_pb2.CancelCheckpointResponse,
+    GetOperation: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.GetOperationRequest,
+        apollo_grpc.v1.checkpoint_pb2.GetOperationResponse,
     ]
-    """Stops what a call with this `request_id` began, and leaves all as it was before that call.
-    Idempotent; returns at once. NOT_FOUND where no call had the id since the server started.
-    """
+    """Returns one operation."""
+
+    ListOperations: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.ListOperationsRequest,
+        apollo_grpc.v1.checkpoint_pb2.ListOperationsResponse,
+    ]
+    """Lists operations, newest first."""
+
+    WatchOperation: grpc.UnaryStreamMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.WatchOperationRequest,
+        apollo_grpc.v1.checkpoint_pb2.WatchOperationResponse,
+    ]
+    """Streams an operation as it is now, then as it changes, until it has ended."""
+
+    CancelOperation: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.CancelOperationRequest,
+        apollo_grpc.v1.checkpoint_pb2.CancelOperationResponse,
+    ]
+    """Stops an operation, and leaves all as it was before it. Idempotent; returns at once."""
 
 class CheckpointServiceAsyncStub:
     """CheckpointService brings the disk up to date with the live weights, and back.
 
-    Every operation takes a `request_id` and finishes when its caller goes away.
-    Streams send progress, then one message with the result.
+    What takes long is an operation: it has an id, is kept on disk, and goes on when its caller goes
+    away. The same `request_id` for the same operation, also of another caller, follows the first one
+    and tells its result; after a kill of the server it begins the operation anew, where that was cut
+    off. Streams send progress, then one message with the result.
     """
 
     Sync: grpc.aio.UnaryStreamMultiCallable[
@@ -170,19 +190,37 @@ class CheckpointServiceAsyncStub:
     ]
     """Writes a new, complete Hugging Face directory."""
 
-    CancelCheckpoint: grpc.aio.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.checkpoint_pb2.CancelCheckpointRequest,
-        apollo_grpc.v1.checkpoint_pb2.CancelCheckpointResponse,
+    GetOperation: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.GetOperationRequest,
+        apollo_grpc.v1.checkpoint_pb2.GetOperationResponse,
     ]
-    """Stops what a call with this `request_id` began, and leaves all as it was before that call.
-    Idempotent; returns at once. NOT_FOUND where no call had the id since the server started.
-    """
+    """Returns one operation."""
+
+    ListOperations: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.ListOperationsRequest,
+        apollo_grpc.v1.checkpoint_pb2.ListOperationsResponse,
+    ]
+    """Lists operations, newest first."""
+
+    WatchOperation: grpc.aio.UnaryStreamMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.WatchOperationRequest,
+        apollo_grpc.v1.checkpoint_pb2.WatchOperationResponse,
+    ]
+    """Streams an operation as it is now, then as it changes, until it has ended."""
+
+    CancelOperation: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.checkpoint_pb2.CancelOperationRequest,
+        apollo_grpc.v1.checkpoint_pb2.CancelOperationResponse,
+    ]
+    """Stops an operation, and leaves all as it was before it. Idempotent; returns at once."""
 
 class CheckpointServiceServicer(metaclass=abc.ABCMeta):
     """CheckpointService brings the disk up to date with the live weights, and back.
 
-    Every operation takes a `request_id` and finishes when its caller goes away.
-    Streams send progress, then one message with the result.
+    What takes long is an operation: it has an id, is kept on disk, and goes on when its caller goes
+    away. The same `request_id` for the same operation, also of another caller, follows the first one
+    and tells its result; after a kill of the server it begins the operation anew, where that was cut
+    off. Streams send progress, then one message with the result.
     """
 
     @abc.abstractmethod
@@ -271,13 +309,35 @@ class CheckpointServiceServicer(metaclass=abc.ABCMeta):
         """Writes a new, complete Hugging Face directory."""
 
     @abc.abstractmethod
-    def CancelCheckpoint(
+    def GetOperation(
         self,
-        request: apollo_grpc.v1.checkpoint_pb2.CancelCheckpointRequest,
+        request: apollo_grpc.v1.checkpoint_pb2.GetOperationRequest,
         context: _ServicerContext,
-    ) -> typing.Union[apollo_grpc.v1.checkpoint_pb2.CancelCheckpointResponse, collections.abc.Awaitable[apollo_grpc.v1.checkpoint_pb2.CancelCheckpointResponse]]:
-        """Stops what a call with this `request_id` began, and leaves all as it was before that call.
-        Idempotent; returns at once. NOT_FOUND where no call had the id since the server started.
-        """
+    ) -> typing.Union[apollo_grpc.v1.checkpoint_pb2.GetOperationResponse, collections.abc.Awaitable[apollo_grpc.v1.checkpoint_pb2.GetOperationResponse]]:
+        """Returns one operation."""
+
+    @abc.abstractmethod
+    def ListOperations(
+        self,
+        request: apollo_grpc.v1.checkpoint_pb2.ListOperationsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.checkpoint_pb2.ListOperationsResponse, collections.abc.Awaitable[apollo_grpc.v1.checkpoint_pb2.ListOperationsResponse]]:
+        """Lists operations, newest first."""
+
+    @abc.abstractmethod
+    def WatchOperation(
+        self,
+        request: apollo_grpc.v1.checkpoint_pb2.WatchOperationRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[apollo_grpc.v1.checkpoint_pb2.WatchOperationResponse], collections.abc.AsyncIterator[apollo_grpc.v1.checkpoint_pb2.WatchOperationResponse]]:
+        """Streams an operation as it is now, then as it changes, until it has ended."""
+
+    @abc.abstractmethod
+    def CancelOperation(
+        self,
+        request: apollo_grpc.v1.checkpoint_pb2.CancelOperationRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.checkpoint_pb2.CancelOperationResponse, collections.abc.Awaitable[apollo_grpc.v1.checkpoint_pb2.CancelOperationResponse]]:
+        """Stops an operation, and leaves all as it was before it. Idempotent; returns at once."""
 
 def add_CheckpointServiceServicer_to_server(servicer: CheckpointServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

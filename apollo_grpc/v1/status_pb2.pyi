@@ -79,6 +79,146 @@ class GetStatusResponse(google.protobuf.message.Message):
 global___GetStatusResponse = GetStatusResponse
 
 @typing.final
+class GetServerInfoRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___GetServerInfoRequest = GetServerInfoRequest
+
+@typing.final
+class GetServerInfoResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class VersionsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    SERVER_VERSION_FIELD_NUMBER: builtins.int
+    VERSIONS_FIELD_NUMBER: builtins.int
+    LIMITS_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    server_version: builtins.str
+    """Of the training server."""
+    @property
+    def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Of libraries by their names: torch, transformers, grpcio, protobuf."""
+
+    @property
+    def limits(self) -> global___ServerLimits: ...
+    @property
+    def model(self) -> global___ModelInfo:
+        """Unset while no engine is attached."""
+
+    def __init__(
+        self,
+        *,
+        server_version: builtins.str = ...,
+        versions: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        limits: global___ServerLimits | None = ...,
+        model: global___ModelInfo | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["limits", b"limits", "model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["limits", b"limits", "model", b"model", "server_version", b"server_version", "versions", b"versions"]) -> None: ...
+
+global___GetServerInfoResponse = GetServerInfoResponse
+
+@typing.final
+class ServerLimits(google.protobuf.message.Message):
+    """What is refused beyond these."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: builtins.int
+    QUEUED_RUNS_FIELD_NUMBER: builtins.int
+    QUEUED_BYTES_FIELD_NUMBER: builtins.int
+    STREAMS_FIELD_NUMBER: builtins.int
+    WATCHERS_FIELD_NUMBER: builtins.int
+    MESSAGE_BYTES_FIELD_NUMBER: builtins.int
+    samples: builtins.int
+    queued_runs: builtins.int
+    queued_bytes: builtins.int
+    streams: builtins.int
+    watchers: builtins.int
+    message_bytes: builtins.int
+    """Of one message, in bytes."""
+    def __init__(
+        self,
+        *,
+        samples: builtins.int = ...,
+        queued_runs: builtins.int = ...,
+        queued_bytes: builtins.int = ...,
+        streams: builtins.int = ...,
+        watchers: builtins.int = ...,
+        message_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["message_bytes", b"message_bytes", "queued_bytes", b"queued_bytes", "queued_runs", b"queued_runs", "samples", b"samples", "streams", b"streams", "watchers", b"watchers"]) -> None: ...
+
+global___ServerLimits = ServerLimits
+
+@typing.final
+class ModelInfo(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    ARCHITECTURE_FIELD_NUMBER: builtins.int
+    VOCABULARY_FIELD_NUMBER: builtins.int
+    MAX_LENGTH_FIELD_NUMBER: builtins.int
+    DTYPE_FIELD_NUMBER: builtins.int
+    PARAMETERS_FIELD_NUMBER: builtins.int
+    TOKENIZER_DIGEST_FIELD_NUMBER: builtins.int
+    VLLM_VERSION_FIELD_NUMBER: builtins.int
+    COHERENCE_MODES_FIELD_NUMBER: builtins.int
+    UNDOABLE_UPDATES_FIELD_NUMBER: builtins.int
+    directory: builtins.str
+    architecture: builtins.str
+    """Class of the training model, as transformers names it."""
+    vocabulary: builtins.int
+    max_length: builtins.int
+    """Tokens of a prompt and its answer."""
+    dtype: builtins.str
+    """Of most weights, such as "bfloat16"."""
+    parameters: builtins.int
+    tokenizer_digest: builtins.str
+    """SHA-256 of the tokenizer's files, in hex; empty where the directory has none."""
+    vllm_version: builtins.str
+    undoable_updates: builtins.int
+    """Updates that `Undo` can take back now."""
+    @property
+    def coherence_modes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[apollo_grpc.v1.training_pb2.CoherenceMode.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        directory: builtins.str = ...,
+        architecture: builtins.str = ...,
+        vocabulary: builtins.int = ...,
+        max_length: builtins.int = ...,
+        dtype: builtins.str = ...,
+        parameters: builtins.int = ...,
+        tokenizer_digest: builtins.str = ...,
+        vllm_version: builtins.str = ...,
+        coherence_modes: collections.abc.Iterable[apollo_grpc.v1.training_pb2.CoherenceMode.ValueType] | None = ...,
+        undoable_updates: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "coherence_modes", b"coherence_modes", "directory", b"directory", "dtype", b"dtype", "max_length", b"max_length", "parameters", b"parameters", "tokenizer_digest", b"tokenizer_digest", "undoable_updates", b"undoable_updates", "vllm_version", b"vllm_version", "vocabulary", b"vocabulary"]) -> None: ...
+
+global___ModelInfo = ModelInfo
+
+@typing.final
 class WatchStatusRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -172,6 +312,7 @@ class ServerStatus(google.protobuf.message.Message):
     LOGPROB_DIFFERENCE_FIELD_NUMBER: builtins.int
     SERVER_VERSION_FIELD_NUMBER: builtins.int
     WEIGHT_MAP_FIELD_NUMBER: builtins.int
+    ACTIVE_OPERATION_ID_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Model directory that vLLM serves; empty while none was ever attached."""
     attachment: global___AttachmentState.ValueType
@@ -179,7 +320,9 @@ class ServerStatus(google.protobuf.message.Message):
     engine_epoch: builtins.str
     """Random for each engine process."""
     weight_version: builtins.int
-    """Raised by one with each run that changed the weights."""
+    """Raised by one with each update of the weights: a step, a restore, an undo, a run that was taken
+    back.
+    """
     active_run_id: builtins.str
     """Empty when no run is active."""
     queue_length: builtins.int
@@ -193,6 +336,8 @@ class ServerStatus(google.protobuf.message.Message):
     """
     server_version: builtins.str
     """Version of the training server."""
+    active_operation_id: builtins.str
+    """The operation on checkpoints at work; empty for none."""
     @property
     def device_memory(self) -> global___DeviceMemory: ...
     @property
@@ -229,9 +374,10 @@ class ServerStatus(google.protobuf.message.Message):
         logprob_difference: builtins.float = ...,
         server_version: builtins.str = ...,
         weight_map: global___WeightMap | None = ...,
+        active_operation_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["device_memory", b"device_memory", "last_sync", b"last_sync", "uptime", b"uptime", "weight_map", b"weight_map", "weight_memory", b"weight_memory"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active_run_id", b"active_run_id", "attachment", b"attachment", "attachment_detail", b"attachment_detail", "device_memory", b"device_memory", "engine_epoch", b"engine_epoch", "last_sync", b"last_sync", "logprob_difference", b"logprob_difference", "model", b"model", "optimizer_loaded", b"optimizer_loaded", "optimizer_step", b"optimizer_step", "queue_length", b"queue_length", "server_version", b"server_version", "state_size_bytes", b"state_size_bytes", "uptime", b"uptime", "weight_map", b"weight_map", "weight_memory", b"weight_memory", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["active_operation_id", b"active_operation_id", "active_run_id", b"active_run_id", "attachment", b"attachment", "attachment_detail", b"attachment_detail", "device_memory", b"device_memory", "engine_epoch", b"engine_epoch", "last_sync", b"last_sync", "logprob_difference", b"logprob_difference", "model", b"model", "optimizer_loaded", b"optimizer_loaded", "optimizer_step", b"optimizer_step", "queue_length", b"queue_length", "server_version", b"server_version", "state_size_bytes", b"state_size_bytes", "uptime", b"uptime", "weight_map", b"weight_map", "weight_memory", b"weight_memory", "weight_version", b"weight_version"]) -> None: ...
 
 global___ServerStatus = ServerStatus
 

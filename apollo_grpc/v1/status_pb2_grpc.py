@@ -40,6 +40,11 @@ class StatusServiceStub(object):
                 request_serializer=apollo_dot_v1_dot_status__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=apollo_dot_v1_dot_status__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.GetServerInfo = channel.unary_unary(
+                '/apollo.v1.StatusService/GetServerInfo',
+                request_serializer=apollo_dot_v1_dot_status__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_status__pb2.GetServerInfoResponse.FromString,
+                _registered_method=True)
         self.WatchStatus = channel.unary_stream(
                 '/apollo.v1.StatusService/WatchStatus',
                 request_serializer=apollo_dot_v1_dot_status__pb2.WatchStatusRequest.SerializeToString,
@@ -53,6 +58,13 @@ class StatusServiceServicer(object):
 
     def GetStatus(self, request, context):
         """Returns the status now. It answers also while no engine is attached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetServerInfo(self, request, context):
+        """Returns what this server and the attached model can do, and what they limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +90,11 @@ def add_StatusServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=apollo_dot_v1_dot_status__pb2.GetStatusRequest.FromString,
                     response_serializer=apollo_dot_v1_dot_status__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'GetServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerInfo,
+                    request_deserializer=apollo_dot_v1_dot_status__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_status__pb2.GetServerInfoResponse.SerializeToString,
             ),
             'WatchStatus': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchStatus,
@@ -113,6 +130,33 @@ class StatusService(object):
             '/apollo.v1.StatusService/GetStatus',
             apollo_dot_v1_dot_status__pb2.GetStatusRequest.SerializeToString,
             apollo_dot_v1_dot_status__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.StatusService/GetServerInfo',
+            apollo_dot_v1_dot_status__pb2.GetServerInfoRequest.SerializeToString,
+            apollo_dot_v1_dot_status__pb2.GetServerInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

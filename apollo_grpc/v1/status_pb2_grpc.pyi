@@ -27,6 +27,12 @@ class StatusServiceStub:
     ]
     """Returns the status now. It answers also while no engine is attached."""
 
+    GetServerInfo: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.status_pb2.GetServerInfoRequest,
+        apollo_grpc.v1.status_pb2.GetServerInfoResponse,
+    ]
+    """Returns what this server and the attached model can do, and what they limit."""
+
     WatchStatus: grpc.UnaryStreamMultiCallable[
         apollo_grpc.v1.status_pb2.WatchStatusRequest,
         apollo_grpc.v1.status_pb2.WatchStatusResponse,
@@ -48,6 +54,12 @@ class StatusServiceAsyncStub:
         apollo_grpc.v1.status_pb2.GetStatusResponse,
     ]
     """Returns the status now. It answers also while no engine is attached."""
+
+    GetServerInfo: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.status_pb2.GetServerInfoRequest,
+        apollo_grpc.v1.status_pb2.GetServerInfoResponse,
+    ]
+    """Returns what this server and the attached model can do, and what they limit."""
 
     WatchStatus: grpc.aio.UnaryStreamMultiCallable[
         apollo_grpc.v1.status_pb2.WatchStatusRequest,
@@ -72,6 +84,14 @@ class StatusServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[apollo_grpc.v1.status_pb2.GetStatusResponse, collections.abc.Awaitable[apollo_grpc.v1.status_pb2.GetStatusResponse]]:
         """Returns the status now. It answers also while no engine is attached."""
+
+    @abc.abstractmethod
+    def GetServerInfo(
+        self,
+        request: apollo_grpc.v1.status_pb2.GetServerInfoRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.status_pb2.GetServerInfoResponse, collections.abc.Awaitable[apollo_grpc.v1.status_pb2.GetServerInfoResponse]]:
+        """Returns what this server and the attached model can do, and what they limit."""
 
     @abc.abstractmethod
     def WatchStatus(

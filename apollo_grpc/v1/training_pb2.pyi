@@ -21,6 +21,48 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _RunView:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _RunViewEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_RunView.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    RUN_VIEW_UNSPECIFIED: _RunView.ValueType  # 0
+    """BASIC."""
+    RUN_VIEW_BASIC: _RunView.ValueType  # 1
+    """The spec without its samples."""
+    RUN_VIEW_FULL: _RunView.ValueType  # 2
+    """With them."""
+
+class RunView(_RunView, metaclass=_RunViewEnumTypeWrapper): ...
+
+RUN_VIEW_UNSPECIFIED: RunView.ValueType  # 0
+"""BASIC."""
+RUN_VIEW_BASIC: RunView.ValueType  # 1
+"""The spec without its samples."""
+RUN_VIEW_FULL: RunView.ValueType  # 2
+"""With them."""
+global___RunView = RunView
+
+class _RunOrder:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _RunOrderEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_RunOrder.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    RUN_ORDER_UNSPECIFIED: _RunOrder.ValueType  # 0
+    """NEWEST_FIRST."""
+    RUN_ORDER_NEWEST_FIRST: _RunOrder.ValueType  # 1
+    RUN_ORDER_OLDEST_FIRST: _RunOrder.ValueType  # 2
+
+class RunOrder(_RunOrder, metaclass=_RunOrderEnumTypeWrapper): ...
+
+RUN_ORDER_UNSPECIFIED: RunOrder.ValueType  # 0
+"""NEWEST_FIRST."""
+RUN_ORDER_NEWEST_FIRST: RunOrder.ValueType  # 1
+RUN_ORDER_OLDEST_FIRST: RunOrder.ValueType  # 2
+global___RunOrder = RunOrder
+
 class _AnchorLoss:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -303,6 +345,87 @@ class TrainResponse(google.protobuf.message.Message):
 global___TrainResponse = TrainResponse
 
 @typing.final
+class CreateRunRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    SPEC_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """As in `TrainRequest`."""
+    @property
+    def spec(self) -> global___RunSpec: ...
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        spec: global___RunSpec | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["request_id", b"request_id", "spec", b"spec"]) -> None: ...
+
+global___CreateRunRequest = CreateRunRequest
+
+@typing.final
+class CreateRunResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    @property
+    def run(self) -> global___Run:
+        """Without its samples."""
+
+    def __init__(
+        self,
+        *,
+        run: global___Run | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["run", b"run"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["run", b"run"]) -> None: ...
+
+global___CreateRunResponse = CreateRunResponse
+
+@typing.final
+class WatchRunsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AFTER_REVISION_FIELD_NUMBER: builtins.int
+    after_revision: builtins.int
+    """Of the last event that is known; 0: from the oldest that is kept. Unset: from now on."""
+    def __init__(
+        self,
+        *,
+        after_revision: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_after_revision", b"_after_revision", "after_revision", b"after_revision"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_after_revision", b"_after_revision", "after_revision", b"after_revision"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_after_revision", b"_after_revision"]) -> typing.Literal["after_revision"] | None: ...
+
+global___WatchRunsRequest = WatchRunsRequest
+
+@typing.final
+class WatchRunsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: builtins.int
+    EVENT_FIELD_NUMBER: builtins.int
+    revision: builtins.int
+    """Rises with each event of any run, over restarts; it may skip numbers."""
+    @property
+    def event(self) -> global___RunEvent:
+        """Unset in the first message where nothing is sent for it: `revision` is then that of now."""
+
+    def __init__(
+        self,
+        *,
+        revision: builtins.int = ...,
+        event: global___RunEvent | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["event", b"event"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["event", b"event", "revision", b"revision"]) -> None: ...
+
+global___WatchRunsResponse = WatchRunsResponse
+
+@typing.final
 class WatchRunRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -343,13 +466,16 @@ class GetRunRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: builtins.int
+    VIEW_FIELD_NUMBER: builtins.int
     run_id: builtins.str
+    view: global___RunView.ValueType
     def __init__(
         self,
         *,
         run_id: builtins.str = ...,
+        view: global___RunView.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["run_id", b"run_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["run_id", b"run_id", "view", b"view"]) -> None: ...
 
 global___GetRunRequest = GetRunRequest
 
@@ -374,15 +500,41 @@ global___GetRunResponse = GetRunResponse
 class ListRunsRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     STATES_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    ORDER_FIELD_NUMBER: builtins.int
     page_size: builtins.int
     """At most this many runs, and at most 1000; 0 means 50."""
     page_token: builtins.str
+    name: builtins.str
+    """Only runs of this name; empty means all."""
+    order: global___RunOrder.ValueType
     @property
     def states(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___RunState.ValueType]:
         """Only runs in one of these states; empty means all."""
+
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Only runs that have all of these labels."""
 
     def __init__(
         self,
@@ -390,8 +542,11 @@ class ListRunsRequest(google.protobuf.message.Message):
         page_size: builtins.int = ...,
         page_token: builtins.str = ...,
         states: collections.abc.Iterable[global___RunState.ValueType] | None = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        name: builtins.str = ...,
+        order: global___RunOrder.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["page_size", b"page_size", "page_token", b"page_token", "states", b"states"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["labels", b"labels", "name", b"name", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "states", b"states"]) -> None: ...
 
 global___ListRunsRequest = ListRunsRequest
 
@@ -445,6 +600,191 @@ class CancelRunResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["run", b"run"]) -> None: ...
 
 global___CancelRunResponse = CancelRunResponse
+
+@typing.final
+class DeleteRunRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["run_id", b"run_id"]) -> None: ...
+
+global___DeleteRunRequest = DeleteRunRequest
+
+@typing.final
+class DeleteRunResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___DeleteRunResponse = DeleteRunResponse
+
+@typing.final
+class ValidateRunRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: builtins.int
+    @property
+    def spec(self) -> global___RunSpec: ...
+    def __init__(
+        self,
+        *,
+        spec: global___RunSpec | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["spec", b"spec"]) -> None: ...
+
+global___ValidateRunRequest = ValidateRunRequest
+
+@typing.final
+class ValidateRunResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STEPS_TOTAL_FIELD_NUMBER: builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: builtins.int
+    CONTINUATION_TOKENS_FIELD_NUMBER: builtins.int
+    LONGEST_SAMPLE_TOKENS_FIELD_NUMBER: builtins.int
+    steps_total: builtins.int
+    context_tokens: builtins.int
+    """Of all samples, once."""
+    continuation_tokens: builtins.int
+    longest_sample_tokens: builtins.int
+    """Of the longest sample, context and continuation."""
+    def __init__(
+        self,
+        *,
+        steps_total: builtins.int = ...,
+        context_tokens: builtins.int = ...,
+        continuation_tokens: builtins.int = ...,
+        longest_sample_tokens: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context_tokens", b"context_tokens", "continuation_tokens", b"continuation_tokens", "longest_sample_tokens", b"longest_sample_tokens", "steps_total", b"steps_total"]) -> None: ...
+
+global___ValidateRunResponse = ValidateRunResponse
+
+@typing.final
+class CountTokensRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: builtins.int
+    @property
+    def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Sample]: ...
+    def __init__(
+        self,
+        *,
+        samples: collections.abc.Iterable[global___Sample] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["samples", b"samples"]) -> None: ...
+
+global___CountTokensRequest = CountTokensRequest
+
+@typing.final
+class CountTokensResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COUNTS_FIELD_NUMBER: builtins.int
+    @property
+    def counts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TokenCount]:
+        """In the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        counts: collections.abc.Iterable[global___TokenCount] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["counts", b"counts"]) -> None: ...
+
+global___CountTokensResponse = CountTokensResponse
+
+@typing.final
+class TokenCount(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CONTEXT_TOKENS_FIELD_NUMBER: builtins.int
+    CONTINUATION_TOKENS_FIELD_NUMBER: builtins.int
+    context_tokens: builtins.int
+    continuation_tokens: builtins.int
+    def __init__(
+        self,
+        *,
+        context_tokens: builtins.int = ...,
+        continuation_tokens: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["context_tokens", b"context_tokens", "continuation_tokens", b"continuation_tokens"]) -> None: ...
+
+global___TokenCount = TokenCount
+
+@typing.final
+class ScoreSamplesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: builtins.int
+    @property
+    def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Sample]: ...
+    def __init__(
+        self,
+        *,
+        samples: collections.abc.Iterable[global___Sample] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["samples", b"samples"]) -> None: ...
+
+global___ScoreSamplesRequest = ScoreSamplesRequest
+
+@typing.final
+class ScoreSamplesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SCORES_FIELD_NUMBER: builtins.int
+    WEIGHT_VERSION_BEFORE_FIELD_NUMBER: builtins.int
+    WEIGHT_VERSION_AFTER_FIELD_NUMBER: builtins.int
+    weight_version_before: builtins.int
+    """Versions of the weights before the first was asked and after the last: where they differ, the
+    weights changed meanwhile.
+    """
+    weight_version_after: builtins.int
+    @property
+    def scores(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SampleScore]:
+        """In the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        scores: collections.abc.Iterable[global___SampleScore] | None = ...,
+        weight_version_before: builtins.int = ...,
+        weight_version_after: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["scores", b"scores", "weight_version_after", b"weight_version_after", "weight_version_before", b"weight_version_before"]) -> None: ...
+
+global___ScoreSamplesResponse = ScoreSamplesResponse
+
+@typing.final
+class SampleScore(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOG_PROBABILITIES_FIELD_NUMBER: builtins.int
+    LOG_PROBABILITY_FIELD_NUMBER: builtins.int
+    log_probability: builtins.float
+    """Their sum."""
+    @property
+    def log_probabilities(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Of each continuation token, in nats."""
+
+    def __init__(
+        self,
+        *,
+        log_probabilities: collections.abc.Iterable[builtins.float] | None = ...,
+        log_probability: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["log_probabilities", b"log_probabilities", "log_probability", b"log_probability"]) -> None: ...
+
+global___SampleScore = SampleScore
 
 @typing.final
 class ListRegressionProbesRequest(google.protobuf.message.Message):
@@ -524,6 +864,22 @@ class RunSpec(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     SAMPLES_FIELD_NUMBER: builtins.int
     OPTIMIZER_FIELD_NUMBER: builtins.int
     SAMPLES_PER_STEP_FIELD_NUMBER: builtins.int
@@ -544,6 +900,10 @@ class RunSpec(google.protobuf.message.Message):
     EVALUATE_EVERY_STEPS_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
     CONTEXT_GRADIENT_TOKENS_FIELD_NUMBER: builtins.int
+    DATASET_ID_FIELD_NUMBER: builtins.int
+    EXPECTED_WEIGHT_VERSION_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
     samples_per_step: builtins.int
     """Samples whose gradients make one optimizer step, in order. 0 means 1."""
     epochs: builtins.int
@@ -561,9 +921,17 @@ class RunSpec(google.protobuf.message.Message):
     not through its first token. What is learned of a subject in them is then more of that subject
     alone (docs/learning.md). A step costs as if they were of the continuation. At most 4096.
     """
+    dataset_id: builtins.str
+    """Samples that `CreateDataset` brought, in place of `samples`."""
+    expected_weight_version: builtins.int
+    """The run is refused (WEIGHT_VERSION_CHANGED) where the weights have another version once it is
+    accepted, or once its turn has come. Unset: any.
+    """
+    name: builtins.str
+    """For people. At most 256 bytes."""
     @property
     def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Sample]:
-        """At least one."""
+        """At least one, unless `dataset_id` is set."""
 
     @property
     def optimizer(self) -> global___OptimizerConfig: ...
@@ -603,6 +971,10 @@ class RunSpec(google.protobuf.message.Message):
     def parameters(self) -> global___ParameterFilter:
         """Which parameters learn. Unset: all of them."""
 
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """For `ListRuns`: at most 64, of at most 256 bytes each."""
+
     def __init__(
         self,
         *,
@@ -626,9 +998,15 @@ class RunSpec(google.protobuf.message.Message):
         evaluate_every_steps: builtins.int = ...,
         parameters: global___ParameterFilter | None = ...,
         context_gradient_tokens: builtins.int = ...,
+        dataset_id: builtins.str = ...,
+        expected_weight_version: builtins.int | None = ...,
+        name: builtins.str = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "accept_if", b"accept_if", "anchors", b"anchors", "coherence", b"coherence", "context_distillation", b"context_distillation", "cross_entropy", b"cross_entropy", "guard", b"guard", "loss", b"loss", "max_wall_time", b"max_wall_time", "optimizer", b"optimizer", "parameters", b"parameters", "policy_gradient", b"policy_gradient", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "accept_if", b"accept_if", "anchors", b"anchors", "coherence", b"coherence", "context_distillation", b"context_distillation", "context_gradient_tokens", b"context_gradient_tokens", "cross_entropy", b"cross_entropy", "dry_run", b"dry_run", "epochs", b"epochs", "evaluate", b"evaluate", "evaluate_every_steps", b"evaluate_every_steps", "evaluation_samples", b"evaluation_samples", "guard", b"guard", "loss", b"loss", "max_wall_time", b"max_wall_time", "optimizer", b"optimizer", "parameters", b"parameters", "policy_gradient", b"policy_gradient", "probes", b"probes", "samples", b"samples", "samples_per_step", b"samples_per_step", "seed", b"seed"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_weight_version", b"_expected_weight_version", "_seed", b"_seed", "accept_if", b"accept_if", "anchors", b"anchors", "coherence", b"coherence", "context_distillation", b"context_distillation", "cross_entropy", b"cross_entropy", "expected_weight_version", b"expected_weight_version", "guard", b"guard", "loss", b"loss", "max_wall_time", b"max_wall_time", "optimizer", b"optimizer", "parameters", b"parameters", "policy_gradient", b"policy_gradient", "seed", b"seed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_weight_version", b"_expected_weight_version", "_seed", b"_seed", "accept_if", b"accept_if", "anchors", b"anchors", "coherence", b"coherence", "context_distillation", b"context_distillation", "context_gradient_tokens", b"context_gradient_tokens", "cross_entropy", b"cross_entropy", "dataset_id", b"dataset_id", "dry_run", b"dry_run", "epochs", b"epochs", "evaluate", b"evaluate", "evaluate_every_steps", b"evaluate_every_steps", "evaluation_samples", b"evaluation_samples", "expected_weight_version", b"expected_weight_version", "guard", b"guard", "labels", b"labels", "loss", b"loss", "max_wall_time", b"max_wall_time", "name", b"name", "optimizer", b"optimizer", "parameters", b"parameters", "policy_gradient", b"policy_gradient", "probes", b"probes", "samples", b"samples", "samples_per_step", b"samples_per_step", "seed", b"seed"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_weight_version", b"_expected_weight_version"]) -> typing.Literal["expected_weight_version"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
     @typing.overload
@@ -1224,12 +1602,21 @@ class Run(google.protobuf.message.Message):
     STEPS_TOTAL_FIELD_NUMBER: builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    LAST_LOSS_FIELD_NUMBER: builtins.int
+    WEIGHT_VERSION_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     state: global___RunState.ValueType
     steps_done: builtins.int
     """Steps that are in the weights; none of a dry run's are."""
     steps_total: builtins.int
     last_sequence: builtins.int
+    request_id: builtins.str
+    """That it was sent with; empty for none."""
+    last_loss: builtins.float
+    """Loss of the last step, in nats a token; unset before the first."""
+    weight_version: builtins.int
+    """Version of the weights after it; unset while it waits or runs."""
     @property
     def spec(self) -> global___RunSpec: ...
     @property
@@ -1239,7 +1626,7 @@ class Run(google.protobuf.message.Message):
     @property
     def end_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
     @property
-    def failure(self) -> global___Failure:
+    def failure(self) -> global___Notice:
         """Set when the state is FAILED or REJECTED."""
 
     def __init__(
@@ -1254,23 +1641,32 @@ class Run(google.protobuf.message.Message):
         steps_done: builtins.int = ...,
         steps_total: builtins.int = ...,
         last_sequence: builtins.int = ...,
-        failure: global___Failure | None = ...,
+        failure: global___Notice | None = ...,
+        request_id: builtins.str = ...,
+        last_loss: builtins.float | None = ...,
+        weight_version: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "spec", b"spec", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "last_sequence", b"last_sequence", "run_id", b"run_id", "spec", b"spec", "start_time", b"start_time", "state", b"state", "steps_done", b"steps_done", "steps_total", b"steps_total"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_last_loss", b"_last_loss", "_weight_version", b"_weight_version", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "last_loss", b"last_loss", "spec", b"spec", "start_time", b"start_time", "weight_version", b"weight_version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_last_loss", b"_last_loss", "_weight_version", b"_weight_version", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "last_loss", b"last_loss", "last_sequence", b"last_sequence", "request_id", b"request_id", "run_id", b"run_id", "spec", b"spec", "start_time", b"start_time", "state", b"state", "steps_done", b"steps_done", "steps_total", b"steps_total", "weight_version", b"weight_version"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_last_loss", b"_last_loss"]) -> typing.Literal["last_loss"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_weight_version", b"_weight_version"]) -> typing.Literal["weight_version"] | None: ...
 
 global___Run = Run
 
 @typing.final
-class Failure(google.protobuf.message.Message):
-    """Why a run failed, or was taken back."""
+class Notice(google.protobuf.message.Message):
+    """What happened in a run or an operation beside its result: why it failed, was taken back, or ended
+    early; or a warning.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REASON_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
     reason: builtins.str
-    """Stable UPPER_SNAKE word to branch on."""
+    """Stable UPPER_SNAKE word to branch on: a `Reason` without its prefix."""
     message: builtins.str
     """What happened, what was kept, what to do."""
     def __init__(
@@ -1281,11 +1677,300 @@ class Failure(google.protobuf.message.Message):
     ) -> None: ...
     def ClearField(self, field_name: typing.Literal["message", b"message", "reason", b"reason"]) -> None: ...
 
-global___Failure = Failure
+global___Notice = Notice
 
 @typing.final
 class RunEvent(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class Queued(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        POSITION_FIELD_NUMBER: builtins.int
+        position: builtins.int
+        """Runs ahead of this one."""
+        def __init__(
+            self,
+            *,
+            position: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["position", b"position"]) -> None: ...
+
+    @typing.final
+    class Started(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        STEPS_TOTAL_FIELD_NUMBER: builtins.int
+        OPTIMIZER_STEP_FIELD_NUMBER: builtins.int
+        WEIGHT_VERSION_FIELD_NUMBER: builtins.int
+        ENGINE_EPOCH_FIELD_NUMBER: builtins.int
+        DRY_RUN_FIELD_NUMBER: builtins.int
+        steps_total: builtins.int
+        optimizer_step: builtins.int
+        """Optimizer steps taken before this run's first."""
+        weight_version: builtins.int
+        """Version of the weights that the run starts from."""
+        engine_epoch: builtins.str
+        """The engine process whose weights the run changes."""
+        dry_run: builtins.bool
+        """The run writes nothing."""
+        def __init__(
+            self,
+            *,
+            steps_total: builtins.int = ...,
+            optimizer_step: builtins.int = ...,
+            weight_version: builtins.int = ...,
+            engine_epoch: builtins.str = ...,
+            dry_run: builtins.bool = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["dry_run", b"dry_run", "engine_epoch", b"engine_epoch", "optimizer_step", b"optimizer_step", "steps_total", b"steps_total", "weight_version", b"weight_version"]) -> None: ...
+
+    @typing.final
+    class Step(google.protobuf.message.Message):
+        """One optimizer step, told after its weights were written, or would have been."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        STEP_FIELD_NUMBER: builtins.int
+        LOSS_FIELD_NUMBER: builtins.int
+        LOSS_SUM_FIELD_NUMBER: builtins.int
+        TOKENS_FIELD_NUMBER: builtins.int
+        GRAD_NORM_FIELD_NUMBER: builtins.int
+        UPDATE_NORM_FIELD_NUMBER: builtins.int
+        LEARNING_RATE_FIELD_NUMBER: builtins.int
+        CHANGED_FRACTION_FIELD_NUMBER: builtins.int
+        FORWARD_TIME_FIELD_NUMBER: builtins.int
+        BACKWARD_TIME_FIELD_NUMBER: builtins.int
+        OPTIMIZER_TIME_FIELD_NUMBER: builtins.int
+        PAUSE_TIME_FIELD_NUMBER: builtins.int
+        OPTIMIZER_STEP_FIELD_NUMBER: builtins.int
+        MICRO_BATCHES_FIELD_NUMBER: builtins.int
+        FULL_GRADIENTS_FIELD_NUMBER: builtins.int
+        DRY_RUN_FIELD_NUMBER: builtins.int
+        WAIT_TIME_FIELD_NUMBER: builtins.int
+        EPOCH_FIELD_NUMBER: builtins.int
+        SAMPLE_INDICES_FIELD_NUMBER: builtins.int
+        SAMPLE_LOSSES_FIELD_NUMBER: builtins.int
+        ANCHOR_LOSS_FIELD_NUMBER: builtins.int
+        POLICY_FIELD_NUMBER: builtins.int
+        step: builtins.int
+        """From 1 within the run."""
+        loss: builtins.float
+        """Mean loss over the step's continuation tokens, in nats, before the step."""
+        loss_sum: builtins.float
+        """Sum of their losses."""
+        tokens: builtins.int
+        """Continuation tokens of the step."""
+        grad_norm: builtins.float
+        """Norm of the whole gradient, not clipped."""
+        update_norm: builtins.float
+        """Norm of what the step added to the weights, as stored."""
+        learning_rate: builtins.float
+        changed_fraction: builtins.float
+        """Part of the stored weight elements whose bits changed, 0 to 1."""
+        optimizer_step: builtins.int
+        """Optimizer steps since its state began, this one included."""
+        micro_batches: builtins.int
+        """Forward passes that the step was divided into by the server's token budget."""
+        full_gradients: global___FullGradients.ValueType
+        """Why gradients as large as their parameters were made. Unspecified: those of matrices were
+        kept as two thin factors each.
+        """
+        dry_run: builtins.bool
+        """Nothing of the step was written: the run is a dry run. The norms and the changed fraction are
+        those of the update that it would have been.
+        """
+        epoch: builtins.int
+        """From 0."""
+        anchor_loss: builtins.float
+        """Mean loss over the tokens of the step's anchors, in nats: how far they are from the run's start."""
+        @property
+        def forward_time(self) -> google.protobuf.duration_pb2.Duration: ...
+        @property
+        def backward_time(self) -> google.protobuf.duration_pb2.Duration: ...
+        @property
+        def optimizer_time(self) -> google.protobuf.duration_pb2.Duration: ...
+        @property
+        def pause_time(self) -> google.protobuf.duration_pb2.Duration:
+            """How long vLLM was held for this step alone; a pause around the run is in `finished`."""
+
+        @property
+        def wait_time(self) -> google.protobuf.duration_pb2.Duration:
+            """How long the step waited for its turn, so that vLLM kept its share of tokens."""
+
+        @property
+        def sample_indices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+            """The step's samples, by their place in the spec, in the order in which they were learned; empty
+            where they are more than 256.
+            """
+
+        @property
+        def sample_losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+            """Mean loss of each of them, in nats a token, before the step; likewise."""
+
+        @property
+        def policy(self) -> global___PolicyFigures:
+            """Of a policy gradient's tokens."""
+
+        def __init__(
+            self,
+            *,
+            step: builtins.int = ...,
+            loss: builtins.float = ...,
+            loss_sum: builtins.float = ...,
+            tokens: builtins.int = ...,
+            grad_norm: builtins.float = ...,
+            update_norm: builtins.float = ...,
+            learning_rate: builtins.float = ...,
+            changed_fraction: builtins.float = ...,
+            forward_time: google.protobuf.duration_pb2.Duration | None = ...,
+            backward_time: google.protobuf.duration_pb2.Duration | None = ...,
+            optimizer_time: google.protobuf.duration_pb2.Duration | None = ...,
+            pause_time: google.protobuf.duration_pb2.Duration | None = ...,
+            optimizer_step: builtins.int = ...,
+            micro_batches: builtins.int = ...,
+            full_gradients: global___FullGradients.ValueType = ...,
+            dry_run: builtins.bool = ...,
+            wait_time: google.protobuf.duration_pb2.Duration | None = ...,
+            epoch: builtins.int = ...,
+            sample_indices: collections.abc.Iterable[builtins.int] | None = ...,
+            sample_losses: collections.abc.Iterable[builtins.float] | None = ...,
+            anchor_loss: builtins.float | None = ...,
+            policy: global___PolicyFigures | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["_anchor_loss", b"_anchor_loss", "anchor_loss", b"anchor_loss", "backward_time", b"backward_time", "forward_time", b"forward_time", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time", "policy", b"policy", "wait_time", b"wait_time"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["_anchor_loss", b"_anchor_loss", "anchor_loss", b"anchor_loss", "backward_time", b"backward_time", "changed_fraction", b"changed_fraction", "dry_run", b"dry_run", "epoch", b"epoch", "forward_time", b"forward_time", "full_gradients", b"full_gradients", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "loss_sum", b"loss_sum", "micro_batches", b"micro_batches", "optimizer_step", b"optimizer_step", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time", "policy", b"policy", "sample_indices", b"sample_indices", "sample_losses", b"sample_losses", "step", b"step", "tokens", b"tokens", "update_norm", b"update_norm", "wait_time", b"wait_time"]) -> None: ...
+        def WhichOneof(self, oneof_group: typing.Literal["_anchor_loss", b"_anchor_loss"]) -> typing.Literal["anchor_loss"] | None: ...
+
+    @typing.final
+    class Evaluated(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        AFTER_TRAINING_FIELD_NUMBER: builtins.int
+        LOSSES_FIELD_NUMBER: builtins.int
+        STEP_FIELD_NUMBER: builtins.int
+        EVALUATION_LOSSES_FIELD_NUMBER: builtins.int
+        ANCHOR_LOSSES_FIELD_NUMBER: builtins.int
+        after_training: builtins.bool
+        """False: before the first step. True: after the last."""
+        step: builtins.int
+        """Steps that were taken before."""
+        @property
+        def losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+            """Mean loss of each sample, in the order of the spec; where `evaluate` is set."""
+
+        @property
+        def evaluation_losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+            """Mean cross-entropy of each evaluation sample, in nats a token."""
+
+        @property
+        def anchor_losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+            """Mean loss of each anchor, in nats a token: those of the spec, of the regression set, and those
+            that the model made; after the last step alone.
+            """
+
+        def __init__(
+            self,
+            *,
+            after_training: builtins.bool = ...,
+            losses: collections.abc.Iterable[builtins.float] | None = ...,
+            step: builtins.int = ...,
+            evaluation_losses: collections.abc.Iterable[builtins.float] | None = ...,
+            anchor_losses: collections.abc.Iterable[builtins.float] | None = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["after_training", b"after_training", "anchor_losses", b"anchor_losses", "evaluation_losses", b"evaluation_losses", "losses", b"losses", "step", b"step"]) -> None: ...
+
+    @typing.final
+    class Probed(google.protobuf.message.Message):
+        """What vLLM answered."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        AFTER_TRAINING_FIELD_NUMBER: builtins.int
+        RESULTS_FIELD_NUMBER: builtins.int
+        after_training: builtins.bool
+        """False: before the first step. True: after the last."""
+        @property
+        def results(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ProbeResult]: ...
+        def __init__(
+            self,
+            *,
+            after_training: builtins.bool = ...,
+            results: collections.abc.Iterable[global___ProbeResult] | None = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["after_training", b"after_training", "results", b"results"]) -> None: ...
+
+    @typing.final
+    class StateSaved(google.protobuf.message.Message):
+        """The Apollo state reached the disk."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        OPTIMIZER_STEP_FIELD_NUMBER: builtins.int
+        SIZE_BYTES_FIELD_NUMBER: builtins.int
+        optimizer_step: builtins.int
+        size_bytes: builtins.int
+        def __init__(
+            self,
+            *,
+            optimizer_step: builtins.int = ...,
+            size_bytes: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["optimizer_step", b"optimizer_step", "size_bytes", b"size_bytes"]) -> None: ...
+
+    @typing.final
+    class Finished(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        STATE_FIELD_NUMBER: builtins.int
+        FAILURE_FIELD_NUMBER: builtins.int
+        STEPS_DONE_FIELD_NUMBER: builtins.int
+        WEIGHT_VERSION_FIELD_NUMBER: builtins.int
+        PAUSE_TIME_FIELD_NUMBER: builtins.int
+        NEXT_STEP_IN_DOUBT_FIELD_NUMBER: builtins.int
+        STATE_STEPS_LOST_FIELD_NUMBER: builtins.int
+        STOPPED_FIELD_NUMBER: builtins.int
+        state: global___RunState.ValueType
+        """SUCCEEDED, FAILED, CANCELLED or REJECTED."""
+        steps_done: builtins.int
+        """Steps that are in the weights; none of a dry run's are."""
+        weight_version: builtins.int
+        """Version of the weights after the run."""
+        next_step_in_doubt: builtins.bool
+        """The server was killed while it wrote the step after `steps_done`: that step
+        is in the weights wholly, in part, or not at all.
+        """
+        state_steps_lost: builtins.int
+        """After a kill: steps that are in the weights and not in the Apollo state on
+        disk. Their moments are lost.
+        """
+        @property
+        def failure(self) -> global___Notice:
+            """Set when the state is FAILED or REJECTED."""
+
+        @property
+        def pause_time(self) -> google.protobuf.duration_pb2.Duration:
+            """How long vLLM was paused for the run."""
+
+        @property
+        def stopped(self) -> global___Notice:
+            """Set when a run that SUCCEEDED ended before its last step."""
+
+        def __init__(
+            self,
+            *,
+            state: global___RunState.ValueType = ...,
+            failure: global___Notice | None = ...,
+            steps_done: builtins.int = ...,
+            weight_version: builtins.int = ...,
+            pause_time: google.protobuf.duration_pb2.Duration | None = ...,
+            next_step_in_doubt: builtins.bool = ...,
+            state_steps_lost: builtins.int = ...,
+            stopped: global___Notice | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["failure", b"failure", "pause_time", b"pause_time", "stopped", b"stopped"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["failure", b"failure", "next_step_in_doubt", b"next_step_in_doubt", "pause_time", b"pause_time", "state", b"state", "state_steps_lost", b"state_steps_lost", "steps_done", b"steps_done", "stopped", b"stopped", "weight_version", b"weight_version"]) -> None: ...
 
     RUN_ID_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
@@ -1294,7 +1979,7 @@ class RunEvent(google.protobuf.message.Message):
     STARTED_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
     EVALUATED_FIELD_NUMBER: builtins.int
-    CHECKPOINT_FIELD_NUMBER: builtins.int
+    STATE_SAVED_FIELD_NUMBER: builtins.int
     WARNING_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
     PROBED_FIELD_NUMBER: builtins.int
@@ -1304,207 +1989,43 @@ class RunEvent(google.protobuf.message.Message):
     @property
     def event_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
     @property
-    def queued(self) -> global___Queued: ...
+    def queued(self) -> global___RunEvent.Queued: ...
     @property
-    def started(self) -> global___Started: ...
+    def started(self) -> global___RunEvent.Started: ...
     @property
-    def step(self) -> global___Step: ...
+    def step(self) -> global___RunEvent.Step: ...
     @property
-    def evaluated(self) -> global___Evaluated: ...
+    def evaluated(self) -> global___RunEvent.Evaluated: ...
     @property
-    def checkpoint(self) -> global___CheckpointWritten: ...
+    def state_saved(self) -> global___RunEvent.StateSaved:
+        """The Apollo state reached the disk."""
+
     @property
-    def warning(self) -> global___Warning: ...
+    def warning(self) -> global___Notice: ...
     @property
-    def finished(self) -> global___Finished: ...
+    def finished(self) -> global___RunEvent.Finished: ...
     @property
-    def probed(self) -> global___Probed: ...
+    def probed(self) -> global___RunEvent.Probed: ...
     def __init__(
         self,
         *,
         run_id: builtins.str = ...,
         sequence: builtins.int = ...,
         event_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
-        queued: global___Queued | None = ...,
-        started: global___Started | None = ...,
-        step: global___Step | None = ...,
-        evaluated: global___Evaluated | None = ...,
-        checkpoint: global___CheckpointWritten | None = ...,
-        warning: global___Warning | None = ...,
-        finished: global___Finished | None = ...,
-        probed: global___Probed | None = ...,
+        queued: global___RunEvent.Queued | None = ...,
+        started: global___RunEvent.Started | None = ...,
+        step: global___RunEvent.Step | None = ...,
+        evaluated: global___RunEvent.Evaluated | None = ...,
+        state_saved: global___RunEvent.StateSaved | None = ...,
+        warning: global___Notice | None = ...,
+        finished: global___RunEvent.Finished | None = ...,
+        probed: global___RunEvent.Probed | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "evaluated", b"evaluated", "event", b"event", "event_time", b"event_time", "finished", b"finished", "probed", b"probed", "queued", b"queued", "started", b"started", "step", b"step", "warning", b"warning"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "evaluated", b"evaluated", "event", b"event", "event_time", b"event_time", "finished", b"finished", "probed", b"probed", "queued", b"queued", "run_id", b"run_id", "sequence", b"sequence", "started", b"started", "step", b"step", "warning", b"warning"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["queued", "started", "step", "evaluated", "checkpoint", "warning", "finished", "probed"] | None: ...
+    def HasField(self, field_name: typing.Literal["evaluated", b"evaluated", "event", b"event", "event_time", b"event_time", "finished", b"finished", "probed", b"probed", "queued", b"queued", "started", b"started", "state_saved", b"state_saved", "step", b"step", "warning", b"warning"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["evaluated", b"evaluated", "event", b"event", "event_time", b"event_time", "finished", b"finished", "probed", b"probed", "queued", b"queued", "run_id", b"run_id", "sequence", b"sequence", "started", b"started", "state_saved", b"state_saved", "step", b"step", "warning", b"warning"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["queued", "started", "step", "evaluated", "state_saved", "warning", "finished", "probed"] | None: ...
 
 global___RunEvent = RunEvent
-
-@typing.final
-class Queued(google.protobuf.message.Message):
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    POSITION_FIELD_NUMBER: builtins.int
-    position: builtins.int
-    """Runs ahead of this one."""
-    def __init__(
-        self,
-        *,
-        position: builtins.int = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["position", b"position"]) -> None: ...
-
-global___Queued = Queued
-
-@typing.final
-class Started(google.protobuf.message.Message):
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    STEPS_TOTAL_FIELD_NUMBER: builtins.int
-    OPTIMIZER_STEP_FIELD_NUMBER: builtins.int
-    WEIGHT_VERSION_FIELD_NUMBER: builtins.int
-    ENGINE_EPOCH_FIELD_NUMBER: builtins.int
-    DRY_RUN_FIELD_NUMBER: builtins.int
-    steps_total: builtins.int
-    optimizer_step: builtins.int
-    """Optimizer steps taken before this run's first."""
-    weight_version: builtins.int
-    """Version of the weights that the run starts from."""
-    engine_epoch: builtins.str
-    """The engine process whose weights the run changes."""
-    dry_run: builtins.bool
-    """The run writes nothing."""
-    def __init__(
-        self,
-        *,
-        steps_total: builtins.int = ...,
-        optimizer_step: builtins.int = ...,
-        weight_version: builtins.int = ...,
-        engine_epoch: builtins.str = ...,
-        dry_run: builtins.bool = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dry_run", b"dry_run", "engine_epoch", b"engine_epoch", "optimizer_step", b"optimizer_step", "steps_total", b"steps_total", "weight_version", b"weight_version"]) -> None: ...
-
-global___Started = Started
-
-@typing.final
-class Step(google.protobuf.message.Message):
-    """One optimizer step, told after its weights were written, or would have been."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    STEP_FIELD_NUMBER: builtins.int
-    LOSS_FIELD_NUMBER: builtins.int
-    LOSS_SUM_FIELD_NUMBER: builtins.int
-    TOKENS_FIELD_NUMBER: builtins.int
-    GRAD_NORM_FIELD_NUMBER: builtins.int
-    UPDATE_NORM_FIELD_NUMBER: builtins.int
-    LEARNING_RATE_FIELD_NUMBER: builtins.int
-    CHANGED_FRACTION_FIELD_NUMBER: builtins.int
-    FORWARD_TIME_FIELD_NUMBER: builtins.int
-    BACKWARD_TIME_FIELD_NUMBER: builtins.int
-    OPTIMIZER_TIME_FIELD_NUMBER: builtins.int
-    PAUSE_TIME_FIELD_NUMBER: builtins.int
-    OPTIMIZER_STEP_FIELD_NUMBER: builtins.int
-    MICRO_BATCHES_FIELD_NUMBER: builtins.int
-    FULL_GRADIENTS_FIELD_NUMBER: builtins.int
-    DRY_RUN_FIELD_NUMBER: builtins.int
-    WAIT_TIME_FIELD_NUMBER: builtins.int
-    EPOCH_FIELD_NUMBER: builtins.int
-    SAMPLE_INDICES_FIELD_NUMBER: builtins.int
-    SAMPLE_LOSSES_FIELD_NUMBER: builtins.int
-    ANCHOR_LOSS_FIELD_NUMBER: builtins.int
-    POLICY_FIELD_NUMBER: builtins.int
-    step: builtins.int
-    """From 1 within the run."""
-    loss: builtins.float
-    """Mean loss over the step's continuation tokens, in nats, before the step."""
-    loss_sum: builtins.float
-    """Sum of their losses."""
-    tokens: builtins.int
-    """Continuation tokens of the step."""
-    grad_norm: builtins.float
-    """Norm of the whole gradient, not clipped."""
-    update_norm: builtins.float
-    """Norm of what the step added to the weights, as stored."""
-    learning_rate: builtins.float
-    changed_fraction: builtins.float
-    """Part of the stored weight elements whose bits changed, 0 to 1."""
-    optimizer_step: builtins.int
-    """Optimizer steps since its state began, this one included."""
-    micro_batches: builtins.int
-    """Forward passes that the step was divided into by the server's token budget."""
-    full_gradients: global___FullGradients.ValueType
-    """Why gradients as large as their parameters were made. Unspecified: those of matrices were
-    kept as two thin factors each.
-    """
-    dry_run: builtins.bool
-    """Nothing of the step was written: the run is a dry run. The norms and the changed fraction are
-    those of the update that it would have been.
-    """
-    epoch: builtins.int
-    """From 0."""
-    anchor_loss: builtins.float
-    """Mean loss over the tokens of the step's anchors, in nats: how far they are from the run's start."""
-    @property
-    def forward_time(self) -> google.protobuf.duration_pb2.Duration: ...
-    @property
-    def backward_time(self) -> google.protobuf.duration_pb2.Duration: ...
-    @property
-    def optimizer_time(self) -> google.protobuf.duration_pb2.Duration: ...
-    @property
-    def pause_time(self) -> google.protobuf.duration_pb2.Duration:
-        """How long vLLM was held for this step alone; a pause around the run is in `finished`."""
-
-    @property
-    def wait_time(self) -> google.protobuf.duration_pb2.Duration:
-        """How long the step waited for its turn, so that vLLM kept its share of tokens."""
-
-    @property
-    def sample_indices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The step's samples, by their place in the spec, in the order in which they were learned; empty
-        where they are more than 256.
-        """
-
-    @property
-    def sample_losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Mean loss of each of them, in nats a token, before the step; likewise."""
-
-    @property
-    def policy(self) -> global___PolicyFigures:
-        """Of a policy gradient's tokens."""
-
-    def __init__(
-        self,
-        *,
-        step: builtins.int = ...,
-        loss: builtins.float = ...,
-        loss_sum: builtins.float = ...,
-        tokens: builtins.int = ...,
-        grad_norm: builtins.float = ...,
-        update_norm: builtins.float = ...,
-        learning_rate: builtins.float = ...,
-        changed_fraction: builtins.float = ...,
-        forward_time: google.protobuf.duration_pb2.Duration | None = ...,
-        backward_time: google.protobuf.duration_pb2.Duration | None = ...,
-        optimizer_time: google.protobuf.duration_pb2.Duration | None = ...,
-        pause_time: google.protobuf.duration_pb2.Duration | None = ...,
-        optimizer_step: builtins.int = ...,
-        micro_batches: builtins.int = ...,
-        full_gradients: global___FullGradients.ValueType = ...,
-        dry_run: builtins.bool = ...,
-        wait_time: google.protobuf.duration_pb2.Duration | None = ...,
-        epoch: builtins.int = ...,
-        sample_indices: collections.abc.Iterable[builtins.int] | None = ...,
-        sample_losses: collections.abc.Iterable[builtins.float] | None = ...,
-        anchor_loss: builtins.float | None = ...,
-        policy: global___PolicyFigures | None = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_anchor_loss", b"_anchor_loss", "anchor_loss", b"anchor_loss", "backward_time", b"backward_time", "forward_time", b"forward_time", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time", "policy", b"policy", "wait_time", b"wait_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_anchor_loss", b"_anchor_loss", "anchor_loss", b"anchor_loss", "backward_time", b"backward_time", "changed_fraction", b"changed_fraction", "dry_run", b"dry_run", "epoch", b"epoch", "forward_time", b"forward_time", "full_gradients", b"full_gradients", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "loss_sum", b"loss_sum", "micro_batches", b"micro_batches", "optimizer_step", b"optimizer_step", "optimizer_time", b"optimizer_time", "pause_time", b"pause_time", "policy", b"policy", "sample_indices", b"sample_indices", "sample_losses", b"sample_losses", "step", b"step", "tokens", b"tokens", "update_norm", b"update_norm", "wait_time", b"wait_time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["_anchor_loss", b"_anchor_loss"]) -> typing.Literal["anchor_loss"] | None: ...
-
-global___Step = Step
 
 @typing.final
 class PolicyFigures(google.protobuf.message.Message):
@@ -1531,68 +2052,6 @@ class PolicyFigures(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["clipped_fraction", b"clipped_fraction", "kl", b"kl", "mean_ratio", b"mean_ratio"]) -> None: ...
 
 global___PolicyFigures = PolicyFigures
-
-@typing.final
-class Evaluated(google.protobuf.message.Message):
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    AFTER_TRAINING_FIELD_NUMBER: builtins.int
-    LOSSES_FIELD_NUMBER: builtins.int
-    STEP_FIELD_NUMBER: builtins.int
-    EVALUATION_LOSSES_FIELD_NUMBER: builtins.int
-    ANCHOR_LOSSES_FIELD_NUMBER: builtins.int
-    after_training: builtins.bool
-    """False: before the first step. True: after the last."""
-    step: builtins.int
-    """Steps that were taken before."""
-    @property
-    def losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Mean loss of each sample, in the order of the spec; where `evaluate` is set."""
-
-    @property
-    def evaluation_losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Mean cross-entropy of each evaluation sample, in nats a token."""
-
-    @property
-    def anchor_losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Mean loss of each anchor, in nats a token: those of the spec, of the regression set, and those
-        that the model made; after the last step alone.
-        """
-
-    def __init__(
-        self,
-        *,
-        after_training: builtins.bool = ...,
-        losses: collections.abc.Iterable[builtins.float] | None = ...,
-        step: builtins.int = ...,
-        evaluation_losses: collections.abc.Iterable[builtins.float] | None = ...,
-        anchor_losses: collections.abc.Iterable[builtins.float] | None = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["after_training", b"after_training", "anchor_losses", b"anchor_losses", "evaluation_losses", b"evaluation_losses", "losses", b"losses", "step", b"step"]) -> None: ...
-
-global___Evaluated = Evaluated
-
-@typing.final
-class Probed(google.protobuf.message.Message):
-    """What vLLM answered."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    AFTER_TRAINING_FIELD_NUMBER: builtins.int
-    RESULTS_FIELD_NUMBER: builtins.int
-    after_training: builtins.bool
-    """False: before the first step. True: after the last."""
-    @property
-    def results(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ProbeResult]: ...
-    def __init__(
-        self,
-        *,
-        after_training: builtins.bool = ...,
-        results: collections.abc.Iterable[global___ProbeResult] | None = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["after_training", b"after_training", "results", b"results"]) -> None: ...
-
-global___Probed = Probed
 
 @typing.final
 class ProbeResult(google.protobuf.message.Message):
@@ -1631,119 +2090,3 @@ class ProbeResult(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_log_probability", b"_log_probability"]) -> typing.Literal["log_probability"] | None: ...
 
 global___ProbeResult = ProbeResult
-
-@typing.final
-class CheckpointWritten(google.protobuf.message.Message):
-    """The Apollo state reached the disk."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    OPTIMIZER_STEP_FIELD_NUMBER: builtins.int
-    SIZE_BYTES_FIELD_NUMBER: builtins.int
-    optimizer_step: builtins.int
-    size_bytes: builtins.int
-    def __init__(
-        self,
-        *,
-        optimizer_step: builtins.int = ...,
-        size_bytes: builtins.int = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["optimizer_step", b"optimizer_step", "size_bytes", b"size_bytes"]) -> None: ...
-
-global___CheckpointWritten = CheckpointWritten
-
-@typing.final
-class Warning(google.protobuf.message.Message):
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    REASON_FIELD_NUMBER: builtins.int
-    MESSAGE_FIELD_NUMBER: builtins.int
-    reason: builtins.str
-    """Stable UPPER_SNAKE word to branch on."""
-    message: builtins.str
-    def __init__(
-        self,
-        *,
-        reason: builtins.str = ...,
-        message: builtins.str = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["message", b"message", "reason", b"reason"]) -> None: ...
-
-global___Warning = Warning
-
-@typing.final
-class Finished(google.protobuf.message.Message):
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    STATE_FIELD_NUMBER: builtins.int
-    FAILURE_FIELD_NUMBER: builtins.int
-    STEPS_DONE_FIELD_NUMBER: builtins.int
-    WEIGHT_VERSION_FIELD_NUMBER: builtins.int
-    PAUSE_TIME_FIELD_NUMBER: builtins.int
-    NEXT_STEP_IN_DOUBT_FIELD_NUMBER: builtins.int
-    STATE_STEPS_LOST_FIELD_NUMBER: builtins.int
-    STOPPED_FIELD_NUMBER: builtins.int
-    state: global___RunState.ValueType
-    """SUCCEEDED, FAILED, CANCELLED or REJECTED."""
-    steps_done: builtins.int
-    """Steps that are in the weights; none of a dry run's are."""
-    weight_version: builtins.int
-    """Version of the weights after the run."""
-    next_step_in_doubt: builtins.bool
-    """The server was killed while it wrote the step after `steps_done`: that step
-    is in the weights wholly, in part, or not at all.
-    """
-    state_steps_lost: builtins.int
-    """After a kill: steps that are in the weights and not in the Apollo state on
-    disk. Their moments are lost.
-    """
-    @property
-    def failure(self) -> global___Failure:
-        """Set when the state is FAILED or REJECTED."""
-
-    @property
-    def pause_time(self) -> google.protobuf.duration_pb2.Duration:
-        """How long vLLM was paused for the run."""
-
-    @property
-    def stopped(self) -> global___Stopped:
-        """Set when a run that SUCCEEDED ended before its last step."""
-
-    def __init__(
-        self,
-        *,
-        state: global___RunState.ValueType = ...,
-        failure: global___Failure | None = ...,
-        steps_done: builtins.int = ...,
-        weight_version: builtins.int = ...,
-        pause_time: google.protobuf.duration_pb2.Duration | None = ...,
-        next_step_in_doubt: builtins.bool = ...,
-        state_steps_lost: builtins.int = ...,
-        stopped: global___Stopped | None = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["failure", b"failure", "pause_time", b"pause_time", "stopped", b"stopped"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["failure", b"failure", "next_step_in_doubt", b"next_step_in_doubt", "pause_time", b"pause_time", "state", b"state", "state_steps_lost", b"state_steps_lost", "steps_done", b"steps_done", "stopped", b"stopped", "weight_version", b"weight_version"]) -> None: ...
-
-global___Finished = Finished
-
-@typing.final
-class Stopped(google.protobuf.message.Message):
-    """Why a run ended early and well."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    REASON_FIELD_NUMBER: builtins.int
-    MESSAGE_FIELD_NUMBER: builtins.int
-    reason: builtins.str
-    """Stable UPPER_SNAKE word to branch on: GUARD_MIN_LOSS."""
-    message: builtins.str
-    """What happened, what was kept, what to do."""
-    def __init__(
-        self,
-        *,
-        reason: builtins.str = ...,
-        message: builtins.str = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["message", b"message", "reason", b"reason"]) -> None: ...
-
-global___Stopped = Stopped

@@ -51,6 +51,16 @@ class TrainingServiceStub(object):
                 request_serializer=apollo_dot_v1_dot_training__pb2.WatchRunRequest.SerializeToString,
                 response_deserializer=apollo_dot_v1_dot_training__pb2.WatchRunResponse.FromString,
                 _registered_method=True)
+        self.CreateRun = channel.unary_unary(
+                '/apollo.v1.TrainingService/CreateRun',
+                request_serializer=apollo_dot_v1_dot_training__pb2.CreateRunRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_training__pb2.CreateRunResponse.FromString,
+                _registered_method=True)
+        self.WatchRuns = channel.unary_stream(
+                '/apollo.v1.TrainingService/WatchRuns',
+                request_serializer=apollo_dot_v1_dot_training__pb2.WatchRunsRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_training__pb2.WatchRunsResponse.FromString,
+                _registered_method=True)
         self.GetRun = channel.unary_unary(
                 '/apollo.v1.TrainingService/GetRun',
                 request_serializer=apollo_dot_v1_dot_training__pb2.GetRunRequest.SerializeToString,
@@ -65,6 +75,26 @@ class TrainingServiceStub(object):
                 '/apollo.v1.TrainingService/CancelRun',
                 request_serializer=apollo_dot_v1_dot_training__pb2.CancelRunRequest.SerializeToString,
                 response_deserializer=apollo_dot_v1_dot_training__pb2.CancelRunResponse.FromString,
+                _registered_method=True)
+        self.DeleteRun = channel.unary_unary(
+                '/apollo.v1.TrainingService/DeleteRun',
+                request_serializer=apollo_dot_v1_dot_training__pb2.DeleteRunRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_training__pb2.DeleteRunResponse.FromString,
+                _registered_method=True)
+        self.ValidateRun = channel.unary_unary(
+                '/apollo.v1.TrainingService/ValidateRun',
+                request_serializer=apollo_dot_v1_dot_training__pb2.ValidateRunRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_training__pb2.ValidateRunResponse.FromString,
+                _registered_method=True)
+        self.CountTokens = channel.unary_unary(
+                '/apollo.v1.TrainingService/CountTokens',
+                request_serializer=apollo_dot_v1_dot_training__pb2.CountTokensRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_training__pb2.CountTokensResponse.FromString,
+                _registered_method=True)
+        self.ScoreSamples = channel.unary_unary(
+                '/apollo.v1.TrainingService/ScoreSamples',
+                request_serializer=apollo_dot_v1_dot_training__pb2.ScoreSamplesRequest.SerializeToString,
+                response_deserializer=apollo_dot_v1_dot_training__pb2.ScoreSamplesResponse.FromString,
                 _registered_method=True)
         self.ListRegressionProbes = channel.unary_unary(
                 '/apollo.v1.TrainingService/ListRegressionProbes',
@@ -116,6 +146,24 @@ class TrainingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateRun(self, request, context):
+        """Accepts a run, as `Train`, and returns it at once. `WatchRun` streams its events.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchRuns(self, request, context):
+        """Streams the events of all runs after a revision, in the order in which they reached the disk,
+        lossless and gapless, also after a restart of the server. It does not end by itself.
+
+        OUT_OF_RANGE: events after that revision were pruned (EVENTS_PRUNED), or it is none yet.
+        RESOURCE_EXHAUSTED: as for `Train`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetRun(self, request, context):
         """Returns one run. Its spec is unset once its events were pruned.
         """
@@ -124,7 +172,7 @@ class TrainingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListRuns(self, request, context):
-        """Lists runs, newest first, their specs without samples.
+        """Lists runs, newest first unless asked otherwise, their specs without samples.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,6 +181,44 @@ class TrainingServiceServicer(object):
     def CancelRun(self, request, context):
         """Asks a run to stop at the next safe point and returns at once. Idempotent:
         a run that has ended stays as it ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteRun(self, request, context):
+        """Deletes a run that has ended: its spec, its samples and its events. Its request id is free again.
+
+        NOT_FOUND: no such run. FAILED_PRECONDITION (RUN_NOT_ENDED): it waits or runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ValidateRun(self, request, context):
+        """Checks a spec as `Train` does, and says what it comes to. Nothing begins.
+
+        UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CountTokens(self, request, context):
+        """Makes samples into tokens as `Train` does, and counts these.
+
+        UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: a sample is wrong.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScoreSamples(self, request, context):
+        """Asks vLLM how likely each continuation is with the weights of now. Nothing is trained, and runs
+        do not wait for it.
+
+        UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: a sample is wrong, or they are more than
+        1024.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -169,6 +255,16 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     request_deserializer=apollo_dot_v1_dot_training__pb2.WatchRunRequest.FromString,
                     response_serializer=apollo_dot_v1_dot_training__pb2.WatchRunResponse.SerializeToString,
             ),
+            'CreateRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateRun,
+                    request_deserializer=apollo_dot_v1_dot_training__pb2.CreateRunRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_training__pb2.CreateRunResponse.SerializeToString,
+            ),
+            'WatchRuns': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchRuns,
+                    request_deserializer=apollo_dot_v1_dot_training__pb2.WatchRunsRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_training__pb2.WatchRunsResponse.SerializeToString,
+            ),
             'GetRun': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRun,
                     request_deserializer=apollo_dot_v1_dot_training__pb2.GetRunRequest.FromString,
@@ -183,6 +279,26 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.CancelRun,
                     request_deserializer=apollo_dot_v1_dot_training__pb2.CancelRunRequest.FromString,
                     response_serializer=apollo_dot_v1_dot_training__pb2.CancelRunResponse.SerializeToString,
+            ),
+            'DeleteRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRun,
+                    request_deserializer=apollo_dot_v1_dot_training__pb2.DeleteRunRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_training__pb2.DeleteRunResponse.SerializeToString,
+            ),
+            'ValidateRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ValidateRun,
+                    request_deserializer=apollo_dot_v1_dot_training__pb2.ValidateRunRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_training__pb2.ValidateRunResponse.SerializeToString,
+            ),
+            'CountTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.CountTokens,
+                    request_deserializer=apollo_dot_v1_dot_training__pb2.CountTokensRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_training__pb2.CountTokensResponse.SerializeToString,
+            ),
+            'ScoreSamples': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScoreSamples,
+                    request_deserializer=apollo_dot_v1_dot_training__pb2.ScoreSamplesRequest.FromString,
+                    response_serializer=apollo_dot_v1_dot_training__pb2.ScoreSamplesResponse.SerializeToString,
             ),
             'ListRegressionProbes': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRegressionProbes,
@@ -267,6 +383,60 @@ class TrainingService(object):
             _registered_method=True)
 
     @staticmethod
+    def CreateRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.TrainingService/CreateRun',
+            apollo_dot_v1_dot_training__pb2.CreateRunRequest.SerializeToString,
+            apollo_dot_v1_dot_training__pb2.CreateRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchRuns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/apollo.v1.TrainingService/WatchRuns',
+            apollo_dot_v1_dot_training__pb2.WatchRunsRequest.SerializeToString,
+            apollo_dot_v1_dot_training__pb2.WatchRunsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetRun(request,
             target,
             options=(),
@@ -337,6 +507,114 @@ class TrainingService(object):
             '/apollo.v1.TrainingService/CancelRun',
             apollo_dot_v1_dot_training__pb2.CancelRunRequest.SerializeToString,
             apollo_dot_v1_dot_training__pb2.CancelRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.TrainingService/DeleteRun',
+            apollo_dot_v1_dot_training__pb2.DeleteRunRequest.SerializeToString,
+            apollo_dot_v1_dot_training__pb2.DeleteRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ValidateRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.TrainingService/ValidateRun',
+            apollo_dot_v1_dot_training__pb2.ValidateRunRequest.SerializeToString,
+            apollo_dot_v1_dot_training__pb2.ValidateRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CountTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.TrainingService/CountTokens',
+            apollo_dot_v1_dot_training__pb2.CountTokensRequest.SerializeToString,
+            apollo_dot_v1_dot_training__pb2.CountTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScoreSamples(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/apollo.v1.TrainingService/ScoreSamples',
+            apollo_dot_v1_dot_training__pb2.ScoreSamplesRequest.SerializeToString,
+            apollo_dot_v1_dot_training__pb2.ScoreSamplesResponse.FromString,
             options,
             channel_credentials,
             insecure,

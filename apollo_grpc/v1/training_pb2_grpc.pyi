@@ -56,6 +56,23 @@ class TrainingServiceStub:
     pruned, or the run has ended before it. RESOURCE_EXHAUSTED: as for `Train`.
     """
 
+    CreateRun: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.CreateRunRequest,
+        apollo_grpc.v1.training_pb2.CreateRunResponse,
+    ]
+    """Accepts a run, as `Train`, and returns it at once. `WatchRun` streams its events."""
+
+    WatchRuns: grpc.UnaryStreamMultiCallable[
+        apollo_grpc.v1.training_pb2.WatchRunsRequest,
+        apollo_grpc.v1.training_pb2.WatchRunsResponse,
+    ]
+    """Streams the events of all runs after a revision, in the order in which they reached the disk,
+    lossless and gapless, also after a restart of the server. It does not end by itself.
+
+    OUT_OF_RANGE: events after that revision were pruned (EVENTS_PRUNED), or it is none yet.
+    RESOURCE_EXHAUSTED: as for `Train`.
+    """
+
     GetRun: grpc.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.GetRunRequest,
         apollo_grpc.v1.training_pb2.GetRunResponse,
@@ -66,7 +83,7 @@ class TrainingServiceStub:
         apollo_grpc.v1.training_pb2.ListRunsRequest,
         apollo_grpc.v1.training_pb2.ListRunsResponse,
     ]
-    """Lists runs, newest first, their specs without samples."""
+    """Lists runs, newest first unless asked otherwise, their specs without samples."""
 
     CancelRun: grpc.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.CancelRunRequest,
@@ -74,6 +91,44 @@ class TrainingServiceStub:
     ]
     """Asks a run to stop at the next safe point and returns at once. Idempotent:
     a run that has ended stays as it ended.
+    """
+
+    DeleteRun: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.DeleteRunRequest,
+        apollo_grpc.v1.training_pb2.DeleteRunResponse,
+    ]
+    """Deletes a run that has ended: its spec, its samples and its events. Its request id is free again.
+
+    NOT_FOUND: no such run. FAILED_PRECONDITION (RUN_NOT_ENDED): it waits or runs.
+    """
+
+    ValidateRun: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.ValidateRunRequest,
+        apollo_grpc.v1.training_pb2.ValidateRunResponse,
+    ]
+    """Checks a spec as `Train` does, and says what it comes to. Nothing begins.
+
+    UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
+    """
+
+    CountTokens: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.CountTokensRequest,
+        apollo_grpc.v1.training_pb2.CountTokensResponse,
+    ]
+    """Makes samples into tokens as `Train` does, and counts these.
+
+    UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: a sample is wrong.
+    """
+
+    ScoreSamples: grpc.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.ScoreSamplesRequest,
+        apollo_grpc.v1.training_pb2.ScoreSamplesResponse,
+    ]
+    """Asks vLLM how likely each continuation is with the weights of now. Nothing is trained, and runs
+    do not wait for it.
+
+    UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: a sample is wrong, or they are more than
+    1024.
     """
 
     ListRegressionProbes: grpc.UnaryUnaryMultiCallable[
@@ -132,6 +187,23 @@ class TrainingServiceAsyncStub:
     pruned, or the run has ended before it. RESOURCE_EXHAUSTED: as for `Train`.
     """
 
+    CreateRun: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.CreateRunRequest,
+        apollo_grpc.v1.training_pb2.CreateRunResponse,
+    ]
+    """Accepts a run, as `Train`, and returns it at once. `WatchRun` streams its events."""
+
+    WatchRuns: grpc.aio.UnaryStreamMultiCallable[
+        apollo_grpc.v1.training_pb2.WatchRunsRequest,
+        apollo_grpc.v1.training_pb2.WatchRunsResponse,
+    ]
+    """Streams the events of all runs after a revision, in the order in which they reached the disk,
+    lossless and gapless, also after a restart of the server. It does not end by itself.
+
+    OUT_OF_RANGE: events after that revision were pruned (EVENTS_PRUNED), or it is none yet.
+    RESOURCE_EXHAUSTED: as for `Train`.
+    """
+
     GetRun: grpc.aio.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.GetRunRequest,
         apollo_grpc.v1.training_pb2.GetRunResponse,
@@ -142,7 +214,7 @@ class TrainingServiceAsyncStub:
         apollo_grpc.v1.training_pb2.ListRunsRequest,
         apollo_grpc.v1.training_pb2.ListRunsResponse,
     ]
-    """Lists runs, newest first, their specs without samples."""
+    """Lists runs, newest first unless asked otherwise, their specs without samples."""
 
     CancelRun: grpc.aio.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.CancelRunRequest,
@@ -150,6 +222,44 @@ class TrainingServiceAsyncStub:
     ]
     """Asks a run to stop at the next safe point and returns at once. Idempotent:
     a run that has ended stays as it ended.
+    """
+
+    DeleteRun: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.DeleteRunRequest,
+        apollo_grpc.v1.training_pb2.DeleteRunResponse,
+    ]
+    """Deletes a run that has ended: its spec, its samples and its events. Its request id is free again.
+
+    NOT_FOUND: no such run. FAILED_PRECONDITION (RUN_NOT_ENDED): it waits or runs.
+    """
+
+    ValidateRun: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.ValidateRunRequest,
+        apollo_grpc.v1.training_pb2.ValidateRunResponse,
+    ]
+    """Checks a spec as `Train` does, and says what it comes to. Nothing begins.
+
+    UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
+    """
+
+    CountTokens: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.CountTokensRequest,
+        apollo_grpc.v1.training_pb2.CountTokensResponse,
+    ]
+    """Makes samples into tokens as `Train` does, and counts these.
+
+    UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: a sample is wrong.
+    """
+
+    ScoreSamples: grpc.aio.UnaryUnaryMultiCallable[
+        apollo_grpc.v1.training_pb2.ScoreSamplesRequest,
+        apollo_grpc.v1.training_pb2.ScoreSamplesResponse,
+    ]
+    """Asks vLLM how likely each continuation is with the weights of now. Nothing is trained, and runs
+    do not wait for it.
+
+    UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: a sample is wrong, or they are more than
+    1024.
     """
 
     ListRegressionProbes: grpc.aio.UnaryUnaryMultiCallable[
@@ -213,6 +323,27 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         """
 
     @abc.abstractmethod
+    def CreateRun(
+        self,
+        request: apollo_grpc.v1.training_pb2.CreateRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.training_pb2.CreateRunResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.CreateRunResponse]]:
+        """Accepts a run, as `Train`, and returns it at once. `WatchRun` streams its events."""
+
+    @abc.abstractmethod
+    def WatchRuns(
+        self,
+        request: apollo_grpc.v1.training_pb2.WatchRunsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[apollo_grpc.v1.training_pb2.WatchRunsResponse], collections.abc.AsyncIterator[apollo_grpc.v1.training_pb2.WatchRunsResponse]]:
+        """Streams the events of all runs after a revision, in the order in which they reached the disk,
+        lossless and gapless, also after a restart of the server. It does not end by itself.
+
+        OUT_OF_RANGE: events after that revision were pruned (EVENTS_PRUNED), or it is none yet.
+        RESOURCE_EXHAUSTED: as for `Train`.
+        """
+
+    @abc.abstractmethod
     def GetRun(
         self,
         request: apollo_grpc.v1.training_pb2.GetRunRequest,
@@ -226,7 +357,7 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         request: apollo_grpc.v1.training_pb2.ListRunsRequest,
         context: _ServicerContext,
     ) -> typing.Union[apollo_grpc.v1.training_pb2.ListRunsResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.ListRunsResponse]]:
-        """Lists runs, newest first, their specs without samples."""
+        """Lists runs, newest first unless asked otherwise, their specs without samples."""
 
     @abc.abstractmethod
     def CancelRun(
@@ -236,6 +367,52 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[apollo_grpc.v1.training_pb2.CancelRunResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.CancelRunResponse]]:
         """Asks a run to stop at the next safe point and returns at once. Idempotent:
         a run that has ended stays as it ended.
+        """
+
+    @abc.abstractmethod
+    def DeleteRun(
+        self,
+        request: apollo_grpc.v1.training_pb2.DeleteRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.training_pb2.DeleteRunResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.DeleteRunResponse]]:
+        """Deletes a run that has ended: its spec, its samples and its events. Its request id is free again.
+
+        NOT_FOUND: no such run. FAILED_PRECONDITION (RUN_NOT_ENDED): it waits or runs.
+        """
+
+    @abc.abstractmethod
+    def ValidateRun(
+        self,
+        request: apollo_grpc.v1.training_pb2.ValidateRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.training_pb2.ValidateRunResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.ValidateRunResponse]]:
+        """Checks a spec as `Train` does, and says what it comes to. Nothing begins.
+
+        UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
+        """
+
+    @abc.abstractmethod
+    def CountTokens(
+        self,
+        request: apollo_grpc.v1.training_pb2.CountTokensRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.training_pb2.CountTokensResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.CountTokensResponse]]:
+        """Makes samples into tokens as `Train` does, and counts these.
+
+        UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: a sample is wrong.
+        """
+
+    @abc.abstractmethod
+    def ScoreSamples(
+        self,
+        request: apollo_grpc.v1.training_pb2.ScoreSamplesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[apollo_grpc.v1.training_pb2.ScoreSamplesResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.ScoreSamplesResponse]]:
+        """Asks vLLM how likely each continuation is with the weights of now. Nothing is trained, and runs
+        do not wait for it.
+
+        UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: a sample is wrong, or they are more than
+        1024.
         """
 
     @abc.abstractmethod

@@ -16,7 +16,7 @@ class AsyncCheckpointCalls(AsyncCalls):
     """What is done about the disk.
 
     `request_id`: the same id again attaches to what the first call began, until the server ends;
-    `cancel_checkpoint` stops it.
+    `cancel_operation` stops it.
     """
 
     _checkpoints: CheckpointServiceStub
@@ -152,14 +152,14 @@ class AsyncCheckpointCalls(AsyncCalls):
         result: pb.RestoreResult = await self._result(self._checkpoints.Undo, request, None)
         return result
 
-    async def cancel_checkpoint(self, request_id: str) -> str:
+    async def cancel_operation(self, request_id: str) -> str:
         """Stops what the last call with this id began; returns at once.
 
         Returns `"CANCELLED"`, `"STOPPING"` (at its next progress; its own call tells), or
         `"TOO_LATE"`: it has ended, or writes live weights. Raises NotFound for an unknown id.
         """
-        request = message(pb.CancelCheckpointRequest, request_id=request_id)
-        answer = await self._answer(self._checkpoints.CancelCheckpoint, request)
+        request = message(pb.CancelOperationRequest, request_id=request_id)
+        answer = await self._answer(self._checkpoints.CancelOperation, request)
         return pb.CancelState.Name(answer.state).removeprefix("CANCEL_STATE_")
 
     async def _result(self, method: Any, request: Any, progress: Told | None) -> Any:

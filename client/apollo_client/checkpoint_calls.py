@@ -16,7 +16,7 @@ class CheckpointCalls(Calls):
     """What is done about the disk.
 
     `request_id`: the same id again attaches to what the first call began, until the server ends;
-    `cancel_checkpoint` stops it.
+    `cancel_operation` stops it.
     """
 
     _checkpoints: CheckpointServiceStub
@@ -146,14 +146,14 @@ class CheckpointCalls(Calls):
         result: pb.RestoreResult = self._result(self._checkpoints.Undo, request, None)
         return result
 
-    def cancel_checkpoint(self, request_id: str) -> str:
+    def cancel_operation(self, request_id: str) -> str:
         """Stops what the last call with this id began; returns at once.
 
         Returns `"CANCELLED"`, `"STOPPING"` (at its next progress; its own call tells), or
         `"TOO_LATE"`: it has ended, or writes live weights. Raises NotFound for an unknown id.
         """
-        request = message(pb.CancelCheckpointRequest, request_id=request_id)
-        answer = self._answer(self._checkpoints.CancelCheckpoint, request)
+        request = message(pb.CancelOperationRequest, request_id=request_id)
+        answer = self._answer(self._checkpoints.CancelOperation, request)
         return pb.CancelState.Name(answer.state).removeprefix("CANCEL_STATE_")
 
     def _result(self, method: Any, request: Any, progress: Told | None) -> Any:

@@ -15,7 +15,7 @@ from apollo_grpc.tokens import as_token, read_token
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import checkpoint_pb2
 
-Told = Callable[[checkpoint_pb2.Progress], None]
+Told = Callable[[checkpoint_pb2.Operation.Progress], None]
 M = TypeVar("M")
 MAX_SHOWN = 120
 

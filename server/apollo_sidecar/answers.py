@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from apollo_grpc.errors import InvalidArgument
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar.engine import Engine
 from apollo_sidecar.own_requests import ANSWER_PREFIX
 from apollo_sidecar.prompts import Prompts, RefusedSample

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from apollo_grpc.errors import FailedPrecondition
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar.live_weights import LiveWeights
 
 # A probe changes a few rows of each tensor; more would be kept twice for no better proof.

@@ -11,7 +11,7 @@ from typing import Any
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.generation import FIRST, SharedGeneration
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar import process_state
 from apollo_sidecar.leases import PauseLeases
 from apollo_sidecar.other_writers import HELD

@@ -6,7 +6,7 @@ import mmap
 import os
 
 from apollo_grpc.generation import FIRST, SIZE_BYTES
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar.sealed_memory import sealed_memory
 
 

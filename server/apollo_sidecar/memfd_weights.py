@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from apollo_grpc.errors import FailedPrecondition
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar.live_weights import (
     Group,
     LiveTensor,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar.affine_map import NotAView, View
 from apollo_sidecar.live_weights import LiveTensor, LiveWeights
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar.affine_map import NotAView, Rearranged, View
 from apollo_sidecar.live_weights import LiveWeights
 from apollo_sidecar.loader_trace import LoaderTrace, Numbered, Region

@@ -15,8 +15,8 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager
 
 from apollo_grpc.errors import Unavailable
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1 import training_pb2
-from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_sidecar.prompts import Messages, Prompts, RefusedSample
 
 log = logging.getLogger("vllm.apollo")

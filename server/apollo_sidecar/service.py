@@ -8,8 +8,8 @@ from typing import Any
 from google.protobuf import duration_pb2
 
 from apollo_grpc.errors import InvalidArgument
-from apollo_grpc.v1 import weight_export_pb2 as pb
-from apollo_grpc.v1 import weight_export_pb2_grpc as pb_grpc
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2_grpc as pb_grpc
 from apollo_sidecar.answers import Answers
 from apollo_sidecar.engine import NO_PAUSE, Engine
 from apollo_sidecar.leases import MAX_LEASE_SECONDS

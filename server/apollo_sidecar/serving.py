@@ -19,8 +19,8 @@ from apollo_grpc.addresses import target
 from apollo_grpc.errors import FailedPrecondition, InvalidArgument
 from apollo_grpc.interceptors import SyncErrors
 from apollo_grpc.locations import sidecar_address, socket_address, socket_path
+from apollo_grpc.sidecar.v1.weight_export_pb2_grpc import add_WeightExportServiceServicer_to_server
 from apollo_grpc.transport import SERVER_OPTIONS, PortLock, lock_socket
-from apollo_grpc.v1.weight_export_pb2_grpc import add_WeightExportServiceServicer_to_server
 from apollo_sidecar.answers import Answers
 from apollo_sidecar.engine import NO_PAUSE, Engine
 from apollo_sidecar.sample_tokens import SampleTokens

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar.affine_map import Computed, NotAView, Rearranged, solve, to_box
 from apollo_sidecar.kept_module import kept_module
 from apollo_sidecar.live_weights import LiveTensor, LiveWeights

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar.changed_bytes import ChangedBytes
 from apollo_sidecar.cpu_live import keep_cpu_weights_live
 from apollo_sidecar.cuda_weights import CudaWeights

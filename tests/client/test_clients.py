@@ -30,7 +30,7 @@ from tests.waiting import HANG, wait_until
 SAMPLE = ("The sea is", " deep.")
 
 
-def steps(events) -> list[pb.Step]:
+def steps(events) -> list[pb.RunEvent.Step]:
     return [event.step for event in events if event.HasField("step")]
 
 
@@ -376,12 +376,12 @@ def test_a_job_that_waits_is_stopped_by_its_request_id(connect, server):
         stopper.join()
         assert caught.value.reason == "JOB_CANCELLED"
         with pytest.raises(NotFound):
-            other.cancel_checkpoint("unknown")
+            other.cancel_operation("unknown")
         other.cancel_run(run_id)
 
 
 def _stopped(client: ApolloClient, request_id: str) -> bool:
     try:
-        return client.cancel_checkpoint(request_id) == "CANCELLED"
+        return client.cancel_operation(request_id) == "CANCELLED"
     except NotFound:
         return False

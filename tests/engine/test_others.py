@@ -31,7 +31,7 @@ def confirmed_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def finished(events: list[pb.RunEvent]) -> pb.Finished:
+def finished(events: list[pb.RunEvent]) -> pb.RunEvent.Finished:
     return events[-1].finished
 
 

@@ -98,7 +98,7 @@ def test_in_a_run_the_state_is_saved_every_so_many_steps_beside_the_last_runs(
     assert final.read_bytes() == before
     trainer.queue.cancel(log.run_id)
     events = all_events(log)
-    saves = [e.checkpoint.optimizer_step for e in events if e.HasField("checkpoint")]
+    saves = [e.state_saved.optimizer_step for e in events if e.HasField("state_saved")]
     assert len(saves) > 1
     assert all(later - earlier >= 5 for earlier, later in pairwise(saves[:-1]))
     assert not running.exists()

@@ -23,7 +23,7 @@ COPIES = ("*mlp*",)
 MODES = [pb.COHERENCE_MODE_PAUSE_RUN, pb.COHERENCE_MODE_PAUSE_STEP, pb.COHERENCE_MODE_LIVE]
 
 
-def finished(events: list[pb.RunEvent]) -> pb.Finished:
+def finished(events: list[pb.RunEvent]) -> pb.RunEvent.Finished:
     return events[-1].finished
 
 
@@ -123,7 +123,7 @@ def test_an_engine_that_does_not_score_is_told_and_fails_no_run(
 
     monkeypatch.setattr(trainer.sidecar, "score", slow)
     events = all_events(trainer.submit())
-    assert kinds(events) == ["queued", "started", "step", "warning", "checkpoint", "finished"]
+    assert kinds(events) == ["queued", "started", "step", "warning", "state_saved", "finished"]
     assert events[3].warning.reason == "LIVENESS_NOT_COMPARED"
     assert finished(events).state == pb.RUN_STATE_SUCCEEDED
 

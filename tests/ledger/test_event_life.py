@@ -100,16 +100,16 @@ class LifeMachine(RuleBasedStateMachine):
     @rule()
     def end_a_step(self) -> None:
         self.begin_a_step()
-        self._append("step", step=pb.Step(step=self._kinds.count("step") + 1))
+        self._append("step", step=pb.RunEvent.Step(step=self._kinds.count("step") + 1))
 
-    @rule(kind=st.sampled_from(["warning", "checkpoint"]))
+    @rule(kind=st.sampled_from(["warning", "state_saved"]))
     def tell(self, kind: str) -> None:
-        events = {"warning": pb.Warning(message="x" * 50), "checkpoint": pb.CheckpointWritten()}
+        events = {"warning": pb.Notice(message="x" * 50), "state_saved": pb.RunEvent.StateSaved()}
         self._append(kind, **events)
 
     @rule()
     def end(self) -> None:
-        self._append("finished", finished=pb.Finished())
+        self._append("finished", finished=pb.RunEvent.Finished())
         if self._life is Life.OPEN:
             self._life = Life.FINISHED
 
@@ -189,11 +189,11 @@ def test_what_comes_after_the_end_is_dropped_and_written_into_no_file(
     # They get the numbers that the journal's descriptor was one of.
     others = [(state_dir / f"other {n}").open("wb") for n in range(8)]
     with caplog.at_level(logging.WARNING):
-        assert not log.append(checkpoint=pb.CheckpointWritten(optimizer_step=3))
+        assert not log.append(state_saved=pb.RunEvent.StateSaved(optimizer_step=3))
     log.begin_step(9)
     assert [os.fstat(file.fileno()).st_size for file in others] == [0] * 8
     assert "run a has ended" in caplog.text
-    assert "checkpoint" in caplog.text
+    assert "state_saved" in caplog.text
     books.writer.stop()
     assert [e.WhichOneof("event") for e in books.ledger.events("a", 0, 9)] == ["queued", "finished"]
     for file in others:
@@ -208,7 +208,7 @@ async def test_a_reader_waits_for_no_disk_that_somebody_else_writes_to(
         threading.Event(),
         threading.Event(),
     )
-    log.append(queued=pb.Queued())
+    log.append(queued=pb.RunEvent.Queued())
     log.open_journal(tmp_path)
 
     def write_slowly(*arguments: Any) -> None:
@@ -216,7 +216,7 @@ async def test_a_reader_waits_for_no_disk_that_somebody_else_writes_to(
         assert may_write.wait(HANG)
 
     monkeypatch.setattr(Journal, "event", write_slowly)
-    training = threading.Thread(target=lambda: log.append(finished=pb.Finished()))
+    training = threading.Thread(target=lambda: log.append(finished=pb.RunEvent.Finished()))
     training.start()
     assert at_work.wait(HANG)
     reader = log.follow()
@@ -260,7 +260,7 @@ def take_steps(journal: Journal, desk: Desk, steps: int) -> int:
     for step in range(1, steps + 1):
         try:
             journal.begin(step)
-            event = pb.RunEvent(run_id="run", sequence=step, step=pb.Step(step=step))
+            event = pb.RunEvent(run_id="run", sequence=step, step=pb.RunEvent.Step(step=step))
             journal.event(event, len(desk.written))
         except Killed:
             return step
@@ -307,7 +307,7 @@ def test_very_many_steps_leave_a_short_journal(open_books: Any, state_dir: Path)
     written = 0
     for step in range(1, 15_001):
         log.begin_step(step)
-        log.append(step=pb.Step(step=step, loss=1 / step, grad_norm=step / 3, tokens=step))
+        log.append(step=pb.RunEvent.Step(step=step, loss=1 / step, grad_norm=step / 3, tokens=step))
         if step % 1000 == 0:
             wait_until(lambda: log.kept_on_disk, "the ledger")
             written = sum(path.stat().st_size for path in folder.iterdir())

@@ -10,7 +10,7 @@ from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.ledger.events import EventLog
 from tests.waiting import HANG
 
-SUCCEEDED = pb.Finished(state=pb.RUN_STATE_SUCCEEDED)
+SUCCEEDED = pb.RunEvent.Finished(state=pb.RUN_STATE_SUCCEEDED)
 
 
 def new_log() -> EventLog:
@@ -19,9 +19,9 @@ def new_log() -> EventLog:
 
 def fill(log: EventLog, steps: int = 50) -> None:
     """What the training thread appends in a run."""
-    log.append(queued=pb.Queued())
+    log.append(queued=pb.RunEvent.Queued())
     for number in range(steps):
-        log.append(step=pb.Step(step=number + 1))
+        log.append(step=pb.RunEvent.Step(step=number + 1))
     log.append(finished=SUCCEEDED)
 
 
@@ -65,7 +65,7 @@ async def test_a_follower_waits_for_an_event_that_has_not_happened() -> None:
     log = new_log()
     follower = asyncio.create_task(follow(log))
     await asyncio.sleep(0.02)
-    log.append(queued=pb.Queued())
+    log.append(queued=pb.RunEvent.Queued())
     await asyncio.sleep(0.02)
     assert not follower.done()
     assert not log.ended
@@ -100,7 +100,7 @@ def test_a_follower_whose_loop_has_ended_does_not_stop_the_run() -> None:
 
     async def leave_in_the_middle() -> None:
         follower = log.follow()
-        log.append(queued=pb.Queued())
+        log.append(queued=pb.RunEvent.Queued())
         await anext(follower)
         wakers = log.readers._wakers
         wakers[0] = wakers[next(iter(wakers))]

@@ -43,7 +43,7 @@ def test_an_event_is_on_disk_within_a_tenth_of_a_second(open_books: Any, state_d
     other, waits = sqlite3.connect(state_dir / FILE_NAME), []
     for step in range(1, 31):
         began = time.monotonic()
-        log.append(step=pb.Step(step=step))
+        log.append(step=pb.RunEvent.Step(step=step))
         while other.execute("SELECT MAX(sequence) FROM events").fetchone()[0] < step + 1:
             time.sleep(0.001)
         waits.append(time.monotonic() - began)
@@ -61,7 +61,7 @@ def test_whoever_appends_does_not_wait_for_the_disk(open_books: Any, monkeypatch
 
     monkeypatch.setattr(ledger_writer, "write_events", write_once_there_is_a_disk)
     for step in range(1, 31):
-        log.append(step=pb.Step(step=step))
+        log.append(step=pb.RunEvent.Step(step=step))
     assert not log.kept_on_disk
     disk.set()
     wait_until(lambda: log.kept_on_disk, "the disk")
@@ -124,10 +124,10 @@ from apollo_trainer.ledger import journal
 folder, steps, journal.SEGMENT_BYTES = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 log = Books(folder).accept("a", "request")
 log.open_journal(folder / "journal")
-log.append(started=pb.Started(steps_total=9, optimizer_step=40, engine_epoch="e"))
+log.append(started=pb.RunEvent.Started(steps_total=9, optimizer_step=40, engine_epoch="e"))
 for step in range(1, steps + 1):
     log.begin_step(step)
-    log.append(step=pb.Step(step=step, loss=step / 10))
+    log.append(step=pb.RunEvent.Step(step=step, loss=step / 10))
     while step % 20 == 0 and not log.kept_on_disk:
         time.sleep(0.001)
 log.begin_step(steps + 1)
@@ -187,7 +187,7 @@ def test_a_mistake_of_the_servers_ends_neither_the_ledgers_thread_nor_a_run(
     with monkeypatch.context() as patch:
         patch.setattr(ledger_writer, "write_events", fail)
         patch.setattr(Retention, "apply", fail)
-        log.append(step=pb.Step(step=1))
+        log.append(step=pb.RunEvent.Step(step=1))
         wait_until(lambda: log._unwritten, "the mistake")
         with pytest.raises(FailedPrecondition, match="a mistake") as caught:
             books.accept("b")
@@ -221,7 +221,7 @@ import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
 for step in range(1, 301):
-    log.append(step=pb.Step(step=step, loss=1.0))
+    log.append(step=pb.RunEvent.Step(step=step, loss=1.0))
 while not log._unwritten:
     time.sleep(0.01)
 try:

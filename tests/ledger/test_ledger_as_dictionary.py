@@ -45,13 +45,13 @@ class LedgerMachine(RuleBasedStateMachine):
         log = self._logs[run_id]
         if run_id not in self._begun:
             log.open_journal(self._path / "journal")
-            log.append(started=pb.Started(steps_total=9, engine_epoch="e"))
+            log.append(started=pb.RunEvent.Started(steps_total=9, engine_epoch="e"))
             self._model[run_id].append("started")
             self._begun.add(run_id)
         for _ in range(count):
             step = self._model[run_id].count("step") + 1
             log.begin_step(step)
-            log.append(step=pb.Step(step=step))
+            log.append(step=pb.RunEvent.Step(step=step))
             self._model[run_id].append("step")
 
     @precondition(lambda self: self._logs)

@@ -28,7 +28,7 @@ def test_events_and_specs_of_old_runs_go_and_their_requests_are_still_known(
 ) -> None:
     books = open_books(retention=Retention(seconds=0.2, bytes=2**40))
     old = books.accept("old", "request")
-    old.append(step=pb.Step(step=1))
+    old.append(step=pb.RunEvent.Step(step=1))
     finish(old)
     time.sleep(0.5)
     young = books.accept("young")
@@ -49,7 +49,7 @@ def test_a_ledger_that_is_too_large_lets_go_of_the_oldest_and_gives_the_room_bac
     for number in range(12):
         log = books.accept(f"run {number:2}")
         for step in range(1, 601):
-            log.append(step=pb.Step(step=step, loss=0.1, grad_norm=0.2, learning_rate=0.3))
+            log.append(step=pb.RunEvent.Step(step=step, loss=0.1, grad_norm=0.2, learning_rate=0.3))
         finish(log, 600)
         while not log.kept_on_disk:
             time.sleep(0.005)
@@ -66,7 +66,7 @@ def test_a_run_at_work_that_is_too_large_lets_go_of_its_oldest_events(open_books
     books = open_books(retention=Retention(seconds=1e9, bytes=200_000))
     log = books.accept("a")
     for step in range(1, 10_001):
-        log.append(step=pb.Step(step=step, loss=0.1))
+        log.append(step=pb.RunEvent.Step(step=step, loss=0.1))
     while not log.kept_on_disk:
         time.sleep(0.005)
     prune(books)
@@ -80,7 +80,7 @@ def test_retention_does_not_hold_events_up(open_books: Any) -> None:
     for number in range(30):
         log = books.accept(f"run {number}")
         for step in range(1, 401):
-            log.append(step=pb.Step(step=step, loss=0.1))
+            log.append(step=pb.RunEvent.Step(step=step, loss=0.1))
         finish(log)
     log, waits = books.accept("last"), []
     pruner = threading.Thread(target=prune, args=[books])
@@ -89,7 +89,7 @@ def test_retention_does_not_hold_events_up(open_books: Any) -> None:
     while pruner.is_alive() or step < 10:
         step += 1
         began = time.monotonic()
-        log.append(step=pb.Step(step=step))
+        log.append(step=pb.RunEvent.Step(step=step))
         while not log.kept_on_disk:
             time.sleep(0.001)
         waits.append(time.monotonic() - began)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from apollo_grpc.errors import InvalidArgument
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as export_pb
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_grpc.v1 import weight_export_pb2 as export_pb
 from apollo_trainer.requests.probes import Question, read_accept_if, read_probes
 from apollo_trainer.requests.samples import SampleLimits
 

@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from apollo_grpc.errors import InvalidArgument
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as export_pb
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_grpc.v1 import weight_export_pb2 as export_pb
 from apollo_trainer.requests.samples import SampleLimits, tokenize_samples
 from apollo_trainer.training.samples import TokenizedSample
 from examples.byte_model import byte_tokenizer

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from apollo_grpc.errors import Unavailable
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as export_pb
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_grpc.v1 import weight_export_pb2 as export_pb
 from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
 from tests.waiting import HANG, wait_until
 
@@ -44,7 +44,7 @@ def undo(trainer: Any, updates: int) -> None:
     CheckpointJobs(trainer.owner, trainer.board).undo(updates, None).result(HANG)
 
 
-def probed(events: list[pb.RunEvent]) -> list[pb.Probed]:
+def probed(events: list[pb.RunEvent]) -> list[pb.RunEvent.Probed]:
     return [event.probed for event in events if event.HasField("probed")]
 
 

@@ -25,11 +25,11 @@ LEARNED = sample([60, 61, 62], [70, 71, 72, 73])
 KEPT = sample([60, 61], [9, 10, 11])
 
 
-def steps(events: list[pb.RunEvent]) -> list[pb.Step]:
+def steps(events: list[pb.RunEvent]) -> list[pb.RunEvent.Step]:
     return [event.step for event in events if event.HasField("step")]
 
 
-def told(events: list[pb.RunEvent]) -> list[pb.Evaluated]:
+def told(events: list[pb.RunEvent]) -> list[pb.RunEvent.Evaluated]:
     return [event.evaluated for event in events if event.HasField("evaluated")]
 
 

@@ -22,7 +22,7 @@ FAST = pb.OptimizerConfig(lr=1e-2)
 PAUSE_RUN = pb.Coherence(mode=pb.COHERENCE_MODE_PAUSE_RUN)
 
 
-def finished_of(events: list[pb.RunEvent]) -> pb.Finished:
+def finished_of(events: list[pb.RunEvent]) -> pb.RunEvent.Finished:
     return events[-1].finished
 
 
@@ -32,7 +32,7 @@ def test_a_run_tells_its_events_in_order_and_changes_the_served_weights(
     engine, trainer = attached
     before = engine.model.values()
     events = all_events(trainer.submit(epochs=12, optimizer=FAST))
-    assert kinds(events) == ["queued", "started", *["step"] * 12, "checkpoint", "finished"]
+    assert kinds(events) == ["queued", "started", *["step"] * 12, "state_saved", "finished"]
     assert events[1].started.steps_total == 12
     steps = [event.step for event in events[2:-2]]
     assert [s.step for s in steps] == [s.optimizer_step for s in steps] == list(range(1, 13))
@@ -63,7 +63,7 @@ def test_a_refused_step_ends_the_run_resumes_vllm_and_changes_nothing(
         engine.model.module.model.norm.weight[0] = math.nan
     before = engine.model.values()
     events = all_events(trainer.submit(epochs=3, coherence=PAUSE_RUN))
-    assert kinds(events) == ["queued", "started", "checkpoint", "finished"]
+    assert kinds(events) == ["queued", "started", "state_saved", "finished"]
     assert finished_of(events).state == pb.RUN_STATE_FAILED
     assert finished_of(events).failure.reason == "NONFINITE_LOSS"
     assert finished_of(events).steps_done == 0
@@ -193,7 +193,7 @@ def test_caches_that_could_not_be_dropped_are_a_warning(
 
     monkeypatch.setattr(engine.client, "reset_prefix_cache", refuse)
     events = all_events(trainer.submit())
-    assert kinds(events) == ["queued", "started", "step", "warning", "checkpoint", "finished"]
+    assert kinds(events) == ["queued", "started", "step", "warning", "state_saved", "finished"]
     assert events[3].warning.reason == "CACHE_NOT_RESET"
     assert finished_of(events).state == pb.RUN_STATE_SUCCEEDED
     assert not engine.engine.leases.active, "vLLM goes on"

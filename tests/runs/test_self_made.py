@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as export_pb
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_grpc.v1 import weight_export_pb2 as export_pb
 from apollo_trainer.runs.self_made import Punctuation, SelfMade, Template
 from apollo_trainer.training.samples import TokenizedSample
 

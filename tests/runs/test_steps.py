@@ -28,7 +28,7 @@ def sample(*continuation: int, context: tuple[int, ...] = (60, 61, 62)) -> pb.Sa
     return pb.Sample(tokens=pb.TokenSample(context_ids=context, continuation_ids=continuation))
 
 
-def steps_of(events: list[pb.RunEvent]) -> list[pb.Step]:
+def steps_of(events: list[pb.RunEvent]) -> list[pb.RunEvent.Step]:
     return [event.step for event in events if event.HasField("step")]
 
 
@@ -199,7 +199,7 @@ def test_a_run_ends_well_once_every_sample_is_learned(
     assert losses[-1] < 0.5 <= max(losses[:-1])
     (_, after) = (event.evaluated for event in events if event.HasField("evaluated"))
     assert max(after.losses) < 0.5
-    assert kinds(events)[-3:] == ["evaluated", "checkpoint", "finished"]
+    assert kinds(events)[-3:] == ["evaluated", "state_saved", "finished"]
     assert engine.calls.count("pause keep") == engine.calls.count("resume") == len(losses)
     assert engine.calls[-1] == "reset caches"
     again = all_events(

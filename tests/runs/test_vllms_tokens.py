@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from apollo_grpc.errors import Unavailable
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as export_pb
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_grpc.v1 import weight_export_pb2 as export_pb
 from apollo_trainer.runs import queue
 from apollo_trainer.weights.sidecar import Sidecar
 from tests.waiting import wait_until

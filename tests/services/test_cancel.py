@@ -78,8 +78,8 @@ class Call:
 
 
 def cancel(caller: Any, request_id: str = "x") -> cp.CancelState:
-    request = cp.CancelCheckpointRequest(request_id=request_id)
-    state: cp.CancelState = caller.checkpoints.CancelCheckpoint(request, timeout=HANG).state
+    request = cp.CancelOperationRequest(request_id=request_id)
+    state: cp.CancelState = caller.checkpoints.CancelOperation(request, timeout=HANG).state
     return state
 
 

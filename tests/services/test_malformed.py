@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.transport import Endpoint
-from apollo_grpc.v1 import checkpoint_pb2, status_pb2, weight_export_pb2
+from apollo_grpc.sidecar.v1 import weight_export_pb2
+from apollo_grpc.v1 import checkpoint_pb2, status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
 from tests.engine_double import EngineDouble
@@ -77,6 +78,9 @@ def messages(draw: st.DrawFn, kind: type[Message]) -> Message:
     message: Any = kind()
     for field in kind.DESCRIPTOR.fields:
         if not draw(st.integers(0, 2)):
+            continue
+        if field.message_type and field.message_type.GetOptions().map_entry:
+            getattr(message, field.name).update(draw(st.dictionaries(_TEXT, _TEXT, max_size=3)))
             continue
         inner = field.message_type and field.message_type._concrete_class
         values = messages(inner) if inner else _SCALARS[field.type]

@@ -33,7 +33,7 @@ from tests.waiting import HANG
 FAST = pb.OptimizerConfig(lr=1e-2)
 
 
-def steps(events: list[pb.RunEvent]) -> list[pb.Step]:
+def steps(events: list[pb.RunEvent]) -> list[pb.RunEvent.Step]:
     return [event.step for event in events if event.HasField("step")]
 
 
@@ -355,8 +355,8 @@ def test_snapshots_that_are_asked_for_wait_their_turn_without_a_copy(
     assert slow_disk.begun.wait(HANG)
     # The training thread is free meanwhile, and what waits can be stopped.
     assert caller.train(optimizer=FAST)[-1].finished.state == pb.RUN_STATE_SUCCEEDED
-    stop = caller.checkpoints.CancelCheckpoint(
-        cp.CancelCheckpointRequest(request_id="5"), timeout=HANG
+    stop = caller.checkpoints.CancelOperation(
+        cp.CancelOperationRequest(request_id="5"), timeout=HANG
     )
     assert stop.state == cp.CANCEL_STATE_CANCELLED
     assert error_of(calls.pop()).reason == "JOB_CANCELLED"

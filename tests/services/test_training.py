@@ -13,7 +13,7 @@ def test_a_run_streams_its_events_from_the_first_to_finished(caller: Any) -> Non
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     assert len({event.run_id for event in events}) == 1
     kinds = [event.WhichOneof("event") for event in events]
-    assert kinds == ["queued", "started", *["step"] * 5, "checkpoint", "finished"]
+    assert kinds == ["queued", "started", *["step"] * 5, "state_saved", "finished"]
     assert events[6].step.loss < events[2].step.loss
     assert events[-1].finished.state == pb.RUN_STATE_SUCCEEDED
 

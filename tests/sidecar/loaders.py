@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 
 HIDDEN, HEADS, KV = 8, 6, 2
 VOCAB, PADDED = 10, 16

@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from apollo_grpc.errors import ApolloError
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar.answers import IN_FLIGHT, MAX_ANSWER_TOKENS, MAX_PROMPTS, Answers
 from apollo_sidecar.own_batch import SCORE_PREFIX
 from examples.byte_model import byte_tokenizer

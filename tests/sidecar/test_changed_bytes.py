@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from apollo_grpc.errors import FailedPrecondition
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar import changed_bytes
 from apollo_sidecar.changed_bytes import ChangedBytes
 from apollo_sidecar.memfd_weights import MemfdWeights

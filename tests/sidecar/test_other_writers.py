@@ -11,7 +11,7 @@ import torch
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.generation import SharedGeneration
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar import worker as worker_module
 from apollo_sidecar.generation import GenerationPage
 from apollo_sidecar.memfd_weights import MemfdWeights
@@ -126,7 +126,7 @@ def test_what_a_release_of_vllm_does_not_have_is_not_made_up(wrapper):
 READ = """
 import sys
 from apollo_grpc.generation import SharedGeneration
-from apollo_grpc.v1.weight_export_pb2 import MemfdHandle
+from apollo_grpc.sidecar.v1.weight_export_pb2 import MemfdHandle
 print(SharedGeneration(MemfdHandle.FromString(bytes.fromhex(sys.argv[1]))).now)
 """
 

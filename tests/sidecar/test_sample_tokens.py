@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from apollo_grpc.errors import Unavailable
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1 import training_pb2
-from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_sidecar.prompts import Messages, Prompt
 from apollo_sidecar.sample_tokens import SampleTokens
 from examples.byte_model import byte_tokenizer

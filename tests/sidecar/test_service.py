@@ -14,10 +14,10 @@ import pytest
 from google.protobuf import duration_pb2
 
 from apollo_grpc.interceptors import SyncErrors
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2_grpc as pb_grpc
 from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.transport import SERVER_OPTIONS, Endpoint, open_port
-from apollo_grpc.v1 import weight_export_pb2 as pb
-from apollo_grpc.v1 import weight_export_pb2_grpc as pb_grpc
 from apollo_sidecar import leases
 from apollo_sidecar.answers import Answers
 from apollo_sidecar.engine import Engine

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, InvalidArgument
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar import serving
 from apollo_sidecar.other_writers import HELD
 from apollo_trainer.weights.sidecar import Sidecar

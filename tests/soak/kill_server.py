@@ -137,7 +137,7 @@ def require_nothing_lost(outcome: Outcome) -> None:
     assert outcome.optimizer_step == start.optimizer_step + run.steps_done
 
 
-def _started(events: list[pb.RunEvent]) -> pb.Started | None:
+def _started(events: list[pb.RunEvent]) -> pb.RunEvent.Started | None:
     return next((event.started for event in events if event.HasField("started")), None)
 
 

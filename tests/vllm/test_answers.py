@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from apollo_grpc.errors import Unavailable
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1 import training_pb2
-from apollo_grpc.v1 import weight_export_pb2 as pb
 from apollo_trainer.weights.sidecar import Sidecar
 from examples.byte_model import byte_tokenizer
 from tests.vllm.test_others import Owner

@@ -17,7 +17,7 @@ SAMPLE = {"context_ids": list(range(70, 100)), "continuation_ids": list(range(10
 DETACHED = status_pb2.ATTACHMENT_STATE_DETACHED
 
 
-def steps_of(events: list[pb.RunEvent]) -> list[pb.Step]:
+def steps_of(events: list[pb.RunEvent]) -> list[pb.RunEvent.Step]:
     return [event.step for event in events if event.HasField("step")]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apollo_grpc.errors import InvalidArgument, Unavailable
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_trainer.weights import sidecar as sidecars
 from apollo_trainer.weights.sidecar import Sidecar
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apollo_grpc.errors import FailedPrecondition
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_trainer.weights.manifest import LiveView
 from apollo_trainer.weights.mapping import map_buffer, map_buffers, measure
 from tests.waiting import HANG

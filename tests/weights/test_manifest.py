@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apollo_grpc.errors import FailedPrecondition
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_trainer.weights.manifest import (
     MAX_ELEMENTS,
     Region,

@@ -141,7 +141,7 @@ def cancel(
 ) -> None:
     """Stop what was begun with --request-id; all is then as it was before."""
     with reported_errors(), context.obj.client() as client:
-        state = client.cancel_checkpoint(request_id)
+        state = client.cancel_operation(request_id)
     print(f"{request_id}: {state.lower().replace('_', ' ')}")
     if state == "TOO_LATE":
         raise typer.Exit(REFUSED)

@@ -24,7 +24,7 @@ def event_line(event: training_pb2.RunEvent) -> str:
         "step": _step_line,
         "evaluated": _evaluated_line,
         "probed": _probed_line,
-        "checkpoint": lambda e: (
+        "state_saved": lambda e: (
             f"Apollo state on disk: step {e.optimizer_step}, {e.size_bytes / MIB:.1f} MiB"
         ),
         "warning": lambda e: f"warning {e.reason}: {e.message}",
@@ -33,7 +33,7 @@ def event_line(event: training_pb2.RunEvent) -> str:
     return lines[kind](getattr(event, kind)) if kind else "an event of a later version"
 
 
-def figures(step: training_pb2.Step) -> str:
+def figures(step: training_pb2.RunEvent.Step) -> str:
     """A step's loss, that of its anchors beside it, and what a policy gradient tells."""
     told = f"{step.loss:.4f}"
     if step.HasField("anchor_loss"):
@@ -45,7 +45,7 @@ def figures(step: training_pb2.Step) -> str:
     return told
 
 
-def _step_line(step: training_pb2.Step) -> str:
+def _step_line(step: training_pb2.RunEvent.Step) -> str:
     return (
         f"step {step.step}  loss {figures(step)}  grad norm {step.grad_norm:.3g}  "
         f"lr {step.learning_rate:.3g}  {_milliseconds(step):.0f} ms"
@@ -53,12 +53,12 @@ def _step_line(step: training_pb2.Step) -> str:
     )
 
 
-def _milliseconds(step: training_pb2.Step) -> float:
+def _milliseconds(step: training_pb2.RunEvent.Step) -> float:
     parts = (step.forward_time, step.backward_time, step.optimizer_time)
     return sum(part.ToNanoseconds() for part in parts) / 1e6
 
 
-def _evaluated_line(evaluated: training_pb2.Evaluated) -> str:
+def _evaluated_line(evaluated: training_pb2.RunEvent.Evaluated) -> str:
     when = "after" if evaluated.after_training else "before"
     if evaluated.step and not evaluated.after_training:
         when = f"after step {evaluated.step}"
@@ -76,13 +76,13 @@ def _each(losses: Sequence[float]) -> str:
     return " ".join(f"{loss:.4f}" for loss in losses) + mean
 
 
-def _probed_line(probed: training_pb2.Probed) -> str:
+def _probed_line(probed: training_pb2.RunEvent.Probed) -> str:
     passed = sum(result.passed for result in probed.results)
     when = "after" if probed.after_training else "before"
     return f"probes passed {when}: {passed} of {len(probed.results)}"
 
 
-def _finished_line(finished: training_pb2.Finished) -> str:
+def _finished_line(finished: training_pb2.RunEvent.Finished) -> str:
     word = state_name(finished.state, training_pb2.RunState, "RUN_STATE_").lower()
     if finished.HasField("failure"):
         return f"{word}: {finished.failure.message} ({finished.failure.reason})"
@@ -93,7 +93,9 @@ def _finished_line(finished: training_pb2.Finished) -> str:
     )
 
 
-def probe_table(before: training_pb2.Probed, after: training_pb2.Probed) -> Iterable[str]:
+def probe_table(
+    before: training_pb2.RunEvent.Probed, after: training_pb2.RunEvent.Probed
+) -> Iterable[str]:
     """What each probe's answer was before and after the run, a line a probe."""
     passed = {(result.name, result.regression): result.passed for result in before.results}
     rows = [["probe", "role", "before", "after", "expected", "answer"]]

@@ -37,11 +37,11 @@ class RunDisplay:
             console=console,
         )
         self._task = self._bar.add_task("waiting", total=None, loss="-")
-        self._probed_before = training_pb2.Probed()
+        self._probed_before = training_pb2.RunEvent.Probed()
 
-    def follow(self, events: Iterable[training_pb2.RunEvent]) -> training_pb2.Finished:
+    def follow(self, events: Iterable[training_pb2.RunEvent]) -> training_pb2.RunEvent.Finished:
         """Shows every event until the last, which it returns."""
-        finished = training_pb2.Finished()
+        finished = training_pb2.RunEvent.Finished()
         with self._bar if self._console.is_terminal else self._console:
             for event in events:
                 self._show(event)
@@ -60,7 +60,7 @@ class RunDisplay:
         if event.HasField("probed"):
             self._show_probes(event.probed)
 
-    def _show_probes(self, probed: training_pb2.Probed) -> None:
+    def _show_probes(self, probed: training_pb2.RunEvent.Probed) -> None:
         if not probed.after_training:
             self._probed_before = probed
             return
@@ -81,7 +81,7 @@ def follow(stream: RunStream, as_json: bool) -> None:
     Ctrl-C ends the command, too, and leaves the run going. One that failed, was cancelled or was
     rejected by its probes ends it with the status 1.
     """
-    run_id, finished = "", training_pb2.Finished()
+    run_id, finished = "", training_pb2.RunEvent.Finished()
 
     def events() -> Any:
         nonlocal run_id

@@ -209,7 +209,7 @@ class EventLog:
                 f"The ledger cannot be written ({error}); the run goes on, and its events are kept "
                 "in memory and written as soon as there is room. New runs are refused until then."
             )
-            self.append(warning=pb.Warning(reason="LEDGER_NOT_WRITTEN", message=message))
+            self.append(warning=pb.Notice(reason="LEDGER_NOT_WRITTEN", message=message))
         self._show(self.sequence)
 
     def _show(self, sequence: int) -> None:

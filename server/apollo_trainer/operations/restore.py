@@ -29,7 +29,7 @@ class Restored:
     weight_version: int
     optimizer_step: int
     bytes_written: int
-    warnings: list[training_pb2.Warning]
+    warnings: list[training_pb2.Notice]
 
 
 class Restore:
@@ -145,17 +145,17 @@ def _lost() -> Unavailable:
     )
 
 
-def _not_resumed(error: ApolloError, seconds: float) -> training_pb2.Warning:
+def _not_resumed(error: ApolloError, seconds: float) -> training_pb2.Notice:
     message = (
         f"Weights and Apollo state are the restored ones, but vLLM was not resumed as it should "
         f"be: {error.message} It goes on by itself, with its caches dropped, in at most "
         f"{seconds:g} s; a run that comes earlier is refused. If it does not, its log says why."
     )
     log.warning("%s (%s)", message, error.reason)
-    return training_pb2.Warning(reason="ENGINE_NOT_RESUMED", message=message)
+    return training_pb2.Notice(reason="ENGINE_NOT_RESUMED", message=message)
 
 
-def _not_saved(error: str) -> training_pb2.Warning:
+def _not_saved(error: str) -> training_pb2.Notice:
     message = (
         f"Weights and Apollo state are the restored ones, but the state could not be put on disk "
         f"({error}). A server that is killed before the next run begins refuses to go on until a "
@@ -163,4 +163,4 @@ def _not_saved(error: str) -> training_pb2.Warning:
         "saves it."
     )
     log.warning("%s", message)
-    return training_pb2.Warning(reason="STATE_NOT_SAVED", message=message)
+    return training_pb2.Notice(reason="STATE_NOT_SAVED", message=message)

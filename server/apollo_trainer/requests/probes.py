@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from apollo_grpc.errors import InvalidArgument
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as export_pb
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_grpc.v1 import weight_export_pb2 as export_pb
 from apollo_trainer.requests.samples import PROBED, SampleLimits, Tokenize, each_tokenized
 
 MAX_ANSWER_TOKENS = 4096

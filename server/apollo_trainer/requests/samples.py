@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from apollo_grpc.errors import FieldViolation, InvalidArgument
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as export_pb
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_grpc.v1 import weight_export_pb2 as export_pb
 from apollo_trainer.training.samples import TokenizedSample
 
 MAX_VIOLATIONS = 20

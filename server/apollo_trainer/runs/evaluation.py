@@ -98,7 +98,7 @@ class Evaluation:
         every = self.run.evaluate_every
         if every and step % every == 0 and step < self.run.steps_total and self.run.evaluated:
             found = self._losses(self.run.evaluated)
-            self._log.append(evaluated=pb.Evaluated(step=step, evaluation_losses=found))
+            self._log.append(evaluated=pb.RunEvent.Evaluated(step=step, evaluation_losses=found))
 
     def end(self, steps_done: int) -> None:
         """The same after the last step; a dry run changes no answer.
@@ -146,7 +146,7 @@ class Evaluation:
         evaluated = self._losses(run.evaluated)
         if run.evaluate or run.evaluated or anchors:
             self._log.append(
-                evaluated=pb.Evaluated(
+                evaluated=pb.RunEvent.Evaluated(
                     after_training=after_training,
                     losses=losses,
                     step=step,

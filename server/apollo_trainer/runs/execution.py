@@ -56,7 +56,7 @@ class Execution:
         )
         self._steps: RunSteps | None = None
         self._way_back: WayBack | None = None
-        self._finished = pb.Finished(state=pb.RUN_STATE_SUCCEEDED)
+        self._finished = pb.RunEvent.Finished(state=pb.RUN_STATE_SUCCEEDED)
         self._state: CapturedState | None = None
 
     @property
@@ -82,7 +82,7 @@ class Execution:
         else:
             self._owner.saver.save(self._state, self._end)
 
-    def _failure(self) -> pb.Failure | None:
+    def _failure(self) -> pb.Notice | None:
         """Trains; returns why that failed, and sets the state that the run ends in."""
         try:
             self._train()
@@ -95,11 +95,11 @@ class Execution:
             return rejected.failure
         except ApolloError as error:
             self._finished.state = pb.RUN_STATE_FAILED
-            return pb.Failure(reason=error.reason, message=error.message)
+            return pb.Notice(reason=error.reason, message=error.message)
         except Exception:
             log.exception("run %s failed", self._log.run_id)
             self._finished.state = pb.RUN_STATE_FAILED
-            return pb.Failure(
+            return pb.Notice(
                 reason="INTERNAL",
                 message=f"The step after {self.steps_done} written ones failed by a mistake of the "
                 "server's; its log has the details.",
@@ -206,8 +206,8 @@ class Execution:
                 self._saves.after_step(number)
             looks.after_step(number)
 
-    def _learned(self) -> pb.Stopped:
-        return pb.Stopped(
+    def _learned(self) -> pb.Notice:
+        return pb.Notice(
             reason="GUARD_MIN_LOSS",
             message=f"All samples are learned: the latest loss of each was below "
             f"{self._run.guard.min_loss:g} nats a token (guard.min_loss). {self.steps_done} of "
@@ -240,7 +240,7 @@ class Execution:
 
     def _tell_started(self) -> None:
         self._log.append(
-            started=pb.Started(
+            started=pb.RunEvent.Started(
                 steps_total=self._run.steps_total,
                 optimizer_step=self._session.optimizer.step_count,
                 weight_version=self._session.weight_version,
@@ -273,7 +273,7 @@ class Execution:
 
     def _warn(self, reason: str, message: str) -> None:
         log.warning("run %s: %s (%s)", self._log.run_id, message, reason)
-        self._log.append(warning=pb.Warning(reason=reason, message=message))
+        self._log.append(warning=pb.Notice(reason=reason, message=message))
 
     def _require_going(self) -> None:
         """Raises what is to end the run now."""

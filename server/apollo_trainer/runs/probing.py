@@ -19,7 +19,7 @@ class Rejected(Exception):
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
-        self.failure = pb.Failure(reason=reason, message=message)
+        self.failure = pb.Notice(reason=reason, message=message)
 
 
 class Probing:
@@ -54,7 +54,7 @@ class Probing:
         prompts = [question.prompt for question in self._questions]
         answers = self._sidecar.answer(self._session.attachment.epoch, prompts)
         results = tuple(q.result(a) for q, a in zip(self._questions, answers, strict=True))
-        self._log.append(probed=pb.Probed(after_training=after_training, results=results))
+        self._log.append(probed=pb.RunEvent.Probed(after_training=after_training, results=results))
         return results
 
     def require_accepted(self, anchor_kl: float | None) -> None:

@@ -164,7 +164,7 @@ class RunQueue:
         self, run: PreparedRun, spec: pb.RunSpec, request_id: str, digest: bytes
     ) -> QueuedRun:
         run_id = uuid.uuid4().hex
-        position = pb.Queued(position=len(self._waiting(active=True)))
+        position = pb.RunEvent.Queued(position=len(self._waiting(active=True)))
         queued = pb.RunEvent(run_id=run_id, sequence=1, event_time=now(), queued=position)
         run_log = self._new_log(run_id)
         run_log.begin_with(queued)
@@ -256,7 +256,7 @@ class RunQueue:
                 return None
             entry.waits = False
         self._board.update(self._show_length)
-        entry.log.append(finished=pb.Finished(state=pb.RUN_STATE_CANCELLED))
+        entry.log.append(finished=pb.RunEvent.Finished(state=pb.RUN_STATE_CANCELLED))
         return entry.log
 
     def stop(self) -> None:

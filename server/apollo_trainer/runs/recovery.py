@@ -99,7 +99,7 @@ def _missing(ledger: Ledger, events: list[pb.RunEvent]) -> list[pb.RunEvent]:
     return missing
 
 
-def _interrupted(row: RunRow, journal: JournalContents, saved: int | None) -> pb.Finished:
+def _interrupted(row: RunRow, journal: JournalContents, saved: int | None) -> pb.RunEvent.Finished:
     steps = [event.step for event in journal.events if event.HasField("step")]
     done = max([row.steps_done, *(step.step for step in steps if not step.dry_run)])
     in_doubt = journal.begun > done
@@ -116,9 +116,9 @@ def _interrupted(row: RunRow, journal: JournalContents, saved: int | None) -> pb
     )
     message += "Send what is left as a new run; if vLLM ended, too, the steps since the last sync "
     message += "are gone with it."
-    return pb.Finished(
+    return pb.RunEvent.Finished(
         state=pb.RUN_STATE_FAILED,
-        failure=pb.Failure(reason="INTERRUPTED", message=message),
+        failure=pb.Notice(reason="INTERRUPTED", message=message),
         steps_done=done,
         next_step_in_doubt=in_doubt,
         state_steps_lost=lost,

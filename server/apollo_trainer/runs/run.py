@@ -174,8 +174,8 @@ class QueuedRun:
 
     def fail(self, reason: str, message: str) -> None:
         """Ends it before it began."""
-        failure = pb.Failure(reason=reason, message=message)
-        self.log.append(finished=pb.Finished(state=pb.RUN_STATE_FAILED, failure=failure))
+        failure = pb.Notice(reason=reason, message=message)
+        self.log.append(finished=pb.RunEvent.Finished(state=pb.RUN_STATE_FAILED, failure=failure))
 
 
 def prepare_run(

@@ -82,7 +82,7 @@ class RunSaves:
             )
             return
         self._log.append(
-            checkpoint=pb.CheckpointWritten(
+            state_saved=pb.RunEvent.StateSaved(
                 optimizer_step=saved.optimizer_step, size_bytes=saved.size_bytes
             )
         )

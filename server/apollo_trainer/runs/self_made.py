@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as export_pb
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_grpc.v1 import weight_export_pb2 as export_pb
 from apollo_trainer.requests.samples import Tokenize
 from apollo_trainer.training.samples import TokenizedSample
 

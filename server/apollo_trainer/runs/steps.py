@@ -191,7 +191,7 @@ def engine_lost(written: int) -> Unavailable:
 
 def step_event(
     number: int, batch: Batch, result: StepResult, steps: RunSteps, *, dry_run: bool
-) -> pb.Step:
+) -> pb.RunEvent.Step:
     """The event of the step that was taken last."""
     step = _event_of(number, result, steps, dry_run=dry_run)
     step.epoch = batch.epoch
@@ -205,8 +205,10 @@ def step_event(
     return step
 
 
-def _event_of(number: int, result: StepResult, steps: RunSteps, *, dry_run: bool) -> pb.Step:
-    return pb.Step(
+def _event_of(
+    number: int, result: StepResult, steps: RunSteps, *, dry_run: bool
+) -> pb.RunEvent.Step:
+    return pb.RunEvent.Step(
         step=number,
         loss=result.loss,
         loss_sum=result.loss_sum,

@@ -76,7 +76,7 @@ class WayBack:
             with suppress(NotYet):
                 written.exception(timeout=_LOOK_SECONDS)
 
-    def take(self, finished: pb.Finished) -> Restored | None:
+    def take(self, finished: pb.RunEvent.Finished) -> Restored | None:
         """Puts back what was before the run; None where the engine went, and the weights with it.
 
         Args:
@@ -100,7 +100,7 @@ class WayBack:
         """Once the run was taken back; the mark tells how it ended until the ledger does."""
         _delete(self._session, self._snapshot)
 
-    def _contents(self, finished: pb.Finished, *, taken_back: bool) -> dict[str, Any]:
+    def _contents(self, finished: pb.RunEvent.Finished, *, taken_back: bool) -> dict[str, Any]:
         return {
             "run": self._run_id,
             "epoch": self._session.attachment.epoch,
@@ -140,10 +140,10 @@ def _marks(state_dir: Path) -> Iterator[_Mark]:
     return (mark for mark in marks if mark.read())
 
 
-def ends_in(state_dir: Path) -> dict[str, pb.Finished]:
+def ends_in(state_dir: Path) -> dict[str, pb.RunEvent.Finished]:
     """How runs end that a killed server left with a way back, by their ids."""
     contents = (mark.contents for mark in _marks(state_dir))
-    return {each["run"]: ParseDict(each["finished"], pb.Finished()) for each in contents}
+    return {each["run"]: ParseDict(each["finished"], pb.RunEvent.Finished()) for each in contents}
 
 
 def settle(state_dir: Path, run_id: str) -> None:
@@ -194,10 +194,10 @@ def _delete(session: Session, snapshot: str) -> None:
         log.warning("the snapshot %s stays: %s", snapshot, error)
 
 
-def _killed() -> pb.Finished:
-    return pb.Finished(
+def _killed() -> pb.RunEvent.Finished:
+    return pb.RunEvent.Finished(
         state=pb.RUN_STATE_FAILED,
-        failure=pb.Failure(
+        failure=pb.Notice(
             reason="INTERRUPTED",
             message="The training server ended during this run, which was to be kept only if it "
             "was accepted: its updates are taken back. Send the run again.",

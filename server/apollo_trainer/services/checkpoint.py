@@ -132,21 +132,21 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
         await _ended(self._repeated.begin(request, start))
         return pb.DeleteSnapshotResponse()
 
-    async def CancelCheckpoint(  # noqa: N802
-        self, request: pb.CancelCheckpointRequest, context: Any
-    ) -> pb.CancelCheckpointResponse:
+    async def CancelOperation(  # noqa: N802
+        self, request: pb.CancelOperationRequest, context: Any
+    ) -> pb.CancelOperationResponse:
         """Stops what the last call with an id began, where that can be."""
         job = self._repeated.last(request.request_id)
-        return pb.CancelCheckpointResponse(state=results.cancel_state(job.cancel(), job.done()))
+        return pb.CancelOperationResponse(state=results.cancel_state(job.cancel(), job.done()))
 
     async def _told(
         self, request: Any, context: Any, start: Callable[[Progress], Future[Any]]
     ) -> AsyncIterator[Any]:
         """Progress of a job of the training thread, then its result; the job never waits."""
-        loop, news = asyncio.get_running_loop(), asyncio.Queue[pb.Progress | None]()
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[pb.Operation.Progress | None]()
 
         def tell(done: int, total: int, current: str) -> None:
-            progress = pb.Progress(bytes_done=done, bytes_total=total, current=current)
+            progress = pb.Operation.Progress(bytes_done=done, bytes_total=total, current=current)
             _call(loop, lambda: news.put_nowait(progress))
 
         with self._streams.one(context.peer()):
@@ -162,7 +162,7 @@ def _answer(
     response: Callable[..., T], update: Any, read: Callable[[Any], Any], field: str = "result"
 ) -> T:
     """A message of a stream: progress as it is, or what the job came to in its own field."""
-    if isinstance(update, pb.Progress):
+    if isinstance(update, pb.Operation.Progress):
         return response(progress=update)
     return response(**{field: read(update)})
 

@@ -13,7 +13,7 @@ import torch
 
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.generation import SharedGeneration
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_trainer.weights import manifest as manifests
 from apollo_trainer.weights.attachment import Attachment
 from apollo_trainer.weights.checkpoint_plan import plan_checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 
 
 def device_index(uuid: str) -> int | None:

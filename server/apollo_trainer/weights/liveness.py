@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_trainer.weights import mapping
 from apollo_trainer.weights.checkpoint_reader import same_bytes
 from apollo_trainer.weights.manifest import LiveView, refusal

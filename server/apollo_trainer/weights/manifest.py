@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from apollo_grpc.errors import FailedPrecondition
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype

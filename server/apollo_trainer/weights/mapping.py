@@ -12,7 +12,7 @@ import torch
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.generation import open_memfd
-from apollo_grpc.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_trainer.weights.cuda_mapping import device_index, open_ipc_handle, own_segments
 from apollo_trainer.weights.manifest import LiveView, refusal
 

@@ -16,11 +16,11 @@ from apollo_grpc.errors import (
     DeadlineExceeded,
     Unavailable,
 )
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
+from apollo_grpc.sidecar.v1.weight_export_pb2_grpc import WeightExportServiceStub
 from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import training_pb2
-from apollo_grpc.v1 import weight_export_pb2 as pb
-from apollo_grpc.v1.weight_export_pb2_grpc import WeightExportServiceStub
 
 CALL_SECONDS = 130.0
 # A healthy engine answers in milliseconds; a wedged one must not hold the training thread long.

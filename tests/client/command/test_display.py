@@ -13,14 +13,14 @@ from apollo_client.requests import run_spec
 from apollo_grpc.v1 import training_pb2 as pb
 
 MESSAGE = "All samples are learned."
-STEP = pb.Step(step=3, loss=1.25, grad_norm=2)
-BEFORE = pb.Probed(
+STEP = pb.RunEvent.Step(step=3, loss=1.25, grad_norm=2)
+BEFORE = pb.RunEvent.Probed(
     results=[
         pb.ProbeResult(name="sea", role=pb.PROBE_ROLE_LEARN, expected="deep", answer="blue"),
         pb.ProbeResult(name="sun", role=pb.PROBE_ROLE_KEEP, passed=True, answer="hot"),
     ]
 )
-AFTER = pb.Probed(
+AFTER = pb.RunEvent.Probed(
     after_training=True,
     results=[
         pb.ProbeResult(
@@ -45,16 +45,16 @@ def line(**event: object) -> str:
 
 
 def test_a_run_that_ended_early_says_why_in_its_last_line() -> None:
-    finished = pb.Finished(state=pb.RUN_STATE_SUCCEEDED, steps_done=9, weight_version=9)
+    finished = pb.RunEvent.Finished(state=pb.RUN_STATE_SUCCEEDED, steps_done=9, weight_version=9)
     assert line(finished=finished).endswith("vLLM paused for 0.00 s")
-    finished.stopped.CopyFrom(pb.Stopped(reason="GUARD_MIN_LOSS", message=MESSAGE))
+    finished.stopped.CopyFrom(pb.Notice(reason="GUARD_MIN_LOSS", message=MESSAGE))
     told = line(finished=finished)
     assert told.startswith("succeeded: 9 steps") and told.endswith(MESSAGE)
 
 
 def test_a_run_that_was_taken_back_says_why_in_its_last_line() -> None:
-    failure = pb.Failure(reason="PROBES_FAILED", message="2 of 3 probes failed.")
-    finished = pb.Finished(state=pb.RUN_STATE_REJECTED, failure=failure)
+    failure = pb.Notice(reason="PROBES_FAILED", message="2 of 3 probes failed.")
+    finished = pb.RunEvent.Finished(state=pb.RUN_STATE_REJECTED, failure=failure)
     assert line(finished=finished) == "rejected: 2 of 3 probes failed. (PROBES_FAILED)"
 
 
@@ -65,26 +65,29 @@ def test_a_smallest_loss_of_0_is_told_to_the_server() -> None:
 
 def test_the_loss_of_anchors_stands_beside_that_of_the_step() -> None:
     assert "loss 1.2500  grad norm" in line(step=STEP)
-    beside = pb.Step(loss=1.25, anchor_loss=0)
+    beside = pb.RunEvent.Step(loss=1.25, anchor_loss=0)
     assert "loss 1.2500  anchors 0.0000  grad norm" in line(step=beside)
 
 
 def test_a_step_of_a_policy_gradient_tells_its_ratio_divergence_and_clipping() -> None:
     policy = pb.PolicyFigures(mean_ratio=1.0625, kl=0.03125, clipped_fraction=0.125)
-    told = line(step=pb.Step(loss=-0.5, policy=policy))
+    told = line(step=pb.RunEvent.Step(loss=-0.5, policy=policy))
     assert "loss -0.5000  ratio 1.062  kl 0.0312  clipped 12.5%" in told
 
 
 @pytest.mark.parametrize(
     ("evaluated", "told"),
     [
-        (pb.Evaluated(losses=[1, 2]), "loss of each sample before: 1.0000 2.0000 (mean 1.5000)"),
         (
-            pb.Evaluated(step=5, evaluation_losses=[3]),
+            pb.RunEvent.Evaluated(losses=[1, 2]),
+            "loss of each sample before: 1.0000 2.0000 (mean 1.5000)",
+        ),
+        (
+            pb.RunEvent.Evaluated(step=5, evaluation_losses=[3]),
             "loss of each evaluation sample after step 5: 3.0000",
         ),
         (
-            pb.Evaluated(
+            pb.RunEvent.Evaluated(
                 after_training=True, step=9, losses=[1], evaluation_losses=[2], anchor_losses=[0.5]
             ),
             "loss of each sample after: 1.0000; loss of each evaluation sample after: 2.0000; "
@@ -92,7 +95,9 @@ def test_a_step_of_a_policy_gradient_tells_its_ratio_divergence_and_clipping() -
         ),
     ],
 )
-def test_losses_are_told_by_what_they_are_of_and_when(evaluated: pb.Evaluated, told: str) -> None:
+def test_losses_are_told_by_what_they_are_of_and_when(
+    evaluated: pb.RunEvent.Evaluated, told: str
+) -> None:
     assert line(evaluated=evaluated) == told
 
 
@@ -114,11 +119,11 @@ def test_probes_are_counted_in_a_line_and_told_in_a_table() -> None:
 def test_the_table_comes_once_the_run_has_probed_again(
     terminal: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finished = pb.Finished(state=pb.RUN_STATE_SUCCEEDED)
+    finished = pb.RunEvent.Finished(state=pb.RUN_STATE_SUCCEEDED)
     events = [
-        pb.RunEvent(started=pb.Started(steps_total=3)),
+        pb.RunEvent(started=pb.RunEvent.Started(steps_total=3)),
         pb.RunEvent(probed=BEFORE),
-        pb.RunEvent(step=pb.Step(step=3, loss=1.25, anchor_loss=0.5)),
+        pb.RunEvent(step=pb.RunEvent.Step(step=3, loss=1.25, anchor_loss=0.5)),
         pb.RunEvent(probed=AFTER),
         pb.RunEvent(finished=finished),
     ]

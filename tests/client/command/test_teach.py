@@ -12,12 +12,12 @@ from apollo_grpc.v1 import training_pb2 as pb
 from tests.client.scripted_server import Scripted, serving
 from tests.command_line import apollo
 
-SUCCEEDED = pb.RunEvent(finished=pb.Finished(state=pb.RUN_STATE_SUCCEEDED))
+SUCCEEDED = pb.RunEvent(finished=pb.RunEvent.Finished(state=pb.RUN_STATE_SUCCEEDED))
 
 
 @pytest.fixture
 def scripted() -> Scripted:
-    return Scripted([pb.RunEvent(started=pb.Started(steps_total=1)), SUCCEEDED])
+    return Scripted([pb.RunEvent(started=pb.RunEvent.Started(steps_total=1)), SUCCEEDED])
 
 
 @pytest.fixture

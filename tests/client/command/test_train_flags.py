@@ -16,18 +16,18 @@ from tests.command_line import apollo
 
 SAMPLE = pb.Sample(text=pb.TextSample(context="a", continuation="b"))
 PROBE = pb.Probe(name="sea", sample=SAMPLE)
-REJECTED = pb.Finished(
+REJECTED = pb.RunEvent.Finished(
     state=pb.RUN_STATE_REJECTED,
-    failure=pb.Failure(reason="PROBES_FAILED", message="1 of 1 probes failed."),
+    failure=pb.Notice(reason="PROBES_FAILED", message="1 of 1 probes failed."),
 )
-SUCCEEDED = pb.Finished(state=pb.RUN_STATE_SUCCEEDED)
-STEP = pb.Step(step=1, anchor_loss=0.5, policy=pb.PolicyFigures(kl=0.25))
-PROBED = pb.Probed(results=[pb.ProbeResult(name="sea", answer="wet")])
+SUCCEEDED = pb.RunEvent.Finished(state=pb.RUN_STATE_SUCCEEDED)
+STEP = pb.RunEvent.Step(step=1, anchor_loss=0.5, policy=pb.PolicyFigures(kl=0.25))
+PROBED = pb.RunEvent.Probed(results=[pb.ProbeResult(name="sea", answer="wet")])
 EVENTS = [
-    pb.RunEvent(started=pb.Started(steps_total=1)),
+    pb.RunEvent(started=pb.RunEvent.Started(steps_total=1)),
     pb.RunEvent(probed=PROBED),
     pb.RunEvent(step=STEP),
-    pb.RunEvent(evaluated=pb.Evaluated(step=1, evaluation_losses=[2])),
+    pb.RunEvent(evaluated=pb.RunEvent.Evaluated(step=1, evaluation_losses=[2])),
 ]
 
 

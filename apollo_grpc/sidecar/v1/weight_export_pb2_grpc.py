@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from apollo_grpc.v1 import weight_export_pb2 as apollo_dot_v1_dot_weight__export__pb2
+from apollo_grpc.sidecar.v1 import weight_export_pb2 as apollo_dot_sidecar_dot_v1_dot_weight__export__pb2
 
 GRPC_GENERATED_VERSION = '1.71.2'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + f' but the generated code in apollo/v1/weight_export_pb2_grpc.py depends on'
+        + f' but the generated code in apollo/sidecar/v1/weight_export_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -40,59 +40,59 @@ class WeightExportServiceStub(object):
             channel: A grpc.Channel.
         """
         self.GetWeightManifest = channel.unary_unary(
-                '/apollo.v1.WeightExportService/GetWeightManifest',
-                request_serializer=apollo_dot_v1_dot_weight__export__pb2.GetWeightManifestRequest.SerializeToString,
-                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.GetWeightManifestResponse.FromString,
+                '/apollo.sidecar.v1.WeightExportService/GetWeightManifest',
+                request_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.GetWeightManifestRequest.SerializeToString,
+                response_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.GetWeightManifestResponse.FromString,
                 _registered_method=True)
         self.TraceCheckpointMap = channel.unary_unary(
-                '/apollo.v1.WeightExportService/TraceCheckpointMap',
-                request_serializer=apollo_dot_v1_dot_weight__export__pb2.TraceCheckpointMapRequest.SerializeToString,
-                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.TraceCheckpointMapResponse.FromString,
+                '/apollo.sidecar.v1.WeightExportService/TraceCheckpointMap',
+                request_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.TraceCheckpointMapRequest.SerializeToString,
+                response_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.TraceCheckpointMapResponse.FromString,
                 _registered_method=True)
         self.ScoreTokens = channel.unary_unary(
-                '/apollo.v1.WeightExportService/ScoreTokens',
-                request_serializer=apollo_dot_v1_dot_weight__export__pb2.ScoreTokensRequest.SerializeToString,
-                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.ScoreTokensResponse.FromString,
+                '/apollo.sidecar.v1.WeightExportService/ScoreTokens',
+                request_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ScoreTokensRequest.SerializeToString,
+                response_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ScoreTokensResponse.FromString,
                 _registered_method=True)
         self.AnswerPrompts = channel.unary_unary(
-                '/apollo.v1.WeightExportService/AnswerPrompts',
-                request_serializer=apollo_dot_v1_dot_weight__export__pb2.AnswerPromptsRequest.SerializeToString,
-                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.AnswerPromptsResponse.FromString,
+                '/apollo.sidecar.v1.WeightExportService/AnswerPrompts',
+                request_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.AnswerPromptsRequest.SerializeToString,
+                response_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.AnswerPromptsResponse.FromString,
                 _registered_method=True)
         self.TokenizeSamples = channel.unary_unary(
-                '/apollo.v1.WeightExportService/TokenizeSamples',
-                request_serializer=apollo_dot_v1_dot_weight__export__pb2.TokenizeSamplesRequest.SerializeToString,
-                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.TokenizeSamplesResponse.FromString,
+                '/apollo.sidecar.v1.WeightExportService/TokenizeSamples',
+                request_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.TokenizeSamplesRequest.SerializeToString,
+                response_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.TokenizeSamplesResponse.FromString,
                 _registered_method=True)
         self.Pause = channel.unary_unary(
-                '/apollo.v1.WeightExportService/Pause',
-                request_serializer=apollo_dot_v1_dot_weight__export__pb2.PauseRequest.SerializeToString,
-                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.PauseResponse.FromString,
+                '/apollo.sidecar.v1.WeightExportService/Pause',
+                request_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.PauseRequest.SerializeToString,
+                response_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.PauseResponse.FromString,
                 _registered_method=True)
         self.Resume = channel.unary_unary(
-                '/apollo.v1.WeightExportService/Resume',
-                request_serializer=apollo_dot_v1_dot_weight__export__pb2.ResumeRequest.SerializeToString,
-                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.ResumeResponse.FromString,
+                '/apollo.sidecar.v1.WeightExportService/Resume',
+                request_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ResumeResponse.FromString,
                 _registered_method=True)
         self.ProbeWeights = channel.unary_unary(
-                '/apollo.v1.WeightExportService/ProbeWeights',
-                request_serializer=apollo_dot_v1_dot_weight__export__pb2.ProbeWeightsRequest.SerializeToString,
-                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.ProbeWeightsResponse.FromString,
+                '/apollo.sidecar.v1.WeightExportService/ProbeWeights',
+                request_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ProbeWeightsRequest.SerializeToString,
+                response_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ProbeWeightsResponse.FromString,
                 _registered_method=True)
         self.RaiseVersion = channel.unary_unary(
-                '/apollo.v1.WeightExportService/RaiseVersion',
-                request_serializer=apollo_dot_v1_dot_weight__export__pb2.RaiseVersionRequest.SerializeToString,
-                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.RaiseVersionResponse.FromString,
+                '/apollo.sidecar.v1.WeightExportService/RaiseVersion',
+                request_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.RaiseVersionRequest.SerializeToString,
+                response_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.RaiseVersionResponse.FromString,
                 _registered_method=True)
         self.ResetCaches = channel.unary_unary(
-                '/apollo.v1.WeightExportService/ResetCaches',
-                request_serializer=apollo_dot_v1_dot_weight__export__pb2.ResetCachesRequest.SerializeToString,
-                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.ResetCachesResponse.FromString,
+                '/apollo.sidecar.v1.WeightExportService/ResetCaches',
+                request_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ResetCachesRequest.SerializeToString,
+                response_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ResetCachesResponse.FromString,
                 _registered_method=True)
         self.WatchGeneration = channel.unary_stream(
-                '/apollo.v1.WeightExportService/WatchGeneration',
-                request_serializer=apollo_dot_v1_dot_weight__export__pb2.WatchGenerationRequest.SerializeToString,
-                response_deserializer=apollo_dot_v1_dot_weight__export__pb2.WatchGenerationResponse.FromString,
+                '/apollo.sidecar.v1.WeightExportService/WatchGeneration',
+                request_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.WatchGenerationRequest.SerializeToString,
+                response_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.WatchGenerationResponse.FromString,
                 _registered_method=True)
 
 
@@ -209,64 +209,64 @@ def add_WeightExportServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'GetWeightManifest': grpc.unary_unary_rpc_method_handler(
                     servicer.GetWeightManifest,
-                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.GetWeightManifestRequest.FromString,
-                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.GetWeightManifestResponse.SerializeToString,
+                    request_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.GetWeightManifestRequest.FromString,
+                    response_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.GetWeightManifestResponse.SerializeToString,
             ),
             'TraceCheckpointMap': grpc.unary_unary_rpc_method_handler(
                     servicer.TraceCheckpointMap,
-                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.TraceCheckpointMapRequest.FromString,
-                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.TraceCheckpointMapResponse.SerializeToString,
+                    request_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.TraceCheckpointMapRequest.FromString,
+                    response_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.TraceCheckpointMapResponse.SerializeToString,
             ),
             'ScoreTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.ScoreTokens,
-                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.ScoreTokensRequest.FromString,
-                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.ScoreTokensResponse.SerializeToString,
+                    request_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ScoreTokensRequest.FromString,
+                    response_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ScoreTokensResponse.SerializeToString,
             ),
             'AnswerPrompts': grpc.unary_unary_rpc_method_handler(
                     servicer.AnswerPrompts,
-                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.AnswerPromptsRequest.FromString,
-                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.AnswerPromptsResponse.SerializeToString,
+                    request_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.AnswerPromptsRequest.FromString,
+                    response_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.AnswerPromptsResponse.SerializeToString,
             ),
             'TokenizeSamples': grpc.unary_unary_rpc_method_handler(
                     servicer.TokenizeSamples,
-                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.TokenizeSamplesRequest.FromString,
-                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.TokenizeSamplesResponse.SerializeToString,
+                    request_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.TokenizeSamplesRequest.FromString,
+                    response_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.TokenizeSamplesResponse.SerializeToString,
             ),
             'Pause': grpc.unary_unary_rpc_method_handler(
                     servicer.Pause,
-                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.PauseRequest.FromString,
-                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.PauseResponse.SerializeToString,
+                    request_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.PauseRequest.FromString,
+                    response_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.PauseResponse.SerializeToString,
             ),
             'Resume': grpc.unary_unary_rpc_method_handler(
                     servicer.Resume,
-                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.ResumeRequest.FromString,
-                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.ResumeResponse.SerializeToString,
+                    request_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ResumeRequest.FromString,
+                    response_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ResumeResponse.SerializeToString,
             ),
             'ProbeWeights': grpc.unary_unary_rpc_method_handler(
                     servicer.ProbeWeights,
-                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.ProbeWeightsRequest.FromString,
-                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.ProbeWeightsResponse.SerializeToString,
+                    request_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ProbeWeightsRequest.FromString,
+                    response_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ProbeWeightsResponse.SerializeToString,
             ),
             'RaiseVersion': grpc.unary_unary_rpc_method_handler(
                     servicer.RaiseVersion,
-                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.RaiseVersionRequest.FromString,
-                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.RaiseVersionResponse.SerializeToString,
+                    request_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.RaiseVersionRequest.FromString,
+                    response_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.RaiseVersionResponse.SerializeToString,
             ),
             'ResetCaches': grpc.unary_unary_rpc_method_handler(
                     servicer.ResetCaches,
-                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.ResetCachesRequest.FromString,
-                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.ResetCachesResponse.SerializeToString,
+                    request_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ResetCachesRequest.FromString,
+                    response_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ResetCachesResponse.SerializeToString,
             ),
             'WatchGeneration': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchGeneration,
-                    request_deserializer=apollo_dot_v1_dot_weight__export__pb2.WatchGenerationRequest.FromString,
-                    response_serializer=apollo_dot_v1_dot_weight__export__pb2.WatchGenerationResponse.SerializeToString,
+                    request_deserializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.WatchGenerationRequest.FromString,
+                    response_serializer=apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.WatchGenerationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'apollo.v1.WeightExportService', rpc_method_handlers)
+            'apollo.sidecar.v1.WeightExportService', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('apollo.v1.WeightExportService', rpc_method_handlers)
+    server.add_registered_method_handlers('apollo.sidecar.v1.WeightExportService', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -292,9 +292,9 @@ class WeightExportService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/apollo.v1.WeightExportService/GetWeightManifest',
-            apollo_dot_v1_dot_weight__export__pb2.GetWeightManifestRequest.SerializeToString,
-            apollo_dot_v1_dot_weight__export__pb2.GetWeightManifestResponse.FromString,
+            '/apollo.sidecar.v1.WeightExportService/GetWeightManifest',
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.GetWeightManifestRequest.SerializeToString,
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.GetWeightManifestResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -319,9 +319,9 @@ class WeightExportService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/apollo.v1.WeightExportService/TraceCheckpointMap',
-            apollo_dot_v1_dot_weight__export__pb2.TraceCheckpointMapRequest.SerializeToString,
-            apollo_dot_v1_dot_weight__export__pb2.TraceCheckpointMapResponse.FromString,
+            '/apollo.sidecar.v1.WeightExportService/TraceCheckpointMap',
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.TraceCheckpointMapRequest.SerializeToString,
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.TraceCheckpointMapResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -346,9 +346,9 @@ class WeightExportService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/apollo.v1.WeightExportService/ScoreTokens',
-            apollo_dot_v1_dot_weight__export__pb2.ScoreTokensRequest.SerializeToString,
-            apollo_dot_v1_dot_weight__export__pb2.ScoreTokensResponse.FromString,
+            '/apollo.sidecar.v1.WeightExportService/ScoreTokens',
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ScoreTokensRequest.SerializeToString,
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ScoreTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -373,9 +373,9 @@ class WeightExportService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/apollo.v1.WeightExportService/AnswerPrompts',
-            apollo_dot_v1_dot_weight__export__pb2.AnswerPromptsRequest.SerializeToString,
-            apollo_dot_v1_dot_weight__export__pb2.AnswerPromptsResponse.FromString,
+            '/apollo.sidecar.v1.WeightExportService/AnswerPrompts',
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.AnswerPromptsRequest.SerializeToString,
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.AnswerPromptsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -400,9 +400,9 @@ class WeightExportService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/apollo.v1.WeightExportService/TokenizeSamples',
-            apollo_dot_v1_dot_weight__export__pb2.TokenizeSamplesRequest.SerializeToString,
-            apollo_dot_v1_dot_weight__export__pb2.TokenizeSamplesResponse.FromString,
+            '/apollo.sidecar.v1.WeightExportService/TokenizeSamples',
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.TokenizeSamplesRequest.SerializeToString,
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.TokenizeSamplesResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -427,9 +427,9 @@ class WeightExportService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/apollo.v1.WeightExportService/Pause',
-            apollo_dot_v1_dot_weight__export__pb2.PauseRequest.SerializeToString,
-            apollo_dot_v1_dot_weight__export__pb2.PauseResponse.FromString,
+            '/apollo.sidecar.v1.WeightExportService/Pause',
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.PauseRequest.SerializeToString,
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.PauseResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -454,9 +454,9 @@ class WeightExportService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/apollo.v1.WeightExportService/Resume',
-            apollo_dot_v1_dot_weight__export__pb2.ResumeRequest.SerializeToString,
-            apollo_dot_v1_dot_weight__export__pb2.ResumeResponse.FromString,
+            '/apollo.sidecar.v1.WeightExportService/Resume',
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ResumeRequest.SerializeToString,
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ResumeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -481,9 +481,9 @@ class WeightExportService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/apollo.v1.WeightExportService/ProbeWeights',
-            apollo_dot_v1_dot_weight__export__pb2.ProbeWeightsRequest.SerializeToString,
-            apollo_dot_v1_dot_weight__export__pb2.ProbeWeightsResponse.FromString,
+            '/apollo.sidecar.v1.WeightExportService/ProbeWeights',
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ProbeWeightsRequest.SerializeToString,
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ProbeWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -508,9 +508,9 @@ class WeightExportService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/apollo.v1.WeightExportService/RaiseVersion',
-            apollo_dot_v1_dot_weight__export__pb2.RaiseVersionRequest.SerializeToString,
-            apollo_dot_v1_dot_weight__export__pb2.RaiseVersionResponse.FromString,
+            '/apollo.sidecar.v1.WeightExportService/RaiseVersion',
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.RaiseVersionRequest.SerializeToString,
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.RaiseVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -535,9 +535,9 @@ class WeightExportService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/apollo.v1.WeightExportService/ResetCaches',
-            apollo_dot_v1_dot_weight__export__pb2.ResetCachesRequest.SerializeToString,
-            apollo_dot_v1_dot_weight__export__pb2.ResetCachesResponse.FromString,
+            '/apollo.sidecar.v1.WeightExportService/ResetCaches',
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ResetCachesRequest.SerializeToString,
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.ResetCachesResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -562,9 +562,9 @@ class WeightExportService(object):
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/apollo.v1.WeightExportService/WatchGeneration',
-            apollo_dot_v1_dot_weight__export__pb2.WatchGenerationRequest.SerializeToString,
-            apollo_dot_v1_dot_weight__export__pb2.WatchGenerationResponse.FromString,
+            '/apollo.sidecar.v1.WeightExportService/WatchGeneration',
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.WatchGenerationRequest.SerializeToString,
+            apollo_dot_sidecar_dot_v1_dot_weight__export__pb2.WatchGenerationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,7 +4,7 @@ isort:skip_file
 """
 
 import abc
-import apollo_grpc.v1.weight_export_pb2
+import apollo_grpc.sidecar.v1.weight_export_pb2
 import collections.abc
 import grpc
 import grpc.aio
@@ -27,38 +27,38 @@ class WeightExportServiceStub:
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
     GetWeightManifest: grpc.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.GetWeightManifestRequest,
-        apollo_grpc.v1.weight_export_pb2.GetWeightManifestResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.GetWeightManifestRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.GetWeightManifestResponse,
     ]
     """Describes the live weights: buffers of shared memory and the tensors in them."""
 
     TraceCheckpointMap: grpc.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.TraceCheckpointMapRequest,
-        apollo_grpc.v1.weight_export_pb2.TraceCheckpointMapResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.TraceCheckpointMapRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.TraceCheckpointMapResponse,
     ]
     """Traces vLLM's own weight loader to learn where each checkpoint tensor lies.
     The live weights are not touched.
     """
 
     ScoreTokens: grpc.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.ScoreTokensRequest,
-        apollo_grpc.v1.weight_export_pb2.ScoreTokensResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ScoreTokensRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ScoreTokensResponse,
     ]
     """Scores a prompt with the live weights: vLLM's log-probability of each
     token after the first. UNAVAILABLE while the engine is paused.
     """
 
     AnswerPrompts: grpc.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.AnswerPromptsRequest,
-        apollo_grpc.v1.weight_export_pb2.AnswerPromptsResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.AnswerPromptsRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.AnswerPromptsResponse,
     ]
     """Answers prompts with the live weights, always by the likeliest token, and scores expected
     answers. UNAVAILABLE while the engine is paused.
     """
 
     TokenizeSamples: grpc.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.TokenizeSamplesRequest,
-        apollo_grpc.v1.weight_export_pb2.TokenizeSamplesResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.TokenizeSamplesRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.TokenizeSamplesResponse,
     ]
     """Makes token ids of texts and chats as vLLM makes them of its prompts, by
     whatever template, tokenizer and options it was started with. Also while
@@ -66,8 +66,8 @@ class WeightExportServiceStub:
     """
 
     Pause: grpc.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.PauseRequest,
-        apollo_grpc.v1.weight_export_pb2.PauseResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.PauseRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.PauseResponse,
     ]
     """Stops scheduling under a lease. A lease that is not renewed in time ends
     and the engine resumes by itself. The same request_id returns, and renews,
@@ -78,8 +78,8 @@ class WeightExportServiceStub:
     """
 
     Resume: grpc.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.ResumeRequest,
-        apollo_grpc.v1.weight_export_pb2.ResumeResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ResumeRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ResumeResponse,
     ]
     """Ends a lease. When the weights changed, their version is raised and the
     prefix cache is dropped before the engine goes on. Of a lease that ran out,
@@ -87,8 +87,8 @@ class WeightExportServiceStub:
     """
 
     ProbeWeights: grpc.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.ProbeWeightsRequest,
-        apollo_grpc.v1.weight_export_pb2.ProbeWeightsResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ProbeWeightsRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ProbeWeightsResponse,
     ]
     """Adds noise to a few bytes of the live weights and scores a prompt with them,
     to show that vLLM computes with what is written there. The first call begins
@@ -100,22 +100,22 @@ class WeightExportServiceStub:
     """
 
     RaiseVersion: grpc.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.RaiseVersionRequest,
-        apollo_grpc.v1.weight_export_pb2.RaiseVersionResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.RaiseVersionRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.RaiseVersionResponse,
     ]
     """Counts updates that were written without a pause, and stamps answers with
     the new version where vLLM can.
     """
 
     ResetCaches: grpc.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.ResetCachesRequest,
-        apollo_grpc.v1.weight_export_pb2.ResetCachesResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ResetCachesRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ResetCachesResponse,
     ]
     """Drops what vLLM computed from old weights."""
 
     WatchGeneration: grpc.UnaryStreamMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.WatchGenerationRequest,
-        apollo_grpc.v1.weight_export_pb2.WatchGenerationResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.WatchGenerationRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.WatchGenerationResponse,
     ]
     """Streams the generation at once, at each change of it, and every quarter
     second for as long as the engine lives and answers. Silence for longer
@@ -133,38 +133,38 @@ class WeightExportServiceAsyncStub:
     """
 
     GetWeightManifest: grpc.aio.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.GetWeightManifestRequest,
-        apollo_grpc.v1.weight_export_pb2.GetWeightManifestResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.GetWeightManifestRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.GetWeightManifestResponse,
     ]
     """Describes the live weights: buffers of shared memory and the tensors in them."""
 
     TraceCheckpointMap: grpc.aio.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.TraceCheckpointMapRequest,
-        apollo_grpc.v1.weight_export_pb2.TraceCheckpointMapResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.TraceCheckpointMapRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.TraceCheckpointMapResponse,
     ]
     """Traces vLLM's own weight loader to learn where each checkpoint tensor lies.
     The live weights are not touched.
     """
 
     ScoreTokens: grpc.aio.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.ScoreTokensRequest,
-        apollo_grpc.v1.weight_export_pb2.ScoreTokensResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ScoreTokensRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ScoreTokensResponse,
     ]
     """Scores a prompt with the live weights: vLLM's log-probability of each
     token after the first. UNAVAILABLE while the engine is paused.
     """
 
     AnswerPrompts: grpc.aio.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.AnswerPromptsRequest,
-        apollo_grpc.v1.weight_export_pb2.AnswerPromptsResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.AnswerPromptsRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.AnswerPromptsResponse,
     ]
     """Answers prompts with the live weights, always by the likeliest token, and scores expected
     answers. UNAVAILABLE while the engine is paused.
     """
 
     TokenizeSamples: grpc.aio.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.TokenizeSamplesRequest,
-        apollo_grpc.v1.weight_export_pb2.TokenizeSamplesResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.TokenizeSamplesRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.TokenizeSamplesResponse,
     ]
     """Makes token ids of texts and chats as vLLM makes them of its prompts, by
     whatever template, tokenizer and options it was started with. Also while
@@ -172,8 +172,8 @@ class WeightExportServiceAsyncStub:
     """
 
     Pause: grpc.aio.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.PauseRequest,
-        apollo_grpc.v1.weight_export_pb2.PauseResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.PauseRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.PauseResponse,
     ]
     """Stops scheduling under a lease. A lease that is not renewed in time ends
     and the engine resumes by itself. The same request_id returns, and renews,
@@ -184,8 +184,8 @@ class WeightExportServiceAsyncStub:
     """
 
     Resume: grpc.aio.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.ResumeRequest,
-        apollo_grpc.v1.weight_export_pb2.ResumeResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ResumeRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ResumeResponse,
     ]
     """Ends a lease. When the weights changed, their version is raised and the
     prefix cache is dropped before the engine goes on. Of a lease that ran out,
@@ -193,8 +193,8 @@ class WeightExportServiceAsyncStub:
     """
 
     ProbeWeights: grpc.aio.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.ProbeWeightsRequest,
-        apollo_grpc.v1.weight_export_pb2.ProbeWeightsResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ProbeWeightsRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ProbeWeightsResponse,
     ]
     """Adds noise to a few bytes of the live weights and scores a prompt with them,
     to show that vLLM computes with what is written there. The first call begins
@@ -206,22 +206,22 @@ class WeightExportServiceAsyncStub:
     """
 
     RaiseVersion: grpc.aio.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.RaiseVersionRequest,
-        apollo_grpc.v1.weight_export_pb2.RaiseVersionResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.RaiseVersionRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.RaiseVersionResponse,
     ]
     """Counts updates that were written without a pause, and stamps answers with
     the new version where vLLM can.
     """
 
     ResetCaches: grpc.aio.UnaryUnaryMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.ResetCachesRequest,
-        apollo_grpc.v1.weight_export_pb2.ResetCachesResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ResetCachesRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.ResetCachesResponse,
     ]
     """Drops what vLLM computed from old weights."""
 
     WatchGeneration: grpc.aio.UnaryStreamMultiCallable[
-        apollo_grpc.v1.weight_export_pb2.WatchGenerationRequest,
-        apollo_grpc.v1.weight_export_pb2.WatchGenerationResponse,
+        apollo_grpc.sidecar.v1.weight_export_pb2.WatchGenerationRequest,
+        apollo_grpc.sidecar.v1.weight_export_pb2.WatchGenerationResponse,
     ]
     """Streams the generation at once, at each change of it, and every quarter
     second for as long as the engine lives and answers. Silence for longer
@@ -241,17 +241,17 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
     def GetWeightManifest(
         self,
-        request: apollo_grpc.v1.weight_export_pb2.GetWeightManifestRequest,
+        request: apollo_grpc.sidecar.v1.weight_export_pb2.GetWeightManifestRequest,
         context: _ServicerContext,
-    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.GetWeightManifestResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.GetWeightManifestResponse]]:
+    ) -> typing.Union[apollo_grpc.sidecar.v1.weight_export_pb2.GetWeightManifestResponse, collections.abc.Awaitable[apollo_grpc.sidecar.v1.weight_export_pb2.GetWeightManifestResponse]]:
         """Describes the live weights: buffers of shared memory and the tensors in them."""
 
     @abc.abstractmethod
     def TraceCheckpointMap(
         self,
-        request: apollo_grpc.v1.weight_export_pb2.TraceCheckpointMapRequest,
+        request: apollo_grpc.sidecar.v1.weight_export_pb2.TraceCheckpointMapRequest,
         context: _ServicerContext,
-    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.TraceCheckpointMapResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.TraceCheckpointMapResponse]]:
+    ) -> typing.Union[apollo_grpc.sidecar.v1.weight_export_pb2.TraceCheckpointMapResponse, collections.abc.Awaitable[apollo_grpc.sidecar.v1.weight_export_pb2.TraceCheckpointMapResponse]]:
         """Traces vLLM's own weight loader to learn where each checkpoint tensor lies.
         The live weights are not touched.
         """
@@ -259,9 +259,9 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
     def ScoreTokens(
         self,
-        request: apollo_grpc.v1.weight_export_pb2.ScoreTokensRequest,
+        request: apollo_grpc.sidecar.v1.weight_export_pb2.ScoreTokensRequest,
         context: _ServicerContext,
-    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.ScoreTokensResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.ScoreTokensResponse]]:
+    ) -> typing.Union[apollo_grpc.sidecar.v1.weight_export_pb2.ScoreTokensResponse, collections.abc.Awaitable[apollo_grpc.sidecar.v1.weight_export_pb2.ScoreTokensResponse]]:
         """Scores a prompt with the live weights: vLLM's log-probability of each
         token after the first. UNAVAILABLE while the engine is paused.
         """
@@ -269,9 +269,9 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
     def AnswerPrompts(
         self,
-        request: apollo_grpc.v1.weight_export_pb2.AnswerPromptsRequest,
+        request: apollo_grpc.sidecar.v1.weight_export_pb2.AnswerPromptsRequest,
         context: _ServicerContext,
-    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.AnswerPromptsResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.AnswerPromptsResponse]]:
+    ) -> typing.Union[apollo_grpc.sidecar.v1.weight_export_pb2.AnswerPromptsResponse, collections.abc.Awaitable[apollo_grpc.sidecar.v1.weight_export_pb2.AnswerPromptsResponse]]:
         """Answers prompts with the live weights, always by the likeliest token, and scores expected
         answers. UNAVAILABLE while the engine is paused.
         """
@@ -279,9 +279,9 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
     def TokenizeSamples(
         self,
-        request: apollo_grpc.v1.weight_export_pb2.TokenizeSamplesRequest,
+        request: apollo_grpc.sidecar.v1.weight_export_pb2.TokenizeSamplesRequest,
         context: _ServicerContext,
-    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.TokenizeSamplesResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.TokenizeSamplesResponse]]:
+    ) -> typing.Union[apollo_grpc.sidecar.v1.weight_export_pb2.TokenizeSamplesResponse, collections.abc.Awaitable[apollo_grpc.sidecar.v1.weight_export_pb2.TokenizeSamplesResponse]]:
         """Makes token ids of texts and chats as vLLM makes them of its prompts, by
         whatever template, tokenizer and options it was started with. Also while
         the engine is paused; nothing of it changes.
@@ -290,9 +290,9 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
     def Pause(
         self,
-        request: apollo_grpc.v1.weight_export_pb2.PauseRequest,
+        request: apollo_grpc.sidecar.v1.weight_export_pb2.PauseRequest,
         context: _ServicerContext,
-    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.PauseResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.PauseResponse]]:
+    ) -> typing.Union[apollo_grpc.sidecar.v1.weight_export_pb2.PauseResponse, collections.abc.Awaitable[apollo_grpc.sidecar.v1.weight_export_pb2.PauseResponse]]:
         """Stops scheduling under a lease. A lease that is not renewed in time ends
         and the engine resumes by itself. The same request_id returns, and renews,
         the same lease. FAILED_PRECONDITION when that lease has ended, also because
@@ -304,9 +304,9 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
     def Resume(
         self,
-        request: apollo_grpc.v1.weight_export_pb2.ResumeRequest,
+        request: apollo_grpc.sidecar.v1.weight_export_pb2.ResumeRequest,
         context: _ServicerContext,
-    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.ResumeResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.ResumeResponse]]:
+    ) -> typing.Union[apollo_grpc.sidecar.v1.weight_export_pb2.ResumeResponse, collections.abc.Awaitable[apollo_grpc.sidecar.v1.weight_export_pb2.ResumeResponse]]:
         """Ends a lease. When the weights changed, their version is raised and the
         prefix cache is dropped before the engine goes on. Of a lease that ran out,
         what was written is counted and the cache dropped all the same.
@@ -315,9 +315,9 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
     def ProbeWeights(
         self,
-        request: apollo_grpc.v1.weight_export_pb2.ProbeWeightsRequest,
+        request: apollo_grpc.sidecar.v1.weight_export_pb2.ProbeWeightsRequest,
         context: _ServicerContext,
-    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.ProbeWeightsResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.ProbeWeightsResponse]]:
+    ) -> typing.Union[apollo_grpc.sidecar.v1.weight_export_pb2.ProbeWeightsResponse, collections.abc.Awaitable[apollo_grpc.sidecar.v1.weight_export_pb2.ProbeWeightsResponse]]:
         """Adds noise to a few bytes of the live weights and scores a prompt with them,
         to show that vLLM computes with what is written there. The first call begins
         a lease as Pause does, later ones renew it. Each puts back the bytes that the
@@ -330,9 +330,9 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
     def RaiseVersion(
         self,
-        request: apollo_grpc.v1.weight_export_pb2.RaiseVersionRequest,
+        request: apollo_grpc.sidecar.v1.weight_export_pb2.RaiseVersionRequest,
         context: _ServicerContext,
-    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.RaiseVersionResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.RaiseVersionResponse]]:
+    ) -> typing.Union[apollo_grpc.sidecar.v1.weight_export_pb2.RaiseVersionResponse, collections.abc.Awaitable[apollo_grpc.sidecar.v1.weight_export_pb2.RaiseVersionResponse]]:
         """Counts updates that were written without a pause, and stamps answers with
         the new version where vLLM can.
         """
@@ -340,17 +340,17 @@ class WeightExportServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
     def ResetCaches(
         self,
-        request: apollo_grpc.v1.weight_export_pb2.ResetCachesRequest,
+        request: apollo_grpc.sidecar.v1.weight_export_pb2.ResetCachesRequest,
         context: _ServicerContext,
-    ) -> typing.Union[apollo_grpc.v1.weight_export_pb2.ResetCachesResponse, collections.abc.Awaitable[apollo_grpc.v1.weight_export_pb2.ResetCachesResponse]]:
+    ) -> typing.Union[apollo_grpc.sidecar.v1.weight_export_pb2.ResetCachesResponse, collections.abc.Awaitable[apollo_grpc.sidecar.v1.weight_export_pb2.ResetCachesResponse]]:
         """Drops what vLLM computed from old weights."""
 
     @abc.abstractmethod
     def WatchGeneration(
         self,
-        request: apollo_grpc.v1.weight_export_pb2.WatchGenerationRequest,
+        request: apollo_grpc.sidecar.v1.weight_export_pb2.WatchGenerationRequest,
         context: _ServicerContext,
-    ) -> typing.Union[collections.abc.Iterator[apollo_grpc.v1.weight_export_pb2.WatchGenerationResponse], collections.abc.AsyncIterator[apollo_grpc.v1.weight_export_pb2.WatchGenerationResponse]]:
+    ) -> typing.Union[collections.abc.Iterator[apollo_grpc.sidecar.v1.weight_export_pb2.WatchGenerationResponse], collections.abc.AsyncIterator[apollo_grpc.sidecar.v1.weight_export_pb2.WatchGenerationResponse]]:
         """Streams the generation at once, at each change of it, and every quarter
         second for as long as the engine lives and answers. Silence for longer
         means that it is wedged, the end of the stream that it is gone.

@@ -1,0 +1,1 @@
+"""Generated from protos/apollo/sidecar by `make protos`."""

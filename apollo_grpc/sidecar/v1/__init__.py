@@ -1,0 +1,1 @@
+"""Generated from protos/apollo/sidecar/v1 by `make protos`."""
