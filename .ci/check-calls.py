@@ -13,7 +13,8 @@ from pathlib import Path
 
 CLIENT = Path(__file__).resolve().parents[1] / "client/apollo_client"
 PREFIX = "aio_"
-SOURCES = [CLIENT / f"{PREFIX}calls.py", CLIENT / f"{PREFIX}checkpoint_calls.py"]
+KINDS = ("", "sample_", "dataset_", "checkpoint_")
+SOURCES = [CLIENT / f"{PREFIX}{kind}calls.py" for kind in KINDS]
 HEADER = "# Generated from {} by `make protos`: change that file, not this one.\n"
 
 

@@ -20,12 +20,32 @@ class FieldViolation:
     description: str
 
 
+@dataclass(frozen=True)
+class Resource:
+    """What does not exist, or is there already: "run" or "snapshot", say, and its id or name."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Quota:
+    """A limit that was reached: its name, as in ServerLimits if that has it, and what it allows."""
+
+    subject: str
+    description: str
+
+
 class ApolloError(Exception):
     """What went wrong, what was kept and what to do, with a stable reason to branch on.
+
+    The reasons that a training server tells are those of `Reason` in the contract.
 
     Attributes:
         retry_seconds: nothing was done, and the same call may be made again after so many; 0 where
             the server says nothing of that.
+        resource: what a NotFound or AlreadyExists is about, where the server says it.
+        quota: the limit that was reached, where the server says it.
     """
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
@@ -38,12 +58,15 @@ class ApolloError(Exception):
         reason: str = "",
         metadata: dict[str, str] | None = None,
         retry_seconds: float = 0.0,
+        resource: Resource | None = None,
+        quota: Quota | None = None,
     ):
         super().__init__(message)
         self.message = message
         self.reason = reason or self.default_reason
         self.metadata = dict(metadata or {})
         self.retry_seconds = retry_seconds
+        self.resource, self.quota = resource, quota
 
     @property
     def violations(self) -> tuple[FieldViolation, ...]:
@@ -64,8 +87,10 @@ class InvalidArgument(ApolloError):
         violations: tuple[FieldViolation, ...] | list[FieldViolation] = (),
         reason: str = "",
         metadata: dict[str, str] | None = None,
+        resource: Resource | None = None,
+        quota: Quota | None = None,
     ):
-        super().__init__(message, reason=reason, metadata=metadata)
+        super().__init__(message, reason=reason, metadata=metadata, resource=resource, quota=quota)
         self._violations = tuple(violations)
 
     @property
@@ -74,10 +99,13 @@ class InvalidArgument(ApolloError):
         return self._violations
 
     @classmethod
-    def at(cls, field: str, description: str, *, reason: str = "") -> InvalidArgument:
+    def at(
+        cls, field: str, description: str, *, reason: str = "", quota: Quota | None = None
+    ) -> InvalidArgument:
         """The error for a single wrong field."""
         violation = FieldViolation(field, description)
-        return cls(f"{field}: {description}", violations=[violation], reason=reason)
+        message = f"{field}: {description}"
+        return cls(message, violations=[violation], reason=reason, quota=quota)
 
 
 class FailedPrecondition(ApolloError):

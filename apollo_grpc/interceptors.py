@@ -8,7 +8,6 @@ token would cost what the message does.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -24,7 +23,6 @@ from apollo_grpc.errors import (
     DeadlineExceeded,
     Internal,
     InvalidArgument,
-    Unauthenticated,
 )
 from apollo_grpc.statuses import abort_arguments
 
@@ -36,7 +34,8 @@ READ_SECONDS = 120.0
 # Messages of every service pass here, so request and response types are open.
 Handler = Any
 Behaviour = Callable[[Any, Any], Any]
-Check = Callable[[Any], None]
+# Of a call's context and method; without the latter, what any caller may do.
+Check = Callable[..., None]
 Limit = Callable[[Any], AbstractContextManager[None]]
 
 
@@ -45,10 +44,11 @@ def _as_domain_error(error: Exception) -> ApolloError:
     if isinstance(error, ApolloError):
         return error
     incident = uuid.uuid4().hex[:12]
-    log.error("unexpected error, incident %s", incident, exc_info=error)
+    about = {"incident": incident}
+    log.error("unexpected error, incident %s", incident, exc_info=error, extra=about)
     return Internal(
         f"The server made a mistake; its log has the details under incident {incident}.",
-        metadata={"incident": incident},
+        metadata=about,
     )
 
 
@@ -93,37 +93,13 @@ def _unreadable() -> InvalidArgument:
     )
 
 
-class TokenCheck:
-    """Refuses callers over TCP that do not send `authorization: Bearer TOKEN`.
-
-    Unix sockets lie in a folder of the user's alone and need none. Without a token every TCP
-    caller is refused.
-    """
-
-    def __init__(self, token: str | None):
-        self._token = token
-
-    def __call__(self, context: Any) -> None:
-        """Raises `Unauthenticated` unless the caller of `context` may go on."""
-        if str(context.peer()).startswith("unix:"):
-            return
-        sent = dict(context.invocation_metadata() or ()).get("authorization", "")
-        # A plain comparison would tell, by its time, how much of a guess was right.
-        if self._token and hmac.compare_digest(f"Bearer {self._token}".encode(), sent.encode()):
-            return
-        raise Unauthenticated(
-            "Calls over TCP need the header 'authorization: Bearer TOKEN'; nothing was done. "
-            "The server's token is in the file 'token' of its state folder."
-        )
-
-
 class AioErrors(grpc.aio.ServerInterceptor):
     """Maps errors of grpc.aio handlers, and reads a call's message once the call may go on.
 
     A response that is bytes already is sent as it is.
 
     Args:
-        check: raises for a caller who may not go on.
+        check: raises for a caller who may not go on; given the call's context and method.
         limit: entered for as long as a call lasts; raises where too many are open.
         turns: by method, as `/package.Service/Method`, for those whose messages may be large: a
             turn is held from before the message is read until the call's first answer.
@@ -148,24 +124,24 @@ class AioErrors(grpc.aio.ServerInterceptor):
             return None
         # As a stream of requests, of which grpc reads none by itself; on the wire it is the same.
         return grpc.stream_stream_rpc_method_handler(
-            self._call(handler, self._turns.get(handler_call_details.method)),
-            handler.request_deserializer if handler.request_streaming else None,
+            self._call(handler, handler_call_details.method),
+            None,
             _writing(handler.response_serializer),
         )
 
-    def _call(self, handler: Handler, turn: asyncio.Semaphore | None) -> Behaviour:
+    def _call(self, handler: Handler, method: str) -> Behaviour:
+        turn = self._turns.get(method)
+
         async def call(messages: Any, context: Any) -> AsyncIterator[Any]:
             try:
                 if self._check:
-                    self._check(context)
+                    self._check(context, method)
                 with self._limit(context):
                     async with AsyncExitStack() as held:
                         if turn:
                             await held.enter_async_context(turn)
                         # Without a name for it, nothing here keeps the message.
-                        answers = _answers(
-                            handler, await _read(handler, messages, context), context
-                        )
+                        answers = _answers(handler, await _read(handler, context), context)
                         async with aclosing(answers):
                             async for answer in answers:
                                 await held.aclose()
@@ -178,20 +154,33 @@ class AioErrors(grpc.aio.ServerInterceptor):
         return call
 
 
-async def _read(handler: Handler, messages: Any, context: Any) -> Any:
+async def _read(handler: Handler, context: Any) -> Any:
     """The one message of a call, or, of a method that takes many, all as they come."""
     if handler.request_streaming:
-        return messages
+        return _each(handler, context)
+    data = await _message(context)
+    if data is grpc.aio.EOF:
+        raise _unreadable()
+    return _parsed(handler, data)
+
+
+async def _each(handler: Handler, context: Any) -> AsyncIterator[Any]:
+    while (data := await _message(context)) is not grpc.aio.EOF:
+        yield _parsed(handler, data)
+
+
+async def _message(context: Any) -> Any:
     try:
         async with asyncio.timeout(READ_SECONDS):
-            data = await context.read()
+            return await context.read()
     except TimeoutError:
         raise DeadlineExceeded(
             f"The request did not arrive within {READ_SECONDS:g} s; nothing was done.",
             reason="REQUEST_TOO_SLOW",
         ) from None
-    if data is grpc.aio.EOF:
-        raise _unreadable()
+
+
+def _parsed(handler: Handler, data: bytes) -> Any:
     try:
         return handler.request_deserializer(data) if handler.request_deserializer else data
     except DecodeError:
@@ -200,7 +189,7 @@ async def _read(handler: Handler, messages: Any, context: Any) -> Any:
 
 async def _answers(handler: Handler, request: Any, context: Any) -> AsyncGenerator[Any, None]:
     """What a handler of any kind answers; a streaming one may write through the context itself."""
-    unary = handler.unary_unary
+    unary = handler.unary_unary or handler.stream_unary
     answer = (unary or handler.unary_stream or handler.stream_stream)(request, context)
     # A run's stream outlives its submission by hours.
     del request

@@ -1,20 +1,33 @@
-"""The token of TCP callers: what may be one, and the file that it lies in."""
+"""Tokens of TCP callers: what may be one, and those that a server takes.
+
+A server keeps SHA-256 of each. A slow hash protects words that people choose; ours have 256 random
+bits, which no table and no search comes to, and each call would pay for the slowness.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
+import datetime
+import hashlib
+import hmac
 import re
-import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from apollo_grpc.errors import FailedPrecondition, InvalidArgument
-from apollo_grpc.locations import private_folder
+from apollo_grpc.errors import InvalidArgument
+from apollo_grpc.scopes import Scope
 
-log = logging.getLogger(__name__)
 # Of a header's value: anything else grpc refuses in words of its own.
 _TOKEN = re.compile(r"[ -~]+", re.ASCII)
+HASHED = re.compile(
+    r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63}) (?P<scope>read|train|admin) "
+    r"(?P<expires>never|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) sha256:(?P<digest>[0-9a-f]{64})",
+    re.ASCII,
+)
 MAX_BYTES = 4096
+MAX_FILE_BYTES = 2**20
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
+NEVER = "never"
 
 
 def as_token(text: str, name: str) -> str:
@@ -35,57 +48,98 @@ def as_token(text: str, name: str) -> str:
     return token
 
 
-def read_token(path: Path, name: str) -> str:
-    """The token in a file, wherever that lies and links lead.
+def read_text(path: Path, name: str) -> str:
+    """A file of tokens, wherever that lies and links lead.
 
-    Raises InvalidArgument where the file cannot be read, or holds no token.
+    Raises InvalidArgument where it cannot be read, or is larger than one can be.
     """
     try:
         with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 2).decode("ascii", errors="replace")
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise InvalidArgument.at(name, f"{path}: {error.strerror}") from error
-    return as_token(text, f"{name}: {path}")
+    if len(data) > MAX_FILE_BYTES:
+        raise InvalidArgument.at(name, f"{path}: is larger than {MAX_FILE_BYTES} bytes")
+    return data.decode("ascii", errors="replace")
 
 
-def read_or_create_token(path: Path) -> str:
-    """A server's token in `path`, made with mode 0600, in a private folder, where there is none.
+def read_token(path: Path, name: str) -> str:
+    """The token in a caller's file; of a server's own, the one that is not hashed.
 
-    Its own mode decides, not its folder's: Docker and Kubernetes mount secrets into open folders.
-
-    Raises InvalidArgument where it holds no token, FailedPrecondition where it cannot be made, or
-    where others may write it: they would choose who may call.
+    Raises InvalidArgument where the file cannot be read, or holds no token.
     """
-    if not path.exists():
-        return _created(path)
-    token, mode = read_token(path, "token_file"), path.stat().st_mode
-    if mode & 0o022:
-        raise FailedPrecondition(
-            f"Others may write the token file {path}; nothing was opened. Run 'chmod go-w {path}'.",
-            reason="TOKEN_FILE_NOT_PRIVATE",
+    if (token := own_token(path, name)) is None:
+        raise InvalidArgument.at(
+            name, f"{path}: holds hashes, of which no token comes; it was shown when it was made"
         )
-    if mode & 0o004 and path.parent.stat().st_mode & 0o001:
-        log.warning("every user of this machine can read the token file %s", path)
     return token
 
 
-def _created(path: Path) -> str:
-    private_folder(path.parent)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+def own_token(path: Path, name: str) -> str | None:
+    """The same; None where all are hashed."""
+    text = read_text(path, name)
+    lines = [line for line in text.splitlines() if not HASHED.fullmatch(line.strip())]
+    if text.strip() and not "".join(lines).strip():
+        return None
+    return as_token("\n".join(lines), f"{name}: {path}")
+
+
+def digest_of(token: str) -> str:
+    """SHA-256, in hexadecimal digits."""
+    return hashlib.sha256(token.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a server knows of one.
+
+    Attributes:
+        expires: from when on it is refused; None for never.
+    """
+
+    name: str
+    scope: Scope
+    digest: str
+    expires: datetime.datetime | None = None
+
+    def expired(self) -> bool:
+        """Whether its time is over."""
+        return self.expires is not None and datetime.datetime.now(datetime.UTC) >= self.expires
+
+    def until(self) -> str:
+        """When it expires, as files and lists have it."""
+        return self.expires.strftime(_TIME) if self.expires else NEVER
+
+    def line(self) -> str:
+        """As the server's file has it; `token_of` reads it."""
+        return f"{self.name} {self.scope.word} {self.until()} sha256:{self.digest}"
+
+
+def token_of(found: re.Match[str], name: str) -> Token:
+    """The token of a line that `HASHED` matches. Raises InvalidArgument for a time that is none."""
+    expires = None
+    if found["expires"] != NEVER:
         try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(token := secrets.token_urlsafe(32))
-        except OSError:
-            # An empty one would be refused by the next start.
-            path.unlink()
-            raise
-    except FileExistsError:
-        return read_token(path, "token_file")
-    except OSError as error:
-        raise FailedPrecondition(
-            f"The token file {path} cannot be made: {error.strerror}. Name one that can be read "
-            "with APOLLO_TOKEN_FILE.",
-            reason="TOKEN_FILE_UNUSABLE",
-        ) from error
-    return token
+            expires = datetime.datetime.strptime(found["expires"], _TIME)
+        except ValueError as error:
+            raise InvalidArgument.at(name, f"{found['expires']} is no time") from error
+        expires = expires.replace(tzinfo=datetime.UTC)
+    return Token(found["name"], Scope[found["scope"].upper()], found["digest"], expires)
+
+
+class Tokens:
+    """Those that a server takes; replaced as a whole, by any thread."""
+
+    def __init__(self, tokens: Iterable[Token] = ()):
+        self.all = tuple(tokens)
+
+    def find(self, sent: str) -> Token | None:
+        """The token that was sent, also one that has expired; None where there is no such one.
+
+        How long it takes says nothing of what is right: digests are compared, and all of them.
+        """
+        digest, found = digest_of(sent), None
+        for token in self.all:
+            if hmac.compare_digest(token.digest, digest):
+                found = token
+        return found

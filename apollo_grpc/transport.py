@@ -28,7 +28,9 @@ CHANNEL_OPTIONS: tuple[Option, ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # How long a connection may take at least, by this name of grpc's: TLS over a slow line takes
+    # some of its round trips, and a server that many come to at once lets them wait.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.keepalive_time_ms", 30_000),
     # A proxy from the environment would get the traffic of a local socket.
@@ -50,6 +52,12 @@ SERVER_OPTIONS: tuple[Option, ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     # Of a connection that was opened and says nothing.
     ("grpc.server_handshake_timeout_ms", 20_000),
+    # Of one connection, those that were reset before the server came to them included.
+    ("grpc.max_concurrent_streams", 1024),
+    # Of all of them, some 6 KiB each. Above the first number grpc cancels some at random, also of
+    # callers who do nothing wrong, and above the second all.
+    ("grpc.server.max_pending_requests", 8192),
+    ("grpc.server.max_pending_requests_hard_limit", 16384),
 )
 
 
@@ -75,11 +83,12 @@ class ServerTls:
 class Endpoint:
     """How a client reaches a server: address, and for TCP a token and, beyond loopback, TLS.
 
-    A unix socket needs neither, and takes none. Raises InvalidArgument for TLS that is half set:
-    it would be plaintext.
+    A unix socket needs neither, and takes none. Beyond loopback nothing is ever plaintext; on it
+    there is TLS where an authority or a certificate is given. Raises InvalidArgument for a
+    certificate without its key, or the other way.
 
     Attributes:
-        ca: a PEM file, or `system` for the authorities that this system trusts.
+        ca: a PEM file; else, as for `system`, the authorities that this system trusts.
     """
 
     address: str
@@ -92,28 +101,23 @@ class Endpoint:
         if bool(self.certificate) != bool(self.key):
             have, lacking = ("certificate", "key") if self.certificate else ("key", "certificate")
             raise InvalidArgument.at(lacking, f"is missing, and {have} is set; TLS needs both")
-        if self.certificate and not self.ca:
-            raise InvalidArgument.at(
-                "ca", f"is missing, and certificate is set; name a PEM file, or '{SYSTEM}'"
-            )
 
     def _tls(self) -> grpc.ChannelCredentials | None:
-        if self.ca is None or socket_path(self.address):
+        if socket_path(self.address):
             return None
+        if not self.ca and not self.certificate and is_loopback(self.address):
+            return None
+        authorities = roots(self.ca or SYSTEM)
         if self.certificate is None or self.key is None:
-            return grpc.ssl_channel_credentials(roots(self.ca))
+            return grpc.ssl_channel_credentials(authorities)
         return grpc.ssl_channel_credentials(
-            roots(self.ca), *certificate_chain(self.certificate, self.key)
+            authorities, *certificate_chain(self.certificate, self.key)
         )
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Call metadata that carries the token. Raises InvalidArgument before it would leak."""
+        """Call metadata that carries the token. Raises InvalidArgument for what is none."""
         if not self.token or socket_path(self.address):
             return ()
-        if self.ca is None and not is_loopback(self.address):
-            raise InvalidArgument.at(
-                "address", f"{self.address} is not on this machine: a token needs TLS (ca)"
-            )
         return (("authorization", f"Bearer {as_token(self.token, 'token')}"),)
 
     def channel(self) -> grpc.Channel:
@@ -143,11 +147,16 @@ class OpenPort:
 
 
 def open_port(
-    server: Any, address: str, *, token: str | None = None, tls: ServerTls | None = None
+    server: Any, address: str, *, guarded: bool = False, tls: ServerTls | None = None
 ) -> OpenPort:
     """Adds `address` to a grpc or grpc.aio server that has not started.
 
-    What is returned must be held as long as the server runs. Raises FailedPrecondition when the
+    What is returned must be held as long as the server runs.
+
+    Args:
+        guarded: callers are asked for a token.
+
+    Raises FailedPrecondition when the
     address is taken, InvalidArgument for TCP without a token, or beyond loopback without TLS.
     """
     address = require_address(address, "listen", listens=True)
@@ -163,7 +172,7 @@ def open_port(
                 reason="STATE_FOLDER_UNUSABLE",
             ) from error
         return OpenPort(address, lock)
-    _require_guard(address, token, tls)
+    _require_guard(address, guarded, tls)
     try:
         if tls:
             port = server.add_secure_port(address, tls.credentials())
@@ -178,8 +187,8 @@ def open_port(
     return OpenPort(f"{address.rpartition(':')[0]}:{port}")
 
 
-def _require_guard(address: str, token: str | None, tls: ServerTls | None) -> None:
-    if not token and not (tls and tls.client_ca):
+def _require_guard(address: str, guarded: bool, tls: ServerTls | None) -> None:
+    if not guarded and not (tls and tls.client_ca):
         raise InvalidArgument.at("listen", f"{address} is TCP and needs a token or client TLS")
     if tls is None and not is_loopback(address):
         raise InvalidArgument.at("listen", f"{address} is beyond this machine and needs TLS")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 PROTOS = Path(__file__).resolve().parent
 PACKAGES = ("v1", "sidecar/v1")
+# What server reflection tells: the public package, with its comments.
+CONTRACT = "contract.binpb"
 HEADER = '"""Generated from protos/apollo/{} by `make protos`."""\n'
 
 
@@ -26,11 +28,24 @@ def well_known_types() -> Path:
 
 def run_protoc(out: Path) -> None:
     """Writes messages, services and their type stubs under `out`/apollo."""
-    sources = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.glob("apollo/**/*.proto"))
+    kinds = ("python", "grpc_python", "mypy", "mypy_grpc")
+    protoc([f"--{kind}_out={out}" for kind in kinds], "apollo/**/*.proto")
+
+
+def write_contract(path: Path) -> None:
+    """Writes the descriptors of apollo.v1 and of what it imports, comments included."""
+    protoc(
+        [f"--descriptor_set_out={path}", "--include_imports", "--include_source_info"],
+        "apollo/v1/*.proto",
+    )
+
+
+def protoc(options: list[str], sources: str) -> None:
+    """Runs protoc on some of the contract's files."""
+    names = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.glob(sources))
+    includes = [f"-I{PROTOS}", f"-I{well_known_types()}"]
     subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}", f"-I{well_known_types()}"]
-        + [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
-        + sources,
+        [sys.executable, "-m", "grpc_tools.protoc", *includes, *options, *names],
         check=True,
         # protoc looks for protoc-gen-mypy on PATH, which a virtual environment need not be on.
         env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"},
@@ -52,6 +67,7 @@ def main(target: Path) -> None:
         for package in PACKAGES:
             fill(target / package, Path(build, "apollo", package), HEADER.format(package))
     (target / "sidecar" / "__init__.py").write_text(HEADER.format("sidecar"))
+    write_contract(target / CONTRACT)
 
 
 def fill(target: Path, built: Path, header: str) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from apollo_grpc.times import now
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.ledger.entries import Acceptance, Deletion
 from apollo_trainer.ledger.events import EventLog
-from apollo_trainer.ledger.ledger import Acceptance
 from apollo_trainer.ledger.retention import Retention
 from apollo_trainer.runs.recovery import open_ledger
 from tests.waiting import HANG
@@ -22,15 +22,18 @@ class Books:
     def __init__(self, folder: Path, retention: Retention = KEEP_ALL):
         self.ledger, self.writer, self.waiting = open_ledger(folder, retention)
 
-    def accept(self, run_id: str, request_id: str = "") -> EventLog:
+    def accept(self, run_id: str, request_id: str = "", spec: pb.RunSpec = SPEC) -> EventLog:
         queued = pb.RunEvent(
             run_id=run_id, sequence=1, event_time=now(), queued=pb.RunEvent.Queued()
         )
         log = EventLog(run_id, lambda event: None, self.writer)
         log.begin_with(queued)
-        self.writer.accept(Acceptance(request_id, SPEC, 3, queued)).result(HANG)
+        self.writer.change(Acceptance(request_id, spec, 3, queued)).result(HANG)
         log.committed(1)
         return log
+
+    def delete(self, run_id: str) -> None:
+        self.writer.change(Deletion(run_id)).result(HANG)
 
     def close(self) -> None:
         self.writer.stop()

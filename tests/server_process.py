@@ -107,12 +107,18 @@ class ServerProcess:
 
 
 @contextmanager
-def served(model: Path, **settings: str) -> Iterator[ServerProcess]:
-    """An attached server on a model directory, with an engine in this process."""
+def served(
+    model: Path, before: Callable[[], None] | None = None, **settings: str
+) -> Iterator[ServerProcess]:
+    """An attached server on a model directory, with an engine in this process.
+
+    Args:
+        before: as of `ServerProcess.start`, the first time.
+    """
     with tempfile.TemporaryDirectory(prefix="apollo-") as folder:
         server = ServerProcess(Path(folder), **settings)
         engine = server.engine = EngineDouble(model, f"unix:{folder}/sidecar.sock")
-        server.start()
+        server.start(before)
         try:
             server.wait_attached()
             yield server

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from apollo_grpc.errors import InvalidArgument
-from apollo_trainer.config import OTHERS, Settings, described, read_settings, unknown_names
+from apollo_trainer.config import Settings, read_settings
+from apollo_trainer.environment import OTHERS, described, unknown_names
 from apollo_trainer.main import main
 
 
@@ -96,6 +97,9 @@ def test_what_is_on_can_be_switched_off_by_a_flag_and_the_other_way(name: str) -
         (["--ledger-days", "inf"], "ledger_days"),
         (["--seed", str(2**63)], "seed"),
         (["--max-streams", "9" * 400], "max_streams"),
+        (["--metrics-address", "9464"], "metrics_address"),
+        (["--log-format", "xml"], "log_format"),
+        (["--log-level", "loud"], "log_level"),
     ],
 )
 def test_settings_that_mean_nothing_together_or_alone_are_refused(
@@ -103,6 +107,12 @@ def test_settings_that_mean_nothing_together_or_alone_are_refused(
 ) -> None:
     with pytest.raises(InvalidArgument, match=words):
         read_settings(arguments)
+
+
+def test_tls_on_a_socket_means_something_where_there_are_metrics() -> None:
+    tls = ["--tls-certificate", "c", "--tls-key", "k"]
+    settings = read_settings([*tls, "--metrics-address", "0.0.0.0:9464"])
+    assert settings.metrics_address == "0.0.0.0:9464"
 
 
 def test_a_misspelt_variable_ends_the_server_with_two_and_its_name(

@@ -17,7 +17,9 @@ ROOMS = [
     "apollo_grpc",
     "apollo_client",
     "apollo_client.command",
+    "apollo_client.conformance",
     "apollo_sidecar",
+    "apollo_trainer.logs",
     "apollo_trainer.config",
     "apollo_trainer.ledger",
     "apollo_trainer.weights",
@@ -26,6 +28,7 @@ ROOMS = [
     "apollo_trainer.requests",
     "apollo_trainer.checkpoints.host_memory",
     "apollo_trainer.checkpoints.disk",
+    "apollo_trainer.datasets",
     "apollo_trainer.checkpoints.apollo_state",
     "apollo_trainer.checkpoints.directory",
     "apollo_trainer.checkpoints.snapshots",
@@ -42,6 +45,7 @@ APART = ["apollo_client", "apollo_sidecar", "apollo_trainer"]
 FRONTS = [
     "apollo_trainer.ledger",
     "apollo_trainer.checkpoints.disk",
+    "apollo_trainer.datasets",
     "apollo_trainer.checkpoints.apollo_state",
     "apollo_trainer.checkpoints.directory",
     "apollo_trainer.checkpoints.snapshots",
@@ -53,6 +57,7 @@ FRONTS = [
 UNKNOWN = {
     "apollo_trainer.ledger": {"torch", "numpy", "transformers"},
     "apollo_trainer.services": {"torch", "numpy", "transformers"},
+    "apollo_trainer.datasets": {"torch", "numpy", "transformers"},
     "apollo_trainer.optim": {"grpc", "apollo_grpc.v1", "apollo_grpc.sidecar"},
     "apollo_trainer.training": {"grpc", "apollo_grpc.v1", "apollo_grpc.sidecar"},
     "apollo_trainer.checkpoints": {"grpc", "apollo_grpc.v1", "apollo_grpc.sidecar"},

@@ -183,7 +183,7 @@ class Operation(google.protobuf.message.Message):
     state: global___OperationState.ValueType
     @property
     def progress(self) -> global___Operation.Progress:
-        """The last one told; unset while it waits, and after a restart of the server."""
+        """Of one that runs; unset otherwise."""
 
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...

@@ -30,8 +30,13 @@ class CheckpointServiceStub(object):
 
     What takes long is an operation: it has an id, is kept on disk, and goes on when its caller goes
     away. The same `request_id` for the same operation, also of another caller, follows the first one
-    and tells its result; after a kill of the server it begins the operation anew, where that was cut
-    off. Streams send progress, then one message with the result.
+    and tells its result; one that failed, was cancelled or was cut off by a kill of the server begins
+    anew, under the same id. For another operation it is ALREADY_EXISTS (REQUEST_ID_TAKEN). Streams
+    send one message with the operation's id alone once that is on disk, then progress, then one
+    message with the result.
+
+    Where the server's own disk takes no record of it, an operation is done all the same, with an
+    empty id: it is followed by its `request_id` until it ends, and not kept.
     """
 
     def __init__(self, channel):
@@ -117,8 +122,13 @@ class CheckpointServiceServicer(object):
 
     What takes long is an operation: it has an id, is kept on disk, and goes on when its caller goes
     away. The same `request_id` for the same operation, also of another caller, follows the first one
-    and tells its result; after a kill of the server it begins the operation anew, where that was cut
-    off. Streams send progress, then one message with the result.
+    and tells its result; one that failed, was cancelled or was cut off by a kill of the server begins
+    anew, under the same id. For another operation it is ALREADY_EXISTS (REQUEST_ID_TAKEN). Streams
+    send one message with the operation's id alone once that is on disk, then progress, then one
+    message with the result.
+
+    Where the server's own disk takes no record of it, an operation is done all the same, with an
+    empty id: it is followed by its `request_id` until it ends, and not kept.
     """
 
     def Sync(self, request, context):
@@ -308,8 +318,13 @@ class CheckpointService(object):
 
     What takes long is an operation: it has an id, is kept on disk, and goes on when its caller goes
     away. The same `request_id` for the same operation, also of another caller, follows the first one
-    and tells its result; after a kill of the server it begins the operation anew, where that was cut
-    off. Streams send progress, then one message with the result.
+    and tells its result; one that failed, was cancelled or was cut off by a kill of the server begins
+    anew, under the same id. For another operation it is ALREADY_EXISTS (REQUEST_ID_TAKEN). Streams
+    send one message with the operation's id alone once that is on disk, then progress, then one
+    message with the result.
+
+    Where the server's own disk takes no record of it, an operation is done all the same, with an
+    empty id: it is followed by its `request_id` until it ends, and not kept.
     """
 
     @staticmethod

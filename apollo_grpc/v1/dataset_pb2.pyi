@@ -28,7 +28,9 @@ class Dataset(google.protobuf.message.Message):
     name: builtins.str
     """Of the first one that brought it."""
     digest: builtins.str
-    """SHA-256 of the samples, in hex."""
+    """SHA-256 of the samples, in hex: of each its size in four bytes, the lowest first, and the message
+    `Sample`. `dataset_id` is its first 32 digits.
+    """
     samples: builtins.int
     size_bytes: builtins.int
     @property
@@ -55,7 +57,7 @@ class CreateDatasetRequest(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     SAMPLES_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """In the first message."""
+    """In the first message. At most 256 bytes."""
     @property
     def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[apollo_grpc.v1.training_pb2.Sample]: ...
     def __init__(

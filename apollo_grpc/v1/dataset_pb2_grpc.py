@@ -65,10 +65,13 @@ class DatasetServiceServicer(object):
 
     def CreateDataset(self, request_iterator, context):
         """Brings samples in as many messages as it takes, and keeps them once the stream has ended well.
-        The same samples are the same dataset, whoever brings them.
+        The same samples are the same dataset, whoever brings them. What needs no tokens of a sample is
+        checked now, the rest with each run.
 
         INVALID_ARGUMENT: a sample is wrong, by its place in the whole; nothing is kept.
-        RESOURCE_EXHAUSTED: they are more than the server takes, or the disk is full.
+        RESOURCE_EXHAUSTED: one dataset has too many samples (DATASET_TOO_LARGE), all of them too many
+        bytes (DATASETS_FULL), or the disk is full (DISK_FULL). DEADLINE_EXCEEDED: the next message did
+        not come within two minutes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

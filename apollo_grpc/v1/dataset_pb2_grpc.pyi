@@ -28,10 +28,13 @@ class DatasetServiceStub:
         apollo_grpc.v1.dataset_pb2.CreateDatasetResponse,
     ]
     """Brings samples in as many messages as it takes, and keeps them once the stream has ended well.
-    The same samples are the same dataset, whoever brings them.
+    The same samples are the same dataset, whoever brings them. What needs no tokens of a sample is
+    checked now, the rest with each run.
 
     INVALID_ARGUMENT: a sample is wrong, by its place in the whole; nothing is kept.
-    RESOURCE_EXHAUSTED: they are more than the server takes, or the disk is full.
+    RESOURCE_EXHAUSTED: one dataset has too many samples (DATASET_TOO_LARGE), all of them too many
+    bytes (DATASETS_FULL), or the disk is full (DISK_FULL). DEADLINE_EXCEEDED: the next message did
+    not come within two minutes.
     """
 
     GetDataset: grpc.UnaryUnaryMultiCallable[
@@ -62,10 +65,13 @@ class DatasetServiceAsyncStub:
         apollo_grpc.v1.dataset_pb2.CreateDatasetResponse,
     ]
     """Brings samples in as many messages as it takes, and keeps them once the stream has ended well.
-    The same samples are the same dataset, whoever brings them.
+    The same samples are the same dataset, whoever brings them. What needs no tokens of a sample is
+    checked now, the rest with each run.
 
     INVALID_ARGUMENT: a sample is wrong, by its place in the whole; nothing is kept.
-    RESOURCE_EXHAUSTED: they are more than the server takes, or the disk is full.
+    RESOURCE_EXHAUSTED: one dataset has too many samples (DATASET_TOO_LARGE), all of them too many
+    bytes (DATASETS_FULL), or the disk is full (DISK_FULL). DEADLINE_EXCEEDED: the next message did
+    not come within two minutes.
     """
 
     GetDataset: grpc.aio.UnaryUnaryMultiCallable[
@@ -98,10 +104,13 @@ class DatasetServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[apollo_grpc.v1.dataset_pb2.CreateDatasetResponse, collections.abc.Awaitable[apollo_grpc.v1.dataset_pb2.CreateDatasetResponse]]:
         """Brings samples in as many messages as it takes, and keeps them once the stream has ended well.
-        The same samples are the same dataset, whoever brings them.
+        The same samples are the same dataset, whoever brings them. What needs no tokens of a sample is
+        checked now, the rest with each run.
 
         INVALID_ARGUMENT: a sample is wrong, by its place in the whole; nothing is kept.
-        RESOURCE_EXHAUSTED: they are more than the server takes, or the disk is full.
+        RESOURCE_EXHAUSTED: one dataset has too many samples (DATASET_TOO_LARGE), all of them too many
+        bytes (DATASETS_FULL), or the disk is full (DISK_FULL). DEADLINE_EXCEEDED: the next message did
+        not come within two minutes.
         """
 
     @abc.abstractmethod

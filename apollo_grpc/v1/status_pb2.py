@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61pollo/v1/status.proto\x12\tapollo.v1\x1a\x18\x61pollo/v1/training.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n\x10GetStatusRequest\"<\n\x11GetStatusResponse\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.apollo.v1.ServerStatus\"\x16\n\x14GetServerInfoRequest\"\xf0\x01\n\x15GetServerInfoResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12@\n\x08versions\x18\x02 \x03(\x0b\x32..apollo.v1.GetServerInfoResponse.VersionsEntry\x12\'\n\x06limits\x18\x03 \x01(\x0b\x32\x17.apollo.v1.ServerLimits\x12#\n\x05model\x18\x04 \x01(\x0b\x32\x14.apollo.v1.ModelInfo\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x84\x01\n\x0cServerLimits\x12\x0f\n\x07samples\x18\x01 \x01(\x05\x12\x13\n\x0bqueued_runs\x18\x02 \x01(\x05\x12\x14\n\x0cqueued_bytes\x18\x03 \x01(\x03\x12\x0f\n\x07streams\x18\x04 \x01(\x05\x12\x10\n\x08watchers\x18\x05 \x01(\x05\x12\x15\n\rmessage_bytes\x18\x06 \x01(\x03\"\xfc\x01\n\tModelInfo\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocabulary\x18\x03 \x01(\x05\x12\x12\n\nmax_length\x18\x04 \x01(\x05\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nparameters\x18\x06 \x01(\x03\x12\x18\n\x10tokenizer_digest\x18\x07 \x01(\t\x12\x14\n\x0cvllm_version\x18\x08 \x01(\t\x12\x31\n\x0f\x63oherence_modes\x18\t \x03(\x0e\x32\x18.apollo.v1.CoherenceMode\x12\x18\n\x10undoable_updates\x18\n \x01(\x05\"U\n\x12WatchStatusRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12/\n\x0cmin_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xac\x01\n\x13WatchStatusResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x17.apollo.v1.ServerStatusH\x00\x12$\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x13.apollo.v1.RunEventH\x00\x12)\n\theartbeat\x18\x03 \x01(\x0b\x32\x14.apollo.v1.HeartbeatH\x00\x12\x0f\n\x07\x64ropped\x18\x04 \x01(\x03\x42\x08\n\x06update\"5\n\tHeartbeat\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xbd\x04\n\x0cServerStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12.\n\nattachment\x18\x02 \x01(\x0e\x32\x1a.apollo.v1.AttachmentState\x12\x19\n\x11\x61ttachment_detail\x18\x03 \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x04 \x01(\t\x12\x16\n\x0eweight_version\x18\x05 \x01(\x03\x12\x15\n\ractive_run_id\x18\x06 \x01(\t\x12\x14\n\x0cqueue_length\x18\x07 \x01(\x05\x12\x18\n\x10optimizer_loaded\x18\x08 \x01(\x08\x12\x16\n\x0eoptimizer_step\x18\t \x01(\x03\x12\x18\n\x10state_size_bytes\x18\n \x01(\x03\x12.\n\rdevice_memory\x18\x0b \x01(\x0b\x32\x17.apollo.v1.DeviceMemory\x12&\n\tlast_sync\x18\x0c \x01(\x0b\x32\x13.apollo.v1.LastSync\x12)\n\x06uptime\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\rweight_memory\x18\x0e \x01(\x0b\x32\x17.apollo.v1.WeightMemory\x12\x1a\n\x12logprob_difference\x18\x0f \x01(\x01\x12\x16\n\x0eserver_version\x18\x10 \x01(\t\x12(\n\nweight_map\x18\x11 \x01(\x0b\x32\x14.apollo.v1.WeightMap\x12\x1b\n\x13\x61\x63tive_operation_id\x18\x12 \x01(\t\"G\n\x0c\x44\x65viceMemory\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\nused_bytes\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\"_\n\x08LastSync\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eweight_version\x18\x02 \x01(\x03\x12\x11\n\tdirectory\x18\x03 \x01(\t\"N\n\x0cWeightMemory\x12\x12\n\nparameters\x18\x01 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x02 \x01(\x03\x12\x14\n\x0c\x63opied_bytes\x18\x03 \x01(\x03\"\x80\x01\n\tWeightMap\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x05\x12\r\n\x05views\x18\x03 \x01(\x05\x12)\n\x07refused\x18\x04 \x03(\x0b\x32\x18.apollo.v1.RefusedWeight\x12\x0f\n\x07\x64\x65rived\x18\x05 \x03(\t\"-\n\rRefusedWeight\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t*\xaf\x01\n\x0f\x41ttachmentState\x12 \n\x1c\x41TTACHMENT_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41TTACHMENT_STATE_DETACHED\x10\x01\x12\x1e\n\x1a\x41TTACHMENT_STATE_ATTACHING\x10\x02\x12\x1d\n\x19\x41TTACHMENT_STATE_ATTACHED\x10\x03\x12\x1c\n\x18\x41TTACHMENT_STATE_REFUSED\x10\x04\x32\xfb\x01\n\rStatusService\x12\x46\n\tGetStatus\x12\x1b.apollo.v1.GetStatusRequest\x1a\x1c.apollo.v1.GetStatusResponse\x12R\n\rGetServerInfo\x12\x1f.apollo.v1.GetServerInfoRequest\x1a .apollo.v1.GetServerInfoResponse\x12N\n\x0bWatchStatus\x12\x1d.apollo.v1.WatchStatusRequest\x1a\x1e.apollo.v1.WatchStatusResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61pollo/v1/status.proto\x12\tapollo.v1\x1a\x18\x61pollo/v1/training.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n\x10GetStatusRequest\"<\n\x11GetStatusResponse\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.apollo.v1.ServerStatus\"\x16\n\x14GetServerInfoRequest\"\xf0\x01\n\x15GetServerInfoResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12@\n\x08versions\x18\x02 \x03(\x0b\x32..apollo.v1.GetServerInfoResponse.VersionsEntry\x12\'\n\x06limits\x18\x03 \x01(\x0b\x32\x17.apollo.v1.ServerLimits\x12#\n\x05model\x18\x04 \x01(\x0b\x32\x14.apollo.v1.ModelInfo\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc6\x01\n\x0cServerLimits\x12\x0f\n\x07samples\x18\x01 \x01(\x05\x12\x13\n\x0bqueued_runs\x18\x02 \x01(\x05\x12\x14\n\x0cqueued_bytes\x18\x03 \x01(\x03\x12\x0f\n\x07streams\x18\x04 \x01(\x05\x12\x10\n\x08watchers\x18\x05 \x01(\x05\x12\x15\n\rmessage_bytes\x18\x06 \x01(\x03\x12\x10\n\x08\x64\x61tasets\x18\x07 \x01(\x05\x12\x17\n\x0f\x64\x61taset_samples\x18\x08 \x01(\x05\x12\x15\n\rdataset_bytes\x18\t \x01(\x03\"\xfc\x01\n\tModelInfo\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocabulary\x18\x03 \x01(\x05\x12\x12\n\nmax_length\x18\x04 \x01(\x05\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nparameters\x18\x06 \x01(\x03\x12\x18\n\x10tokenizer_digest\x18\x07 \x01(\t\x12\x14\n\x0cvllm_version\x18\x08 \x01(\t\x12\x31\n\x0f\x63oherence_modes\x18\t \x03(\x0e\x32\x18.apollo.v1.CoherenceMode\x12\x18\n\x10undoable_updates\x18\n \x01(\x05\"U\n\x12WatchStatusRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12/\n\x0cmin_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xac\x01\n\x13WatchStatusResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x17.apollo.v1.ServerStatusH\x00\x12$\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x13.apollo.v1.RunEventH\x00\x12)\n\theartbeat\x18\x03 \x01(\x0b\x32\x14.apollo.v1.HeartbeatH\x00\x12\x0f\n\x07\x64ropped\x18\x04 \x01(\x03\x42\x08\n\x06update\"5\n\tHeartbeat\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xbd\x04\n\x0cServerStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12.\n\nattachment\x18\x02 \x01(\x0e\x32\x1a.apollo.v1.AttachmentState\x12\x19\n\x11\x61ttachment_detail\x18\x03 \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x04 \x01(\t\x12\x16\n\x0eweight_version\x18\x05 \x01(\x03\x12\x15\n\ractive_run_id\x18\x06 \x01(\t\x12\x14\n\x0cqueue_length\x18\x07 \x01(\x05\x12\x18\n\x10optimizer_loaded\x18\x08 \x01(\x08\x12\x16\n\x0eoptimizer_step\x18\t \x01(\x03\x12\x18\n\x10state_size_bytes\x18\n \x01(\x03\x12.\n\rdevice_memory\x18\x0b \x01(\x0b\x32\x17.apollo.v1.DeviceMemory\x12&\n\tlast_sync\x18\x0c \x01(\x0b\x32\x13.apollo.v1.LastSync\x12)\n\x06uptime\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\rweight_memory\x18\x0e \x01(\x0b\x32\x17.apollo.v1.WeightMemory\x12\x1a\n\x12logprob_difference\x18\x0f \x01(\x01\x12\x16\n\x0eserver_version\x18\x10 \x01(\t\x12(\n\nweight_map\x18\x11 \x01(\x0b\x32\x14.apollo.v1.WeightMap\x12\x1b\n\x13\x61\x63tive_operation_id\x18\x12 \x01(\t\"G\n\x0c\x44\x65viceMemory\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\nused_bytes\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\"_\n\x08LastSync\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eweight_version\x18\x02 \x01(\x03\x12\x11\n\tdirectory\x18\x03 \x01(\t\"N\n\x0cWeightMemory\x12\x12\n\nparameters\x18\x01 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x02 \x01(\x03\x12\x14\n\x0c\x63opied_bytes\x18\x03 \x01(\x03\"\x80\x01\n\tWeightMap\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x05\x12\r\n\x05views\x18\x03 \x01(\x05\x12)\n\x07refused\x18\x04 \x03(\x0b\x32\x18.apollo.v1.RefusedWeight\x12\x0f\n\x07\x64\x65rived\x18\x05 \x03(\t\"-\n\rRefusedWeight\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t*\xaf\x01\n\x0f\x41ttachmentState\x12 \n\x1c\x41TTACHMENT_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41TTACHMENT_STATE_DETACHED\x10\x01\x12\x1e\n\x1a\x41TTACHMENT_STATE_ATTACHING\x10\x02\x12\x1d\n\x19\x41TTACHMENT_STATE_ATTACHED\x10\x03\x12\x1c\n\x18\x41TTACHMENT_STATE_REFUSED\x10\x04\x32\xfb\x01\n\rStatusService\x12\x46\n\tGetStatus\x12\x1b.apollo.v1.GetStatusRequest\x1a\x1c.apollo.v1.GetStatusResponse\x12R\n\rGetServerInfo\x12\x1f.apollo.v1.GetServerInfoRequest\x1a .apollo.v1.GetServerInfoResponse\x12N\n\x0bWatchStatus\x12\x1d.apollo.v1.WatchStatusRequest\x1a\x1e.apollo.v1.WatchStatusResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._loaded_options = None
   _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_ATTACHMENTSTATE']._serialized_start=2189
-  _globals['_ATTACHMENTSTATE']._serialized_end=2364
+  _globals['_ATTACHMENTSTATE']._serialized_start=2255
+  _globals['_ATTACHMENTSTATE']._serialized_end=2430
   _globals['_GETSTATUSREQUEST']._serialized_start=128
   _globals['_GETSTATUSREQUEST']._serialized_end=146
   _globals['_GETSTATUSRESPONSE']._serialized_start=148
@@ -49,27 +49,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_start=428
   _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_end=475
   _globals['_SERVERLIMITS']._serialized_start=478
-  _globals['_SERVERLIMITS']._serialized_end=610
-  _globals['_MODELINFO']._serialized_start=613
-  _globals['_MODELINFO']._serialized_end=865
-  _globals['_WATCHSTATUSREQUEST']._serialized_start=867
-  _globals['_WATCHSTATUSREQUEST']._serialized_end=952
-  _globals['_WATCHSTATUSRESPONSE']._serialized_start=955
-  _globals['_WATCHSTATUSRESPONSE']._serialized_end=1127
-  _globals['_HEARTBEAT']._serialized_start=1129
-  _globals['_HEARTBEAT']._serialized_end=1182
-  _globals['_SERVERSTATUS']._serialized_start=1185
-  _globals['_SERVERSTATUS']._serialized_end=1758
-  _globals['_DEVICEMEMORY']._serialized_start=1760
-  _globals['_DEVICEMEMORY']._serialized_end=1831
-  _globals['_LASTSYNC']._serialized_start=1833
-  _globals['_LASTSYNC']._serialized_end=1928
-  _globals['_WEIGHTMEMORY']._serialized_start=1930
-  _globals['_WEIGHTMEMORY']._serialized_end=2008
-  _globals['_WEIGHTMAP']._serialized_start=2011
-  _globals['_WEIGHTMAP']._serialized_end=2139
-  _globals['_REFUSEDWEIGHT']._serialized_start=2141
-  _globals['_REFUSEDWEIGHT']._serialized_end=2186
-  _globals['_STATUSSERVICE']._serialized_start=2367
-  _globals['_STATUSSERVICE']._serialized_end=2618
+  _globals['_SERVERLIMITS']._serialized_end=676
+  _globals['_MODELINFO']._serialized_start=679
+  _globals['_MODELINFO']._serialized_end=931
+  _globals['_WATCHSTATUSREQUEST']._serialized_start=933
+  _globals['_WATCHSTATUSREQUEST']._serialized_end=1018
+  _globals['_WATCHSTATUSRESPONSE']._serialized_start=1021
+  _globals['_WATCHSTATUSRESPONSE']._serialized_end=1193
+  _globals['_HEARTBEAT']._serialized_start=1195
+  _globals['_HEARTBEAT']._serialized_end=1248
+  _globals['_SERVERSTATUS']._serialized_start=1251
+  _globals['_SERVERSTATUS']._serialized_end=1824
+  _globals['_DEVICEMEMORY']._serialized_start=1826
+  _globals['_DEVICEMEMORY']._serialized_end=1897
+  _globals['_LASTSYNC']._serialized_start=1899
+  _globals['_LASTSYNC']._serialized_end=1994
+  _globals['_WEIGHTMEMORY']._serialized_start=1996
+  _globals['_WEIGHTMEMORY']._serialized_end=2074
+  _globals['_WEIGHTMAP']._serialized_start=2077
+  _globals['_WEIGHTMAP']._serialized_end=2205
+  _globals['_REFUSEDWEIGHT']._serialized_start=2207
+  _globals['_REFUSEDWEIGHT']._serialized_end=2252
+  _globals['_STATUSSERVICE']._serialized_start=2433
+  _globals['_STATUSSERVICE']._serialized_end=2684
 # @@protoc_insertion_point(module_scope)

@@ -149,6 +149,9 @@ class ServerLimits(google.protobuf.message.Message):
     STREAMS_FIELD_NUMBER: builtins.int
     WATCHERS_FIELD_NUMBER: builtins.int
     MESSAGE_BYTES_FIELD_NUMBER: builtins.int
+    DATASETS_FIELD_NUMBER: builtins.int
+    DATASET_SAMPLES_FIELD_NUMBER: builtins.int
+    DATASET_BYTES_FIELD_NUMBER: builtins.int
     samples: builtins.int
     queued_runs: builtins.int
     queued_bytes: builtins.int
@@ -156,6 +159,11 @@ class ServerLimits(google.protobuf.message.Message):
     watchers: builtins.int
     message_bytes: builtins.int
     """Of one message, in bytes."""
+    datasets: builtins.int
+    dataset_samples: builtins.int
+    """Of one dataset."""
+    dataset_bytes: builtins.int
+    """Of all datasets together."""
     def __init__(
         self,
         *,
@@ -165,8 +173,11 @@ class ServerLimits(google.protobuf.message.Message):
         streams: builtins.int = ...,
         watchers: builtins.int = ...,
         message_bytes: builtins.int = ...,
+        datasets: builtins.int = ...,
+        dataset_samples: builtins.int = ...,
+        dataset_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["message_bytes", b"message_bytes", "queued_bytes", b"queued_bytes", "queued_runs", b"queued_runs", "samples", b"samples", "streams", b"streams", "watchers", b"watchers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dataset_bytes", b"dataset_bytes", "dataset_samples", b"dataset_samples", "datasets", b"datasets", "message_bytes", b"message_bytes", "queued_bytes", b"queued_bytes", "queued_runs", b"queued_runs", "samples", b"samples", "streams", b"streams", "watchers", b"watchers"]) -> None: ...
 
 global___ServerLimits = ServerLimits
 
@@ -194,8 +205,11 @@ class ModelInfo(google.protobuf.message.Message):
     """Of most weights, such as "bfloat16"."""
     parameters: builtins.int
     tokenizer_digest: builtins.str
-    """SHA-256 of the tokenizer's files, in hex; empty where the directory has none."""
+    """SHA-256 of the names and contents of the tokenizer's files, in hex, when the engine was attached;
+    empty where the directory has none.
+    """
     vllm_version: builtins.str
+    """Empty where vLLM does not tell."""
     undoable_updates: builtins.int
     """Updates that `Undo` can take back now."""
     @property

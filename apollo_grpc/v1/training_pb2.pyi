@@ -30,18 +30,18 @@ class _RunViewEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTy
     RUN_VIEW_UNSPECIFIED: _RunView.ValueType  # 0
     """BASIC."""
     RUN_VIEW_BASIC: _RunView.ValueType  # 1
-    """The spec without its samples."""
+    """The spec without `samples`, `evaluation_samples`, `anchors.samples` and `probes`."""
     RUN_VIEW_FULL: _RunView.ValueType  # 2
-    """With them."""
+    """The whole spec."""
 
 class RunView(_RunView, metaclass=_RunViewEnumTypeWrapper): ...
 
 RUN_VIEW_UNSPECIFIED: RunView.ValueType  # 0
 """BASIC."""
 RUN_VIEW_BASIC: RunView.ValueType  # 1
-"""The spec without its samples."""
+"""The spec without `samples`, `evaluation_samples`, `anchors.samples` and `probes`."""
 RUN_VIEW_FULL: RunView.ValueType  # 2
-"""With them."""
+"""The whole spec."""
 global___RunView = RunView
 
 class _RunOrder:
@@ -372,7 +372,7 @@ class CreateRunResponse(google.protobuf.message.Message):
     RUN_FIELD_NUMBER: builtins.int
     @property
     def run(self) -> global___Run:
-        """Without its samples."""
+        """As in RUN_VIEW_BASIC."""
 
     def __init__(
         self,
@@ -412,7 +412,7 @@ class WatchRunsResponse(google.protobuf.message.Message):
     """Rises with each event of any run, over restarts; it may skip numbers."""
     @property
     def event(self) -> global___RunEvent:
-        """Unset in the first message where nothing is sent for it: `revision` is then that of now."""
+        """Unset in the first message where there is none to send at once: `revision` is then that of now."""
 
     def __init__(
         self,
@@ -653,10 +653,10 @@ class ValidateRunResponse(google.protobuf.message.Message):
     LONGEST_SAMPLE_TOKENS_FIELD_NUMBER: builtins.int
     steps_total: builtins.int
     context_tokens: builtins.int
-    """Of all samples, once."""
+    """Of the samples that are learned, each once."""
     continuation_tokens: builtins.int
     longest_sample_tokens: builtins.int
-    """Of the longest sample, context and continuation."""
+    """Of the longest of them, context and continuation."""
     def __init__(
         self,
         *,
@@ -675,7 +675,9 @@ class CountTokensRequest(google.protobuf.message.Message):
 
     SAMPLES_FIELD_NUMBER: builtins.int
     @property
-    def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Sample]: ...
+    def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Sample]:
+        """Of any loss. Weights, advantages and the like are ignored."""
+
     def __init__(
         self,
         *,
@@ -727,7 +729,11 @@ class ScoreSamplesRequest(google.protobuf.message.Message):
 
     SAMPLES_FIELD_NUMBER: builtins.int
     @property
-    def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Sample]: ...
+    def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Sample]:
+        """Of any loss: what a teacher reads, weights, advantages and the like are ignored. One token more
+        must fit into the served model's length.
+        """
+
     def __init__(
         self,
         *,
@@ -746,7 +752,8 @@ class ScoreSamplesResponse(google.protobuf.message.Message):
     WEIGHT_VERSION_AFTER_FIELD_NUMBER: builtins.int
     weight_version_before: builtins.int
     """Versions of the weights before the first was asked and after the last: where they differ, the
-    weights changed meanwhile.
+    weights changed meanwhile. An update of COHERENCE_MODE_LIVE counts once it is whole: before, its
+    first values may be in the scores.
     """
     weight_version_after: builtins.int
     @property
@@ -924,8 +931,8 @@ class RunSpec(google.protobuf.message.Message):
     dataset_id: builtins.str
     """Samples that `CreateDataset` brought, in place of `samples`."""
     expected_weight_version: builtins.int
-    """The run is refused (WEIGHT_VERSION_CHANGED) where the weights have another version once it is
-    accepted, or once its turn has come. Unset: any.
+    """A run is refused (ABORTED, WEIGHT_VERSION_CHANGED) where the weights have a greater version than
+    this, and fails with that reason where they have another one once its turn has come. Unset: any.
     """
     name: builtins.str
     """For people. At most 256 bytes."""
@@ -957,11 +964,13 @@ class RunSpec(google.protobuf.message.Message):
 
     @property
     def probes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Probe]:
-        """Questions that vLLM is asked before the first step and after the last."""
+        """Questions that vLLM is asked before the first step and after the last; of a dry run, which
+        changes no answer, before alone.
+        """
 
     @property
     def accept_if(self) -> global___AcceptIf:
-        """The run is taken back unless its probes say this. Unset: nothing is taken back."""
+        """The run is taken back unless its probes say this. Unset, or of a dry run: nothing is taken back."""
 
     @property
     def evaluation_samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Sample]:
@@ -1616,7 +1625,9 @@ class Run(google.protobuf.message.Message):
     last_loss: builtins.float
     """Loss of the last step, in nats a token; unset before the first."""
     weight_version: builtins.int
-    """Version of the weights after it; unset while it waits or runs."""
+    """Version of the weights after it; unset while it waits or runs, and where it never began or was
+    cut off.
+    """
     @property
     def spec(self) -> global___RunSpec: ...
     @property

@@ -31,8 +31,10 @@ class TrainingServiceStub(object):
     One run owns the model at a time; others wait in a queue, in order. Every
     event of a run has a sequence number, from 1, without gaps.
 
-    Errors carry google.rpc.Status with one ErrorInfo (domain "apollo.dev") and,
-    for bad input, google.rpc.BadRequest with the path of each wrong field.
+    Errors carry google.rpc.Status with one ErrorInfo (domain "apollo.dev", its
+    reason a `Reason`) and, where they apply, BadRequest with the path of each
+    wrong field, RetryInfo, QuotaFailure with the limit, named as in
+    `ServerLimits` if that has it, and ResourceInfo with what the error is about.
     """
 
     def __init__(self, channel):
@@ -114,8 +116,10 @@ class TrainingServiceServicer(object):
     One run owns the model at a time; others wait in a queue, in order. Every
     event of a run has a sequence number, from 1, without gaps.
 
-    Errors carry google.rpc.Status with one ErrorInfo (domain "apollo.dev") and,
-    for bad input, google.rpc.BadRequest with the path of each wrong field.
+    Errors carry google.rpc.Status with one ErrorInfo (domain "apollo.dev", its
+    reason a `Reason`) and, where they apply, BadRequest with the path of each
+    wrong field, RetryInfo, QuotaFailure with the limit, named as in
+    `ServerLimits` if that has it, and ResourceInfo with what the error is about.
     """
 
     def Train(self, request, context):
@@ -155,9 +159,11 @@ class TrainingServiceServicer(object):
 
     def WatchRuns(self, request, context):
         """Streams the events of all runs after a revision, in the order in which they reached the disk,
-        lossless and gapless, also after a restart of the server. It does not end by itself.
+        lossless and gapless, also after a restart of the server. It does not end by itself. What
+        `DeleteRun` deleted is left out.
 
-        OUT_OF_RANGE: events after that revision were pruned (EVENTS_PRUNED), or it is none yet.
+        OUT_OF_RANGE: events after that revision were pruned (EVENTS_PRUNED, with `first_revision`, from
+        which on all are kept), or it was not given yet (BEYOND_THE_END, with `newest_revision`).
         RESOURCE_EXHAUSTED: as for `Train`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -165,14 +171,14 @@ class TrainingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetRun(self, request, context):
-        """Returns one run. Its spec is unset once its events were pruned.
+        """Returns one run. Its samples are gone once its events were pruned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRuns(self, request, context):
-        """Lists runs, newest first unless asked otherwise, their specs without samples.
+        """Lists runs, newest first unless asked otherwise, their specs as in RUN_VIEW_BASIC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -188,6 +194,7 @@ class TrainingServiceServicer(object):
 
     def DeleteRun(self, request, context):
         """Deletes a run that has ended: its spec, its samples and its events. Its request id is free again.
+        What it learned stays, and so do probes that it left with the model, and datasets.
 
         NOT_FOUND: no such run. FAILED_PRECONDITION (RUN_NOT_ENDED): it waits or runs.
         """
@@ -196,9 +203,10 @@ class TrainingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ValidateRun(self, request, context):
-        """Checks a spec as `Train` does, and says what it comes to. Nothing begins.
+        """Checks a spec as `Train` does, and says what it comes to. Nothing begins, and no request id is
+        looked at.
 
-        UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
+        Errors are those that `Train` would answer at this moment, QUEUE_FULL among them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -215,10 +223,13 @@ class TrainingServiceServicer(object):
 
     def ScoreSamples(self, request, context):
         """Asks vLLM how likely each continuation is with the weights of now. Nothing is trained, and runs
-        do not wait for it.
+        do not wait for it; nor does it wait for them, but for the pauses in which they hold vLLM: with
+        COHERENCE_MODE_PAUSE_RUN until the run has ended, or the caller's deadline has come. The server
+        answers two of these calls at a time; others wait.
 
-        UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: a sample is wrong, or they are more than
-        1024.
+        UNAVAILABLE: no engine is attached, or somebody else paused vLLM (PAUSED_BY_OTHERS).
+        INVALID_ARGUMENT: a sample is wrong, they are more than 1024, or have more than 1048576
+        continuation tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -324,8 +335,10 @@ class TrainingService(object):
     One run owns the model at a time; others wait in a queue, in order. Every
     event of a run has a sequence number, from 1, without gaps.
 
-    Errors carry google.rpc.Status with one ErrorInfo (domain "apollo.dev") and,
-    for bad input, google.rpc.BadRequest with the path of each wrong field.
+    Errors carry google.rpc.Status with one ErrorInfo (domain "apollo.dev", its
+    reason a `Reason`) and, where they apply, BadRequest with the path of each
+    wrong field, RetryInfo, QuotaFailure with the limit, named as in
+    `ServerLimits` if that has it, and ResourceInfo with what the error is about.
     """
 
     @staticmethod

@@ -23,8 +23,10 @@ class TrainingServiceStub:
     One run owns the model at a time; others wait in a queue, in order. Every
     event of a run has a sequence number, from 1, without gaps.
 
-    Errors carry google.rpc.Status with one ErrorInfo (domain "apollo.dev") and,
-    for bad input, google.rpc.BadRequest with the path of each wrong field.
+    Errors carry google.rpc.Status with one ErrorInfo (domain "apollo.dev", its
+    reason a `Reason`) and, where they apply, BadRequest with the path of each
+    wrong field, RetryInfo, QuotaFailure with the limit, named as in
+    `ServerLimits` if that has it, and ResourceInfo with what the error is about.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -67,9 +69,11 @@ class TrainingServiceStub:
         apollo_grpc.v1.training_pb2.WatchRunsResponse,
     ]
     """Streams the events of all runs after a revision, in the order in which they reached the disk,
-    lossless and gapless, also after a restart of the server. It does not end by itself.
+    lossless and gapless, also after a restart of the server. It does not end by itself. What
+    `DeleteRun` deleted is left out.
 
-    OUT_OF_RANGE: events after that revision were pruned (EVENTS_PRUNED), or it is none yet.
+    OUT_OF_RANGE: events after that revision were pruned (EVENTS_PRUNED, with `first_revision`, from
+    which on all are kept), or it was not given yet (BEYOND_THE_END, with `newest_revision`).
     RESOURCE_EXHAUSTED: as for `Train`.
     """
 
@@ -77,13 +81,13 @@ class TrainingServiceStub:
         apollo_grpc.v1.training_pb2.GetRunRequest,
         apollo_grpc.v1.training_pb2.GetRunResponse,
     ]
-    """Returns one run. Its spec is unset once its events were pruned."""
+    """Returns one run. Its samples are gone once its events were pruned."""
 
     ListRuns: grpc.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.ListRunsRequest,
         apollo_grpc.v1.training_pb2.ListRunsResponse,
     ]
-    """Lists runs, newest first unless asked otherwise, their specs without samples."""
+    """Lists runs, newest first unless asked otherwise, their specs as in RUN_VIEW_BASIC."""
 
     CancelRun: grpc.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.CancelRunRequest,
@@ -98,6 +102,7 @@ class TrainingServiceStub:
         apollo_grpc.v1.training_pb2.DeleteRunResponse,
     ]
     """Deletes a run that has ended: its spec, its samples and its events. Its request id is free again.
+    What it learned stays, and so do probes that it left with the model, and datasets.
 
     NOT_FOUND: no such run. FAILED_PRECONDITION (RUN_NOT_ENDED): it waits or runs.
     """
@@ -106,9 +111,10 @@ class TrainingServiceStub:
         apollo_grpc.v1.training_pb2.ValidateRunRequest,
         apollo_grpc.v1.training_pb2.ValidateRunResponse,
     ]
-    """Checks a spec as `Train` does, and says what it comes to. Nothing begins.
+    """Checks a spec as `Train` does, and says what it comes to. Nothing begins, and no request id is
+    looked at.
 
-    UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
+    Errors are those that `Train` would answer at this moment, QUEUE_FULL among them.
     """
 
     CountTokens: grpc.UnaryUnaryMultiCallable[
@@ -125,10 +131,13 @@ class TrainingServiceStub:
         apollo_grpc.v1.training_pb2.ScoreSamplesResponse,
     ]
     """Asks vLLM how likely each continuation is with the weights of now. Nothing is trained, and runs
-    do not wait for it.
+    do not wait for it; nor does it wait for them, but for the pauses in which they hold vLLM: with
+    COHERENCE_MODE_PAUSE_RUN until the run has ended, or the caller's deadline has come. The server
+    answers two of these calls at a time; others wait.
 
-    UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: a sample is wrong, or they are more than
-    1024.
+    UNAVAILABLE: no engine is attached, or somebody else paused vLLM (PAUSED_BY_OTHERS).
+    INVALID_ARGUMENT: a sample is wrong, they are more than 1024, or have more than 1048576
+    continuation tokens.
     """
 
     ListRegressionProbes: grpc.UnaryUnaryMultiCallable[
@@ -155,8 +164,10 @@ class TrainingServiceAsyncStub:
     One run owns the model at a time; others wait in a queue, in order. Every
     event of a run has a sequence number, from 1, without gaps.
 
-    Errors carry google.rpc.Status with one ErrorInfo (domain "apollo.dev") and,
-    for bad input, google.rpc.BadRequest with the path of each wrong field.
+    Errors carry google.rpc.Status with one ErrorInfo (domain "apollo.dev", its
+    reason a `Reason`) and, where they apply, BadRequest with the path of each
+    wrong field, RetryInfo, QuotaFailure with the limit, named as in
+    `ServerLimits` if that has it, and ResourceInfo with what the error is about.
     """
 
     Train: grpc.aio.UnaryStreamMultiCallable[
@@ -198,9 +209,11 @@ class TrainingServiceAsyncStub:
         apollo_grpc.v1.training_pb2.WatchRunsResponse,
     ]
     """Streams the events of all runs after a revision, in the order in which they reached the disk,
-    lossless and gapless, also after a restart of the server. It does not end by itself.
+    lossless and gapless, also after a restart of the server. It does not end by itself. What
+    `DeleteRun` deleted is left out.
 
-    OUT_OF_RANGE: events after that revision were pruned (EVENTS_PRUNED), or it is none yet.
+    OUT_OF_RANGE: events after that revision were pruned (EVENTS_PRUNED, with `first_revision`, from
+    which on all are kept), or it was not given yet (BEYOND_THE_END, with `newest_revision`).
     RESOURCE_EXHAUSTED: as for `Train`.
     """
 
@@ -208,13 +221,13 @@ class TrainingServiceAsyncStub:
         apollo_grpc.v1.training_pb2.GetRunRequest,
         apollo_grpc.v1.training_pb2.GetRunResponse,
     ]
-    """Returns one run. Its spec is unset once its events were pruned."""
+    """Returns one run. Its samples are gone once its events were pruned."""
 
     ListRuns: grpc.aio.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.ListRunsRequest,
         apollo_grpc.v1.training_pb2.ListRunsResponse,
     ]
-    """Lists runs, newest first unless asked otherwise, their specs without samples."""
+    """Lists runs, newest first unless asked otherwise, their specs as in RUN_VIEW_BASIC."""
 
     CancelRun: grpc.aio.UnaryUnaryMultiCallable[
         apollo_grpc.v1.training_pb2.CancelRunRequest,
@@ -229,6 +242,7 @@ class TrainingServiceAsyncStub:
         apollo_grpc.v1.training_pb2.DeleteRunResponse,
     ]
     """Deletes a run that has ended: its spec, its samples and its events. Its request id is free again.
+    What it learned stays, and so do probes that it left with the model, and datasets.
 
     NOT_FOUND: no such run. FAILED_PRECONDITION (RUN_NOT_ENDED): it waits or runs.
     """
@@ -237,9 +251,10 @@ class TrainingServiceAsyncStub:
         apollo_grpc.v1.training_pb2.ValidateRunRequest,
         apollo_grpc.v1.training_pb2.ValidateRunResponse,
     ]
-    """Checks a spec as `Train` does, and says what it comes to. Nothing begins.
+    """Checks a spec as `Train` does, and says what it comes to. Nothing begins, and no request id is
+    looked at.
 
-    UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
+    Errors are those that `Train` would answer at this moment, QUEUE_FULL among them.
     """
 
     CountTokens: grpc.aio.UnaryUnaryMultiCallable[
@@ -256,10 +271,13 @@ class TrainingServiceAsyncStub:
         apollo_grpc.v1.training_pb2.ScoreSamplesResponse,
     ]
     """Asks vLLM how likely each continuation is with the weights of now. Nothing is trained, and runs
-    do not wait for it.
+    do not wait for it; nor does it wait for them, but for the pauses in which they hold vLLM: with
+    COHERENCE_MODE_PAUSE_RUN until the run has ended, or the caller's deadline has come. The server
+    answers two of these calls at a time; others wait.
 
-    UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: a sample is wrong, or they are more than
-    1024.
+    UNAVAILABLE: no engine is attached, or somebody else paused vLLM (PAUSED_BY_OTHERS).
+    INVALID_ARGUMENT: a sample is wrong, they are more than 1024, or have more than 1048576
+    continuation tokens.
     """
 
     ListRegressionProbes: grpc.aio.UnaryUnaryMultiCallable[
@@ -286,8 +304,10 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
     One run owns the model at a time; others wait in a queue, in order. Every
     event of a run has a sequence number, from 1, without gaps.
 
-    Errors carry google.rpc.Status with one ErrorInfo (domain "apollo.dev") and,
-    for bad input, google.rpc.BadRequest with the path of each wrong field.
+    Errors carry google.rpc.Status with one ErrorInfo (domain "apollo.dev", its
+    reason a `Reason`) and, where they apply, BadRequest with the path of each
+    wrong field, RetryInfo, QuotaFailure with the limit, named as in
+    `ServerLimits` if that has it, and ResourceInfo with what the error is about.
     """
 
     @abc.abstractmethod
@@ -337,9 +357,11 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[apollo_grpc.v1.training_pb2.WatchRunsResponse], collections.abc.AsyncIterator[apollo_grpc.v1.training_pb2.WatchRunsResponse]]:
         """Streams the events of all runs after a revision, in the order in which they reached the disk,
-        lossless and gapless, also after a restart of the server. It does not end by itself.
+        lossless and gapless, also after a restart of the server. It does not end by itself. What
+        `DeleteRun` deleted is left out.
 
-        OUT_OF_RANGE: events after that revision were pruned (EVENTS_PRUNED), or it is none yet.
+        OUT_OF_RANGE: events after that revision were pruned (EVENTS_PRUNED, with `first_revision`, from
+        which on all are kept), or it was not given yet (BEYOND_THE_END, with `newest_revision`).
         RESOURCE_EXHAUSTED: as for `Train`.
         """
 
@@ -349,7 +371,7 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         request: apollo_grpc.v1.training_pb2.GetRunRequest,
         context: _ServicerContext,
     ) -> typing.Union[apollo_grpc.v1.training_pb2.GetRunResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.GetRunResponse]]:
-        """Returns one run. Its spec is unset once its events were pruned."""
+        """Returns one run. Its samples are gone once its events were pruned."""
 
     @abc.abstractmethod
     def ListRuns(
@@ -357,7 +379,7 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         request: apollo_grpc.v1.training_pb2.ListRunsRequest,
         context: _ServicerContext,
     ) -> typing.Union[apollo_grpc.v1.training_pb2.ListRunsResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.ListRunsResponse]]:
-        """Lists runs, newest first unless asked otherwise, their specs without samples."""
+        """Lists runs, newest first unless asked otherwise, their specs as in RUN_VIEW_BASIC."""
 
     @abc.abstractmethod
     def CancelRun(
@@ -376,6 +398,7 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[apollo_grpc.v1.training_pb2.DeleteRunResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.DeleteRunResponse]]:
         """Deletes a run that has ended: its spec, its samples and its events. Its request id is free again.
+        What it learned stays, and so do probes that it left with the model, and datasets.
 
         NOT_FOUND: no such run. FAILED_PRECONDITION (RUN_NOT_ENDED): it waits or runs.
         """
@@ -386,9 +409,10 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         request: apollo_grpc.v1.training_pb2.ValidateRunRequest,
         context: _ServicerContext,
     ) -> typing.Union[apollo_grpc.v1.training_pb2.ValidateRunResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.ValidateRunResponse]]:
-        """Checks a spec as `Train` does, and says what it comes to. Nothing begins.
+        """Checks a spec as `Train` does, and says what it comes to. Nothing begins, and no request id is
+        looked at.
 
-        UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: the spec is wrong.
+        Errors are those that `Train` would answer at this moment, QUEUE_FULL among them.
         """
 
     @abc.abstractmethod
@@ -409,10 +433,13 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[apollo_grpc.v1.training_pb2.ScoreSamplesResponse, collections.abc.Awaitable[apollo_grpc.v1.training_pb2.ScoreSamplesResponse]]:
         """Asks vLLM how likely each continuation is with the weights of now. Nothing is trained, and runs
-        do not wait for it.
+        do not wait for it; nor does it wait for them, but for the pauses in which they hold vLLM: with
+        COHERENCE_MODE_PAUSE_RUN until the run has ended, or the caller's deadline has come. The server
+        answers two of these calls at a time; others wait.
 
-        UNAVAILABLE: no engine is attached. INVALID_ARGUMENT: a sample is wrong, or they are more than
-        1024.
+        UNAVAILABLE: no engine is attached, or somebody else paused vLLM (PAUSED_BY_OTHERS).
+        INVALID_ARGUMENT: a sample is wrong, they are more than 1024, or have more than 1048576
+        continuation tokens.
         """
 
     @abc.abstractmethod

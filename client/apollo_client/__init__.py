@@ -1,7 +1,7 @@
 """Clients of the training server: `ApolloClient`, `AsyncApolloClient`, and the `apollo` command."""
 
-from apollo_client.aio import AsyncApolloClient, AsyncRunStream, AsyncStream
-from apollo_client.client import ApolloClient, RunStream, Stream
+from apollo_client.aio import AsyncApolloClient, AsyncRunsStream, AsyncRunStream, AsyncStream
+from apollo_client.client import ApolloClient, RunsStream, RunStream, Stream
 from apollo_client.probes import ProbeLike, to_probe
 from apollo_client.requests import RunOptions, run_spec
 from apollo_client.sample_files import read_probes, read_samples
@@ -11,10 +11,12 @@ __all__ = [
     "ApolloClient",
     "AsyncApolloClient",
     "AsyncRunStream",
+    "AsyncRunsStream",
     "AsyncStream",
     "ProbeLike",
     "RunOptions",
     "RunStream",
+    "RunsStream",
     "SampleLike",
     "Stream",
     "read_probes",

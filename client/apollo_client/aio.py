@@ -11,17 +11,21 @@ import grpc.aio
 
 from apollo_client.aio_calls import AsyncRunCalls
 from apollo_client.aio_checkpoint_calls import AsyncCheckpointCalls
-from apollo_client.aio_streams import AsyncRunStream, AsyncStream
+from apollo_client.aio_dataset_calls import AsyncDatasetCalls
+from apollo_client.aio_sample_calls import AsyncSampleCalls
+from apollo_client.aio_streams import AsyncRunsStream, AsyncRunStream, AsyncStream
 from apollo_client.connection import RETRY_SECONDS, STATUS_SECONDS, find_server, readable
 from apollo_client.lifetime import Lifetime, is_cancelled, running_loop
+from apollo_grpc import traces
 from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
+from apollo_grpc.v1.dataset_pb2_grpc import DatasetServiceStub
 from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
 from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
 
-__all__ = ["AsyncApolloClient", "AsyncRunStream", "AsyncStream"]
+__all__ = ["AsyncApolloClient", "AsyncRunStream", "AsyncRunsStream", "AsyncStream"]
 
 
-class AsyncApolloClient(AsyncRunCalls, AsyncCheckpointCalls):
+class AsyncApolloClient(AsyncRunCalls, AsyncSampleCalls, AsyncDatasetCalls, AsyncCheckpointCalls):
     """`ApolloClient` for asyncio; made and used on one event loop.
 
     Takes the same arguments and raises the same errors; FailedPrecondition elsewhere.
@@ -45,11 +49,14 @@ class AsyncApolloClient(AsyncRunCalls, AsyncCheckpointCalls):
         channel: Any = self._channel
         self._training = TrainingServiceStub(channel)
         self._checkpoints = CheckpointServiceStub(channel)
+        self._datasets = DatasetServiceStub(channel)
         self._status = StatusServiceStub(channel)
 
-    async def _answer(self, method: Any, request: Any) -> Any:
+    async def _answer(
+        self, method: Any, request: Any, seconds: float | None = STATUS_SECONDS
+    ) -> Any:
         try:
-            return await self._begin(method, request, timeout=STATUS_SECONDS)
+            return await self._begin(method, request, timeout=seconds)
         except asyncio.CancelledError:
             # Closing ends the call so too, which would pass for this task's own end.
             if not is_cancelled():
@@ -61,7 +68,8 @@ class AsyncApolloClient(AsyncRunCalls, AsyncCheckpointCalls):
 
     def _begin(self, method: Any, request: Any, **options: Any) -> Any:
         self._lifetime.require_open()
-        return method(request, metadata=self._metadata, **options)
+        metadata = (*self._metadata, *traces.outgoing())
+        return method(request, metadata=metadata, **options)
 
     async def close(self) -> None:
         """Closes the connection; streams that are open end, and later calls are refused."""

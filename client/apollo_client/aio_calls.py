@@ -3,24 +3,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Unpack
 
-from apollo_client.aio_streams import AsyncRunStream, AsyncStream
-from apollo_client.connection import message
+from apollo_client.aio_streams import AsyncRunsStream, AsyncRunStream, AsyncStream
+from apollo_client.connection import STATUS_SECONDS, message
 from apollo_client.lifetime import Lifetime
-from apollo_client.placing import Places
+from apollo_client.placing import Places, in_user_words
 from apollo_client.requests import (
     RunOptions,
+    create_request,
     delete_probes_request,
     list_request,
     placed_spec,
     train_request,
     watch_request,
 )
-from apollo_client.resume import Patience, Resume
+from apollo_client.resume import Patience, Resume, RunsResume
 from apollo_client.samples import SampleLike
+from apollo_grpc.errors import ApolloError
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import status_pb2, training_pb2
 from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
@@ -43,8 +45,18 @@ class AsyncCalls:
     def _begin(self, method: Any, request: Any, **options: Any) -> Any:
         raise NotImplementedError
 
-    async def _answer(self, method: Any, request: Any) -> Any:
+    async def _answer(
+        self, method: Any, request: Any, seconds: float | None = STATUS_SECONDS
+    ) -> Any:
+        """The answer of a unary call, which may take so many seconds, or any number for None."""
         raise NotImplementedError
+
+    async def _asked(self, method: Any, request: Any, places: Places) -> Any:
+        """The answer, however long it takes; a refusal names the samples as their writer does."""
+        try:
+            return await self._answer(method, request, None)
+        except ApolloError as error:
+            raise in_user_words(error, places) from None
 
 
 class AsyncRunCalls(AsyncCalls):
@@ -55,7 +67,7 @@ class AsyncRunCalls(AsyncCalls):
 
     def train(
         self,
-        samples: Iterable[SampleLike],
+        samples: Iterable[SampleLike] = (),
         *,
         request_id: str | None = None,
         **options: Unpack[RunOptions],
@@ -66,6 +78,7 @@ class AsyncRunCalls(AsyncCalls):
         its `finished` event says so. A step's loss is in `event.step.loss`.
 
         Args:
+            samples: none where `dataset_id` names some that `create_dataset` brought.
             request_id: the same id with the same spec attaches to the first run, also after a
                 restart of either side; with another spec it raises AlreadyExists. None: a new one.
         """
@@ -78,6 +91,23 @@ class AsyncRunCalls(AsyncCalls):
         """The same for a spec that the caller built, with all that the contract has."""
         return self._follow(train_request(spec, request_id))
 
+    async def create_run(
+        self,
+        samples: Iterable[SampleLike] = (),
+        *,
+        request_id: str | None = None,
+        **options: Unpack[RunOptions],
+    ) -> training_pb2.Run:
+        """Starts a run as `train` does, and returns it once it is on the server's disk.
+
+        With a `request_id` of yours a call that broke can be made again: it is the same run.
+        """
+        spec, places = placed_spec(samples, options)
+        request = create_request(spec, request_id, places)
+        answer = await self._asked(self._training.CreateRun, request, places)
+        run: training_pb2.Run = answer.run
+        return run
+
     def watch_run(self, run_id: str, after_sequence: int = 0) -> AsyncRunStream:
         """The events of a run after a sequence, until it has finished.
 
@@ -88,23 +118,52 @@ class AsyncRunCalls(AsyncCalls):
         )
         return self._follow(request)
 
-    async def get_run(self, run_id: str) -> training_pb2.Run:
-        """One run with its spec. Raises NotFound for one that is not known."""
-        request = message(training_pb2.GetRunRequest, run_id=run_id)
+    def watch_runs(self, after_revision: int | None = None) -> AsyncRunsStream:
+        """The events of all runs after a revision, in the order in which they reached the disk.
+
+        It does not end by itself. The first message has no event where there is none to send yet,
+        and tells the revision of now.
+
+        Args:
+            after_revision: of the last message that is known; 0: all that is kept; None: from now.
+
+        Raises OutOfRange for events that were pruned; its metadata has `first_revision`, from which
+        on all are kept.
+        """
+        resume = RunsResume(after_revision, self._retry_seconds)
+        return AsyncRunsStream(self._begin, self._training, resume, self._endpoint, self._lifetime)
+
+    async def get_run(self, run_id: str, *, samples: bool = False) -> training_pb2.Run:
+        """One run. Raises NotFound for one that is not known.
+
+        Args:
+            samples: its spec has its samples, anchors and probes, as long as they are kept.
+        """
+        view = training_pb2.RUN_VIEW_FULL if samples else training_pb2.RUN_VIEW_BASIC
+        request = message(training_pb2.GetRunRequest, run_id=run_id, view=view)
         answer = await self._answer(self._training.GetRun, request)
         run: training_pb2.Run = answer.run
         return run
 
     async def list_runs(
-        self, page_size: int = 0, page_token: str = "", states: Iterable[str | int] = ()
+        self,
+        page_size: int = 0,
+        page_token: str = "",
+        states: Iterable[str | int] = (),
+        *,
+        labels: Mapping[str, str] | None = None,
+        name: str = "",
+        oldest_first: bool = False,
     ) -> training_pb2.ListRunsResponse:
         """A page of runs, newest first, their specs without samples.
 
         Args:
-            page_token: `next_page_token` of the page before, for the same states.
+            page_token: `next_page_token` of the page before, for the same choice of runs.
             states: only runs in one of these, such as `"FAILED"`; empty means all.
+            labels: only runs that have all of these.
+            name: only runs of this name; empty means all.
         """
-        request = list_request(page_size, page_token, states)
+        request = list_request(page_size, page_token, states, labels, name, oldest_first)
         page: training_pb2.ListRunsResponse = await self._answer(self._training.ListRuns, request)
         return page
 
@@ -114,6 +173,14 @@ class AsyncRunCalls(AsyncCalls):
         answer = await self._answer(self._training.CancelRun, request)
         run: training_pb2.Run = answer.run
         return run
+
+    async def delete_run(self, run_id: str) -> None:
+        """Deletes a run that has ended: its spec, its samples and its events.
+
+        Raises NotFound for one that is not known, FailedPrecondition for one that has not ended.
+        """
+        request = message(training_pb2.DeleteRunRequest, run_id=run_id)
+        await self._answer(self._training.DeleteRun, request)
 
     async def list_regression_probes(
         self, page_size: int = 0, page_token: str = ""

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from apollo_client.aio_calls import AsyncCalls
+from apollo_client.aio_streams import AsyncStream
 from apollo_client.connection import Told, message
+from apollo_client.fields import put
 from apollo_grpc.v1 import checkpoint_pb2 as pb
 from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 
@@ -15,14 +18,24 @@ from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 class AsyncCheckpointCalls(AsyncCalls):
     """What is done about the disk.
 
-    `request_id`: the same id again attaches to what the first call began, until the server ends;
-    `cancel_operation` stops it.
+    Each call is an operation, which goes on when its caller leaves. `request_id`: the same call
+    with the same id, of whomever, follows the first one and has its result, also after a restart
+    of the server; one that failed or was cut off begins anew. With another call it raises
+    AlreadyExists.
+
+    `expected_weight_version`: raises Aborted, with nothing done, where the live weights have
+    another one.
     """
 
     _checkpoints: CheckpointServiceStub
 
     async def sync(
-        self, progress: Told | None = None, *, in_place: bool = False, request_id: str = ""
+        self,
+        progress: Told | None = None,
+        *,
+        in_place: bool = False,
+        expected_weight_version: int | None = None,
+        request_id: str = "",
     ) -> pb.SyncResult:
         """Brings the model directory up to date with the live weights.
 
@@ -30,7 +43,12 @@ class AsyncCheckpointCalls(AsyncCalls):
             in_place: write into the files, for disks without room for new ones.
         """
         methods = (pb.SYNC_METHOD_UNSPECIFIED, pb.SYNC_METHOD_IN_PLACE)
-        request = message(pb.SyncRequest, method=methods[in_place], request_id=request_id)
+        request = message(
+            pb.SyncRequest,
+            method=methods[in_place],
+            expected_weight_version=expected_weight_version,
+            request_id=request_id,
+        )
         result: pb.SyncResult = await self._result(self._checkpoints.Sync, request, progress)
         return result
 
@@ -61,25 +79,45 @@ class AsyncCheckpointCalls(AsyncCalls):
         return result
 
     async def export(
-        self, directory: str | Path, progress: Told | None = None, *, request_id: str = ""
+        self,
+        directory: str | Path,
+        progress: Told | None = None,
+        *,
+        expected_weight_version: int | None = None,
+        request_id: str = "",
     ) -> pb.ExportResult:
         """Writes the live weights as a new model directory on the server's machine.
 
         Raises AlreadyExists for a folder that exists.
         """
-        request = message(pb.ExportRequest, directory=str(directory), request_id=request_id)
+        request = message(
+            pb.ExportRequest,
+            directory=str(directory),
+            expected_weight_version=expected_weight_version,
+            request_id=request_id,
+        )
         result: pb.ExportResult = await self._result(self._checkpoints.Export, request, progress)
         return result
 
     async def create_snapshot(
-        self, name: str = "", progress: Told | None = None, *, request_id: str = ""
+        self,
+        name: str = "",
+        progress: Told | None = None,
+        *,
+        expected_weight_version: int | None = None,
+        request_id: str = "",
     ) -> pb.Snapshot:
         """Keeps weights and Apollo state; returns once they are durable.
 
         Args:
             name: without one the snapshot is automatic, and newer ones may take its place.
         """
-        request = message(pb.CreateSnapshotRequest, name=name, request_id=request_id)
+        request = message(
+            pb.CreateSnapshotRequest,
+            name=name,
+            expected_weight_version=expected_weight_version,
+            request_id=request_id,
+        )
         snapshot: pb.Snapshot = await self._result(
             self._checkpoints.CreateSnapshot, request, progress
         )
@@ -102,9 +140,9 @@ class AsyncCheckpointCalls(AsyncCalls):
         )
         return page
 
-    async def delete_snapshot(self, snapshot: str) -> None:
+    async def delete_snapshot(self, snapshot: str, *, request_id: str = "") -> None:
         """Deletes one, by id or name. Raises NotFound."""
-        request = message(pb.DeleteSnapshotRequest, snapshot_id=snapshot)
+        request = message(pb.DeleteSnapshotRequest, snapshot_id=snapshot, request_id=request_id)
         await self._answer(self._checkpoints.DeleteSnapshot, request)
 
     async def restore(
@@ -117,8 +155,8 @@ class AsyncCheckpointCalls(AsyncCalls):
     ) -> pb.RestoreResult:
         """Makes a snapshot, by id or name, the live weights and Apollo state, while vLLM serves.
 
-        Raises Aborted where the live weights have another version than the expected one, NotFound,
-        DataLoss where the snapshot is not what was written; nothing was changed then.
+        Raises NotFound, DataLoss where the snapshot is not what was written; nothing was changed
+        then.
         """
         request = message(
             pb.RestoreSnapshotRequest,
@@ -140,8 +178,7 @@ class AsyncCheckpointCalls(AsyncCalls):
     ) -> pb.RestoreResult:
         """Takes the last updates back, weights and Apollo state.
 
-        Raises Aborted where the live weights have another version than the expected one, OutOfRange
-        where the server keeps fewer.
+        Raises OutOfRange where the server keeps fewer.
         """
         request = message(
             pb.UndoRequest,
@@ -152,13 +189,50 @@ class AsyncCheckpointCalls(AsyncCalls):
         result: pb.RestoreResult = await self._result(self._checkpoints.Undo, request, None)
         return result
 
-    async def cancel_operation(self, request_id: str) -> str:
-        """Stops what the last call with this id began; returns at once.
+    async def operation(self, operation_id: str = "", *, request_id: str = "") -> pb.Operation:
+        """One operation, by one of its ids. Raises NotFound."""
+        request = message(pb.GetOperationRequest, operation_id=operation_id, request_id=request_id)
+        answer = await self._answer(self._checkpoints.GetOperation, request)
+        found: pb.Operation = answer.operation
+        return found
+
+    async def operations(
+        self, page_size: int = 0, page_token: str = "", states: Iterable[str] = ()
+    ) -> pb.ListOperationsResponse:
+        """A page of operations, newest first.
+
+        Args:
+            page_token: `next_page_token` of the page before.
+            states: only those in one of these, such as `"running"`; empty means all.
+        """
+        request = message(pb.ListOperationsRequest, page_size=page_size, page_token=page_token)
+        put(request, "states", states)
+        page: pb.ListOperationsResponse = await self._answer(
+            self._checkpoints.ListOperations, request
+        )
+        return page
+
+    def watch_operation(
+        self, operation_id: str = "", *, request_id: str = ""
+    ) -> AsyncStream[pb.WatchOperationResponse]:
+        """One operation, by one of its ids: as it is, then as it changes, until it has ended.
+
+        Raises NotFound. One that fails raises nothing: its state and its `failure` say so.
+        """
+        request = message(
+            pb.WatchOperationRequest, operation_id=operation_id, request_id=request_id
+        )
+        return self._stream(self._checkpoints.WatchOperation, request)
+
+    async def cancel_operation(self, operation_id: str = "", *, request_id: str = "") -> str:
+        """Stops an operation, by one of its ids; returns at once.
 
         Returns `"CANCELLED"`, `"STOPPING"` (at its next progress; its own call tells), or
-        `"TOO_LATE"`: it has ended, or writes live weights. Raises NotFound for an unknown id.
+        `"TOO_LATE"`: it has ended, or writes live weights. Raises NotFound.
         """
-        request = message(pb.CancelOperationRequest, request_id=request_id)
+        request = message(
+            pb.CancelOperationRequest, operation_id=operation_id, request_id=request_id
+        )
         answer = await self._answer(self._checkpoints.CancelOperation, request)
         return pb.CancelState.Name(answer.state).removeprefix("CANCEL_STATE_")
 
@@ -167,8 +241,9 @@ class AsyncCheckpointCalls(AsyncCalls):
         result = None
         async for response in self._stream(method, request):
             kind = response.WhichOneof("update")
-            if kind != "progress":
+            if kind == "progress":
+                if progress:
+                    progress(response.progress)
+            elif kind:
                 result = getattr(response, kind)
-            elif progress:
-                progress(response.progress)
         return result

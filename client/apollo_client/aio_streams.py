@@ -12,7 +12,7 @@ import grpc.aio
 
 from apollo_client.connection import readable
 from apollo_client.lifetime import Lifetime, is_cancelled
-from apollo_client.resume import Patience, Resume
+from apollo_client.resume import Patience, Resume, RunsResume
 from apollo_grpc.errors import ApolloError
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import training_pb2
@@ -92,23 +92,46 @@ class AsyncStream(Generic[T]):
         self.close()
 
 
-class AsyncRunStream(AsyncStream[training_pb2.RunEvent]):
+class AsyncResumedStream(AsyncStream[T]):
+    """Messages that go on where they broke off, none lost and none twice, over restarts."""
+
+    def __init__(
+        self,
+        begin: Begin,
+        stub: Any,
+        resume: Resume | RunsResume,
+        endpoint: Endpoint,
+        lifetime: Lifetime,
+        read: Callable[[Any], T],
+    ):
+        self._resume: Any = resume
+        super().__init__(partial(resume.call, begin, stub), resume, endpoint, lifetime, read)
+
+    async def __anext__(self) -> T:
+        while not self._resume.ended:
+            try:
+                message = await super().__anext__()
+            except StopAsyncIteration:
+                await self._again(None)
+                continue
+            if self._resume.take(message):
+                return message
+        raise StopAsyncIteration
+
+
+class AsyncRunStream(AsyncResumedStream[training_pb2.RunEvent]):
     """The events of one run, none lost and none twice, also when the server is restarted."""
 
     def __init__(
         self, begin: Begin, stub: Any, resume: Resume, endpoint: Endpoint, lifetime: Lifetime
     ):
-        self._resume = resume
-        call = partial(resume.call, begin, stub)
-        super().__init__(call, resume, endpoint, lifetime, lambda response: response.event)
+        super().__init__(begin, stub, resume, endpoint, lifetime, lambda response: response.event)
 
-    async def __anext__(self) -> training_pb2.RunEvent:
-        while not self._resume.ended:
-            try:
-                event = await super().__anext__()
-            except StopAsyncIteration:
-                await self._again(None)
-                continue
-            if self._resume.take(event):
-                return event
-        raise StopAsyncIteration
+
+class AsyncRunsStream(AsyncResumedStream[training_pb2.WatchRunsResponse]):
+    """The events of all runs with their revisions, none lost and none twice, likewise."""
+
+    def __init__(
+        self, begin: Begin, stub: Any, resume: RunsResume, endpoint: Endpoint, lifetime: Lifetime
+    ):
+        super().__init__(begin, stub, resume, endpoint, lifetime, lambda response: response)

@@ -11,16 +11,20 @@ import grpc
 from apollo_client.calls import RunCalls
 from apollo_client.checkpoint_calls import CheckpointCalls
 from apollo_client.connection import RETRY_SECONDS, STATUS_SECONDS, find_server, readable
+from apollo_client.dataset_calls import DatasetCalls
 from apollo_client.lifetime import Lifetime
-from apollo_client.streams import RunStream, Stream
+from apollo_client.sample_calls import SampleCalls
+from apollo_client.streams import RunsStream, RunStream, Stream
+from apollo_grpc import traces
 from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
+from apollo_grpc.v1.dataset_pb2_grpc import DatasetServiceStub
 from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
 from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
 
-__all__ = ["ApolloClient", "RunStream", "Stream"]
+__all__ = ["ApolloClient", "RunStream", "RunsStream", "Stream"]
 
 
-class ApolloClient(RunCalls, CheckpointCalls):
+class ApolloClient(RunCalls, SampleCalls, DatasetCalls, CheckpointCalls):
     """Trains the model that vLLM serves, and says how that goes. Safe to share between threads.
 
     Args:
@@ -51,11 +55,12 @@ class ApolloClient(RunCalls, CheckpointCalls):
         self._channel = self._endpoint.channel()
         self._training = TrainingServiceStub(self._channel)
         self._checkpoints = CheckpointServiceStub(self._channel)
+        self._datasets = DatasetServiceStub(self._channel)
         self._status = StatusServiceStub(self._channel)
 
-    def _answer(self, method: Any, request: Any) -> Any:
+    def _answer(self, method: Any, request: Any, seconds: float | None = STATUS_SECONDS) -> Any:
         try:
-            return self._begin(method, request, timeout=STATUS_SECONDS)
+            return self._begin(method, request, timeout=seconds)
         except grpc.RpcError as error:
             self._lifetime.require_open()
             raise readable(error, self._endpoint) from None
@@ -63,7 +68,8 @@ class ApolloClient(RunCalls, CheckpointCalls):
     def _begin(self, method: Any, request: Any, **options: Any) -> Any:
         self._lifetime.require_open()
         try:
-            return method(request, metadata=self._metadata, **options)
+            metadata = (*self._metadata, *traces.outgoing())
+            return method(request, metadata=metadata, **options)
         except ValueError:
             # Another thread closed it meanwhile.
             self._lifetime.require_open()

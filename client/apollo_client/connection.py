@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from apollo_grpc.addresses import is_loopback, require_address
 from apollo_grpc.errors import ApolloError, InvalidArgument, Unavailable
 from apollo_grpc.locations import server_address, socket_path, state_folder
-from apollo_grpc.statuses import from_rpc_error
-from apollo_grpc.tokens import as_token, read_token
+from apollo_grpc.statuses import from_rpc_error, is_told
+from apollo_grpc.tokens import as_token, own_token, read_token
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import checkpoint_pb2
 
@@ -19,6 +19,14 @@ Told = Callable[[checkpoint_pb2.Operation.Progress], None]
 M = TypeVar("M")
 MAX_SHOWN = 120
 
+# What grpc says of a handshake that failed, and what to do.
+_TLS = {
+    "CERTIFICATE_VERIFY_FAILED": "The certificate of what is there is of no authority that is "
+    "trusted here, or of another name, or over; name its authority with --ca or APOLLO_CA.",
+    "WRONG_VERSION_NUMBER": "What is there speaks no TLS; leave out --ca and --certificate.",
+    "Socket closed": "What is there ends the connection: a server with TLS does so without --ca, "
+    "or where it asks for --certificate and --key and gets none that it trusts.",
+}
 STATUS_SECONDS = 10.0
 # A server that loads torch and maps a large model again may take most of it.
 RETRY_SECONDS = 120.0
@@ -38,7 +46,8 @@ def find_server(
         token: of a TCP server; else of $APOLLO_TOKEN_FILE, else $APOLLO_TOKEN, else, on this
             machine, the state folder's.
         ca, certificate, key: PEM files for TLS and mTLS; else $APOLLO_CA, $APOLLO_CERTIFICATE and
-            $APOLLO_KEY. `system` as `ca`: the authorities that this system trusts.
+            $APOLLO_KEY. Beyond this machine there is always TLS; without `ca`, as for `system`, the
+            authorities that this system trusts are trusted.
 
     Raises InvalidArgument for what is no address, token or pair of files, FailedPrecondition where
     there is no state folder.
@@ -70,7 +79,7 @@ def _named_file(name: str) -> Path | None:
 def _own_token(address: str) -> str | None:
     """The token that this user's own server made; never one for another machine."""
     path = state_folder() / "token"
-    return read_token(path, "token") if is_loopback(address) and path.is_file() else None
+    return own_token(path, "token") if is_loopback(address) and path.is_file() else None
 
 
 def message(kind: type[M], **fields: Any) -> M:
@@ -94,18 +103,22 @@ def readable(error: Any, endpoint: Endpoint) -> ApolloError:
     server's and gets ours.
     """
     known = from_rpc_error(error)
-    if not isinstance(known, Unavailable) or known.reason != Unavailable.default_reason:
+    if not isinstance(known, Unavailable) or is_told(error):
         return known
+    todo = _todo(endpoint, known.message)
     return Unavailable(
-        f"No training server answers at {endpoint.address}. {_todo(endpoint)} A run that was "
+        f"No training server answers at {endpoint.address}. {todo} A run that was "
         "accepted goes on as long as its server lives.",
         reason="SERVER_UNREACHABLE",
         metadata={"address": endpoint.address, "cause": known.message},
     )
 
 
-def _todo(endpoint: Endpoint) -> str:
+def _todo(endpoint: Endpoint, cause: str) -> str:
     path = socket_path(endpoint.address)
+    for words, todo in _TLS.items():
+        if words in cause and not path:
+            return todo
     try:
         if path:
             path.stat()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 from google.protobuf import duration_pb2
@@ -13,7 +15,7 @@ _UNSPECIFIED = "UNSPECIFIED"
 
 
 def put(message: Any, field: str, value: Any, place: str = "") -> None:
-    """Sets a field of a message; an enum by its word, such as `"cosine"`, a repeated one by a list.
+    """Sets a field of a message; an enum by its word, such as `"cosine"`, repeated ones by a list.
 
     Raises InvalidArgument at `place`, or else at the field's own name, for what it cannot hold.
     """
@@ -21,9 +23,15 @@ def put(message: Any, field: str, value: Any, place: str = "") -> None:
     now = getattr(message, field)
     if isinstance(now, duration_pb2.Duration):
         now.CopyFrom(duration(place, value))
+    elif isinstance(now, MutableMapping):
+        if not isinstance(value, Mapping):
+            raise InvalidArgument.at(place, f"cannot be {written(value)}: it is names with values")
+        for key, each in value.items():
+            _try(partial(now.__setitem__, key), each, f"{place}[{shown(key)}]")
     elif hasattr(now, "append"):
         for index, each in enumerate(a_list(place, value, "values")):
-            _try(now.append, each, f"{place}[{index}]")
+            where = f"{place}[{index}]"
+            _try(now.append, _number(kind, each, where) if kind else each, where)
     else:
         number = _number(kind, value, place) if kind else value
         _try(lambda each: setattr(message, field, each), number, place)

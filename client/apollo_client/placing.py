@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from apollo_grpc.errors import ApolloError, FieldViolation, InvalidArgument
 from apollo_grpc.transport import MAX_MESSAGE_BYTES
@@ -23,9 +23,10 @@ _SPARE_BYTES = 2**16
 MAX_SAMPLES_BYTES = MAX_MESSAGE_BYTES - _SPARE_BYTES
 MAX_VIOLATIONS = 20
 MAX_COUNTED = 10_000
+_REST = "train the rest in a run of its own, or 'create_dataset' brings all for one"
 # What a sample takes in a request beside its own bytes, at most.
 _FRAME_BYTES = 6
-_ITEM = re.compile(r"(spec\.[a-z_.]+)\[(\d+)\]\.?(.*)", re.DOTALL)
+_ITEM = re.compile(r"((?:spec\.)?[a-z_.]+)\[(\d+)\]\.?(.*)", re.DOTALL)
 _MOST = re.compile(r"at most (\d+)$")
 LEARNED, ANCHORS = "spec.samples", "spec.anchors.samples"
 EVALUATION, PROBES = "spec.evaluation_samples", "spec.probes"
@@ -67,10 +68,10 @@ class Violations:
         raise _refusal(self._kept, more)
 
 
-def _refusal(violations: Sequence[FieldViolation], more: str, reason: str = "") -> InvalidArgument:
+def _refusal(violations: Sequence[FieldViolation], more: str, **told: Any) -> InvalidArgument:
     first = violations[0]
     message = f"{first.field}: {first.description}{more}"
-    return InvalidArgument(message, violations=list(violations), reason=reason)
+    return InvalidArgument(message, violations=list(violations), **told)
 
 
 def in_user_words(error: ApolloError, places: Places) -> ApolloError:
@@ -81,7 +82,8 @@ def in_user_words(error: ApolloError, places: Places) -> ApolloError:
     # Two samples of one line may be wrong in the same way.
     violations = list(dict.fromkeys(found))
     more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
-    return _refusal(violations, more, error.reason)
+    told = {"reason": error.reason, "metadata": error.metadata, "quota": error.quota}
+    return _refusal(violations, more, **told)
 
 
 def _moved(violation: FieldViolation, places: Places) -> FieldViolation:
@@ -156,7 +158,7 @@ def _advice(path: str, places: Sequence[Place], fit: int) -> str:
         fit -= 1
     if not fit:
         return f"{_named(places[0], path)} does not fit: shorten it"
-    rest = "train the rest in a run of its own" if path == LEARNED else "leave out the rest"
+    rest = _REST if path == LEARNED else "leave out the rest"
     return f"up to {_named(places[fit - 1], path)} they fit: {rest}"
 
 

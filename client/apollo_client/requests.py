@@ -59,6 +59,10 @@ class RunOptions(TypedDict, total=False):
     exclude: Iterable[str]
     layers: Iterable[int]
     context_gradient_tokens: int
+    dataset_id: str
+    expected_weight_version: int
+    name: str
+    labels: Mapping[str, str]
     lr: float
     rank: int
     beta1: float
@@ -139,6 +143,12 @@ def placed_spec(
     return spec, places
 
 
+def placed_samples(samples: Iterable[SampleLike]) -> tuple[list[training_pb2.Sample], Places]:
+    """Samples of a request that is no run's, and where they come from."""
+    found, places = SAMPLES.all_of("samples", samples)
+    return found, {"samples": places}
+
+
 def _home(spec: training_pb2.RunSpec, name: str) -> tuple[Any, str]:
     """The message that has an option's field, and the field."""
     owner, _, field = _FIELDS.get(name, name).rpartition(".")
@@ -190,8 +200,26 @@ def train_request(
     return request
 
 
+def create_request(
+    spec: training_pb2.RunSpec, request_id: str | None, places: Places
+) -> training_pb2.CreateRunRequest:
+    """The request to create a run. Raises as `train_request`."""
+    made = train_request(spec, request_id, places)
+    return training_pb2.CreateRunRequest(request_id=made.request_id, spec=made.spec)
+
+
+def validate_request(spec: training_pb2.RunSpec, places: Places) -> training_pb2.ValidateRunRequest:
+    """The request to check a run. Raises as `train_request`."""
+    return training_pb2.ValidateRunRequest(spec=train_request(spec, None, places).spec)
+
+
 def list_request(
-    page_size: int, page_token: str, states: Iterable[str | int]
+    page_size: int,
+    page_token: str,
+    states: Iterable[str | int],
+    labels: Mapping[str, str] | None = None,
+    name: str = "",
+    oldest_first: bool = False,
 ) -> training_pb2.ListRunsRequest:
     """The request of a page of runs; states by number or by name, as `FAILED`.
 
@@ -204,13 +232,18 @@ def list_request(
             else state
             for state in states
         ]
-        return training_pb2.ListRunsRequest(
+        request = training_pb2.ListRunsRequest(
             page_size=page_size,
             page_token=page_token,
             states=[training_pb2.RunState.ValueType(number) for number in numbers],
         )
     except (TypeError, ValueError) as error:
         raise InvalidArgument.at("states", f"cannot be {list(states)}: {error}") from error
+    put(request, "labels", labels or {})
+    put(request, "name", name)
+    if oldest_first:
+        request.order = training_pb2.RUN_ORDER_OLDEST_FIRST
+    return request
 
 
 def watch_request(run_id: str, min_interval: float) -> status_pb2.WatchStatusRequest:

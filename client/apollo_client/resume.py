@@ -1,4 +1,4 @@
-"""A run's events without a gap or a repeat, over lost connections and restarts of the server.
+"""Events of runs without a gap or a repeat, over lost connections and restarts of the server.
 
 What to ask next, and whether to ask again, decided once for both clients.
 """
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from apollo_client.connection import message
 from apollo_client.placing import Places, in_user_words
 from apollo_grpc.errors import ApolloError, DataLoss, Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
@@ -60,7 +61,22 @@ class Patience:
         return error.retry_seconds > 0 and not self._heard
 
 
-class Resume(Patience):
+class Endurance(Patience):
+    """Patience with a server that was heard already, too: it may be back."""
+
+    def _is_passing(self, error: ApolloError) -> bool:
+        """Whether the server may be back: a request that it may have had is asked for again."""
+        if error.retry_seconds:
+            return True
+        if not isinstance(error, Unavailable):
+            return False
+        if self._heard or self._broken_at or error.reason == STOPPING:
+            return True
+        cause: Any = error.metadata.get("cause", "")
+        return error.reason == UNREACHABLE and _NOT_SENT not in cause
+
+
+class Resume(Endurance):
     """Where a reader of one run is.
 
     Args:
@@ -120,13 +136,31 @@ class Resume(Patience):
         """The same; what is raised names the samples as their writer does."""
         return super().wait_after(error and in_user_words(error, self._places))
 
-    def _is_passing(self, error: ApolloError) -> bool:
-        """Whether the server may be back: a request that it may have had is asked for again."""
-        if error.retry_seconds:
-            return True
-        if not isinstance(error, Unavailable):
-            return False
-        if self._heard or self._broken_at or error.reason == STOPPING:
-            return True
-        cause: Any = error.metadata.get("cause", "")
-        return error.reason == UNREACHABLE and _NOT_SENT not in cause
+
+class RunsResume(Endurance):
+    """Where a reader of all runs is.
+
+    Args:
+        after: the revision of the last event that is known; None: from now on.
+        seconds: for how long a lost server is looked for; 0: not at all.
+    """
+
+    ended = False
+
+    def __init__(self, after: int | None, seconds: float):
+        super().__init__(seconds)
+        self._request = message(pb.WatchRunsRequest, after_revision=after)
+        self._told = False
+
+    def call(self, begin: Callable[[Any, Any], Any], stub: Any) -> Any:
+        """Begins the call that asks for what comes next."""
+        return begin(stub.WatchRuns, self._request)
+
+    def take(self, response: pb.WatchRunsResponse) -> bool:
+        """Whether a message is news: a later one, or the first of all."""
+        self.heard()
+        first, self._told = not self._told, True
+        later = response.revision > self._request.after_revision
+        if first or later:
+            self._request = pb.WatchRunsRequest(after_revision=response.revision)
+        return first or (later and response.HasField("event"))

@@ -98,8 +98,8 @@ def read_stream(stream: BinaryIO, name: str, form: Form[T]) -> list[Placed[T]]:
     if len(data) > MAX_FILE_BYTES:
         raise InvalidArgument.at(
             name,
-            f"is longer than {MAX_FILE_BYTES >> 20} MiB, more than one run takes: cut it, as "
-            "'split -C 60m' does, and train the parts one after the other",
+            f"is longer than {MAX_FILE_BYTES >> 20} MiB, which is read at once: cut it, as "
+            "'split -C 60m' does; 'apollo datasets add' makes one dataset of the parts",
         )
     found = _from_lines(data, name, form)
     if not found:

@@ -98,6 +98,7 @@ class Engine:
         self._worker_pid = manifest.worker_pid
         manifest.epoch = self.epoch
         manifest.weight_version = self._version.number
+        manifest.vllm_version = self.vllm.version
         manifest.as_loaded = self._version.as_loaded and manifest.generation <= FIRST
         if manifest.HasField("generation_page"):
             self._generation = self._generation or SharedGeneration(manifest.generation_page)

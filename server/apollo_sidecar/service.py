@@ -56,8 +56,13 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
     def AnswerPrompts(self, request: Any, context: Any) -> pb.AnswerPromptsResponse:  # noqa: N802
         """vLLM's answers to prompts; requests of a caller that goes away are aborted."""
         self._engine.require_epoch(request.epoch)
+        before = self._engine.weight_version
         answers = self._answers.to(request.prompts, context.add_callback)
-        return pb.AnswerPromptsResponse(answers=answers)
+        return pb.AnswerPromptsResponse(
+            answers=answers,
+            weight_version_before=before,
+            weight_version_after=self._engine.weight_version,
+        )
 
     def TokenizeSamples(self, request: Any, context: Any) -> pb.TokenizeSamplesResponse:  # noqa: N802
         """Token ids of texts and chats, as vLLM makes them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError
 from typing import Any, TypeVar
@@ -31,6 +32,11 @@ class VllmCalls:
     def alive(self) -> bool:
         """Whether neither the engine nor vLLM's event loop has ended."""
         return self._loop.is_running() and not self.client.errored
+
+    @property
+    def version(self) -> str:
+        """vLLM's, which is loaded where the sidecar is; empty where it does not tell."""
+        return str(getattr(sys.modules.get("vllm"), "__version__", ""))
 
     def wait_for(
         self,

@@ -204,7 +204,7 @@ def _probe(worker: Any, request: bytes) -> tuple[str, str, bytes]:
     batch: OwnBatch | None = getattr(worker, _BATCH, None)
     if batch is None or batch.token_ids != list(asked.token_ids):
         why = "Another prompt than the probe's was scored last. Score it, then probe again."
-        return ("SCORE_FIRST", why, b"")
+        return _answer(FailedPrecondition(why, reason="SCORE_FIRST"))
     try:
         _changed_bytes(worker).change(_live_weights(worker), asked.changes)
         _synchronize(worker)
@@ -214,7 +214,7 @@ def _probe(worker: Any, request: bytes) -> tuple[str, str, bytes]:
     except Exception as error:
         log.exception("apollo: a probe failed")
         why = f"vLLM failed to score the probe ({type(error).__name__}); its log says more."
-        return ("PROBE_FAILED", why, b"")
+        return _answer(FailedPrecondition(why, reason="PROBE_FAILED"))
     return _answer(None, pb.ProbeWeightsResponse(logprobs=scores).SerializeToString())
 
 

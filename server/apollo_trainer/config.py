@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -17,16 +15,6 @@ from apollo_grpc.addresses import require_address
 from apollo_grpc.errors import ApolloError, InvalidArgument
 
 PREFIX = "APOLLO_"
-# Read by the client, its command and the benchmarks, which share an environment with the server.
-OTHERS = frozenset(
-    {"APOLLO_TOKEN", "APOLLO_CA", "APOLLO_CERTIFICATE", "APOLLO_KEY", "APOLLO_COMMIT"}
-)
-# What Kubernetes and Docker's links set beside a service whose name begins with "apollo".
-_OF_SERVICES = re.compile(
-    r"APOLLO(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|NAME)|"
-    r"APOLLO(_\w+)?_ENV_\w+"
-)
-_ALIKE = 0.8
 T = TypeVar("T")
 
 
@@ -56,6 +44,15 @@ def _of_sidecar(address: str) -> str:
     if locations.socket_path(address) is None:
         raise ValueError("vLLM's sidecar listens on a unix socket only; write unix:PATH")
     return require_address(address)
+
+
+def roots_of(value: str) -> tuple[Path, ...]:
+    """The folders of `export_roots`. Raises FailedPrecondition for one of nobody."""
+    return tuple(locations.expanded(Path(each)) for each in value.split(":") if each)
+
+
+def _known_roots(value: str) -> str:
+    return ":".join(map(str, roots_of(value)))
 
 
 Place = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_refusing(locations.expanded))]
@@ -106,12 +103,27 @@ class Settings(BaseSettings):
     )
     token_file: Place | None = Field(
         default=None,
-        description="token of TCP callers; default: 'token' in the state folder, or none where "
-        "clients have certificates",
+        description="tokens of TCP callers, as 'apollo token' makes them, read again at SIGHUP; "
+        "default: 'token' in the state folder, or none where clients have certificates",
     )
     tls_certificate: Place | None = Field(default=None, description="PEM chain, for TCP")
     tls_key: Place | None = Field(default=None, description="PEM key, for TCP")
     tls_client_ca: Place | None = Field(default=None, description="PEM CA of clients, for mTLS")
+
+    export_roots: Annotated[str, AfterValidator(_refusing(_known_roots))] = Field(
+        default="",
+        description="folders, with ':' between them, below which callers over TCP may have exports "
+        "and copies made; default: the one that the model directory lies in",
+    )
+    metrics_address: Annotated[str, AfterValidator(_refusing(_listening))] | None = Field(
+        default=None,
+        description="host:port where Prometheus reads metrics, over HTTP: on this machine, or with "
+        "the TLS files and token of TCP callers anywhere; default: none",
+    )
+    log_format: Literal["text", "json"] = Field(default="text", description="of each line")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="lines of a lower one are left out"
+    )
 
     rank: Count = Field(default=64, ge=1, description="of a new optimizer's projection")
     variant: Literal["channel", "mini"] = Field(default="channel", description="of APOLLO")
@@ -192,10 +204,19 @@ class Settings(BaseSettings):
         default=0, ge=0, description="steps between two automatic snapshots in a run; 0: none"
     )
     max_samples: Count = Field(default=10_000, ge=1, description="samples of one run")
+    max_dataset_samples: Count = Field(
+        default=100_000,
+        ge=1,
+        description="of one dataset; a run of it holds their tokens in memory, some 40 bytes each",
+    )
+    dataset_mebibytes: Count = Field(
+        default=4096, ge=1, description="of all datasets, in the state folder"
+    )
     max_streams: Count = Field(
         default=256,
         ge=1,
-        description="open at one time: of Train and checkpoint calls, and as many of WatchRun",
+        description="open at one time: of Train and checkpoint calls, and as many of "
+        "WatchRun and WatchRuns",
     )
     max_watchers: Count = Field(
         default=1024,
@@ -227,7 +248,7 @@ class Settings(BaseSettings):
         lacking = {"tls_certificate", "tls_key"} - set(given)
         if given and lacking:
             raise ValueError(f"{given[0]} is set, and {sorted(lacking)[0]} is not; TLS needs both")
-        if given and locations.socket_path(self.address):
+        if given and locations.socket_path(self.address) and not self.metrics_address:
             raise ValueError(f"{given[0]} is for TCP, and the address is a socket; leave it out")
         return self
 
@@ -253,41 +274,3 @@ def _problems(error: ValidationError | SettingsError) -> list[str]:
         # What hangs on another setting that is wrong.
         if p["type"] != "default_factory_not_called"
     ]
-
-
-def unknown_names(environment: Iterable[str]) -> dict[str, str]:
-    """Names of environment variables that look like settings and are none, those of services aside.
-
-    Each with the setting that it may be meant for, or none: a misspelt one would otherwise leave
-    its setting at the default in silence.
-    """
-    settings = [f"{PREFIX}{name}".upper() for name in Settings.model_fields]
-    known = OTHERS | set(settings)
-    found = {name: name.upper() for name in sorted(environment) if name.upper() not in known}
-    return {
-        name: _meant(upper, settings)
-        for name, upper in found.items()
-        if upper.startswith(PREFIX) and not _OF_SERVICES.fullmatch(upper)
-    }
-
-
-def _meant(name: str, settings: list[str]) -> str:
-    # Without the prefix, which alone would make all of them alike.
-    names = {each.removeprefix(PREFIX): each for each in settings}
-    alike = difflib.get_close_matches(name.removeprefix(PREFIX), names, 1, _ALIKE)
-    return names[alike[0]] if alike else ""
-
-
-def described(
-    settings: Settings, environment: Mapping[str, str], arguments: Iterable[str]
-) -> Iterator[str]:
-    """Each setting with its value and where that came from, a line each."""
-    flags = {a.removeprefix("--").partition("=")[0].replace("-", "_") for a in arguments}
-    names = {name.upper() for name in environment}
-    for name in Settings.model_fields:
-        source = "default"
-        if name in flags or f"no_{name}" in flags:
-            source = "flag"
-        elif f"{PREFIX}{name}".upper() in names:
-            source = "environment"
-        yield f"{name} = {getattr(settings, name)} ({source})"

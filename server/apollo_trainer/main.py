@@ -16,28 +16,35 @@ from typing import NoReturn
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
 
 from apollo_grpc.errors import ApolloError, InvalidArgument
-from apollo_grpc.interceptors import AioErrors, Check, TokenCheck
-from apollo_grpc.locations import private_folder, require_usable, socket_path
+from apollo_grpc.interceptors import AioErrors
+from apollo_grpc.locations import private_folder, require_usable
 from apollo_grpc.standard_streams import prepare_streams
-from apollo_grpc.tokens import read_or_create_token
-from apollo_grpc.transport import SERVER_OPTIONS, ServerTls, open_port
+from apollo_grpc.transport import SERVER_OPTIONS, open_port
 from apollo_grpc.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
+    dataset_pb2,
+    dataset_pb2_grpc,
     status_pb2,
     status_pb2_grpc,
     training_pb2,
     training_pb2_grpc,
 )
-from apollo_trainer import memory_command, recover_command
-from apollo_trainer.config import Settings, described, read_settings, unknown_names
-from apollo_trainer.engine import EngineWatch, ModelOwner, StatusBoard, no_engine
-from apollo_trainer.operations import CheckpointJobs
+from apollo_trainer import logs, memory_command, recover_command
+from apollo_trainer.config import Settings, read_settings
+from apollo_trainer.engine import EngineWatch, ModelOwner, ServerInfo, StatusBoard, no_engine
+from apollo_trainer.environment import described, unknown_names
+from apollo_trainer.guards import Guards
+from apollo_trainer.measured import Measured
+from apollo_trainer.operations import CheckpointJobs, Operations
 from apollo_trainer.runs import RunQueue
+from apollo_trainer.services.allowed_folders import AllowedFolders
 from apollo_trainer.services.checkpoint import CheckpointService
+from apollo_trainer.services.dataset import DatasetService
+from apollo_trainer.services.reflection import Reflection
+from apollo_trainer.services.sample_calls import sample_turns
 from apollo_trainer.services.status import StatusService
 from apollo_trainer.services.streams import StreamLimit
 from apollo_trainer.services.training import TrainingService
@@ -54,6 +61,7 @@ SERVICES = tuple(
     for module, name in (
         (training_pb2, "TrainingService"),
         (checkpoint_pb2, "CheckpointService"),
+        (dataset_pb2, "DatasetService"),
         (status_pb2, "StatusService"),
     )
 )
@@ -68,22 +76,29 @@ class TrainingServer:
     def __init__(self, settings: Settings):
         self._settings = settings
         require_usable(private_folder(settings.state_dir))
-        check, token, tls = _guards(settings)
+        self._guards = Guards(settings)
+        guard = self._guards.of_address()
         calls = self._calls = StreamLimit(settings.max_calls, share=HOST_SHARE, what="calls")
         # A message of samples is as large as they come: one is read and checked at a time.
-        turns = {f"/{SERVICES[0]}/Train": asyncio.Semaphore(1)}
-        interceptor = AioErrors(check, lambda context: calls.one(context.peer()), turns)
-        self._server = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
-        self._port = open_port(self._server, settings.address, token=token, tls=tls)
+        accepting = (f"/{SERVICES[0]}/{name}" for name in ("Train", "CreateRun"))
+        turns = dict.fromkeys(accepting, asyncio.Semaphore(1)) | sample_turns(SERVICES[0])
+        errors = AioErrors(guard.check, lambda context: calls.one(context.peer()), turns)
+        self._measured = Measured(settings, lambda: self._guards.of_tcp)
+        interceptors = [*self._measured.interceptors, errors]
+        self._server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+        self._port = open_port(
+            self._server, settings.address, guarded=bool(guard.tokens), tls=guard.tls
+        )
         self._board = StatusBoard(version("apollo-grpc"), no_engine(settings.sidecar))
         self._ring = Ring(self._board)
         self._sidecar = Sidecar(settings.sidecar)
         self._owner = ModelOwner(self._sidecar, self._board, settings)
         self._queue = RunQueue(self._owner, self._board, settings)
         self._health = HealthServicer()
-        self._add_services()
+        jobs = self._add_services()
+        self._measured.show(self._board, self._ring, self._owner, self._queue, jobs)
 
-    def _add_services(self) -> None:
+    def _add_services(self) -> CheckpointJobs:
         server, settings = self._server, self._settings
         work, readers = (StreamLimit(settings.max_streams) for _ in range(2))
         watchers = StreamLimit(settings.max_watchers, share=HOST_SHARE, what="watchers")
@@ -91,22 +106,28 @@ class TrainingServer:
             TrainingService(self._owner, self._queue, work, readers), server
         )
         jobs = CheckpointJobs(self._owner, self._board)
+        operations = Operations(self._owner, self._board, self._queue.ledger, self._queue.writer)
+        folders = AllowedFolders(self._owner, settings.export_roots)
         checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(
-            CheckpointService(self._owner, jobs, work), server
+            CheckpointService(self._owner, jobs, operations, work, readers, folders), server
+        )
+        dataset_pb2_grpc.add_DatasetServiceServicer_to_server(
+            DatasetService(self._queue.datasets, work), server
         )
         status_pb2_grpc.add_StatusServiceServicer_to_server(
-            StatusService(self._board, self._ring, watchers), server
+            StatusService(self._board, self._ring, watchers, ServerInfo(self._owner, settings)),
+            server,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection(
-            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
+        Reflection((*SERVICES, health.SERVICE_NAME)).add_to(server)
+        return jobs
 
     async def serve(self) -> None:
         """Serves until SIGTERM or SIGINT, then stops without losing a finished step."""
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        self._guards.listen(asyncio.get_running_loop(), stop.set)
         await self._server.start()
         for name in ("", *SERVICES):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -121,6 +142,7 @@ class TrainingServer:
         await self._end_calls()
         self._queue.close()
         await asyncio.to_thread(watch.stop)
+        await asyncio.to_thread(self._measured.stop)
         self._port.release()
 
     async def _end_calls(self) -> None:
@@ -148,23 +170,6 @@ def _set_imports_aside() -> None:
     gc.collect()
 
 
-def _guards(settings: Settings) -> tuple[Check | None, str | None, ServerTls | None]:
-    """What judges callers, the token, and TLS of a TCP address.
-
-    Callers on a unix socket need no token, nor do those with a certificate, unless a token's file
-    was named as well.
-    """
-    if socket_path(settings.address):
-        return TokenCheck(None), None, None
-    tls = None
-    if settings.tls_certificate and settings.tls_key:
-        tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
-        if tls.client_ca and settings.token_file is None:
-            return None, None, tls
-    token = read_or_create_token(settings.token_file or settings.state_dir / "token")
-    return TokenCheck(token), token, tls
-
-
 async def _serve(settings: Settings) -> None:
     await TrainingServer(settings).serve()
 
@@ -176,9 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
     step needs of a GPU; both serve nothing.
     """
     prepare_streams()
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
+    # What is wrong with settings is told before they are read.
+    logs.begin("json" if os.environ.get("APOLLO_LOG_FORMAT") == "json" else "text")
     given = sys.argv[1:] if arguments is None else arguments
     try:
         _require_known(os.environ)
@@ -186,6 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
             if given[:1] == [each.NAME]:
                 sys.exit(each.command(PROGRAM, given[1:]))
         settings = read_settings(given)
+        logs.begin(settings.log_format, settings.log_level)
         for line in described(settings, os.environ, given):
             log.info("setting %s", line)
         # Kernels that were compiled outlive the process, beside the state and in no home folder.

@@ -62,6 +62,12 @@ class Blocking:
         """Every event of a run, by `watch_run`."""
         return list(self.client.watch_run(*arguments))
 
+    def follow_all(self, after: int | None, act: Callable[[], int]) -> list[Any]:
+        """The first message of all runs' events, and as many more as `act` then says."""
+        with self.client.watch_runs(after) as stream:
+            told = [next(stream)]
+            return told + [next(stream) for _ in range(act())]
+
     def begin(self, *arguments: Any, **options: Any) -> Any:
         """Starts a run, reads until its first step, and leaves; returns that step."""
         with self.client.train(*arguments, **options) as stream:
@@ -89,7 +95,7 @@ class Blocking:
                 updates.append(next(stream))
         return updates
 
-    def call(self, name: str, *arguments: Any, **options: Any) -> Any:
+    def call(self, name: str, /, *arguments: Any, **options: Any) -> Any:
         return getattr(self.client, name)(*arguments, **options)
 
     def close(self) -> None:
@@ -116,6 +122,15 @@ class Asyncio:
     def follow(self, *arguments: Any) -> list[Any]:
         async def collect() -> list[Any]:
             return [event async for event in self.client.watch_run(*arguments)]
+
+        return self._runner.run(collect())
+
+    def follow_all(self, after: int | None, act: Callable[[], int]) -> list[Any]:
+        async def collect() -> list[Any]:
+            async with self.client.watch_runs(after) as stream:
+                told = [await anext(stream)]
+                count = await asyncio.to_thread(act)
+                return told + [await anext(stream) for _ in range(count)]
 
         return self._runner.run(collect())
 
@@ -157,7 +172,7 @@ class Asyncio:
 
         return self._runner.run(collect())
 
-    def call(self, name: str, *arguments: Any, **options: Any) -> Any:
+    def call(self, name: str, /, *arguments: Any, **options: Any) -> Any:
         async def call() -> Any:
             called = getattr(self.client, name)(*arguments, **options)
             return await called if inspect.isawaitable(called) else called

@@ -17,14 +17,17 @@ import pytest
 
 from apollo_client import ApolloClient, AsyncApolloClient, run_spec
 from apollo_grpc.errors import (
+    Aborted,
     AlreadyExists,
     Cancelled,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    OutOfRange,
     Unavailable,
 )
 from apollo_grpc.v1 import training_pb2 as pb
+from tests.client.scripted_server import Scripted, serving
 from tests.waiting import HANG, wait_until
 
 SAMPLE = ("The sea is", " deep.")
@@ -103,6 +106,69 @@ def test_a_run_is_found_again(connect, server):
     page = client.call("list_runs", 1, "", ["succeeded"])
     assert [found.run_id for found in page.runs] == [run_id]
     assert client.call("list_runs", 1, page.next_page_token, ["succeeded"]).runs[0] != page.runs[0]
+
+
+def test_a_run_is_created_named_chosen_and_deleted(connect, server):
+    client, team = connect(server), uuid.uuid4().hex
+    options = {"epochs": 3, "name": "mine", "labels": {"team": team}, "request_id": team}
+    runs = [client.call("create_run", [SAMPLE], **options) for _ in range(2)]
+    assert runs[0].run_id == runs[1].run_id
+    events = client.follow(runs[0].run_id)
+    later = client.train([SAMPLE], labels={"team": team})[0].run_id
+    ids = [runs[0].run_id, later]
+    page = client.call("list_runs", labels={"team": team}, oldest_first=True)
+    assert [found.run_id for found in page.runs] == ids
+    page = client.call("list_runs", labels={"team": team}, name="mine")
+    assert [found.last_loss for found in page.runs] == [steps(events)[-1].loss]
+    run = client.call("get_run", ids[0], samples=True)
+    assert (run.request_id, len(run.spec.samples)) == (team, 1)
+    assert not client.call("get_run", ids[0]).spec.samples
+    for run_id in ids:
+        client.call("delete_run", run_id)
+    assert not client.call("list_runs", labels={"team": team}).runs
+    with pytest.raises(NotFound):
+        client.call("delete_run", ids[0])
+
+
+def test_a_run_for_other_weights_is_refused(connect, server):
+    client = connect(server)
+    client.train([SAMPLE])
+    version = client.call("status").weight_version
+    with pytest.raises(Aborted) as refused:
+        client.call("create_run", [SAMPLE], expected_weight_version=version - 1)
+    assert refused.value.metadata == {"weight_version": str(version)}
+
+
+def test_all_runs_are_followed_from_now_on_or_from_what_is_known(connect, server):
+    client, trained = connect(server), []
+
+    def somebody_trains() -> int:
+        with ApolloClient(server) as other:
+            trained.extend([*other.train([SAMPLE]), *other.train([SAMPLE], epochs=2)])
+        return len(trained)
+
+    first, *told = client.follow_all(None, somebody_trains)
+    assert not first.HasField("event")
+    assert [each.event for each in told] == trained
+    again = client.follow_all(told[1].revision, lambda: len(trained) - 3)
+    assert again == told[2:]
+    with pytest.raises(OutOfRange):
+        client.follow_all(told[-1].revision + 1000, lambda: 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"labels": 3}, "labels"), ({"labels": {"a": 3}}, "labels[a]"), ({"name": 3}, "name")],
+)
+def test_a_label_that_is_no_text_is_refused_before_a_call(connect, options, field):
+    client = connect("unix:/nowhere/training.sock")
+    for call in (
+        lambda: client.train([SAMPLE], **options),
+        lambda: client.call("list_runs", **options),
+    ):
+        with pytest.raises(InvalidArgument) as refused:
+            call()
+        assert refused.value.violations[0].field == field
 
 
 def test_a_run_is_cancelled(connect, server):
@@ -230,6 +296,15 @@ def test_without_a_server_the_error_says_what_to_start(connect, state_dir, call)
 def test_a_stream_without_a_server_raises_the_same_error(connect, state_dir):
     with pytest.raises(Unavailable, match="apollo up"):
         connect(f"unix:{state_dir}/training.sock").train([SAMPLE])
+
+
+def test_what_a_server_cannot_do_now_is_told_in_its_own_words(connect):
+    scripted = Scripted()
+    scripted.refusal = Unavailable("The connection to vLLM's sidecar was given up.")
+    with serving(scripted) as address, pytest.raises(Unavailable) as told:
+        connect(address).train([SAMPLE])
+    assert (told.value.reason, told.value.message) == ("UNAVAILABLE", scripted.refusal.message)
+    assert len(scripted.asked) == 1
 
 
 def test_a_stream_that_was_left_ends(connect, server):
@@ -382,6 +457,6 @@ def test_a_job_that_waits_is_stopped_by_its_request_id(connect, server):
 
 def _stopped(client: ApolloClient, request_id: str) -> bool:
     try:
-        return client.cancel_operation(request_id) == "CANCELLED"
+        return client.cancel_operation(request_id=request_id) == "CANCELLED"
     except NotFound:
         return False

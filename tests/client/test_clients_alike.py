@@ -13,14 +13,21 @@ import pytest
 from apollo_client import (
     ApolloClient,
     AsyncApolloClient,
+    AsyncRunsStream,
     AsyncRunStream,
     AsyncStream,
+    RunsStream,
     RunStream,
     Stream,
 )
 
 CHECK = Path(__file__).parents[2] / ".ci/check-calls.py"
-PAIRS = [(ApolloClient, AsyncApolloClient), (Stream, AsyncStream), (RunStream, AsyncRunStream)]
+PAIRS = [
+    (ApolloClient, AsyncApolloClient),
+    (Stream, AsyncStream),
+    (RunStream, AsyncRunStream),
+    (RunsStream, AsyncRunsStream),
+]
 
 
 def public(kind: type) -> dict[str, tuple[str, str | None]]:

@@ -7,16 +7,18 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apollo_client.resume import LONGEST_WAIT_SECONDS, Patience, Resume
+from apollo_client.resume import LONGEST_WAIT_SECONDS, Patience, Resume, RunsResume
 from apollo_grpc.errors import (
     DataLoss,
     InvalidArgument,
     NotFound,
+    OutOfRange,
     ResourceExhausted,
     Unavailable,
 )
@@ -49,6 +51,41 @@ def test_whatever_is_sent_again_is_taken_once_and_in_order(rewinds: list[int]) -
             if state.take(event(sequence)):
                 taken.append(sequence)
     assert taken == list(range(1, len(taken) + 1))
+
+
+@given(st.none() | st.just(0), st.lists(st.integers(1, 8), max_size=12))
+def test_whatever_of_all_runs_is_sent_again_is_taken_once_and_in_order(
+    after: int | None, rewinds: list[int]
+) -> None:
+    state, taken = RunsResume(after, 60.0), list[int]()
+    for start in [1, *rewinds, 1]:
+        # What is skipped was deleted.
+        for revision in range(3 * min(start, len(taken) + 1), 3 * (len(taken) + 3), 3):
+            if state.take(pb.WatchRunsResponse(revision=revision, event=event(1))):
+                taken.append(revision)
+    assert taken == [3 * n for n in range(1, len(taken) + 1)]
+
+
+def asked_of(state: RunsResume) -> pb.WatchRunsRequest:
+    """What it asks now."""
+    stub = SimpleNamespace(WatchRuns="the method")
+    asked: pb.WatchRunsRequest = state.call(lambda method, request: request, stub)
+    return asked
+
+
+def test_a_reader_of_all_runs_asks_for_what_comes_after_the_last_revision() -> None:
+    state = RunsResume(None, 60.0)
+    assert not asked_of(state).HasField("after_revision")
+    # Where it began is told once; also where that was the beginning of all.
+    assert state.take(pb.WatchRunsResponse(revision=0))
+    assert asked_of(state) == pb.WatchRunsRequest(after_revision=0)
+    assert state.take(pb.WatchRunsResponse(revision=7, event=event(1)))
+    assert not state.take(pb.WatchRunsResponse(revision=7))
+    assert not state.take(pb.WatchRunsResponse(revision=9))
+    assert asked_of(state) == pb.WatchRunsRequest(after_revision=9)
+    assert state.wait_after(LOST) > 0
+    with pytest.raises(OutOfRange):
+        state.wait_after(OutOfRange("pruned"))
 
 
 def test_a_missing_event_is_no_silence() -> None:

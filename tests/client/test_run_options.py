@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from apollo_client import ApolloClient, RunOptions, run_spec
 from apollo_client.forms import PROBES, SAMPLES
 from apollo_client.sample_files import read_placed
-from apollo_grpc.errors import FieldViolation, InvalidArgument
+from apollo_grpc.errors import FieldViolation, InvalidArgument, Quota
 from apollo_grpc.v1 import training_pb2 as pb
 from tests.client.scripted_server import Scripted, serving
 
@@ -236,8 +236,10 @@ def test_what_the_server_refuses_of_a_list_is_told_by_the_callers_own_item() -> 
     scripted.refusal = InvalidArgument(
         "wrong",
         violations=[FieldViolation(path, "has 3 samples; a run takes at most 2") for path in paths],
+        quota=Quota("samples", "at most 2"),
     )
     refused = refusal(scripted, [SAMPLE], anchors=[talk, OTHER])
+    assert refused.quota == Quota("samples", "at most 2")
     found = refused.violations
     assert [violation.field for violation in found] == ["spec.anchors.samples[1].text", *paths[1:]]
     advice = "up to spec.anchors.samples[0] they fit: leave out the rest"

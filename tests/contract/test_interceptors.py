@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
@@ -23,8 +24,9 @@ from apollo_grpc.errors import (
     ResourceExhausted,
     Unauthenticated,
 )
-from apollo_grpc.interceptors import AioErrors, SyncErrors, TokenCheck
+from apollo_grpc.interceptors import AioErrors, SyncErrors
 from apollo_grpc.statuses import from_rpc_error
+from apollo_grpc.token_check import TokenCheck
 from tests.waiting import HANG
 
 SECRET = "/var/lib/private/weights.bin"
@@ -58,6 +60,7 @@ def handlers(unary, stream, read=None, write=None):
         {
             "Unary": grpc.unary_unary_rpc_method_handler(unary, read, write),
             "Stream": grpc.unary_stream_rpc_method_handler(stream, read, write),
+            "Many": grpc.stream_unary_rpc_method_handler(aio_many, read, write),
         },
     )
 
@@ -69,6 +72,10 @@ def sync_stream(request, context):
 
 async def aio_unary(request, context):
     return answer(request)
+
+
+async def aio_many(requests, context):
+    return b" ".join([answer(request) async for request in requests])
 
 
 async def aio_stream(request, context):
@@ -358,6 +365,36 @@ async def test_a_request_that_does_not_arrive_in_time_is_refused(short_folder, m
     assert answers == [b"hello"]
 
 
+async def test_each_message_of_a_stream_has_its_time(short_folder, monkeypatch):
+    monkeypatch.setattr(interceptors_module, "READ_SECONDS", 0.05)
+    address, never = f"unix:{short_folder}/s", threading.Event()
+
+    async def many(requests, context):
+        return b"".join([each async for each in requests])
+
+    def requests():
+        yield b"in time"
+        never.wait(HANG)
+
+    def ask(sent):
+        with grpc.insecure_channel(address) as channel:
+            return channel.stream_unary("/test.Many/Take")(sent, timeout=HANG)
+
+    server = grpc.aio.server(interceptors=[AioErrors()])
+    handler = grpc.stream_unary_rpc_method_handler(many)
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("test.Many", {"Take": handler})]
+    )
+    server.add_insecure_port(address)
+    await server.start()
+    with pytest.raises(grpc.RpcError) as caught:
+        await asyncio.to_thread(ask, requests())
+    never.set()
+    assert from_rpc_error(caught.value).reason == "REQUEST_TOO_SLOW"
+    assert await asyncio.to_thread(ask, iter([b"a", b"b"])) == b"ab"
+    await server.stop(None)
+
+
 async def test_a_call_without_a_message_is_refused(short_folder):
     address = f"unix:{short_folder}/s"
 
@@ -381,3 +418,24 @@ async def test_an_answer_that_is_bytes_already_is_sent_as_it_is(short_folder, me
     async with asyncio_server(address, write=write):
         answers, error = await asyncio.to_thread(call, address, method, b"hello")
     assert (answers[-1], error) == (b"hello", None)
+
+
+async def test_a_method_of_many_messages_answers_once_or_refuses_any_of_them(short_folder):
+    def read(data):
+        if data == b"wrong":
+            raise DecodeError("not a message")
+        return data
+
+    def ask(*messages):
+        with grpc.insecure_channel(address) as channel:
+            try:
+                return channel.stream_unary("/test.Echo/Many")(iter(messages), timeout=HANG)
+            except grpc.RpcError as error:
+                return from_rpc_error(error).reason
+
+    address = f"unix:{short_folder}/s"
+    async with asyncio_server(address, read=read):
+        assert await asyncio.to_thread(ask, b"a", b"b", b"c") == b"a b c"
+        assert await asyncio.to_thread(ask) == b""
+        assert await asyncio.to_thread(ask, b"a", b"domain", b"c") == "SPEC_INVALID"
+        assert await asyncio.to_thread(ask, b"a", b"wrong") == "REQUEST_UNREADABLE"

@@ -14,11 +14,15 @@ from apollo_grpc.errors import (
     FieldViolation,
     InvalidArgument,
     NotFound,
+    Quota,
+    Resource,
     Unknown,
 )
 from apollo_grpc.statuses import (
     DETAILS_KEY,
     DOMAIN,
+    MAX_STATUS_BYTES,
+    abort_arguments,
     from_rpc_error,
     from_status,
     to_status,
@@ -28,12 +32,16 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=60)
 REASONS = st.from_regex(r"[A-Z][A-Z_]{0,20}", fullmatch=True)
 METADATA = st.dictionaries(TEXT, TEXT, max_size=3)
 VIOLATIONS = st.lists(st.builds(FieldViolation, TEXT, TEXT), max_size=4)
+KINDS = st.sampled_from(["run", "snapshot", "operation"])
+RESOURCES = st.none() | st.builds(Resource, KINDS, TEXT)
+QUOTAS = st.none() | st.builds(Quota, st.sampled_from(["streams", "queued_runs"]), TEXT)
 
 
 @st.composite
 def errors(draw) -> ApolloError:
     kind = draw(st.sampled_from(sorted(ERROR_OF_CODE.values(), key=lambda e: e.__name__)))
     named = {"reason": draw(st.just("") | REASONS), "metadata": draw(METADATA)}
+    named |= {"resource": draw(RESOURCES), "quota": draw(QUOTAS)}
     if kind is InvalidArgument:
         named["violations"] = draw(VIOLATIONS)
     else:
@@ -43,7 +51,7 @@ def errors(draw) -> ApolloError:
 
 def facts(error: ApolloError) -> tuple[object, ...]:
     said = (error.message, error.reason, error.metadata, error.violations, error.retry_seconds)
-    return type(error), *said
+    return type(error), *said, error.resource, error.quota
 
 
 class FailedCall(grpc.RpcError):
@@ -86,6 +94,18 @@ def test_a_status_carries_exactly_one_error_info_of_our_domain(error):
 def test_a_bad_request_is_there_exactly_where_fields_are_wrong(error):
     kept = [d for d in to_status(error).details if d.Is(error_details_pb2.BadRequest.DESCRIPTOR)]
     assert len(kept) == bool(error.violations)
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(errors())
+def test_a_limit_and_a_thing_are_told_in_googles_words(error):
+    for detail in to_status(error).details:
+        quota, resource = error_details_pb2.QuotaFailure(), error_details_pb2.ResourceInfo()
+        if detail.Unpack(quota):
+            (limit,) = quota.violations
+            assert error.quota == Quota(limit.subject, limit.description)
+        if detail.Unpack(resource):
+            assert error.resource == Resource(resource.resource_type, resource.resource_name)
 
 
 @settings(deadline=None, max_examples=50, derandomize=True)
@@ -135,3 +155,16 @@ def test_the_error_of_one_field_names_it_in_the_message_and_the_violation():
     error = InvalidArgument.at("spec.samples[3].tokens", "is empty")
     assert error.message == "spec.samples[3].tokens: is empty"
     assert error.violations == (FieldViolation("spec.samples[3].tokens", "is empty"),)
+
+
+@pytest.mark.parametrize("kind", [NotFound, InvalidArgument])
+def test_an_error_of_long_texts_is_short_enough_to_be_received_and_keeps_all_details(kind):
+    long = "\u00e9" * 5000
+    error = kind(long, resource=Resource("run", long), quota=Quota("samples", long))
+    code, message, details = abort_arguments(error)
+    assert len(details[0][1]) <= MAX_STATUS_BYTES
+    received = from_rpc_error(FailedCall(code, message, details))
+    assert type(received) is kind
+    assert received.resource.kind == "run" and received.quota.subject == "samples"
+    for text in (received.message, received.resource.name, received.quota.description):
+        assert long.startswith(text.removesuffix(" ...")) and text.endswith("\u00e9 ...")

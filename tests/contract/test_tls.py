@@ -32,12 +32,12 @@ def serve():
     """Serves one method behind TLS; returns the address."""
     servers = []
 
-    def start(tls: ServerTls, token: str | None = "token") -> str:
+    def start(tls: ServerTls, guarded: bool = True) -> str:
         server = grpc.server(futures.ThreadPoolExecutor(2))
         handler = grpc.unary_unary_rpc_method_handler(lambda request, context: b"hello")
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("s", {"m": handler})])
         port = free_port()
-        open_port(server, f"127.0.0.1:{port}", token=token, tls=tls)
+        open_port(server, f"127.0.0.1:{port}", guarded=guarded, tls=tls)
         server.start()
         servers.append(server)
         return f"127.0.0.1:{port}"
@@ -80,7 +80,7 @@ def test_plaintext_does_not_reach_a_server_with_tls(ours, serve):
 
 def test_mutual_tls_lets_in_its_own_clients_only(ours, theirs, serve):
     # Client certificates say who calls, so that no token is needed.
-    address = serve(ServerTls(*ours.issue("server"), client_ca=ours.ca), token=None)
+    address = serve(ServerTls(*ours.issue("server"), client_ca=ours.ca), guarded=False)
     certificate, key = ours.issue("client")
     assert call(Endpoint(address, ca=ours.ca, certificate=certificate, key=key)) == b"hello"
     certificate, key = theirs.issue("client")
@@ -88,10 +88,20 @@ def test_mutual_tls_lets_in_its_own_clients_only(ours, theirs, serve):
     assert_refused(Endpoint(address, ca=ours.ca))
 
 
+def test_an_expired_certificate_is_refused_of_a_client_and_of_a_server(ours, serve):
+    mutual = ServerTls(*ours.issue("server"), client_ca=ours.ca)
+    address = serve(mutual, guarded=False)
+    certificate, key = ours.issue("client", expired=True)
+    assert_refused(Endpoint(address, ca=ours.ca, certificate=certificate, key=key))
+    assert_refused(Endpoint(serve(ServerTls(*ours.issue("old-server", expired=True))), ca=ours.ca))
+
+
 def test_the_authorities_of_the_system_are_trusted_where_asked_for(ours, serve, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(ours.ca))
     address = serve(ServerTls(*ours.issue("server")))
     assert call(Endpoint(address, ca=SYSTEM)) == b"hello"
+    certificate, key = ours.issue("client")
+    assert call(Endpoint(address, certificate=certificate, key=key)) == b"hello"
 
 
 def test_this_systems_own_authorities_are_found(monkeypatch):

@@ -102,8 +102,7 @@ def test_a_follower_whose_loop_has_ended_does_not_stop_the_run() -> None:
         follower = log.follow()
         log.append(queued=pb.RunEvent.Queued())
         await anext(follower)
-        wakers = log.readers._wakers
-        wakers[0] = wakers[next(iter(wakers))]
+        log.readers._changed[asyncio.Event()] = asyncio.get_running_loop()
 
     asyncio.run(leave_in_the_middle())
     assert log.readers

@@ -16,9 +16,9 @@ import pytest
 from apollo_grpc.errors import DataLoss, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.ledger import writer as ledger_writer
+from apollo_trainer.ledger.entries import write_events
 from apollo_trainer.ledger.file import FILE_NAME
 from apollo_trainer.ledger.journal import SEGMENT_BYTES, Journal, read_journal
-from apollo_trainer.ledger.ledger import write_events
 from apollo_trainer.ledger.retention import Retention
 from tests.books import finish
 from tests.waiting import HANG, slowness, wait_until
@@ -79,7 +79,7 @@ def test_a_ledger_of_a_newer_version_is_refused_and_left_alone(
 ) -> None:
     open_books().close()
     with sqlite3.connect(state_dir / FILE_NAME) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 1000")
     before = (state_dir / FILE_NAME).read_bytes()
     with pytest.raises(FailedPrecondition, match="newer") as caught:
         open_books()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
@@ -28,10 +29,13 @@ class LedgerMachine(RuleBasedStateMachine):
         self._model: dict[str, list[str]] = {}
         self._ended: set[str] = set()
         self._begun: set[str] = set()
+        self._deleted: set[str] = set()
+        self._given: dict[tuple[str, int], int] = {}
+        self._newest = 0
 
     @rule()
     def accept(self) -> None:
-        run_id = f"run {len(self._model)}"
+        run_id = f"run {len(self._model) + len(self._deleted)}"
         self._logs[run_id] = self._books.accept(run_id, f"request {run_id}")
         self._model[run_id] = ["queued"]
 
@@ -62,6 +66,19 @@ class LedgerMachine(RuleBasedStateMachine):
         self._model[run_id].append("finished")
         self._ended.add(run_id)
 
+    @precondition(lambda self: self._ended)
+    @rule(data=st.data())
+    def delete(self, data: st.DataObject) -> None:
+        run_id = data.draw(st.sampled_from(sorted(self._ended)))
+        # Its end is on the disk, or nobody would know that it may be deleted.
+        while not (row := self._books.ledger.run(run_id)) or not row.has_ended:
+            time.sleep(0.001)
+        self._books.delete(run_id)
+        self._ended.remove(run_id)
+        self._begun.discard(run_id)
+        self._deleted.add(run_id)
+        del self._model[run_id]
+
     @rule()
     def reopen(self) -> None:
         """As after a stop in mid-run: what was at work has been interrupted."""
@@ -89,6 +106,32 @@ class LedgerMachine(RuleBasedStateMachine):
                 time.sleep(0.001)
         for run_id in self._model.keys() - self._ended:
             self._check(run_id)
+        for run_id in self._deleted:
+            assert self._books.ledger.run(run_id) is None
+            assert self._books.ledger.run_of_request(f"request {run_id}") is None
+            assert self._books.ledger.events(run_id, 0, 1) == []
+        self._check_revisions()
+
+    def _check_revisions(self) -> None:
+        """They rise by run, and what was given once stays as long as its event does."""
+        given = dict[tuple[str, int], int]()
+        for revision, data in self._books.ledger.revised(0, 10_000):
+            event = pb.RunEvent.FromString(data)
+            given[event.run_id, event.sequence] = revision
+        # The end of one that has ended may still be on its way.
+        assert self._events(self._model.keys() - self._ended) <= given.keys()
+        assert given.keys() <= self._events(self._model.keys())
+        for (run_id, sequence), revision in given.items():
+            assert given.get((run_id, sequence - 1), 0) < revision
+            assert self._given.get((run_id, sequence), revision) == revision
+        assert all(
+            revision > self._newest for key, revision in given.items() if key not in self._given
+        )
+        self._given, self._newest = given, max([self._newest, *given.values()])
+
+    def _events(self, run_ids: Iterable[str]) -> set[tuple[str, int]]:
+        """The events that runs have."""
+        return {(run, 1 + index) for run in run_ids for index in range(len(self._model[run]))}
 
     def _check(self, run_id: str) -> None:
         events, row = self._books.ledger.events(run_id, 0, 10_000), self._books.ledger.run(run_id)

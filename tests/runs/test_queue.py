@@ -79,6 +79,6 @@ def test_an_engine_that_dies_in_a_save_leaves_a_run_that_ends_with_finished(
         wait(lambda: trainer.owner.saver.idle, "the save")
         assert not other.tell() and not (trainer.settings.state_dir / "another").stat().st_size
     trainer.stop()
-    assert f"run {log.run_id} has ended; too late: checkpoint" in caplog.text
+    assert f"run {log.run_id} has ended; too late: state_saved" in caplog.text
     kinds = [e.WhichOneof("event") for e in log._tail]
     assert kinds[-1] == "finished"

@@ -324,5 +324,5 @@ def test_what_forbids_a_write_is_told_as_what_it_is_and_touches_no_byte(
         assert finished.steps_done == 0
         after = hashes(engine, trainer)
         assert after | {"description": ""} == before | {"description": ""}
-        assert len(checkpoints._ring) == 1, "no update that did nothing can be taken back"
+        assert len(checkpoints.ring) == 1, "no update that did nothing can be taken back"
     assert all_events(trainer.submit())[-1].finished.state == pb.RUN_STATE_SUCCEEDED

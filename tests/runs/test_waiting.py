@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from apollo_grpc.errors import ResourceExhausted, Unavailable
+from apollo_grpc.errors import Quota, ResourceExhausted, Unavailable
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.snapshots.snapshot_store import SnapshotStore
@@ -72,6 +72,7 @@ def test_the_bytes_of_what_waits_are_bounded(
         trainer.submit(samples=large)
     assert refused.value.reason == "QUEUE_FULL"
     assert refused.value.metadata == {"limit_mebibytes": "1"}
+    assert refused.value.quota == Quota("queued_bytes", f"at most {2**20}")
     trainer.submit(dry_run=True)
     trainer.queue.cancel(first.run_id)
     last = trainer.submit(samples=large, dry_run=True)

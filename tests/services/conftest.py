@@ -28,6 +28,15 @@ from tests import programs
 from tests.waiting import HANG, wait_until
 
 
+def short_spec(**spec: Any) -> pb.RunSpec:
+    """Without samples of one short sample."""
+    tokens = pb.TokenSample(context_ids=[60, 61, 62], continuation_ids=[70, 71, 72, 73])
+    spec.setdefault("samples", [pb.Sample(tokens=tokens)])
+    # A run of a test takes the steps that it is told to, also where it learns fast.
+    spec.setdefault("guard", pb.Guard(min_loss=0))
+    return pb.RunSpec(**spec)
+
+
 class Caller:
     """Stubs of every service on one channel."""
 
@@ -51,20 +60,29 @@ class Caller:
 
     def start(self, request_id: str = "", **spec: Any) -> Any:
         """The stream of a run; without samples of one short sample."""
-        tokens = pb.TokenSample(context_ids=[60, 61, 62], continuation_ids=[70, 71, 72, 73])
-        spec.setdefault("samples", [pb.Sample(tokens=tokens)])
-        # A run of a test takes the steps that it is told to, also where it learns fast.
-        spec.setdefault("guard", pb.Guard(min_loss=0))
-        request = pb.TrainRequest(request_id=request_id, spec=pb.RunSpec(**spec))
+        request = pb.TrainRequest(request_id=request_id, spec=short_spec(**spec))
         return self.training.Train(request, timeout=HANG)
+
+    def create(self, request_id: str = "", **spec: Any) -> pb.Run:
+        """The same run, by CreateRun."""
+        request = pb.CreateRunRequest(request_id=request_id, spec=short_spec(**spec))
+        return self.training.CreateRun(request, timeout=HANG).run
+
+    def delete(self, run_id: str) -> None:
+        self.training.DeleteRun(pb.DeleteRunRequest(run_id=run_id), timeout=HANG)
+
+    def watch_runs(self, after: int | None = None) -> Any:
+        """The stream of all runs' events."""
+        return self.training.WatchRuns(pb.WatchRunsRequest(after_revision=after), timeout=HANG)
 
     def events_of(self, run_id: str, after: int = 0) -> list[pb.RunEvent]:
         """The rest of a run's events, by WatchRun."""
         request = pb.WatchRunRequest(run_id=run_id, after_sequence=after)
         return [answer.event for answer in self.training.WatchRun(request, timeout=HANG)]
 
-    def run(self, run_id: str) -> pb.Run:
-        return self.training.GetRun(pb.GetRunRequest(run_id=run_id), timeout=HANG).run
+    def run(self, run_id: str, view: pb.RunView = pb.RUN_VIEW_BASIC) -> pb.Run:
+        request = pb.GetRunRequest(run_id=run_id, view=view)
+        return self.training.GetRun(request, timeout=HANG).run
 
     def cancel(self, run_id: str) -> pb.Run:
         request = pb.CancelRunRequest(run_id=run_id)

@@ -221,11 +221,10 @@ def test_a_restore_that_decodes_is_stopped(
     assert caller.train(optimizer=FAST)[-1].finished.state == pb.RUN_STATE_SUCCEEDED
 
 
-@pytest.mark.parametrize("request_id", ["", "unknown"])
-def test_an_id_that_no_call_had_is_not_found(caller: Any, error_of: Any, request_id: str) -> None:
-    error = error_of(lambda: cancel(caller, request_id))
+def test_an_id_that_no_call_had_is_not_found(caller: Any, error_of: Any) -> None:
+    error = error_of(lambda: cancel(caller, "unknown"))
     assert isinstance(error, NotFound)
-    assert error.reason == "REQUEST_NOT_FOUND"
+    assert error.reason == "OPERATION_NOT_FOUND"
 
 
 def test_a_restore_amid_a_sync_waits_and_the_directory_holds_what_was_synced(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from apollo_grpc.errors import FailedPrecondition, Unavailable
+from apollo_grpc.errors import FailedPrecondition, Resource, Unavailable
 from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.disk.file_ops import FileOps
@@ -108,7 +108,7 @@ def test_a_sync_in_place_keeps_the_file_itself(caller: Any, model_folder: Path) 
 
 
 def test_a_method_that_cannot_be_asked_for_is_refused(caller: Any, error_of: Any) -> None:
-    request = cp.SyncRequest(method=cp.SYNC_METHOD_RENAME)
+    request = cp.SyncRequest(method=cp.SYNC_METHOD_UNCHANGED)
     assert error_of(caller.checkpoints.Sync(request, timeout=HANG)).violations[0].field == "method"
 
 
@@ -130,6 +130,7 @@ def test_a_directory_of_links_is_adopted_and_the_copy_is_whole(
     assert copy.read_bytes() == blob.read_bytes()
     again = error_of(caller.checkpoints.Adopt(request, timeout=HANG))
     assert again.reason == "FOLDER_EXISTS"
+    assert again.resource == Resource("directory", str(target))
     relative = cp.AdoptRequest(directory="mine")
     assert error_of(caller.checkpoints.Adopt(relative, timeout=HANG)).violations
 

@@ -15,10 +15,10 @@ from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from apollo_grpc.sidecar.v1 import weight_export_pb2
 from apollo_grpc.statuses import from_rpc_error
 from apollo_grpc.transport import Endpoint
-from apollo_grpc.sidecar.v1 import weight_export_pb2
-from apollo_grpc.v1 import checkpoint_pb2, status_pb2
+from apollo_grpc.v1 import checkpoint_pb2, dataset_pb2, status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
 from tests.engine_double import EngineDouble
@@ -40,12 +40,12 @@ CODES = {
 }
 METHODS = {
     method.full_name: method
-    for module in (pb, checkpoint_pb2, status_pb2, weight_export_pb2)
+    for module in (pb, checkpoint_pb2, dataset_pb2, status_pb2, weight_export_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }
 # Streams without an end.
-ENDLESS = {"WatchStatus", "WatchGeneration"}
+ENDLESS = {"WatchStatus", "WatchRuns", "WatchGeneration"}
 # What names a folder of the server's machine.
 FOLDERS = {"directory"}
 MAX_GROWTH_KIB = 16 * 1024
@@ -129,10 +129,13 @@ class Caller:
         method = METHODS[name]
         channel = self.sidecar if "WeightExport" in name else self.channel
         kind = channel.unary_stream if method.server_streaming else channel.unary_unary
+        if method.client_streaming:
+            # The stream of one message.
+            kind, request = channel.stream_unary, iter([request])
         service, _, short = name.rpartition(".")
         answer = kind(
             f"/{service}/{short}",
-            type(request).SerializeToString,
+            method.input_type._concrete_class.SerializeToString,
             method.output_type._concrete_class.FromString,
         )(request, timeout=HANG)
         if not method.server_streaming:
@@ -150,6 +153,8 @@ def ask(caller: Any, method: str, request: Message) -> grpc.StatusCode:
         for answer in caller.call(method, request):
             if method.endswith((".Train", ".WatchRun")):
                 caller.cancel(answer.event.run_id)
+            elif method.endswith(".CreateRun"):
+                caller.cancel(answer.run.run_id)
     except grpc.RpcError as error:
         found = from_rpc_error(error)
         assert found.code in CODES, (method, request, found.code, found.message)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from apollo_grpc.errors import AlreadyExists, InvalidArgument, NotFound, OutOfRange
+from apollo_grpc.errors import AlreadyExists, InvalidArgument, NotFound, OutOfRange, Resource
 from apollo_grpc.v1 import training_pb2 as pb
 
 
@@ -33,10 +33,11 @@ def test_a_request_sent_again_in_mid_run_attaches_from_the_first_event(caller: A
 def test_a_request_id_with_another_spec_is_refused_and_nothing_begins(
     caller: Any, error_of: Any
 ) -> None:
-    caller.train("mine")
+    run_id = caller.train("mine")[0].run_id
     error = error_of(caller.start("mine", epochs=2))
     assert isinstance(error, AlreadyExists)
-    assert error.reason == "REQUEST_ID_TAKEN"
+    assert (error.reason, error.metadata) == ("REQUEST_ID_TAKEN", {"run_id": run_id})
+    assert error.resource == Resource("run", run_id)
     assert len(caller.list().runs) == 1
 
 
@@ -75,8 +76,11 @@ def test_a_run_that_waits_when_the_server_stops_is_executed_by_the_next_one(
 
 def test_a_run_says_what_it_is_and_how_far_it_came(caller: Any) -> None:
     events = caller.train("mine", epochs=3, seed=5)
-    run = caller.run(events[0].run_id)
+    run = caller.run(events[0].run_id, pb.RUN_VIEW_FULL)
     assert (run.state, run.steps_done, run.steps_total) == (pb.RUN_STATE_SUCCEEDED, 3, 3)
+    last = [event.step for event in events if event.HasField("step")][-1]
+    assert (run.request_id, run.last_loss) == ("mine", last.loss)
+    assert run.weight_version == events[-1].finished.weight_version
     assert run.last_sequence == len(events)
     assert (run.spec.epochs, run.spec.seed, len(run.spec.samples)) == (3, 5, 1)
     times = [run.create_time, run.start_time, run.end_time]
@@ -137,7 +141,9 @@ def test_a_token_is_of_its_states_alone(caller: Any, error_of: Any) -> None:
 def test_an_unknown_run_is_not_found(start_server: Any, error_of: Any) -> None:
     caller = start_server()
     for call in (caller.events_of, caller.run, caller.cancel):
-        assert isinstance(error_of(lambda call=call: call("none")), NotFound)
+        error = error_of(lambda call=call: call("none"))
+        assert isinstance(error, NotFound)
+        assert error.resource == Resource("run", "none")
         assert isinstance(error_of(lambda call=call: call("")), InvalidArgument)
 
 

@@ -20,6 +20,7 @@ from apollo_grpc.errors import (
     InvalidArgument,
     NotFound,
     OutOfRange,
+    Resource,
 )
 from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
@@ -62,8 +63,8 @@ def restore(caller: Any, snapshot: str, **fields: Any) -> cp.RestoreResult:
 
 
 def undo(caller: Any, updates: int = 1, **fields: Any) -> cp.RestoreResult:
-    (answer,) = caller.checkpoints.Undo(cp.UndoRequest(updates=updates, **fields), timeout=HANG)
-    return answer.result
+    *_, last = caller.checkpoints.Undo(cp.UndoRequest(updates=updates, **fields), timeout=HANG)
+    return last.result
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -163,9 +164,13 @@ def test_snapshots_are_listed_in_pages_found_by_name_and_deleted(
     assert caller.checkpoints.GetSnapshot(get, timeout=HANG).snapshot == made[1]
     delete = cp.DeleteSnapshotRequest(snapshot_id="b")
     caller.checkpoints.DeleteSnapshot(delete, timeout=HANG)
-    assert isinstance(error_of(lambda: caller.checkpoints.GetSnapshot(get, timeout=HANG)), NotFound)
+    missing = error_of(lambda: caller.checkpoints.GetSnapshot(get, timeout=HANG))
+    assert isinstance(missing, NotFound)
+    assert missing.resource == Resource("snapshot", get.snapshot_id)
     taken = caller.checkpoints.CreateSnapshot(cp.CreateSnapshotRequest(name="a"), timeout=HANG)
-    assert isinstance(error_of(taken), AlreadyExists)
+    there = error_of(taken)
+    assert isinstance(there, AlreadyExists)
+    assert there.resource == Resource("snapshot", "a")
 
 
 def test_a_request_id_makes_one_snapshot(served: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import apollo_trainer.services.streams as streams_module
 from apollo_client import ApolloClient
 from apollo_client.aio import AsyncApolloClient
-from apollo_grpc.errors import ResourceExhausted
+from apollo_grpc.errors import Quota, ResourceExhausted
 from apollo_grpc.v1 import checkpoint_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.services.streams import RETRY_SECONDS, StreamLimit
@@ -29,6 +29,7 @@ def test_the_callers_of_one_host_leave_room_for_others() -> None:
             pass
         assert refused.value.reason == "TOO_MANY_WATCHERS"
         assert refused.value.metadata == {"limit": "2"}
+        assert refused.value.quota == Quota("watchers", "at most 2 from your host")
         assert refused.value.retry_seconds == RETRY_SECONDS
         held.enter_context(limit.one("ipv6:[::1]:6000"))
         held.enter_context(limit.one("unix:"))
@@ -71,6 +72,7 @@ def test_watchers_and_readers_keep_neither_training_nor_a_sync_out(
     ):
         error = error_of(refused)
         assert (error.reason, error.retry_seconds) == (reason, 0.05)
+        assert error.quota == Quota(reason.removeprefix("TOO_MANY_").lower(), "at most 1")
     full.cancel(run_id)
     assert list(waiting)[-1].event.HasField("finished")
     assert full.train()[-1].finished.state == pb.RUN_STATE_SUCCEEDED

@@ -117,3 +117,26 @@ def test_the_python_client_takes_all_of_it_from_the_environment(
     monkeypatch.delenv("APOLLO_TOKEN_FILE")
     monkeypatch.setenv("APOLLO_TOKEN", "from-outside\n")
     assert ask("")[0].isdigit()
+
+
+def words_of(address: str, **how: Any) -> str:
+    with ApolloClient(address, **how) as client, pytest.raises(Unavailable) as unheard:
+        client.status()
+    return unheard.value.message
+
+
+def test_what_is_wrong_with_tls_is_told_with_what_to_do(
+    serve: Any, tmp_path: Path, ours: Authority
+) -> None:
+    theirs = Authority(tmp_path, "theirs")
+    certificate, key = ours.issue("server")
+    address = serve(tls_certificate=certificate, tls_key=key, tls_client_ca=ours.ca)
+    assert "name its authority with --ca" in words_of(address, ca=theirs.ca)
+    certificate, key = theirs.issue("client")
+    given = {"certificate": certificate, "key": key}
+    for how in ({}, {"ca": ours.ca}, {"ca": ours.ca} | given):
+        assert "asks for --certificate and --key" in words_of(address, **how)
+
+
+def test_a_server_without_tls_is_told_to_a_caller_with_it(serve: Any, ours: Authority) -> None:
+    assert "speaks no TLS" in words_of(serve(), ca=ours.ca)

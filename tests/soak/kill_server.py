@@ -14,6 +14,7 @@ from apollo_client import ApolloClient
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from tests.server_process import ServerProcess
+from tests.waiting import wait_until
 
 SAMPLE = {"context_ids": [60, 61, 62], "continuation_ids": [70, 71, 72, 73]}
 LONGEST_LIFE_SECONDS = 1.5
@@ -29,12 +30,14 @@ class Outcome:
     Attributes:
         told: the events of each run as its client read them, over all restarts, by run id.
         kept: the same, asked for at the end.
+        watched: the events of all runs as one reader read them, over all restarts.
         runs: as the ledger lists them, oldest first.
         optimizer_step: of the live optimizer at the end.
     """
 
     told: dict[str, list[pb.RunEvent]] = field(default_factory=dict)
     kept: dict[str, list[pb.RunEvent]] = field(default_factory=dict)
+    watched: list[pb.WatchRunsResponse] = field(default_factory=list)
     runs: list[pb.Run] = field(default_factory=list)
     optimizer_step: int = 0
 
@@ -72,6 +75,33 @@ class Client(threading.Thread):
             return
 
 
+class Reader(threading.Thread):
+    """Reads the events of all runs, from the first, until it is told how many there are."""
+
+    def __init__(self, address: str):
+        super().__init__(daemon=True)
+        self.read, self.error = list[pb.WatchRunsResponse](), list[BaseException]()
+        self._client = ApolloClient(address, retry_seconds=RETRY_SECONDS)
+        self._stream = self._client.watch_runs(after_revision=0)
+
+    def run(self) -> None:
+        try:
+            for each in self._stream:
+                if each.HasField("event"):
+                    self.read.append(each)
+        except BaseException as error:
+            self.error.append(error)
+
+    def end(self, count: int) -> list[pb.WatchRunsResponse]:
+        """What it read, once that is so much."""
+        wait_until(lambda: len(self.read) >= count or self.error, "the events of all runs")
+        assert not self.error, self.error
+        self._stream.close()
+        self.join(RETRY_SECONDS)
+        self._client.close()
+        return self.read
+
+
 def kill_again_and_again(
     serving: AbstractContextManager[ServerProcess], kills: int, seed: int
 ) -> Outcome:
@@ -79,8 +109,9 @@ def kill_again_and_again(
     draw = random.Random(seed)
     with serving as server:
         clients = [Client(server.address, seed + n) for n in range(2)]
-        for client in clients:
-            client.start()
+        reader = Reader(server.address)
+        for thread in (*clients, reader):
+            thread.start()
         for number in range(kills):
             _live(server, draw)
             server.end(signal.SIGKILL)
@@ -93,7 +124,9 @@ def kill_again_and_again(
             client.join(RETRY_SECONDS)
             assert not client.is_alive()
             assert client.error is None, client.error
-        return _ask(server, clients)
+        outcome = _ask(server, clients)
+        outcome.watched = reader.end(sum(map(len, outcome.kept.values())))
+        return outcome
 
 
 def _live(server: ServerProcess, draw: random.Random) -> None:
@@ -125,6 +158,7 @@ def _ask(server: ServerProcess, clients: list[Client]) -> Outcome:
 
 def require_nothing_lost(outcome: Outcome) -> None:
     """Every promise of the ledger, checked on what was seen."""
+    require_watched(outcome)
     for run_id, told in outcome.told.items():
         assert told == outcome.kept[run_id], f"run {run_id} was told otherwise than it is kept"
     for run in outcome.runs:
@@ -135,6 +169,16 @@ def require_nothing_lost(outcome: Outcome) -> None:
         assert later.optimizer_step == start.optimizer_step + run.steps_done
     start, run = trained[-1]
     assert outcome.optimizer_step == start.optimizer_step + run.steps_done
+
+
+def require_watched(outcome: Outcome) -> None:
+    """All runs' events were read, each once, in one order that is that of each run as well."""
+    revisions = [each.revision for each in outcome.watched]
+    assert revisions == sorted(set(revisions))
+    read: dict[str, list[pb.RunEvent]] = {}
+    for each in outcome.watched:
+        read.setdefault(each.event.run_id, []).append(each.event)
+    assert read == outcome.kept
 
 
 def _started(events: list[pb.RunEvent]) -> pb.RunEvent.Started | None:

@@ -51,6 +51,40 @@ def test_answers_are_those_of_completions_and_scores_those_of_score_tokens(
         assert list(answer.expected_log_probabilities) == pytest.approx(scores, abs=NOISE)
 
 
+def test_samples_are_scored_as_vllm_scores_its_own_prompts(qwen3: Any) -> None:
+    # More than vLLM is asked at once, of many lengths.
+    cuts = [(2 + n, n, n + 1 + n % 7) for n in range(0, 140, 4)]
+    samples = [{"context_ids": LONG[:c], "continuation_ids": LONG[a:b]} for c, a, b in cuts]
+    found = qwen3.client.score(samples)
+    for sample, score in zip(samples, found.scores, strict=True):
+        learned = sample["continuation_ids"]
+        own = qwen3.engine_logprobs(sample["context_ids"] + learned)[-len(learned) :]
+        assert list(score.log_probabilities) == pytest.approx(own.tolist(), abs=NOISE)
+    assert found.weight_version_after == qwen3.client.status().weight_version
+    assert qwen3.client.server_info().model.vllm_version[0].isdigit()
+
+
+def test_samples_are_scored_while_a_run_writes_and_drops_what_vllm_cached(qwen3: Any) -> None:
+    before = qwen3.client.create_snapshot("before")
+    samples = [{"context_ids": LONG, "continuation_ids": LONG[n : n + 9]} for n in range(8)]
+    scored: list[training_pb2.ScoreSamplesResponse] = []
+    options = {"epochs": 8, "lr": 3e-4, "cache_policy": "reset_each_step", "min_loss": 0}
+    for event in qwen3.client.train(samples[:1], **options):
+        scored.append(qwen3.client.score(samples))
+        state = event.finished.state
+    assert state == training_pb2.RUN_STATE_SUCCEEDED
+    versions = [(each.weight_version_before, each.weight_version_after) for each in scored]
+    assert versions == sorted(versions)
+    assert versions[-1][1] - versions[0][0] > 1
+    sure = [each.scores[0].log_probability for each in scored]
+    assert sure[-1] > sure[0]
+    (last,) = qwen3.client.score(samples[:1]).scores
+    own = qwen3.engine_logprobs(LONG + LONG[:9])[-9:]
+    assert list(last.log_probabilities) == pytest.approx(own.tolist(), abs=NOISE)
+    qwen3.client.restore(before.snapshot_id)
+    qwen3.client.delete_snapshot(before.snapshot_id)
+
+
 def completed(stack: Any, prompts: list[pb.Prompt]) -> list[list[int]]:
     """What /v1/completions says to each."""
     asked = [(list(p.token_ids), {"max_tokens": p.max_tokens}) for p in prompts]

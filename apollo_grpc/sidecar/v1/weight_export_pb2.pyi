@@ -100,6 +100,7 @@ class WeightManifest(google.protobuf.message.Message):
     AS_LOADED_FIELD_NUMBER: builtins.int
     WORKER_PID_NAMESPACE_FIELD_NUMBER: builtins.int
     GENERATION_PAGE_FIELD_NUMBER: builtins.int
+    VLLM_VERSION_FIELD_NUMBER: builtins.int
     epoch: builtins.str
     """Random for each engine process."""
     generation: builtins.int
@@ -122,6 +123,8 @@ class WeightManifest(google.protobuf.message.Message):
     """
     worker_pid_namespace: builtins.int
     """Inode of the PID namespace that `worker_pid` counts in."""
+    vllm_version: builtins.str
+    """Of the vLLM that the sidecar is in; empty where it does not tell."""
     @property
     def buffers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Buffer]: ...
     @property
@@ -148,9 +151,10 @@ class WeightManifest(google.protobuf.message.Message):
         as_loaded: builtins.bool = ...,
         worker_pid_namespace: builtins.int = ...,
         generation_page: global___MemfdHandle | None = ...,
+        vllm_version: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["generation_page", b"generation_page"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["as_loaded", b"as_loaded", "buffers", b"buffers", "epoch", b"epoch", "generation", b"generation", "generation_page", b"generation_page", "max_model_len", b"max_model_len", "model", b"model", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "tensors", b"tensors", "weight_version", b"weight_version", "worker_pid", b"worker_pid", "worker_pid_namespace", b"worker_pid_namespace"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["as_loaded", b"as_loaded", "buffers", b"buffers", "epoch", b"epoch", "generation", b"generation", "generation_page", b"generation_page", "max_model_len", b"max_model_len", "model", b"model", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "tensors", b"tensors", "vllm_version", b"vllm_version", "weight_version", b"weight_version", "worker_pid", b"worker_pid", "worker_pid_namespace", b"worker_pid_namespace"]) -> None: ...
 
 global___WeightManifest = WeightManifest
 
@@ -549,6 +553,11 @@ class AnswerPromptsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     ANSWERS_FIELD_NUMBER: builtins.int
+    WEIGHT_VERSION_BEFORE_FIELD_NUMBER: builtins.int
+    WEIGHT_VERSION_AFTER_FIELD_NUMBER: builtins.int
+    weight_version_before: builtins.int
+    """Before the first was asked and after the last: where they differ, the weights changed meanwhile."""
+    weight_version_after: builtins.int
     @property
     def answers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Answer]:
         """One a prompt, in order."""
@@ -557,8 +566,10 @@ class AnswerPromptsResponse(google.protobuf.message.Message):
         self,
         *,
         answers: collections.abc.Iterable[global___Answer] | None = ...,
+        weight_version_before: builtins.int = ...,
+        weight_version_after: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["answers", b"answers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answers", b"answers", "weight_version_after", b"weight_version_after", "weight_version_before", b"weight_version_before"]) -> None: ...
 
 global___AnswerPromptsResponse = AnswerPromptsResponse
 

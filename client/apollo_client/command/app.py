@@ -13,10 +13,23 @@ import typer
 import typer.main
 
 from apollo_client.client import ApolloClient
-from apollo_client.command import checkpoint, display, doctor, probes, teach, train, up
+from apollo_client.command import (
+    checkpoint,
+    dashboard,
+    datasets,
+    display,
+    doctor,
+    probes,
+    runs,
+    teach,
+    token,
+    train,
+    up,
+)
 from apollo_client.command.display import Json
 from apollo_client.command.events import update_line
 from apollo_client.command.outcome import output_status, reported_errors
+from apollo_client.command.record import record
 from apollo_client.command.run_display import follow
 from apollo_grpc.addresses import require_address
 from apollo_grpc.locations import server_address, socket_path
@@ -74,7 +87,8 @@ def connection(
         Path | None,
         typer.Option(
             envvar="APOLLO_CA",
-            help="PEM CA of the server, for TLS; 'system': those that this machine trusts.",
+            help="PEM CA of the server, for TLS; 'system', the default beyond this machine: those "
+            "that it trusts.",
         ),
     ] = None,
     certificate: Annotated[
@@ -97,6 +111,10 @@ def connection(
 
 
 app.command("train")(train.command)
+app.command("runs")(runs.list_runs)
+app.command("run")(runs.show)
+app.command("cancel")(runs.cancel)
+app.command("delete")(runs.delete)
 app.command("teach")(teach.command)
 
 
@@ -109,14 +127,36 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 
 
 @app.command()
+def info(context: typer.Context, as_json: Json = False) -> None:
+    """Show versions, limits, and what the attached model can do."""
+    with reported_errors(), context.obj.client() as client:
+        found = client.server_info()
+    print(display.to_json(found) if as_json else "\n".join(display.info_lines(found)))
+
+
+@app.command()
 def watch(
     context: typer.Context,
     run_id: Annotated[
-        str, typer.Argument(metavar="[RUN_ID]", help="From its first event to its end.")
-    ] = "",
-    after: Annotated[int, typer.Option(help="Of RUN_ID, only later sequences.")] = 0,
+        str | None, typer.Argument(metavar="[RUN_ID]", help="From its first event to its end.")
+    ] = None,
+    all_runs: Annotated[
+        bool, typer.Option("--all", help="Every event of all runs, none left out, from now on.")
+    ] = False,
+    after: Annotated[
+        int | None,
+        typer.Option(help="Of RUN_ID, only later sequences; of --all, revisions, from 0 on."),
+    ] = None,
     run: Annotated[str, typer.Option(help="Only the events of this run.")] = "",
     min_interval: Annotated[float, typer.Option(help="Seconds between two statuses.")] = 0.0,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND:PLACE",
+            help="Of RUN_ID, the figures: csv:FILE, tensorboard:DIR or wandb:PROJECT. Goes on "
+            "where it ended.",
+        ),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Follow all runs and the status, every step's loss included, until Ctrl-C.
@@ -124,58 +164,22 @@ def watch(
     With RUN_ID: every event of that run from its first, also of one that has ended, and then the
     status that 'apollo train' would have had.
     """
-    if run_id:
+    if to:
         with reported_errors(), context.obj.client() as client:
-            follow(client.watch_run(run_id, after), as_json)
+            record(client, run_id or "", to, after or 0, as_json)
+        return
+    if run_id is not None:
+        with reported_errors(), context.obj.client() as client:
+            follow(client.watch_run(run_id, after or 0), as_json)
         return
     with reported_errors(), context.obj.client() as client:
         try:
-            for update in client.watch(run, min_interval):
+            told: Any = client.watch_runs(after) if all_runs else client.watch(run, min_interval)
+            for update in told:
                 line = display.to_json(update) if as_json else update_line(update)
                 print(line, flush=True)
         except KeyboardInterrupt:
             raise typer.Exit(0) from None
-
-
-@app.command()
-def runs(
-    context: typer.Context,
-    state: Annotated[
-        list[str] | None,
-        typer.Option(help="queued, running, succeeded, failed, cancelled or rejected; repeatable."),
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 50,
-    as_json: Json = False,
-) -> None:
-    """List runs, newest first."""
-    with reported_errors(), context.obj.client() as client:
-        page = client.list_runs(limit, states=state or ())
-    for found in page.runs:
-        print(display.to_json(found) if as_json else display.run_line(found))
-
-
-@app.command("run")
-def show_run(
-    context: typer.Context,
-    run_id: Annotated[str, typer.Argument(help="As 'apollo runs' lists it.")],
-    as_json: Json = False,
-) -> None:
-    """Show one run."""
-    with reported_errors(), context.obj.client() as client:
-        found = client.get_run(run_id)
-    print(display.to_json(found) if as_json else "\n".join(display.run_lines(found)))
-
-
-@app.command()
-def cancel(
-    context: typer.Context,
-    run_id: Annotated[str, typer.Argument(help="As 'apollo runs' lists it.")],
-    as_json: Json = False,
-) -> None:
-    """Ask a run to stop before its next step; what it learned until then stays."""
-    with reported_errors(), context.obj.client() as client:
-        found = client.cancel_run(run_id)
-    print(display.to_json(found) if as_json else display.run_line(found))
 
 
 @app.command()
@@ -196,7 +200,10 @@ def sync(
 
 
 app.add_typer(probes.app, name="probes")
+app.add_typer(token.app, name="token")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(datasets.app, name="datasets")
+app.command("dashboard")(dashboard.command)
 _PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("up", context_settings=_PASSES_ON)(up.command)
 app.command("doctor", context_settings=_PASSES_ON)(doctor.command)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -9,14 +12,27 @@ import typer
 
 from apollo_client.command import display
 from apollo_client.command.display import Json
-from apollo_client.command.outcome import REFUSED, reported_errors
+from apollo_client.command.outcome import INTERRUPTED, REFUSED, reported_errors
+from apollo_grpc.errors import NotFound
 
 app = typer.Typer(no_args_is_help=True, help="Snapshots, undo, export: the disk, and ways back.")
 Expect = Annotated[int | None, typer.Option(help="Only if the live weights have this version.")]
 RequestId = Annotated[
     str,
-    typer.Option("--request-id", help="Again with the same: attaches; 'cancel' stops it."),
+    typer.Option("--request-id", help="Again with the same: follows the first; 'cancel' stops it."),
 ]
+
+
+@contextmanager
+def left_to_itself() -> Iterator[None]:
+    """Around what begins an operation: Ctrl-C leaves it going, and errors are reported."""
+    try:
+        with reported_errors():
+            yield
+    except KeyboardInterrupt:
+        where = "'apollo checkpoint operations' shows it, 'apollo checkpoint cancel ID' stops it"
+        print(f"\nWhat was begun goes on; {where}.", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command()
@@ -28,7 +44,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare the model directory with what the last sync left there; writes nothing."""
-    with reported_errors(), context.obj.client() as client:
+    with left_to_itself(), context.obj.client() as client:
         result = client.verify(full=full, live=live, request_id=request_id)
     print(display.to_json(result) if as_json else "\n".join(display.verify_lines(result)))
     if result.differences:
@@ -43,16 +59,21 @@ def adopt(
     as_json: Json = False,
 ) -> None:
     """Copy the files of a directory of links or of a hub cache, without what was learned since."""
-    with reported_errors(), context.obj.client() as client:
+    with left_to_itself(), context.obj.client() as client:
         result = client.adopt(directory.absolute(), request_id=request_id)
     print(display.to_json(result) if as_json else display.adopt_line(result))
 
 
 @app.command()
-def sync(context: typer.Context, request_id: RequestId = "", as_json: Json = False) -> None:
+def sync(
+    context: typer.Context,
+    expect: Expect = None,
+    request_id: RequestId = "",
+    as_json: Json = False,
+) -> None:
     """Bring the model directory up to date with what was learned, as 'apollo sync' does."""
-    with reported_errors(), context.obj.client() as client:
-        result = client.sync(request_id=request_id)
+    with left_to_itself(), context.obj.client() as client:
+        result = client.sync(expected_weight_version=expect, request_id=request_id)
     print(display.to_json(result) if as_json else display.sync_line(result))
 
 
@@ -60,12 +81,15 @@ def sync(context: typer.Context, request_id: RequestId = "", as_json: Json = Fal
 def create(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="Without one it may give way to newer ones.")] = "",
+    expect: Expect = None,
     request_id: RequestId = "",
     as_json: Json = False,
 ) -> None:
     """Keep weights and optimizer state as they are now."""
-    with reported_errors(), context.obj.client() as client:
-        snapshot = client.create_snapshot(name, request_id=request_id)
+    with left_to_itself(), context.obj.client() as client:
+        snapshot = client.create_snapshot(
+            name, expected_weight_version=expect, request_id=request_id
+        )
     print(display.to_json(snapshot) if as_json else display.snapshot_line(snapshot))
 
 
@@ -91,7 +115,7 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Make a snapshot the live model again, while vLLM serves."""
-    with reported_errors(), context.obj.client() as client:
+    with left_to_itself(), context.obj.client() as client:
         result = client.restore(snapshot, expected_weight_version=expect, request_id=request_id)
     print(display.to_json(result) if as_json else display.restore_line(result))
 
@@ -105,7 +129,7 @@ def undo(
     as_json: Json = False,
 ) -> None:
     """Take the last updates back, weights and optimizer state."""
-    with reported_errors(), context.obj.client() as client:
+    with left_to_itself(), context.obj.client() as client:
         result = client.undo(updates, expected_weight_version=expect, request_id=request_id)
     print(display.to_json(result) if as_json else display.restore_line(result))
 
@@ -116,7 +140,7 @@ def delete(
     snapshot: Annotated[str, typer.Argument(help="Its id, or its name.")],
 ) -> None:
     """Delete a snapshot."""
-    with reported_errors(), context.obj.client() as client:
+    with left_to_itself(), context.obj.client() as client:
         client.delete_snapshot(snapshot)
     print(f"deleted {snapshot}")
 
@@ -125,23 +149,49 @@ def delete(
 def export(
     context: typer.Context,
     directory: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    expect: Expect = None,
     request_id: RequestId = "",
     as_json: Json = False,
 ) -> None:
     """Write the live weights as a new model directory, for vLLM, transformers or a friend."""
-    with reported_errors(), context.obj.client() as client:
-        result = client.export(directory.absolute(), request_id=request_id)
+    with left_to_itself(), context.obj.client() as client:
+        result = client.export(
+            directory.absolute(), expected_weight_version=expect, request_id=request_id
+        )
     print(display.to_json(result) if as_json else display.export_line(result))
+
+
+@app.command()
+def operations(
+    context: typer.Context,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(help="waiting, running, succeeded, failed or cancelled; repeatable."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 50,
+    as_json: Json = False,
+) -> None:
+    """List what was begun here, by whomever, newest first."""
+    with reported_errors(), context.obj.client() as client:
+        page = client.operations(limit, states=state or ())
+    for found in page.operations:
+        print(display.to_json(found) if as_json else display.operation_line(found))
 
 
 @app.command()
 def cancel(
     context: typer.Context,
-    request_id: Annotated[str, typer.Argument(help="As it was given to what is to stop.")],
+    operation: Annotated[
+        str,
+        typer.Argument(metavar="ID", help="As 'operations' lists it, or its --request-id."),
+    ],
 ) -> None:
-    """Stop what was begun with --request-id; all is then as it was before."""
+    """Stop an operation; all is then as it was before."""
     with reported_errors(), context.obj.client() as client:
-        state = client.cancel_operation(request_id)
-    print(f"{request_id}: {state.lower().replace('_', ' ')}")
+        try:
+            state = client.cancel_operation(operation)
+        except NotFound:
+            state = client.cancel_operation(request_id=operation)
+    print(f"{operation}: {state.lower().replace('_', ' ')}")
     if state == "TOO_LATE":
         raise typer.Exit(REFUSED)

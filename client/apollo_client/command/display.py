@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from apollo_client.sample_values import shown
-from apollo_grpc.v1 import checkpoint_pb2, status_pb2, training_pb2
+from apollo_grpc.v1 import checkpoint_pb2, dataset_pb2, status_pb2, training_pb2
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
@@ -34,7 +34,9 @@ def run_line(run: training_pb2.Run) -> str:
     state = state_name(run.state, training_pb2.RunState, "RUN_STATE_").lower()
     when = run.create_time.ToDatetime().isoformat(" ", "seconds")
     reason = f"  {run.failure.reason}" if run.HasField("failure") else ""
-    return f"{run.run_id}  {when}  {state:<9}  {run.steps_done}/{run.steps_total} steps{reason}"
+    steps, name = f"{run.steps_done}/{run.steps_total} steps", run.spec.name
+    named = f"  {shown(name)}" if name else ""
+    return f"{run.run_id}  {when}  {state:<9}  {steps}{reason}{named}"
 
 
 def run_lines(run: training_pb2.Run) -> Iterable[str]:
@@ -48,8 +50,13 @@ def run_lines(run: training_pb2.Run) -> Iterable[str]:
         if time.seconds:
             yield f"{name:<10} {time.ToDatetime().isoformat(' ', 'seconds')} UTC"
     yield f"{'events':<10} {run.last_sequence}; 'apollo watch {run.run_id}' shows them"
-    if run.spec.samples:
-        yield f"{'samples':<10} {len(run.spec.samples)}"
+    if run.spec.labels:
+        labels = (f"{shown(key)}={shown(value)}" for key, value in run.spec.labels.items())
+        yield f"{'labels':<10} {', '.join(sorted(labels))}"
+    if run.HasField("last_loss"):
+        yield f"{'last loss':<10} {run.last_loss:.4f}"
+    if run.HasField("weight_version"):
+        yield f"{'weights':<10} version {run.weight_version}"
     if run.HasField("failure"):
         yield f"{'failure':<10} {run.failure.message} ({run.failure.reason})"
 
@@ -83,6 +90,56 @@ def _status_rows(status: status_pb2.ServerStatus) -> Iterable[tuple[str, str]]:
         when = status.last_sync.time.ToDatetime().isoformat(" ", "seconds")
         yield "last sync", f"{when} UTC, weight version {status.last_sync.weight_version}"
     yield "server", f"{status.server_version}, up {status.uptime.seconds} s"
+
+
+def info_lines(info: status_pb2.GetServerInfoResponse) -> list[str]:
+    """What a server and its model can do, a line a subject."""
+    return [f"{name:<10} {value}" for name, value in _info_rows(info)]
+
+
+def _info_rows(info: status_pb2.GetServerInfoResponse) -> Iterable[tuple[str, str]]:
+    limits, queued = info.limits, f"{info.limits.queued_bytes // MIB:,} MiB together"
+    versions = [f"{name} {number}" for name, number in sorted(info.versions.items())]
+    yield "server", info.server_version
+    yield "libraries", ", ".join(versions)
+    yield "runs", f"of at most {limits.samples:,} samples and {limits.message_bytes // MIB:,} MiB"
+    yield "queue", f"at most {limits.queued_runs:,} runs, of {queued}"
+    yield (
+        "datasets",
+        f"at most {limits.datasets:,}, of {limits.dataset_samples:,} samples each and "
+        f"{limits.dataset_bytes // MIB:,} MiB together",
+    )
+    yield "open", f"at most {limits.streams:,} streams and {limits.watchers:,} watchers"
+    if info.HasField("model"):
+        yield from _model_rows(info.model)
+    else:
+        yield "model", "none is attached; 'apollo status' says why"
+
+
+def _model_rows(model: status_pb2.ModelInfo) -> Iterable[tuple[str, str]]:
+    names, prefix = training_pb2.CoherenceMode, "COHERENCE_MODE_"
+    modes = [state_name(mode, names, prefix).lower() for mode in model.coherence_modes]
+    yield "model", model.directory
+    yield "weights", f"{model.architecture}, {model.parameters:,} in {model.dtype}"
+    yield "tokens", f"{model.vocabulary:,} different; at most {model.max_length:,} in a sequence"
+    yield "tokenizer", f"SHA-256 {model.tokenizer_digest}" if model.tokenizer_digest else "none"
+    yield "vLLM", model.vllm_version or "of an unknown version"
+    yield "modes", ", ".join(modes)
+    yield "undo", f"{model.undoable_updates:,} updates can be taken back"
+
+
+def operation_line(operation: checkpoint_pb2.Operation) -> str:
+    """An operation in one line, its whole id first."""
+    kind = state_name(operation.kind, checkpoint_pb2.OperationKind, "OPERATION_KIND_")
+    state = state_name(operation.state, checkpoint_pb2.OperationState, "OPERATION_STATE_").lower()
+    when = operation.create_time.ToDatetime().isoformat(" ", "seconds")
+    line = f"{operation.operation_id}  {when}  {state:<9}  {kind.lower().replace('_', ' ')}"
+    if operation.HasField("progress") and not operation.HasField("end_time"):
+        progress = operation.progress
+        line += f"  {progress.bytes_done:,} of {progress.bytes_total:,} bytes"
+    if operation.request_id:
+        line += f"  request id {shown(operation.request_id)}"
+    return f"{line}  {operation.failure.reason}" if operation.HasField("failure") else line
 
 
 def sync_line(result: checkpoint_pb2.SyncResult) -> str:
@@ -142,6 +199,16 @@ def export_line(result: checkpoint_pb2.ExportResult) -> str:
     return (
         f"wrote {result.bytes_written:,} bytes of weights, version {result.weight_version}, to "
         f"{result.directory}"
+    )
+
+
+def dataset_line(dataset: dataset_pb2.Dataset) -> str:
+    """A dataset in one line, its whole id first."""
+    when = dataset.create_time.ToDatetime().isoformat(" ", "seconds")
+    name = dataset.name if dataset.name.isprintable() else repr(dataset.name)
+    return (
+        f"{dataset.dataset_id}  {when} UTC  {name or '(no name)'}  {dataset.samples:,} samples, "
+        f"{dataset.size_bytes:,} bytes"
     )
 
 

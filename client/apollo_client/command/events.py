@@ -121,8 +121,10 @@ def _answer(result: training_pb2.ProbeResult) -> str:
     return shown(result.answer)
 
 
-def update_line(update: status_pb2.WatchStatusResponse) -> str:
+def update_line(update: status_pb2.WatchStatusResponse | training_pb2.WatchRunsResponse) -> str:
     """An update of a subscription in words."""
+    if isinstance(update, training_pb2.WatchRunsResponse):
+        return _revised_line(update)
     lost = f"({update.dropped} updates lost) " if update.dropped else ""
     if update.HasField("event"):
         return f"{lost}run {update.event.run_id[:8]}  {event_line(update.event)}"
@@ -135,3 +137,9 @@ def update_line(update: status_pb2.WatchStatusResponse) -> str:
             f"optimizer step {update.status.optimizer_step}, {update.status.queue_length} waiting"
         )
     return f"{lost}heartbeat"
+
+
+def _revised_line(update: training_pb2.WatchRunsResponse) -> str:
+    if not update.HasField("event"):
+        return f"{update.revision}  now"
+    return f"{update.revision}  run {update.event.run_id[:8]}  {event_line(update.event)}"

@@ -16,7 +16,6 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from apollo_client.client import RunStream
 from apollo_client.command.display import to_json
 from apollo_client.command.events import event_line, figures, probe_table
 from apollo_client.command.outcome import INTERRUPTED, REFUSED
@@ -75,7 +74,7 @@ class RunDisplay:
             print(line, flush=True)
 
 
-def follow(stream: RunStream, as_json: bool) -> None:
+def follow(stream: Iterable[training_pb2.RunEvent], as_json: bool) -> None:
     """Shows a run's events until its last; ends the command where the run did not succeed.
 
     Ctrl-C ends the command, too, and leaves the run going. One that failed, was cancelled or was

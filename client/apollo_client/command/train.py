@@ -10,8 +10,9 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from apollo_client.command.display import Json
+from apollo_client.command.many_samples import learn
 from apollo_client.command.outcome import reported_errors
-from apollo_client.command.run_display import follow
+from apollo_client.command.runs import Labels, read_labels
 from apollo_client.forms import SAMPLES, Form
 from apollo_client.placing import Placed
 from apollo_client.requests import LISTS, RunOptions
@@ -25,7 +26,14 @@ _BOOLS = {"true": True, "false": False}
 
 def command(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="JSON lines or one array, or - for standard input.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="JSON lines or one array, or - for standard input; or --dataset."),
+    ] = None,
+    dataset_id: Annotated[
+        str | None,
+        typer.Option("--dataset", metavar="ID", help="Samples of 'apollo datasets', not a FILE."),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the samples.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate, on AdamW's scale.")] = None,
     samples_per_step: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
@@ -132,6 +140,11 @@ def command(
             help="Go on with a state of other weights, as after vLLM restarted without a sync.",
         ),
     ] = False,
+    name: Annotated[str | None, typer.Option(help="Of the run, for people.")] = None,
+    labels: Labels = None,
+    expected_weight_version: Annotated[
+        int | None, typer.Option(help="Refused where the weights are of another version.")
+    ] = None,
     request_id: Annotated[
         str | None,
         typer.Option(help="The same id and samples again attach to the first run."),
@@ -151,10 +164,12 @@ def command(
     "exact" or "log_probability", and "role": "learn" or "keep".
     """
     with reported_errors():
-        samples = read(file, SAMPLES)
+        if (file is None) == (dataset_id is None):
+            raise InvalidArgument.at("FILE", "or --dataset is needed, and not both")
+        samples = read(file, SAMPLES) if file else []
         options = _options(context.params)
         with context.obj.client() as client:
-            follow(client.train(samples, request_id=request_id, **options), as_json)
+            learn(client, samples, request_id, options, as_json)
 
 
 def _options(given: Mapping[str, Any]) -> Any:
@@ -168,6 +183,8 @@ def _options(given: Mapping[str, Any]) -> Any:
     for name, form in LISTS.items():
         if name in options:
             options[name] = read(options[name], form)
+    if "labels" in options:
+        options["labels"] = read_labels(options["labels"])
     if "accept_if" in options:
         options["accept_if"] = dict(map(_condition, options["accept_if"])) or None
     return options

@@ -4,6 +4,7 @@ from apollo_trainer.engine.coherence import coherence_of, engine_is_gone
 from apollo_trainer.engine.engine_watch import EngineWatch, no_engine
 from apollo_trainer.engine.owner import ModelOwner
 from apollo_trainer.engine.pause import EnginePause
+from apollo_trainer.engine.server_info import ServerInfo
 from apollo_trainer.engine.session import Session
 from apollo_trainer.engine.state_saver import CapturedState, Saved, StateSaver
 from apollo_trainer.engine.status_board import KEPT_EVENTS, StatusBoard
@@ -15,6 +16,7 @@ __all__ = [
     "EngineWatch",
     "ModelOwner",
     "Saved",
+    "ServerInfo",
     "Session",
     "StateSaver",
     "StatusBoard",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+from apollo_grpc import traces
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.engine.pause import EnginePause
@@ -174,6 +175,7 @@ class PauseRun(Coherence):
     """vLLM waits for the whole run; no step holds it alone."""
 
     serves = False
+    _span = traces.Span()
 
     def _count(self, pause: EnginePause) -> None:
         self.held_seconds += pause.held_seconds
@@ -181,6 +183,7 @@ class PauseRun(Coherence):
     def begin(self) -> None:
         """Pauses vLLM."""
         self._acquire()
+        self._span = traces.begin("pause")
 
     def after_step(self) -> None:
         """Tells vLLM at the end alone: it reads nothing before."""
@@ -188,7 +191,10 @@ class PauseRun(Coherence):
 
     def _end(self) -> None:
         """Lets vLLM go on."""
-        self._release(reset_caches=self._resets_at_end)
+        try:
+            self._release(reset_caches=self._resets_at_end)
+        finally:
+            self._span.end()
 
 
 class PauseStep(Coherence):
@@ -206,12 +212,14 @@ class PauseStep(Coherence):
             self._reset_caches()
 
 
-_MODES: dict[int, type[Coherence]] = {
+_MODES: dict[pb.CoherenceMode.ValueType, type[Coherence]] = {
     pb.COHERENCE_MODE_UNSPECIFIED: PauseStep,
     pb.COHERENCE_MODE_PAUSE_RUN: PauseRun,
     pb.COHERENCE_MODE_PAUSE_STEP: PauseStep,
     pb.COHERENCE_MODE_LIVE: Live,
 }
+# What a spec may ask for.
+COHERENCE_MODES = [mode for mode in _MODES if mode]
 
 
 def coherence_of(

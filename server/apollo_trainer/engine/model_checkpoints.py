@@ -58,6 +58,7 @@ class ModelCheckpoints:
         watch: the optimizer's `before_param_write`.
         poison: why the live weights are mixed; no run and no sync may begin then.
         not_synced: why a sync would be refused, in a sentence; empty where nothing was found.
+        ring: the updates that `undo` takes back; any thread may ask how many.
         store: the snapshots on disk; its writes raise as `place` does.
     """
 
@@ -86,11 +87,11 @@ class ModelCheckpoints:
         self._writer = ThreadPoolExecutor(1, "snapshot-writer")
         self._snapshot: Future[SnapshotInfo] | None = None
         budget, self._weights = settings.undo_mebibytes * MIB, sum(p.nbytes for p in parameters)
-        self._ring = UndoRing(budget)
+        self.ring = UndoRing(budget)
         # Undo copies the weights at every step: a larger model goes without.
         self._keeps_updates = self._weights <= budget
         if self._keeps_updates:
-            self.watch.add(self._ring.before_write)
+            self.watch.add(self.ring.before_write)
         self._look_for_one_cut_off()
 
     @property
@@ -118,15 +119,15 @@ class ModelCheckpoints:
             yield
             return
         parameters = self._attachment.parameters()
-        self._ring.begin(parameters, optimizer)
+        self.ring.begin(parameters, optimizer)
         try:
             yield
         finally:
-            self._ring.end(parameters)
+            self.ring.end(parameters)
 
     def forget_updates(self) -> None:
         """Drops all updates: they belong to an optimizer that is no more."""
-        self._ring.clear()
+        self.ring.clear()
 
     @property
     def snapshot_at_work(self) -> Future[SnapshotInfo] | None:
@@ -201,8 +202,8 @@ class ModelCheckpoints:
         Args:
             paused: pauses vLLM while the weights are written.
         """
-        self._ring.settle()
-        keep = self._ring.add if self._keeps_updates else None
+        self.ring.settle()
+        keep = self.ring.add if self._keeps_updates else None
         with self._at_work(paused):
             old = restore(state, self._attachment.parameters(), optimizer, keep, self.poison)
         if not self._keeps_updates:
@@ -226,7 +227,7 @@ class ModelCheckpoints:
                 reason="UNDO_OFF",
             )
         writing = self._at_work(paused)
-        self._ring.undo(count, self._attachment.parameters(), optimizer, self.poison, writing)
+        self.ring.undo(count, self._attachment.parameters(), optimizer, self.poison, writing)
 
     @contextmanager
     def _at_work(self, paused: Pausing) -> Iterator[None]:
@@ -291,7 +292,7 @@ class ModelCheckpoints:
     def close(self) -> None:
         """Ends the threads, once what they write is on disk, and releases the directory."""
         self._writer.shutdown()
-        self._ring.stop()
+        self.ring.stop()
         self._spare.remove()
         with self._owning:
             self._closed = True

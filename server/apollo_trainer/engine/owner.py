@@ -8,12 +8,13 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
+from apollo_grpc.errors import ApolloError, FailedPrecondition, Internal, Unavailable
 from apollo_grpc.generation import FIRST
 from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.directory import place_under, settle_directory
 from apollo_trainer.config import Settings
 from apollo_trainer.engine.open_session import doubt, look_ahead, open_session, refused_forms
+from apollo_trainer.engine.server_info import model_info
 from apollo_trainer.engine.session import KeptState, Session
 from apollo_trainer.engine.state_saver import StateSaver
 from apollo_trainer.engine.status_board import StatusBoard
@@ -181,6 +182,7 @@ class ModelOwner(TrainingThread):
             self._compiling.start()
             look_ahead(session, self._compiling)
             session.refused_forms = refused_forms(self.sidecar)
+            session.model_info = model_info(session)
             self.attached(session)
         except ApolloError as error:
             self._refuse(error)
@@ -188,7 +190,7 @@ class ModelOwner(TrainingThread):
         except Exception as error:
             log.exception("the attachment failed")
             self._refuse(
-                FailedPrecondition(
+                Internal(
                     f"The attachment failed by a mistake of the server's ({type(error).__name__}); "
                     "its log has the details. Nothing was written."
                 )

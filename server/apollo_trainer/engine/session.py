@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from apollo_grpc.errors import FailedPrecondition
+from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.apollo_state import (
     OPTIMIZER_KEY,
     RUNNING_FILE_NAME,
@@ -85,6 +86,7 @@ class Session:
         needs: sentences on what steps need of the device; empty until they are known.
         sharing: how training shares a GPU with vLLM; empty on a CPU.
         refused_forms: sentences on which forms of samples vLLM makes no tokens of.
+        model_info: what callers are told of the model; nobody changes it.
         weight_version: updates of the live weights, the newest count; any thread reads it.
         pace: how long steps wait for vLLM's tokens; any thread.
     """
@@ -112,6 +114,7 @@ class Session:
     needs: str = ""
     sharing: str = ""
     refused_forms: str = ""
+    model_info: status_pb2.ModelInfo = field(default_factory=status_pb2.ModelInfo)
     weight_version: int = field(init=False)
     pace: Pace = field(init=False)
     _counting: threading.Lock = field(init=False, default_factory=threading.Lock)

@@ -10,12 +10,14 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextvars import copy_context
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from apollo_grpc import traces
 from apollo_trainer.checkpoints.apollo_state import save_state
 
 log = logging.getLogger(__name__)
@@ -60,7 +62,8 @@ Done = Callable[[Saved], None]
 class _Job:
     state: CapturedState
     replaceable: bool
-    done: list[Done] = field(default_factory=list)
+    done: list[Done]
+    span: traces.Span
 
 
 class StateSaver:
@@ -78,20 +81,26 @@ class StateSaver:
 
         Replaces a queued save to the same file, whose `done` is called with this one's result.
         """
+        # What `done` logs is about what the caller is at.
+        context = copy_context()
+
+        def told(saved: Saved) -> None:
+            context.run(done, saved)
+
         with self._changed:
             last = self._jobs[-1] if self._jobs else None
             if last and last.replaceable and last.state.path == state.path:
                 last.state = state
-                last.done.append(done)
+                last.done.append(told)
                 return
-            self._jobs.append(_Job(state, True, [done]))
+            self._jobs.append(_Job(state, True, [told], _span(state)))
             self._changed.notify_all()
 
     def save_and_wait(self, state: CapturedState) -> Saved:
         """Saves the state; returns when it is on disk, or when that failed."""
         future: Future[Saved] = Future()
         with self._changed:
-            self._jobs.append(_Job(state, False, [future.set_result]))
+            self._jobs.append(_Job(state, False, [future.set_result], _span(state)))
             self._changed.notify_all()
         return future.result()
 
@@ -108,6 +117,7 @@ class StateSaver:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             saved = _save(job.state)
+            job.span.end(failed=bool(saved.error), bytes=saved.size_bytes)
             for done in job.done:
                 try:
                     done(saved)
@@ -131,6 +141,11 @@ class StateSaver:
             self._stopped = True
             self._changed.notify_all()
         self._thread.join()
+
+
+def _span(state: CapturedState) -> traces.Span:
+    # None in the middle of a run, where each step may be followed by a save.
+    return traces.begin("save") if state.supersedes else traces.Span()
 
 
 def _save(state: CapturedState) -> Saved:

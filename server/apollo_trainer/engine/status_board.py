@@ -57,6 +57,7 @@ class StatusBoard:
         self._published = 0
         self._changed = True
         self._listener: Listener | None = None
+        self._observers: tuple[Callable[[training_pb2.RunEvent], None], ...] = ()
 
     def snapshot(self) -> pb.ServerStatus:
         """Returns a copy of the status."""
@@ -119,8 +120,22 @@ class StatusBoard:
         refused = [pb.RefusedWeight(name=name, reason=why) for name, why in tensors.items()]
         self.update(lambda status: status.weight_map.refused.extend(refused))
 
+    def observe(self, observer: Callable[[training_pb2.RunEvent], None]) -> None:
+        """Adds one that is called with each event, which it may not change.
+
+        It misses none, and is called by whoever publishes: it must neither wait nor raise, and
+        takes some tens of microseconds at most.
+        """
+        with self._lock:
+            self._observers = (*self._observers, observer)
+
     def publish(self, event: training_pb2.RunEvent) -> None:
-        """Keeps an event of a run for the listener, if there is one; nobody may change it later."""
+        """Tells the observers, and keeps an event of a run for the listener, if there is one.
+
+        Nobody may change it later.
+        """
+        for observer in self._observers:
+            observer(event)
         with self._lock:
             if (listener := self._listener) is None:
                 return

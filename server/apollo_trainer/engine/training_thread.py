@@ -7,6 +7,8 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import copy_context
+from functools import partial
 from typing import TypeVar
 
 from apollo_grpc.errors import Unavailable
@@ -37,8 +39,11 @@ class TrainingThread:
                 log.exception("a job of the training thread failed")
 
     def do(self, job: Callable[[], None]) -> None:
-        """Queues a job behind those that wait. Any thread, event loops too."""
-        self._jobs.put(job)
+        """Queues a job behind those that wait. Any thread, event loops too.
+
+        It is within the caller's span, and its lines of the log are about what the caller's are.
+        """
+        self._jobs.put(partial(copy_context().run, job))
 
     def between_runs(self, work: Callable[[], T], future: Future[T] | None = None) -> Future[T]:
         """Queues work and returns its future; the work begins once the run at work has ended.
@@ -54,7 +59,7 @@ class TrainingThread:
             # After the thread's last job nobody would ever resolve it.
             if self.stopping.is_set():
                 raise _stopping()
-            self._jobs.put(lambda: self._resolve(future, work))
+            self.do(lambda: self._resolve(future, work))
         return future
 
     def _resolve(self, future: Future[T], work: Callable[[], T]) -> None:

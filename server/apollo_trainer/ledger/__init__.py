@@ -1,8 +1,16 @@
-"""What runs did, on disk: events in order for any number of readers, whatever crashes."""
+"""What runs did, and operations, on disk: for any number of readers, whatever crashes."""
 
+from apollo_trainer.ledger.entries import Acceptance, Deletion, write_events
 from apollo_trainer.ledger.events import EventLog
+from apollo_trainer.ledger.feed import Feed
 from apollo_trainer.ledger.file import LedgerFile, transaction
-from apollo_trainer.ledger.following import PAGE, require_next, require_reached, stopping
+from apollo_trainer.ledger.following import (
+    PAGE,
+    Readers,
+    require_next,
+    require_reached,
+    stopping,
+)
 from apollo_trainer.ledger.journal import (
     FOLDER,
     JournalContents,
@@ -10,22 +18,37 @@ from apollo_trainer.ledger.journal import (
     read_journal,
     remove_journal,
 )
-from apollo_trainer.ledger.ledger import Acceptance, Ledger, RunRow, digest_of, write_events
+from apollo_trainer.ledger.ledger import ENDED, Choice, Ledger, RunRow, digest_of
+from apollo_trainer.ledger.operations import (
+    KeptOperations,
+    OperationChange,
+    OperationRow,
+    end_interrupted,
+)
 from apollo_trainer.ledger.retention import Retention
 from apollo_trainer.ledger.writer import LedgerWriter
 
 __all__ = [
+    "ENDED",
     "FOLDER",
     "PAGE",
     "Acceptance",
+    "Choice",
+    "Deletion",
     "EventLog",
+    "Feed",
     "JournalContents",
+    "KeptOperations",
     "Ledger",
     "LedgerFile",
     "LedgerWriter",
+    "OperationChange",
+    "OperationRow",
+    "Readers",
     "Retention",
     "RunRow",
     "digest_of",
+    "end_interrupted",
     "journals_in",
     "read_journal",
     "remove_journal",

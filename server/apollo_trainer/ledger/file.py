@@ -15,12 +15,13 @@ from pathlib import Path
 from apollo_grpc.errors import FailedPrecondition
 
 FILE_NAME = "ledger.sqlite"
-VERSION = 1
 BUSY_SECONDS = 10.0
 # What the write-ahead log is cut to after a checkpoint; it grows without it and stays so.
 MAX_LOG_BYTES = 4 * 2**20
 
-_SCHEMA = """
+# Each one leads from the version before: a new file takes all of them, an older one those it lacks.
+_STEPS = (
+    """
 CREATE TABLE runs (
   number INTEGER PRIMARY KEY AUTOINCREMENT,
   run_id TEXT NOT NULL UNIQUE,
@@ -47,7 +48,54 @@ CREATE TABLE events (
   event BLOB NOT NULL,
   PRIMARY KEY (number, sequence)
 ) WITHOUT ROWID;
-"""
+""",
+    # A revision is never given twice, also when its event is gone. Events of before get theirs in
+    # the order of their runs.
+    """
+CREATE TABLE revised (
+  revision INTEGER PRIMARY KEY AUTOINCREMENT,
+  number INTEGER NOT NULL,
+  sequence INTEGER NOT NULL,
+  event BLOB NOT NULL,
+  UNIQUE (number, sequence)
+);
+INSERT INTO revised (number, sequence, event)
+  SELECT number, sequence, event FROM events ORDER BY number, sequence;
+DROP TABLE events;
+ALTER TABLE revised RENAME TO events;
+CREATE TABLE pruned (through INTEGER NOT NULL);
+INSERT INTO pruned VALUES (0);
+CREATE TABLE specs (number INTEGER PRIMARY KEY, spec BLOB NOT NULL);
+INSERT INTO specs SELECT number, spec FROM runs WHERE spec IS NOT NULL;
+ALTER TABLE runs DROP COLUMN spec;
+ALTER TABLE runs ADD COLUMN name TEXT NOT NULL DEFAULT '';
+ALTER TABLE runs ADD COLUMN last_loss REAL;
+ALTER TABLE runs ADD COLUMN weight_version INTEGER;
+ALTER TABLE runs ADD COLUMN in_doubt INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX runs_by_name ON runs (name, number);
+CREATE TABLE labels (
+  label TEXT NOT NULL,
+  value TEXT NOT NULL,
+  number INTEGER NOT NULL,
+  PRIMARY KEY (label, value, number)
+) WITHOUT ROWID;
+CREATE INDEX labels_by_run ON labels (number);
+CREATE TABLE operations (
+  number INTEGER PRIMARY KEY AUTOINCREMENT,
+  operation_id TEXT NOT NULL UNIQUE,
+  request_id TEXT UNIQUE,
+  kind INTEGER NOT NULL,
+  digest BLOB NOT NULL,
+  created INTEGER NOT NULL,
+  state INTEGER NOT NULL,
+  started INTEGER NOT NULL,
+  ended INTEGER NOT NULL,
+  outcome BLOB NOT NULL
+);
+CREATE INDEX operations_by_end ON operations (ended);
+""",
+)
+VERSION = len(_STEPS)
 
 
 class LedgerFile:
@@ -81,6 +129,8 @@ class LedgerFile:
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
         connection.execute("PRAGMA synchronous = FULL")
+        # What is deleted is gone from the file, not only out of use.
+        connection.execute("PRAGMA secure_delete = ON")
         connection.execute(f"PRAGMA journal_size_limit = {MAX_LOG_BYTES}")
         return connection
 
@@ -97,8 +147,12 @@ class LedgerFile:
             # Only before the first table: afterwards it would take a whole VACUUM.
             self.writer.execute("PRAGMA auto_vacuum = INCREMENTAL")
         self.writer.execute("PRAGMA journal_mode = WAL")
-        if version == 0:
-            self.writer.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {VERSION};COMMIT;")
+        if 0 < version < VERSION:
+            # What was deleted by versions before this one is still in the free pages.
+            self.writer.execute("VACUUM")
+        if version < VERSION:
+            steps = "".join(_STEPS[version:])
+            self.writer.executescript(f"BEGIN;{steps}PRAGMA user_version = {VERSION};COMMIT;")
         found = self.writer.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
             raise sqlite3.DatabaseError(found)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -23,35 +24,39 @@ class Readers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._wakers: dict[int, Callable[[], None]] = {}
+        self._changed: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
 
     def __len__(self) -> int:
-        return len(self._wakers)
+        return len(self._changed)
 
     @contextmanager
     def joined(self) -> Iterator[asyncio.Event]:
         """While the block runs, `wake` sets the event. On the reader's event loop."""
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            # The reader's loop may end before the run does; nobody is left to be told then.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(changed.set)
-
+        changed = asyncio.Event()
         with self._lock:
-            self._wakers[id(changed)] = wake
+            self._changed[changed] = asyncio.get_running_loop()
         try:
             yield changed
         finally:
             with self._lock:
-                self._wakers.pop(id(changed), None)
+                self._changed.pop(changed, None)
 
     def wake(self) -> None:
         """Wakes every reader. Any thread."""
+        loops = defaultdict[asyncio.AbstractEventLoop, list[asyncio.Event]](list)
         with self._lock:
-            wakers = list(self._wakers.values())
-        for wake in wakers:
-            wake()
+            for changed, loop in self._changed.items():
+                loops[loop].append(changed)
+        # A loop is woken once for all of its readers, of whom there may be hundreds.
+        for loop, readers in loops.items():
+            # It may end before the run does; nobody is left to be told then.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(_set_all, readers)
+
+
+def _set_all(changed: Iterable[asyncio.Event]) -> None:
+    for each in changed:
+        each.set()
 
 
 async def follow(log: EventLog, after: int) -> AsyncIterator[pb.RunEvent]:

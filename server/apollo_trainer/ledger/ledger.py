@@ -1,15 +1,12 @@
-"""The ledger: runs, their specs and their events on disk.
-
-Here are the statements that read and write; `LedgerWriter` decides when something is written.
-"""
+"""The ledger: runs, their specs and their events on disk. Here are the statements that read."""
 
 from __future__ import annotations
 
 import hashlib
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -25,6 +22,26 @@ ENDED = (
     pb.RUN_STATE_CANCELLED,
     pb.RUN_STATE_REJECTED,
 )
+# The state of a run that was deleted: of its row is left what says where the optimizer is.
+DELETED = pb.RUN_STATE_UNSPECIFIED
+# Bytes of events that are read for `WatchRuns` at once: a reader that does not read holds them.
+PAGE_BYTES = 2**18
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which runs are listed, and in which order.
+
+    Attributes:
+        states: one of which the run is in; empty: any.
+        labels: all of which it has.
+        name: that it has; empty: any.
+    """
+
+    states: Sequence[int] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+    oldest_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,10 +51,11 @@ class RunRow:
     Attributes:
         number: rises with each accepted run.
         digest: `digest_of` the spec.
-        spec_head: serialized spec without its samples.
+        spec_head: serialized spec without its samples and what holds some.
         optimizer_step: of the live optimizer when the run began.
         epoch: of the engine whose weights it changed.
         pruned_through: events up to this sequence were removed.
+        in_doubt: whether one step more than `steps_done` may be in the weights.
     """
 
     number: int
@@ -56,6 +74,9 @@ class RunRow:
     last_sequence: int
     pruned_through: int
     failure: bytes | None
+    last_loss: float | None
+    weight_version: int | None
+    in_doubt: int
 
     @property
     def has_ended(self) -> bool:
@@ -72,6 +93,9 @@ class RunRow:
             steps_done=self.steps_done,
             steps_total=self.steps_total,
             last_sequence=self.last_sequence,
+            request_id=self.request_id or "",
+            last_loss=self.last_loss,
+            weight_version=self.weight_version,
         )
         for stamp, when in ((run.start_time, self.started), (run.end_time, self.ended)):
             if when:
@@ -86,10 +110,11 @@ _COLUMNS = ", ".join(column.name for column in fields(RunRow))
 
 def digest_of(spec: pb.RunSpec) -> bytes:
     """Returns the sha256 by which two specs are compared, also after one was pruned."""
-    return hashlib.sha256(_canonical(spec)).digest()
+    return hashlib.sha256(canonical(spec)).digest()
 
 
-def _canonical(spec: pb.RunSpec) -> bytes:
+def canonical(spec: pb.RunSpec) -> bytes:
+    """Serializes a spec to the same bytes each time."""
     return spec.SerializeToString(deterministic=True)
 
 
@@ -105,7 +130,7 @@ class Ledger:
 
     def run(self, run_id: str) -> RunRow | None:
         """Returns a run by its id."""
-        return self._row("WHERE run_id = ?", run_id)
+        return self._row("WHERE run_id = ? AND state != ?", run_id, DELETED)
 
     def run_of_request(self, request_id: str) -> RunRow | None:
         """Returns the run that a request id began."""
@@ -121,20 +146,36 @@ class Ledger:
             "WHERE state IN (?, ?) ORDER BY number", pb.RUN_STATE_QUEUED, pb.RUN_STATE_RUNNING
         )
 
-    def page(self, before: int, states: Sequence[int], size: int) -> list[RunRow]:
-        """Returns runs with a smaller number than `before`, newest first."""
-        among = f" AND state IN ({', '.join('?' * len(states))})" if states else ""
-        where = f"WHERE number < ?{among} ORDER BY number DESC LIMIT ?"
-        return self._rows(where, before, *states, size)
+    def page(self, choice: Choice, size: int, beyond: int | None = None) -> list[RunRow]:
+        """Returns the first runs of a choice, or those that follow the run of a number."""
+        conditions, values = ["state != ?"], list[object]([DELETED])
+        if choice.states:
+            conditions.append(f"state IN ({', '.join('?' * len(choice.states))})")
+            values += choice.states
+        if choice.name:
+            conditions.append("name = ?")
+            values.append(choice.name)
+        for label in choice.labels.items():
+            conditions.append("number IN (SELECT number FROM labels WHERE label = ? AND value = ?)")
+            values += label
+        if beyond is not None:
+            conditions.append("number > ?" if choice.oldest_first else "number < ?")
+            values.append(beyond)
+        order = "number" if choice.oldest_first else "number DESC"
+        where = f"WHERE {' AND '.join(conditions)} ORDER BY {order} LIMIT ?"
+        return self._rows(where, *values, size)
 
     def spec(self, run_id: str) -> pb.RunSpec | None:
         """Returns a run's whole spec; None once it was pruned."""
-        found = self._fetch("SELECT spec FROM runs WHERE run_id = ?", run_id)
-        return pb.RunSpec.FromString(found[0][0]) if found and found[0][0] is not None else None
+        found = self.fetch(
+            "SELECT spec FROM specs WHERE number = (SELECT number FROM runs WHERE run_id = ?)",
+            run_id,
+        )
+        return pb.RunSpec.FromString(found[0][0]) if found else None
 
     def events(self, run_id: str, after: int, limit: int) -> list[pb.RunEvent]:
         """Returns the next events of a run after a sequence."""
-        found = self._fetch(
+        found = self.fetch(
             "SELECT event FROM events WHERE number = (SELECT number FROM runs WHERE run_id = ?) "
             "AND sequence > ? ORDER BY sequence LIMIT ?",
             run_id,
@@ -143,19 +184,50 @@ class Ledger:
         )
         return [pb.RunEvent.FromString(event) for (event,) in found]
 
+    def newest_revision(self) -> int:
+        """Returns the last revision that was given; 0 before the first event."""
+        found = self.fetch("SELECT seq FROM sqlite_sequence WHERE name = 'events'")
+        return int(found[0][0]) if found else 0
+
+    def pruned_revision(self) -> int:
+        """Returns the greatest revision whose event was pruned; 0 where none was."""
+        return int(self.fetch("SELECT through FROM pruned")[0][0])
+
+    def revised(self, after: int, limit: int) -> list[tuple[int, bytes]]:
+        """Returns the next events of all runs after a revision, serialized.
+
+        At most so many, and no more once they have PAGE_BYTES.
+        """
+        page, size = list[tuple[int, bytes]](), 0
+        statement = (
+            "SELECT revision, event FROM events WHERE revision > ? ORDER BY revision LIMIT ?"
+        )
+        with self._reading() as connection:
+            for revision, event in connection.execute(statement, (after, limit)):
+                page.append((revision, event))
+                size += len(event)
+                if size >= PAGE_BYTES:
+                    break
+        return page
+
     def _row(self, where: str, *values: object) -> RunRow | None:
         rows = self._rows(where, *values)
         return rows[0] if rows else None
 
     def _rows(self, where: str, *values: object) -> list[RunRow]:
-        return [
-            RunRow(*row) for row in self._fetch(f"SELECT {_COLUMNS} FROM runs {where}", *values)
-        ]
+        found = self.fetch(f"SELECT {_COLUMNS} FROM runs {where}", *values)
+        return [RunRow(*row) for row in found]
 
-    def _fetch(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+    def fetch(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        """Returns all rows of a statement that reads."""
+        with self._reading() as connection:
+            return connection.execute(statement, values).fetchall()
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
         try:
             with self._lock:
-                return self._connection.execute(statement, values).fetchall()
+                yield self._connection
         except sqlite3.Error as error:
             raise DataLoss(
                 f"The ledger cannot be read ({error}); runs at work go on. Look at the disk, and "
@@ -167,88 +239,6 @@ class Ledger:
         """Ends reading."""
         with self._lock:
             self._connection.close()
-
-
-@dataclass(frozen=True)
-class Acceptance:
-    """A new run to be written: its spec, and `queued`, its first event; `done` holds its id."""
-
-    request_id: str
-    spec: pb.RunSpec
-    steps_total: int
-    queued: pb.RunEvent
-    done: Future[str] = field(default_factory=Future)
-
-    def write(self, connection: sqlite3.Connection) -> None:
-        """Inserts the run and its first event."""
-        spec_bytes, head = _canonical(self.spec), pb.RunSpec()
-        head.CopyFrom(self.spec)
-        head.ClearField("samples")
-        connection.execute(
-            "INSERT INTO runs (run_id, request_id, digest, spec, spec_head, state, created, "
-            "steps_total) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                self.queued.run_id,
-                self.request_id or None,
-                hashlib.sha256(spec_bytes).digest(),
-                spec_bytes,
-                _canonical(head),
-                pb.RUN_STATE_QUEUED,
-                self.queued.event_time.ToNanoseconds(),
-                self.steps_total,
-            ),
-        )
-        write_events(connection, [self.queued])
-
-
-def write_events(connection: sqlite3.Connection, events: Iterable[pb.RunEvent]) -> None:
-    """Inserts events, in order, and updates their runs' rows. Events already there stay."""
-    events = list(events)
-    connection.executemany(
-        "INSERT OR IGNORE INTO events (number, sequence, event) "
-        "SELECT number, ?, ? FROM runs WHERE run_id = ?",
-        [(event.sequence, event.SerializeToString(), event.run_id) for event in events],
-    )
-    for values in _merged(events).values():
-        names = ", ".join(f"{name} = :{name}" for name in values if name != "run_id")
-        connection.execute(f"UPDATE runs SET {names} WHERE run_id = :run_id", values)
-
-
-def _merged(events: list[pb.RunEvent]) -> dict[str, dict[str, object]]:
-    """Returns the columns that change, by run; of one column the last event counts."""
-    changes: dict[str, dict[str, object]] = {}
-    for event in events:
-        columns = changes.setdefault(event.run_id, {"run_id": event.run_id})
-        columns["last_sequence"] = event.sequence
-        columns.update(_columns(event))
-    return changes
-
-
-def _columns(event: pb.RunEvent) -> dict[str, object]:
-    when = event.event_time.ToNanoseconds()
-    if event.HasField("started"):
-        started = event.started
-        columns: dict[str, object] = {
-            "state": pb.RUN_STATE_RUNNING,
-            "started": when,
-            "steps_total": started.steps_total,
-        }
-        if not started.dry_run:
-            # By these the optimizer's step is found again after a kill.
-            columns |= {"optimizer_step": started.optimizer_step, "epoch": started.engine_epoch}
-        return columns
-    if event.HasField("step"):
-        return {} if event.step.dry_run else {"steps_done": event.step.step}
-    if event.HasField("finished"):
-        finished = event.finished
-        failed = finished.HasField("failure")
-        return {
-            "state": finished.state,
-            "ended": when,
-            "steps_done": finished.steps_done,
-            "failure": finished.failure.SerializeToString() if failed else None,
-        }
-    return {}
 
 
 def _time(nanoseconds: int) -> timestamp_pb2.Timestamp:

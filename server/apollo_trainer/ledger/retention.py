@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from apollo_trainer.ledger.file import transaction
 from apollo_trainer.ledger.ledger import ENDED
+from apollo_trainer.ledger.operations import prune_operations
 
 # Each pass is one short transaction: an event's commit waits behind it.
 RUNS_A_PASS = 16
@@ -22,7 +23,7 @@ class Retention:
     """How long and how much is kept.
 
     Attributes:
-        seconds: events and specs of runs that ended longer ago are removed.
+        seconds: events and specs of runs that ended longer ago are removed, and operations.
         bytes: the most that the ledger's file may use; the oldest ended runs are removed first,
             then the oldest events of runs that are still at work.
     """
@@ -35,15 +36,17 @@ class Retention:
 
         The ledger's thread. Raises sqlite3.Error.
         """
+        before = time.time_ns() - int(self.seconds * 1e9)
         with transaction(connection):
-            more = self._prune(connection)
-        # Gives pages back to the disk; a whole VACUUM would lock the file for its length.
-        connection.execute(f"PRAGMA incremental_vacuum({PAGES_A_PASS})").fetchall()
+            more = self._prune(connection, before)
+            more = prune_operations(connection, before) or more
+        # Gives pages back to the disk; a whole VACUUM would lock the file for its length. A cursor
+        # would take the first step of this, which is one page.
+        connection.executescript(f"PRAGMA incremental_vacuum({PAGES_A_PASS})")
         return more or _pragma(connection, "freelist_count") > PAGES_A_PASS
 
-    def _prune(self, connection: sqlite3.Connection) -> bool:
-        limit = time.time_ns() - int(self.seconds * 1e9)
-        old = _ended(connection, "ended < ?", limit)
+    def _prune(self, connection: sqlite3.Connection, before: int) -> bool:
+        old = _ended(connection, "ended < ?", before)
         if not old and _used_bytes(connection) > self.bytes:
             # The newest one is spared: its reader may be on the way.
             old = _ended(connection, "1")[:-1]
@@ -52,9 +55,11 @@ class Retention:
         for number in old:
             _prune_run(connection, number)
         connection.execute(
-            "DELETE FROM runs WHERE spec IS NULL AND number <= (SELECT MAX(number) FROM runs) - ?",
+            "DELETE FROM runs WHERE number <= (SELECT MAX(number) FROM runs) - ? "
+            "AND number NOT IN (SELECT number FROM specs)",
             (KEPT_RUNS,),
         )
+        connection.execute("DELETE FROM labels WHERE number < (SELECT MIN(number) FROM runs)")
         return bool(old)
 
 
@@ -62,7 +67,7 @@ def _ended(connection: sqlite3.Connection, where: str, *values: int) -> list[int
     """Returns the numbers of the oldest ended runs that still have their spec."""
     places = ", ".join("?" * len(ENDED))
     found = connection.execute(
-        f"SELECT number FROM runs WHERE state IN ({places}) AND spec IS NOT NULL AND {where} "
+        f"SELECT number FROM specs JOIN runs USING (number) WHERE state IN ({places}) AND {where} "
         "ORDER BY number LIMIT ?",
         (*ENDED, *values, RUNS_A_PASS + 1),
     )
@@ -71,11 +76,13 @@ def _ended(connection: sqlite3.Connection, where: str, *values: int) -> list[int
 
 def _prune_run(connection: sqlite3.Connection, number: int) -> None:
     """Removes a part of a run's events, and its spec with the last of them."""
-    connection.execute(
+    gone = connection.execute(
         "DELETE FROM events WHERE number = ?1 AND sequence <= "
-        "(SELECT MIN(sequence) FROM events WHERE number = ?1) + ?2",
+        "(SELECT MIN(sequence) FROM events WHERE number = ?1) + ?2 RETURNING revision",
         (number, EVENTS_A_PASS),
-    )
+    ).fetchall()
+    last = max((revision for (revision,) in gone), default=0)
+    connection.execute("UPDATE pruned SET through = MAX(through, ?)", (last,))
     first = connection.execute(
         "SELECT MIN(sequence) FROM events WHERE number = ?", (number,)
     ).fetchone()[0]
@@ -84,9 +91,8 @@ def _prune_run(connection: sqlite3.Connection, number: int) -> None:
             "UPDATE runs SET pruned_through = ? WHERE number = ?", (first - 1, number)
         )
         return
-    connection.execute(
-        "UPDATE runs SET spec = NULL, pruned_through = last_sequence WHERE number = ?", (number,)
-    )
+    connection.execute("DELETE FROM specs WHERE number = ?", (number,))
+    connection.execute("UPDATE runs SET pruned_through = last_sequence WHERE number = ?", (number,))
 
 
 def _prune_live(connection: sqlite3.Connection) -> bool:

@@ -14,14 +14,16 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.ledger.entries import Acceptance, Deletion, write_events
 from apollo_trainer.ledger.events import EventLog
+from apollo_trainer.ledger.feed import Feed
 from apollo_trainer.ledger.file import LedgerFile, transaction
 from apollo_trainer.ledger.following import stopping
-from apollo_trainer.ledger.ledger import Acceptance, Ledger, write_events
+from apollo_trainer.ledger.ledger import Ledger
+from apollo_trainer.ledger.operations import OperationChange
 from apollo_trainer.ledger.retention import Retention
 
 log = logging.getLogger(__name__)
@@ -36,16 +38,24 @@ class _Event:
     event: pb.RunEvent
 
 
+Change = Acceptance | Deletion
+Entry = _Event | Change | OperationChange
+
+
 class LedgerWriter:
     """Writes the ledger on a thread of its own until `stop`; it is the `Store` of event logs.
 
     Attributes:
         events: reads written events, as `Ledger.events`.
+        took: called with the seconds of each commit, on the ledger's thread.
+        feed: shows those of all runs.
     """
 
     def __init__(self, file: LedgerFile, ledger: Ledger, retention: Retention):
         self._file, self._retention, self.events = file, retention, ledger.events
-        self._waiting: deque[_Event | Acceptance] = deque()
+        self.took: Callable[[float], None] = lambda seconds: None
+        self.feed = Feed(ledger)
+        self._waiting: deque[Entry] = deque()
         # Held over nothing: whoever appends must not wait for the disk.
         self._changed = threading.Condition()
         self._stopped = self._ended = False
@@ -53,15 +63,16 @@ class LedgerWriter:
         self._thread = threading.Thread(target=self._work, name="ledger", daemon=True)
         self._thread.start()
 
-    def accept(self, acceptance: Acceptance) -> Future[str]:
-        """Writes a new run; the future, which nobody can cancel, holds its id once it is on disk.
+    def change(self, change: Change) -> Future[str]:
+        """Writes a new run, or deletes one; the future holds its id once that is on disk.
 
-        Or FailedPrecondition where the disk refuses, Unavailable when the server stops. Any thread.
+        Or FailedPrecondition where the disk refuses, Unavailable when the server stops. Nobody can
+        cancel it. Any thread.
         """
-        acceptance.done.set_running_or_notify_cancel()
-        if not self._put(acceptance):
-            acceptance.done.set_exception(stopping())
-        return acceptance.done
+        change.done.set_running_or_notify_cancel()
+        if not self._put(change):
+            change.done.set_exception(stopping())
+        return change.done
 
     def append(self, sink: EventLog, event: pb.RunEvent) -> None:
         """Queues an event; its log's events must come in order. Any thread.
@@ -70,7 +81,12 @@ class LedgerWriter:
         """
         self._put(_Event(sink, event))
 
-    def _put(self, entry: _Event | Acceptance) -> bool:
+    def keep(self, change: OperationChange) -> None:
+        """Queues a change of an operation; changes of one must come in order. Any thread."""
+        if not self._put(change):
+            change.told(stopping())
+
+    def _put(self, entry: Entry) -> bool:
         with self._changed:
             if not self._ended:
                 self._waiting.append(entry)
@@ -86,8 +102,9 @@ class LedgerWriter:
                     break
                 self._pause(RETRY_SECONDS)
                 continue
+            if wrote := bool(batch):
+                self.took(time.monotonic() - began)
             self._tell(batch)
-            wrote = bool(batch)
             # Otherwise the specs of the last runs stay in memory until the next one comes.
             batch.clear()
             self._retain()
@@ -96,10 +113,12 @@ class LedgerWriter:
         with self._changed:
             self._ended, late = True, list(self._waiting)
         for entry in late:
-            if isinstance(entry, Acceptance):
+            if isinstance(entry, Change):
                 entry.done.set_exception(stopping())
+            elif isinstance(entry, OperationChange):
+                _guarded(entry.told, stopping())
 
-    def _next_batch(self) -> list[_Event | Acceptance] | None:
+    def _next_batch(self) -> list[Entry] | None:
         """All that waits, once anything does or old events are due; None at the end."""
         with self._changed:
             if not self._waiting and not self._stopped:
@@ -113,18 +132,18 @@ class LedgerWriter:
         deadline = time.monotonic() + seconds
         with self._changed:
             while not self._stopped and (left := deadline - time.monotonic()) > 0:
-                if any(isinstance(entry, Acceptance) for entry in self._waiting):
+                if any(not _is_patient(entry) for entry in self._waiting):
                     return
                 self._changed.wait(left)
 
-    def _commit(self, batch: list[_Event | Acceptance]) -> Exception | None:
+    def _commit(self, batch: list[Entry]) -> Exception | None:
         """Returns the error of the disk, or of a mistake of the server's; None where it worked."""
         if not batch:
             return None
         try:
             with transaction(self._file.writer):
                 for entry in batch:
-                    if isinstance(entry, Acceptance):
+                    if not isinstance(entry, _Event):
                         entry.write(self._file.writer)
                 events = [entry.event for entry in batch if isinstance(entry, _Event)]
                 write_events(self._file.writer, events)
@@ -135,24 +154,39 @@ class LedgerWriter:
             return error
         return None
 
-    def _tell(self, batch: list[_Event | Acceptance]) -> None:
+    def _tell(self, batch: list[Entry]) -> None:
         committed: dict[EventLog, int] = {}
+        if any(isinstance(entry, Deletion) for entry in batch):
+            _guarded(self._erase)
         for entry in batch:
-            if isinstance(entry, Acceptance):
-                entry.done.set_result(entry.queued.run_id)
+            if isinstance(entry, Change):
+                entry.done.set_result(entry.run_id)
+            elif isinstance(entry, OperationChange):
+                _guarded(entry.told, None)
             else:
                 committed[entry.sink] = entry.event.sequence
         for sink, sequence in committed.items():
             _guarded(sink.committed, sequence)
+        if batch:
+            _guarded(self.feed.grown)
 
-    def _keep(self, batch: list[_Event | Acceptance], error: Exception) -> None:
-        """Refuses the new runs; tries the events again, before those that came meanwhile."""
+    def _erase(self) -> None:
+        """Takes what was deleted out of memory, and out of the write-ahead log."""
+        self.feed.forget()
+        busy, *_ = self._file.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            log.warning("what was deleted is in the ledger's log until the server has stopped")
+
+    def _keep(self, batch: list[Entry], error: Exception) -> None:
+        """Refuses what is waited for; tries the rest again, before what came meanwhile."""
         events = [entry for entry in batch if isinstance(entry, _Event)]
         with self._changed:
-            self._waiting.extendleft(reversed(events))
+            self._waiting.extendleft(entry for entry in reversed(batch) if _is_patient(entry))
         for entry in batch:
-            if isinstance(entry, Acceptance):
+            if isinstance(entry, Change):
                 entry.done.set_exception(_refusal(error))
+            elif isinstance(entry, OperationChange):
+                _guarded(entry.told, _refusal(error))
         for sink in {entry.sink for entry in events}:
             _guarded(sink.not_written, str(error) or type(error).__name__)
 
@@ -177,12 +211,18 @@ class LedgerWriter:
             self._stopped = True
             self._changed.notify()
         self._thread.join()
+        self.feed.close()
         self._file.close()
 
 
-def _guarded(tell: Callable[[Any], None], what: object) -> None:
+def _is_patient(entry: Entry) -> bool:
+    """Whether it may wait for others, and is tried again where the disk refuses it."""
+    return entry.again if isinstance(entry, OperationChange) else isinstance(entry, _Event)
+
+
+def _guarded(tell: Callable[..., None], *what: object) -> None:
     try:
-        tell(what)
+        tell(*what)
     except Exception:
         # The thread that writes for every run must not end for one.
         log.exception("a reader of the ledger failed")
@@ -190,7 +230,7 @@ def _guarded(tell: Callable[[Any], None], what: object) -> None:
 
 def _refusal(error: Exception) -> FailedPrecondition:
     return FailedPrecondition(
-        f"The ledger cannot be written ({error}); the run was not taken, and nothing was done. "
-        "Runs at work go on. Make room in the server's state folder, then send the run again.",
+        f"The ledger cannot be written ({error}); nothing was taken or deleted. Runs at work go "
+        "on. Make room in the server's state folder, then ask again.",
         reason="LEDGER_NOT_WRITTEN",
     )

@@ -1,7 +1,11 @@
-"""The jobs on checkpoints: sync, verify, adopt, export, snapshots, restore, undo."""
+"""The jobs on checkpoints: sync, verify, adopt, export, snapshots, restore, undo.
+
+Where a version of the live weights is expected, each raises Aborted if they have another one.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -25,9 +29,11 @@ from apollo_trainer.checkpoints.directory import (
 from apollo_trainer.checkpoints.snapshots import SnapshotInfo
 from apollo_trainer.engine import ModelOwner, Session, StatusBoard
 from apollo_trainer.operations.job import Job
-from apollo_trainer.operations.restore import Restore, Restored
+from apollo_trainer.operations.restore import Restore, Restored, require_version
 
 T = TypeVar("T")
+# Told of a sync: its seconds, bytes written, and the engine's epoch and weight version.
+Synced = Callable[[float, int, str, int], None]
 
 
 class CheckpointJobs:
@@ -39,30 +45,43 @@ class CheckpointJobs:
 
     def __init__(self, owner: ModelOwner, board: StatusBoard):
         self._owner, self._board = owner, board
+        self.synced: Synced = lambda *_: None
 
-    def _begin(self, progress: Progress, work: Callable[[Session, Job[T]], T]) -> Future[T]:
+    def _begin(self, progress: Progress, work: Callable[[Session, Job[T]], T]) -> Job[T]:
         job = Job[T](progress)
-        return self._owner.between_runs(lambda: work(self._owner.session(), job), job)
+        self._owner.between_runs(lambda: work(self._owner.session(), job), job)
+        return job
 
     def sync(
-        self, progress: Progress, method: SyncMethod | None = None
-    ) -> Future[tuple[SyncOutcome, int]]:
+        self,
+        progress: Progress,
+        method: SyncMethod | None = None,
+        expected_version: int | None = None,
+    ) -> Job[tuple[SyncOutcome, int]]:
         """Syncs the model directory; the result holds the weight version too."""
-        return self._begin(progress, lambda session, job: self._sync(session, job, method))
 
-    def verify(self, progress: Progress, *, full: bool, live: bool) -> Future[Verification]:
-        """Compares the model directory with its manifest."""
+        def sync(session: Session, job: Job[tuple[SyncOutcome, int]]) -> tuple[SyncOutcome, int]:
+            require_version(session, expected_version)
+            return self._sync(session, job, method)
 
-        def verify(session: Session, job: Job[Verification]) -> Verification:
+        return self._begin(progress, sync)
+
+    def verify(
+        self, progress: Progress, *, full: bool, live: bool
+    ) -> Job[tuple[str, Verification]]:
+        """Compares the model directory with its manifest; the result holds its name, too."""
+
+        def verify(session: Session, job: Job[Any]) -> tuple[str, Verification]:
             place = session.checkpoints.place
             reader = session.attachment.checkpoint() if live else None
-            return verify_directory(
+            found = verify_directory(
                 place.directory, reader, full=full, progress=job.progress, state=place.state
             )
+            return session.attachment.directory, found
 
         return self._begin(progress, verify)
 
-    def adopt(self, target: Path, progress: Progress) -> Future[Adoption]:
+    def adopt(self, target: Path, progress: Progress) -> Job[Adoption]:
         """Copies the model directory to one of its own."""
         return self._begin(
             progress,
@@ -71,10 +90,13 @@ class CheckpointJobs:
             ),
         )
 
-    def export(self, target: Path, progress: Progress) -> Future[tuple[Exported, int]]:
+    def export(
+        self, target: Path, progress: Progress, expected_version: int | None = None
+    ) -> Job[tuple[Exported, int]]:
         """Writes the live weights into a new directory; the result holds their version too."""
 
         def export(session: Session, job: Job[tuple[Exported, int]]) -> tuple[Exported, int]:
+            require_version(session, expected_version)
             checkpoints, reader = session.checkpoints, session.attachment.checkpoint()
             checkpoints.poison.require_sound()
             source, state = checkpoints.directory, checkpoints.state
@@ -83,7 +105,9 @@ class CheckpointJobs:
 
         return self._begin(progress, export)
 
-    def snapshot(self, name: str, progress: Progress) -> Future[SnapshotInfo]:
+    def snapshot(
+        self, name: str, progress: Progress, expected_version: int | None = None
+    ) -> Job[SnapshotInfo]:
         """Keeps weights and Apollo state; training goes on once they are copied.
 
         One at a time: the next begins when the one before is on disk.
@@ -98,6 +122,7 @@ class CheckpointJobs:
                 return
             if not done.set_running_or_notify_cancel():
                 return
+            require_version(session, expected_version)
             session.require_sound()
             total = sum(p.nbytes for p in session.attachment.parameters().values())
             done.progress(0, total, "copying")
@@ -123,28 +148,35 @@ class CheckpointJobs:
         queue()
         return done
 
-    def delete(self, snapshot: str) -> Future[None]:
+    def delete(self, snapshot: str, progress: Progress) -> Job[None]:
         """Deletes a snapshot, by id or name."""
 
-        def delete() -> None:
-            store = self._owner.session().checkpoints.store
+        def delete(session: Session, job: Job[None]) -> None:
+            job.close()
+            store = session.checkpoints.store
             store.delete(store.id_of(snapshot))
 
-        return self._owner.between_runs(delete)
+        return self._begin(progress, delete)
 
     def restore(
         self, snapshot: str, expected_version: int | None, progress: Progress
-    ) -> Future[Restored]:
+    ) -> Job[Restored]:
         """Puts a snapshot, by id or name, into the live model."""
         return self._begin(
             progress,
             lambda session, job: self._back(session, expected_version).snapshot(snapshot, job),
         )
 
-    def undo(self, updates: int, expected_version: int | None) -> Future[Restored]:
+    def undo(
+        self,
+        updates: int,
+        expected_version: int | None,
+        progress: Progress = lambda *_: None,
+    ) -> Job[Restored]:
         """Takes the last updates back."""
-        return self._owner.between_runs(
-            lambda: self._back(self._owner.session(), expected_version).undo(updates)
+        return self._begin(
+            progress,
+            lambda session, job: self._back(session, expected_version).undo(updates, job),
         )
 
     def _back(self, session: Session, expected_version: int | None) -> Restore:
@@ -154,6 +186,7 @@ class CheckpointJobs:
         self, session: Session, job: Job[tuple[SyncOutcome, int]], method: SyncMethod | None
     ) -> tuple[SyncOutcome, int]:
         session.attachment.require_as_left()
+        began = time.monotonic()
         try:
             outcome = session.checkpoints.sync(job.progress, method)
         finally:
@@ -168,6 +201,8 @@ class CheckpointJobs:
             status.last_sync.directory = directory
 
         self._board.update(change)
+        epoch, seconds = session.attachment.epoch, time.monotonic() - began
+        self.synced(seconds, outcome.bytes_written, epoch, version)
         return outcome, version
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -25,7 +26,25 @@ class Job(Future[T]):
     def __init__(self, tell: Progress):
         super().__init__()
         self._tell, self._deciding = tell, threading.Lock()
-        self._asked = self._closed = False
+        self._asked = self._closed = self._begun = False
+        self._tell_begun: Callable[[], None] = lambda: None
+
+    def when_begun(self, call: Callable[[], None]) -> None:
+        """Has `call` called once it is at work, at once where it is or was. It must not raise."""
+        with self._deciding:
+            if not self._begun:
+                self._tell_begun = call
+                return
+        call()
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Begins, unless it was cancelled: returns which."""
+        begins = super().set_running_or_notify_cancel()
+        if begins:
+            with self._deciding:
+                self._begun = True
+            self._tell_begun()
+        return begins
 
     def cancel(self) -> bool:
         """Asks it to stop; returns False where it has ended otherwise, or was closed."""

@@ -47,14 +47,7 @@ class Restore:
         self._session, self._owner, self._board = session, owner, board
         # What vLLM could not be told once the weights were written.
         self._untold: list[ApolloError] = []
-        version = session.weight_version
-        if expected_version not in (None, version):
-            raise Aborted(
-                f"The live weights have version {version}, not {expected_version}; nothing was "
-                "changed. Look at what was learned meanwhile, then ask again.",
-                reason="WEIGHT_VERSION_CHANGED",
-                metadata={"weight_version": str(version)},
-            )
+        require_version(session, expected_version)
 
     def snapshot(self, snapshot: str, job: Job[Restored]) -> Restored:
         """Puts a snapshot, by id or name, into the live model."""
@@ -74,8 +67,9 @@ class Restore:
         session.other_weights = ""
         return self._end()
 
-    def undo(self, updates: int) -> Restored:
+    def undo(self, updates: int, job: Job[Restored]) -> Restored:
         """Takes the last updates back."""
+        job.close()
         if not 0 < updates <= MAX_UNDO:
             raise OutOfRange(
                 f"{updates} updates cannot be taken back; nothing was changed.",
@@ -128,6 +122,18 @@ class Restore:
             warnings.append(_not_saved(error))
         written = sum(p.nbytes for p in attachment.parameters().values())
         return Restored(session.weight_version, session.optimizer.step_count, written, warnings)
+
+
+def require_version(session: Session, expected: int | None) -> None:
+    """Raises Aborted where the live weights have another version than the expected one."""
+    version = session.weight_version
+    if expected not in (None, version):
+        raise Aborted(
+            f"The live weights have version {version}, not {expected}; nothing was changed. Look "
+            "at what was learned meanwhile, then ask again.",
+            reason="WEIGHT_VERSION_CHANGED",
+            metadata={"weight_version": str(version)},
+        )
 
 
 def find_snapshot(session: Session, snapshot: str) -> SnapshotInfo:

@@ -138,9 +138,9 @@ def torch_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return packed
 
 
-def _refusal(reason: str) -> ValueError:
+def _refusal(why: str) -> ValueError:
     return ValueError(
-        f"The optimizer state was not loaded: {reason}. Nothing was changed. Load the state of "
+        f"The optimizer state was not loaded: {why}. Nothing was changed. Load the state of "
         "this model and these options, or start without one."
     )
 

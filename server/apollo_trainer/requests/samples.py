@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from apollo_grpc.errors import FieldViolation, InvalidArgument
+from apollo_grpc.errors import InvalidArgument, Quota
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as export_pb
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.requests.structure import (
+    Wrong,
+    WrongSamples,
+    check_factors,
+    check_judgement,
+)
 from apollo_trainer.training.samples import TokenizedSample
 
-MAX_VIOLATIONS = 20
-# Far above any use, far below what overflows a float32 loss.
-MAX_WEIGHT = 1e6
 # What vLLM is asked at once: some tenths of a second of its time.
 BATCH_SAMPLES = 256
 BATCH_BYTES = 2**20
@@ -51,6 +53,8 @@ class Use:
         policy: whether they were sampled, and judged.
         weighted: whether they may have weights.
         required: whether there must be one.
+        plain: whether all but context and continuation is ignored.
+        counted: whether they may be no more than a run's; a dataset has a limit of its own.
     """
 
     path: str = "spec.samples[{}]"
@@ -58,6 +62,8 @@ class Use:
     policy: bool = False
     weighted: bool = True
     required: bool = False
+    plain: bool = False
+    counted: bool = True
 
 
 LEARNED = Use(required=True)
@@ -66,12 +72,7 @@ JUDGED = Use(required=True, policy=True)
 ANCHORING = Use("spec.anchors.samples[{}]")
 EVALUATED = Use("spec.evaluation_samples[{}]")
 PROBED = Use("spec.probes[{}].sample", weighted=False)
-
-
-class _Wrong(Exception):
-    def __init__(self, field: str, description: str):
-        super().__init__(description)
-        self.field, self.description = field, description
+ASKED = Use("samples[{}]", plain=True)
 
 
 def why_refused(tokenize: Tokenize) -> str:
@@ -105,37 +106,32 @@ def tokenize_samples(
 
 
 def each_tokenized(
-    samples: Sequence[pb.Sample], limits: SampleLimits, tokenize: Tokenize, use: Use = LEARNED
+    samples: Collection[pb.Sample], limits: SampleLimits, tokenize: Tokenize, use: Use = LEARNED
 ) -> Iterator[TokenizedSample]:
     """The same, one sample after the other; the error comes once all were looked at."""
     whole = use.path.partition("[")[0]
     if use.required and not samples:
         raise InvalidArgument.at(whole, "is empty: nothing to learn")
-    if len(samples) > limits.max_samples:
+    if use.counted and len(samples) > limits.max_samples:
+        allowed = f"at most {limits.max_samples}"
         raise InvalidArgument.at(
-            whole, f"has {len(samples)} samples; a run takes at most {limits.max_samples}"
+            whole,
+            f"has {len(samples)} samples; a run takes {allowed}",
+            quota=Quota("samples", allowed),
         )
-    violations: list[FieldViolation] = []
+    violations = WrongSamples(use.path)
     for index, (sample, found) in enumerate(_with_ids(samples, tokenize)):
         try:
             yield _checked(sample, found, limits, use)
-        except _Wrong as wrong:
-            path = use.path.format(index) + (f".{wrong.field}" if wrong.field else "")
-            violations.append(FieldViolation(path, wrong.description))
-            if len(violations) == MAX_VIOLATIONS:
+        except Wrong as wrong:
+            violations.add(index, wrong)
+            if violations.is_full():
                 break
-    if violations:
-        first = violations[0]
-        raise InvalidArgument(
-            f"{first.field}: {first.description}"
-            + (f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""),
-            violations=violations,
-            reason="SAMPLE_INVALID",
-        )
+    violations.raise_any()
 
 
 def _with_ids(
-    samples: Sequence[pb.Sample], tokenize: Tokenize
+    samples: Iterable[pb.Sample], tokenize: Tokenize
 ) -> Iterator[tuple[pb.Sample, export_pb.TokenizedSample]]:
     """Each sample with its ids as given, or as vLLM makes them."""
     for batch in _batches(samples):
@@ -156,7 +152,7 @@ def _with_ids(
                 )
 
 
-def _batches(samples: Sequence[pb.Sample]) -> Iterator[list[pb.Sample]]:
+def _batches(samples: Iterable[pb.Sample]) -> Iterator[list[pb.Sample]]:
     batch: list[pb.Sample] = []
     size = 0
     for sample in samples:
@@ -173,28 +169,19 @@ def _checked(
 ) -> TokenizedSample:
     kind = sample.WhichOneof("content")
     if kind is None:
-        raise _Wrong("", "needs one of tokens, text and chat")
+        raise Wrong("", "needs one of tokens, text and chat")
     if found.refusal:
-        raise _Wrong(found.field, found.refusal)
+        raise Wrong(found.field, found.refusal)
     context, continuation = tuple(found.context_ids), tuple(found.continuation_ids)
     _check_ids(context, continuation, kind, limits)
+    if use.plain:
+        return TokenizedSample(context, continuation)
     teacher = _teacher_context(sample, found, limits, use)
     if not use.weighted and (sample.HasField("weight") or sample.token_weights):
-        raise _Wrong("weight" if sample.HasField("weight") else "token_weights", "has no use here")
+        raise Wrong("weight" if sample.HasField("weight") else "token_weights", "has no use here")
     weight = sample.weight if sample.HasField("weight") else 1.0
-    if not 0 <= weight <= MAX_WEIGHT:
-        raise _Wrong("weight", f"is {weight:g}; it must be from 0 to {MAX_WEIGHT:g}")
+    check_factors(sample, len(continuation))
     token_weights = tuple(sample.token_weights)
-    if token_weights and len(token_weights) != len(continuation):
-        raise _Wrong(
-            "token_weights",
-            f"has {len(token_weights)} entries for {len(continuation)} continuation tokens",
-        )
-    if not all(0 <= w <= MAX_WEIGHT for w in token_weights):
-        raise _Wrong("token_weights", f"must be from 0 to {MAX_WEIGHT:g}")
-    # The product too: two tiny weights make none.
-    if not any(weight * factor for factor in token_weights or (1.0,)):
-        raise _Wrong("weight" if weight == 0 else "token_weights", "leave nothing to learn")
     advantages, log_probs = _judgement(sample, len(continuation), use)
     return TokenizedSample(
         context, continuation, weight, token_weights, teacher, advantages, log_probs
@@ -209,11 +196,11 @@ def _teacher_context(
     field = f"{kind}.{_TEACHER_FIELDS[kind]}"
     if bool(ids) != use.teacher:
         needs = "is empty: the teacher reads it in place of the context"
-        raise _Wrong(field, needs if use.teacher else "is for spec.context_distillation alone")
+        raise Wrong(field, needs if use.teacher else "is for spec.context_distillation alone")
     _check_vocabulary(field, ids, kind, limits)
     if len(ids) + len(found.continuation_ids) > limits.max_tokens:
         says = f"makes {len(ids) + len(found.continuation_ids)} tokens with the continuation"
-        raise _Wrong(field, f"{says}; the served model takes at most {limits.max_tokens}")
+        raise Wrong(field, f"{says}; the served model takes at most {limits.max_tokens}")
     return ids
 
 
@@ -225,20 +212,11 @@ def _judgement(
     if not use.policy:
         for name, given in (("advantages", advantages), ("sampler_log_probabilities", log_probs)):
             if given:
-                raise _Wrong(name, "is for samples of spec.policy_gradient alone")
+                raise Wrong(name, "is for samples of spec.policy_gradient alone")
         return (), ()
+    check_judgement(sample, tokens)
     if len(advantages) == 1:
         advantages *= tokens
-    if len(advantages) != tokens:
-        says = f"has {len(advantages)} entries; it needs one, or one for each of {tokens} tokens"
-        raise _Wrong("advantages", says)
-    if not all(math.isfinite(a) and abs(a) <= MAX_WEIGHT for a in advantages):
-        raise _Wrong("advantages", f"must be from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
-    if len(log_probs) != tokens:
-        says = f"has {len(log_probs)} entries for {tokens} continuation tokens"
-        raise _Wrong("sampler_log_probabilities", says)
-    if not all(math.isfinite(p) and p <= 0 for p in log_probs):
-        raise _Wrong("sampler_log_probabilities", "must be finite, and 0 or below")
     return advantages, log_probs
 
 
@@ -249,22 +227,20 @@ def _check_ids(
         kind, (f"{kind}.context", f"{kind}.continuation") if kind == "text" else (kind, kind)
     )
     if not continuation:
-        raise _Wrong(parts[1], "is empty: nothing to learn")
+        raise Wrong(parts[1], "is empty: nothing to learn")
     if not context:
-        raise _Wrong(parts[0], "is empty: the first continuation token needs one before it")
+        raise Wrong(parts[0], "is empty: the first continuation token needs one before it")
     for path, ids in zip(parts, (context, continuation), strict=True):
         _check_vocabulary(path, ids, kind, limits)
     total = len(context) + len(continuation)
     if total > limits.max_tokens:
-        raise _Wrong(
-            kind, f"has {total} tokens; the served model takes at most {limits.max_tokens}"
-        )
+        raise Wrong(kind, f"has {total} tokens; the served model takes at most {limits.max_tokens}")
 
 
 def _check_vocabulary(path: str, ids: tuple[int, ...], kind: str, limits: SampleLimits) -> None:
     wrong = next((i for i, t in enumerate(ids) if not 0 <= t < limits.vocabulary), None)
     if wrong is not None:
-        raise _Wrong(
+        raise Wrong(
             f"{path}[{wrong}]" if kind == "tokens" else path,
             f"token id {ids[wrong]} is outside the vocabulary of {limits.vocabulary}",
         )

@@ -8,10 +8,11 @@ import uuid
 from concurrent.futures import Future
 from functools import partial
 
-from apollo_grpc.errors import AlreadyExists, ApolloError, Unavailable
+from apollo_grpc.errors import ApolloError, Unavailable
 from apollo_grpc.times import now
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer import logs
 from apollo_trainer.config import Settings
 from apollo_trainer.engine import ModelOwner, Session, StatusBoard
 from apollo_trainer.ledger import (
@@ -24,12 +25,21 @@ from apollo_trainer.ledger import (
     stopping,
 )
 from apollo_trainer.runs import way_back
-from apollo_trainer.runs.admission import MIB, require_room, require_shape
+from apollo_trainer.runs.admission import (
+    MIB,
+    begun,
+    known,
+    require_room,
+    require_shape,
+    require_version,
+)
 from apollo_trainer.runs.execution import Execution
+from apollo_trainer.runs.needed_datasets import NeededDatasets
 from apollo_trainer.runs.probing import regression_set_of
 from apollo_trainer.runs.recovery import catch_up, open_ledger
 from apollo_trainer.runs.regression_set import RegressionSet
 from apollo_trainer.runs.run import PreparedRun, QueuedRun, prepare_run
+from apollo_trainer.runs.run_spans import end_span
 from apollo_trainer.training.options import OptimizerOptions
 
 log = logging.getLogger(__name__)
@@ -60,17 +70,20 @@ class RunQueue:
         self._active: QueuedRun | None = None
         self._stopped = False
         keep = Retention(settings.ledger_days * SECONDS_A_DAY, settings.ledger_mebibytes * MIB)
-        self.ledger, self._writer, waiting = open_ledger(settings.state_dir, keep)
+        self.ledger, self.writer, waiting = open_ledger(settings.state_dir, keep)
+        self.datasets = NeededDatasets(settings)
         for row in waiting:
             self._bring_back(row)
         board.update(self._show_length)
+        board.observe(lambda event: end_span(event, self._runs))
         owner.attached = self._attached
 
     def _bring_back(self, row: RunRow) -> None:
         """Queues a run that waited when the server ended."""
         run_log = self._new_log(row.run_id, row.last_sequence)
-        spec, durable = self.ledger.spec(row.run_id) or pb.RunSpec(), _known(row.run_id)
+        spec, durable = self.ledger.spec(row.run_id) or pb.RunSpec(), known(row.run_id)
         self._add(QueuedRun(run_log, row.request_id or "", row.digest, spec, durable, True))
+        self.datasets.need_again(row.run_id, spec)
 
     def _add(self, entry: QueuedRun) -> QueuedRun:
         with self._lock:
@@ -79,7 +92,7 @@ class RunQueue:
 
     def _new_log(self, run_id: str, sequence: int = 0) -> EventLog:
         settled = partial(self._settle, run_id)
-        return EventLog(run_id, self._board.publish, self._writer, sequence, settled)
+        return EventLog(run_id, self._board.publish, self.writer, sequence, settled)
 
     def _settle(self, run_id: str) -> None:
         self._forget(run_id)
@@ -88,6 +101,7 @@ class RunQueue:
     def _forget(self, run_id: str) -> None:
         with self._lock:
             self._runs.pop(run_id, None)
+        self.datasets.release(run_id)
 
     def _waiting(self, *, active: bool = False) -> list[QueuedRun]:
         """Returns the runs that wait, in order; after the one at work where it is asked for."""
@@ -119,17 +133,8 @@ class RunQueue:
             return None
         with self._lock:
             entry = next((r for r in self._runs.values() if r.request_id == request_id), None)
-        row = None if entry else self.ledger.run_of_request(request_id)
-        found = entry or row
-        if found and found.digest != digest_of(spec):
-            raise AlreadyExists(
-                "This request_id began a run of another spec; nothing was done. Send a new "
-                "request_id, or none.",
-                reason="REQUEST_ID_TAKEN",
-            )
-        if row:
-            return _known(row.run_id)
-        return entry.durable if entry else None
+        found = entry or self.ledger.run_of_request(request_id)
+        return begun(found, spec) if found else None
 
     def log_of(self, run_id: str) -> EventLog | None:
         """Returns the log of a run until it has ended and is on disk; None then. Any thread."""
@@ -144,15 +149,16 @@ class RunQueue:
 
         Raises ResourceExhausted when the queue is full, FailedPrecondition when the optimizer
         state would be another than the run asks for, Unavailable when the server stops,
-        AlreadyExists as `find` does. The future holds FailedPrecondition where the ledger cannot
-        be written. Any thread but an event loop's.
+        AlreadyExists as `find` does, Aborted where the weights are newer than the spec expects.
+        The future holds FailedPrecondition where the ledger cannot be written. Any thread but an
+        event loop's.
         """
         digest = digest_of(spec)
         with self._accepting:
             # A retry may be faster than the call that it repeats.
             if found := self.find(request_id, spec):
                 return found
-            self._require_room(run.options, spec.ByteSize())
+            self.require_admitted(run.options, spec)
             entry = self._enqueue(run, spec, request_id, digest)
         self._board.update(self._show_length)
         # Not before the locks are free: a run that was refused already is taken out here.
@@ -164,11 +170,12 @@ class RunQueue:
         self, run: PreparedRun, spec: pb.RunSpec, request_id: str, digest: bytes
     ) -> QueuedRun:
         run_id = uuid.uuid4().hex
+        self.datasets.need(run_id, spec)
         position = pb.RunEvent.Queued(position=len(self._waiting(active=True)))
         queued = pb.RunEvent(run_id=run_id, sequence=1, event_time=now(), queued=position)
         run_log = self._new_log(run_id)
         run_log.begin_with(queued)
-        durable = self._writer.accept(Acceptance(request_id, spec, run.steps_total, queued))
+        durable = self.writer.change(Acceptance(request_id, spec, run.steps_total, queued))
         return self._add(QueuedRun(run_log, request_id, digest, spec, durable))
 
     def _accepted(self, entry: QueuedRun) -> None:
@@ -179,6 +186,7 @@ class RunQueue:
         if entry.durable.exception() is None:
             entry.log.committed(1)
             return
+        entry.span.end(failed=True)
         self._forget(entry.log.run_id)
         self._board.update(self._show_length)
 
@@ -186,11 +194,13 @@ class RunQueue:
         # Read when it is told: of two threads that tell it, the last one tells the newest.
         status.queue_length = len(self._waiting())
 
-    def _require_room(self, options: OptimizerOptions, size_bytes: int) -> None:
+    def require_admitted(self, options: OptimizerOptions, spec: pb.RunSpec) -> None:
+        """Raises as `submit` does, where such a run would not be taken at this moment."""
         if self._stopped:
             raise stopping()
-        require_room(self._waiting(), size_bytes, self._settings)
+        require_room(self._waiting(), spec.ByteSize(), self._settings)
         session = self._owner.session()
+        require_version(session.weight_version, spec, may_rise=True)
         session.require_accepted(options)
         require_shape(session.shape, self._waiting(active=True), options)
 
@@ -208,9 +218,11 @@ class RunQueue:
         try:
             # Its client has no answer before the disk has the run, nor has anybody its steps.
             if entry.durable.exception() is None:
-                self._execute(entry, session)
+                with logs.about(run_id=entry.log.run_id), entry.span.current():
+                    self._execute(entry, session)
         except Exception:
-            log.exception("run %s was not executed", entry.log.run_id)
+            about = {"run_id": entry.log.run_id}
+            log.exception("run %s was not executed", entry.log.run_id, extra=about)
             entry.fail("INTERNAL", "The run failed by a mistake of the server's; see its log.")
         finally:
             self._active = None
@@ -224,7 +236,9 @@ class RunQueue:
                     f"vLLM was gone when the run's turn came. {detail}", reason="ENGINE_LOST"
                 )
             spec = self.ledger.spec(entry.log.run_id) or pb.RunSpec()
-            run = prepare_run(spec, session.limits, self._owner.sidecar.tokenize)
+            require_version(session.weight_version, spec)
+            tokenize, datasets = self._owner.sidecar.tokenize, self.datasets.store
+            run = prepare_run(spec, session.limits, tokenize, datasets)
         except ApolloError as error:
             if entry.brought_back and isinstance(error, Unavailable) and session:
                 self._put_back(entry, session)
@@ -267,7 +281,7 @@ class RunQueue:
         with self._accepting, self._lock:
             self._stopped = True
         self._owner.stop()
-        self._writer.stop()
+        self.writer.stop()
         with self._lock:
             logs = [entry.log for entry in self._runs.values()]
         for run_log in logs:
@@ -276,11 +290,3 @@ class RunQueue:
     def close(self) -> None:
         """Closes the ledger, once nobody reads it any more. Any thread."""
         self.ledger.close()
-
-
-def _known(run_id: str) -> Future[str]:
-    """The future of a run that is on disk."""
-    future: Future[str] = Future()
-    future.set_running_or_notify_cancel()
-    future.set_result(run_id)
-    return future

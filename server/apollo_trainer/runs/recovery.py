@@ -23,6 +23,7 @@ from apollo_trainer.ledger import (
     LedgerWriter,
     Retention,
     RunRow,
+    end_interrupted,
     journals_in,
     read_journal,
     remove_journal,
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 def open_ledger(state_dir: Path, retention: Retention) -> tuple[Ledger, LedgerWriter, list[RunRow]]:
-    """Opens the ledger, and ends the runs that a crash interrupted.
+    """Opens the ledger, and ends the runs and the operations that a crash interrupted.
 
     Returns it for reading and for writing, and the runs that wait, in order. Raises
     FailedPrecondition as `LedgerFile`, and where the disk refuses; nothing is lost by trying again.
@@ -47,6 +48,7 @@ def open_ledger(state_dir: Path, retention: Retention) -> tuple[Ledger, LedgerWr
     ledger = Ledger(file)
     try:
         waiting = _settle(file.writer, ledger, state_dir)
+        end_interrupted(file.writer)
     except (sqlite3.Error, OSError) as error:
         ledger.close()
         file.close()
@@ -135,12 +137,12 @@ def catch_up(session: Session, ledger: Ledger) -> None:
         # Its state in memory has seen every step, and the ledger may not have them yet.
         return
     if session.from_disk and not session.other_weights:
-        steps, in_doubt = _steps_since(session, row, ledger)
+        steps, in_doubt = _steps_since(session, row)
         session.catch_up(steps, in_doubt=in_doubt)
     session.covered = Covered(row.run_id, row.steps_done) if row else Covered()
 
 
-def _steps_since(session: Session, row: RunRow | None, ledger: Ledger) -> tuple[int, bool]:
+def _steps_since(session: Session, row: RunRow | None) -> tuple[int, bool]:
     """Steps that the state has not seen, and whether one more may be in the weights in part."""
     if row is None:
         return 0, False
@@ -148,5 +150,4 @@ def _steps_since(session: Session, row: RunRow | None, ledger: Ledger) -> tuple[
         steps = row.steps_done - session.covered.steps
     else:
         steps = row.optimizer_step + row.steps_done - session.optimizer.step_count
-    last = ledger.events(row.run_id, row.last_sequence - 1, 1)
-    return max(0, steps), any(event.finished.next_step_in_doubt for event in last)
+    return max(0, steps), bool(row.in_doubt)

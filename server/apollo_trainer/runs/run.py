@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import InitVar, dataclass, field
 from itertools import cycle, islice
 
+from apollo_grpc import traces
 from apollo_grpc.errors import FieldViolation, InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.datasets import DatasetStore
 from apollo_trainer.ledger import EventLog
 from apollo_trainer.requests.guard import read_guard
+from apollo_trainer.requests.labels import check_labels
 from apollo_trainer.requests.losses import (
     AnchorOptions,
     Filter,
@@ -36,9 +39,10 @@ from apollo_trainer.requests.samples import (
     Use,
     each_tokenized,
 )
+from apollo_trainer.runs.learned_samples import learned_samples
 from apollo_trainer.training.guard import NO_LIMITS, Guard
 from apollo_trainer.training.options import OptimizerOptions
-from apollo_trainer.training.samples import TokenizedSample
+from apollo_trainer.training.samples import TokenCounts, TokenizedSample
 
 MAX_EPOCHS = 100_000
 MAX_SAMPLES_PER_STEP = 4096
@@ -85,6 +89,7 @@ class PreparedRun:
         context_gradient_tokens: last ones of each context that gradients flow through too.
         kinds: of the samples: tokens, text or chat.
         anchor_sources: how many of the anchors each source gave, in order; of one source if empty.
+        tokens: of the samples, also where the run was checked only.
     """
 
     samples: tuple[TokenizedSample, ...]
@@ -109,6 +114,7 @@ class PreparedRun:
     context_gradient_tokens: int = 0
     kinds: tuple[str, ...] = ()
     anchor_sources: tuple[int, ...] = ()
+    tokens: TokenCounts = field(default_factory=TokenCounts)
 
     @property
     def steps_total(self) -> int:
@@ -156,6 +162,7 @@ class QueuedRun:
         durable: holds its id, once it is on disk.
         brought_back: by a restart; such a run waits for an engine, others fail without one.
         waits: whether it has not had its turn.
+        span: until it ends, within its caller's; none knows of one that was brought back.
         size_bytes: of its spec.
     """
 
@@ -167,6 +174,7 @@ class QueuedRun:
     brought_back: bool = False
     waits: bool = True
     cancelled: threading.Event = field(default_factory=threading.Event)
+    span: traces.Span = field(default_factory=lambda: traces.begin("run"))
 
     def __post_init__(self, spec: pb.RunSpec) -> None:
         self.options = read_options(spec.optimizer)
@@ -179,29 +187,41 @@ class QueuedRun:
 
 
 def prepare_run(
-    spec: pb.RunSpec, limits: SampleLimits, tokenize: Tokenize, *, only_check: bool = False
+    spec: pb.RunSpec,
+    limits: SampleLimits,
+    tokenize: Tokenize,
+    datasets: DatasetStore | None = None,
+    *,
+    only_check: bool = False,
 ) -> PreparedRun:
     """Checks a spec and tokenizes its samples.
 
     Args:
         tokenize: asks vLLM, and blocks; not called for token ids.
+        datasets: where a spec's `dataset_id` is looked up.
         only_check: keeps no sample: token ids take many times the memory of the spec.
 
-    Raises InvalidArgument with the path of each wrong field, and what `tokenize` raises.
+    Raises InvalidArgument with the path of each wrong field, and what `tokenize` and
+    `learned_samples` raise.
     """
     options = read_options(spec.optimizer)
     _check_counts(spec)
+    check_labels(spec)
     guard, coherence = read_guard(spec.guard), _check_coherence(spec.coherence)
     loss, anchor_options = read_loss(spec), read_anchor_options(spec.anchors)
     learning = read_filter(spec.parameters)
     accept_if = read_accept_if(spec.accept_if) if spec.HasField("accept_if") else None
 
-    def tokenized(samples: Sequence[pb.Sample], use: Use) -> tuple[TokenizedSample, ...]:
+    tokens = TokenCounts()
+    samples, use = learned_samples(spec, _USES[loss.kind], datasets)
+
+    def tokenized(samples: Collection[pb.Sample], use: Use) -> tuple[TokenizedSample, ...]:
         found = each_tokenized(samples, limits, tokenize, use)
+        found = tokens.counting(found) if use.required else found
         return tuple(deque(found, maxlen=0) if only_check else found)
 
     return PreparedRun(
-        samples=tokenized(spec.samples, _USES[loss.kind]),
+        samples=tokenized(samples, use),
         anchors=tokenized(spec.anchors.samples, ANCHORING),
         evaluated=tokenized(spec.evaluation_samples, EVALUATED),
         probes=read_probes(spec.probes, limits, tokenize),
@@ -211,8 +231,8 @@ def prepare_run(
         evaluate_every=spec.evaluate_every_steps,
         learning=learning,
         context_gradient_tokens=spec.context_gradient_tokens,
-        kinds=() if only_check else tuple(s.WhichOneof("content") or "" for s in spec.samples),
-        sample_count=len(spec.samples),
+        kinds=() if only_check else tuple(s.WhichOneof("content") or "" for s in samples),
+        sample_count=len(samples),
         options=options,
         epochs=spec.epochs or 1,
         samples_per_step=spec.samples_per_step or 1,
@@ -222,6 +242,7 @@ def prepare_run(
         coherence=coherence,
         dry_run=spec.dry_run,
         evaluate=spec.evaluate,
+        tokens=tokens,
     )
 
 

@@ -3,88 +3,116 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import CancelledError, Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from apollo_grpc.errors import FailedPrecondition, InvalidArgument
+from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import checkpoint_pb2 as pb
-from apollo_grpc.v1 import checkpoint_pb2_grpc as pb_grpc
-from apollo_trainer.checkpoints.directory import Progress, SyncMethod
+from apollo_trainer.checkpoints.directory import SyncMethod
 from apollo_trainer.engine import ModelOwner
-from apollo_trainer.operations import CheckpointJobs, find_snapshot, stopped
+from apollo_trainer.operations import (
+    Asked,
+    CheckpointJobs,
+    Operations,
+    find_snapshot,
+    refused_by_disk,
+)
 from apollo_trainer.services import checkpoint_results as results
-from apollo_trainer.services.repeated import RepeatedCalls
+from apollo_trainer.services.allowed_folders import AllowedFolders
+from apollo_trainer.services.checkpoint_results import outcome_of
+from apollo_trainer.services.operation_calls import DEFAULT_PAGE, MAX_PAGE, OperationCalls
 from apollo_trainer.services.streams import StreamLimit
 
 T = TypeVar("T")
-MAX_PAGE, DEFAULT_PAGE = 1000, 50
 
 
-class CheckpointService(pb_grpc.CheckpointServiceServicer):
+class CheckpointService(OperationCalls):
     """Serves the one model of `owner`; what a call began is finished when its caller leaves.
 
     On its event loop: no thread waits for a job's end.
     """
 
-    def __init__(self, owner: ModelOwner, jobs: CheckpointJobs, streams: StreamLimit):
+    def __init__(
+        self,
+        owner: ModelOwner,
+        jobs: CheckpointJobs,
+        operations: Operations,
+        streams: StreamLimit,
+        readers: StreamLimit,
+        folders: AllowedFolders,
+    ):
+        super().__init__(operations, readers)
         self._owner, self._jobs, self._streams = owner, jobs, streams
-        self._repeated = RepeatedCalls()
+        self._folders = folders
 
     async def Sync(  # noqa: N802
         self, request: pb.SyncRequest, context: Any
     ) -> AsyncIterator[pb.SyncResponse]:
         """Streams progress, then the result."""
-        method = _asked_method(request.method)
-        start = partial(self._jobs.sync, method=method)
-        async for update in self._told(request, context, start):
-            yield _answer(pb.SyncResponse, update, results.sync_result)
+        method, expected = _asked_method(request.method), _expected(request)
+        start = partial(self._jobs.sync, method=method, expected_version=expected)
+        answer = outcome_of("sync", results.sync_result)
+        asked = Asked(pb.OPERATION_KIND_SYNC, request, start, answer)
+        async for told in self._told(asked, context):
+            yield pb.SyncResponse(**told)
 
     async def Verify(  # noqa: N802
         self, request: pb.VerifyRequest, context: Any
     ) -> AsyncIterator[pb.VerifyResponse]:
         """Streams progress, then what differs."""
-        full, live = request.full, request.live
-        directory = self._owner.session().attachment.directory
-        start = partial(self._jobs.verify, full=full, live=live)
-        async for update in self._told(request, context, start):
-            yield _answer(pb.VerifyResponse, update, partial(results.verify_result, directory))
+        start = partial(self._jobs.verify, full=request.full, live=request.live)
+        answer = outcome_of("verify", results.verify_result)
+        asked = Asked(pb.OPERATION_KIND_VERIFY, request, start, answer)
+        async for told in self._told(asked, context):
+            yield pb.VerifyResponse(**told)
 
     async def Adopt(  # noqa: N802
         self, request: pb.AdoptRequest, context: Any
     ) -> AsyncIterator[pb.AdoptResponse]:
         """Streams progress, then the copy."""
-        target = _new_folder(request.directory)
-        async for update in self._told(request, context, partial(self._jobs.adopt, target)):
-            yield _answer(pb.AdoptResponse, update, results.adopt_result)
+        start = partial(
+            self._jobs.adopt,
+            await self._folders.allowed(_new_folder(request.directory), context),
+        )
+        answer = outcome_of("adopt", results.adopt_result)
+        asked = Asked(pb.OPERATION_KIND_ADOPT, request, start, answer)
+        async for told in self._told(asked, context):
+            yield pb.AdoptResponse(**told)
 
     async def Export(  # noqa: N802
         self, request: pb.ExportRequest, context: Any
     ) -> AsyncIterator[pb.ExportResponse]:
         """Streams progress, then the result."""
-        target = _new_folder(request.directory)
-        async for update in self._told(request, context, partial(self._jobs.export, target)):
-            yield _answer(pb.ExportResponse, update, partial(results.export_result, str(target)))
+        target = await self._folders.allowed(_new_folder(request.directory), context)
+        expected = _expected(request)
+        start = partial(self._jobs.export, target, expected_version=expected)
+        answer = outcome_of("export", partial(results.export_result, str(target)))
+        asked = Asked(pb.OPERATION_KIND_EXPORT, request, start, answer)
+        async for told in self._told(asked, context):
+            yield pb.ExportResponse(**told)
 
     async def CreateSnapshot(  # noqa: N802
         self, request: pb.CreateSnapshotRequest, context: Any
     ) -> AsyncIterator[pb.CreateSnapshotResponse]:
         """Streams progress, then the snapshot once it is durable."""
-        name = request.name
-        async for update in self._told(request, context, partial(self._jobs.snapshot, name)):
-            yield _answer(pb.CreateSnapshotResponse, update, results.snapshot_message, "snapshot")
+        name, expected = request.name, _expected(request)
+        start = partial(self._jobs.snapshot, name, expected_version=expected)
+        answer = outcome_of("snapshot", results.snapshot_message)
+        asked = Asked(pb.OPERATION_KIND_CREATE_SNAPSHOT, request, start, answer)
+        async for told in self._told(asked, context, "snapshot"):
+            yield pb.CreateSnapshotResponse(**told)
 
     async def RestoreSnapshot(  # noqa: N802
         self, request: pb.RestoreSnapshotRequest, context: Any
     ) -> AsyncIterator[pb.RestoreSnapshotResponse]:
         """Streams progress, then the result."""
-        expected = _expected(request)
-        start = partial(self._jobs.restore, request.snapshot_id, expected)
-        async for update in self._told(request, context, start):
-            yield _answer(pb.RestoreSnapshotResponse, update, results.restore_result)
+        start = partial(self._jobs.restore, request.snapshot_id, _expected(request))
+        answer = outcome_of("restore", results.restore_result)
+        asked = Asked(pb.OPERATION_KIND_RESTORE_SNAPSHOT, request, start, answer)
+        async for told in self._told(asked, context):
+            yield pb.RestoreSnapshotResponse(**told)
 
     async def Undo(  # noqa: N802
         self, request: pb.UndoRequest, context: Any
@@ -92,13 +120,11 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
         """Streams the result."""
         if request.updates < 0:
             raise InvalidArgument.at("updates", "must not be negative")
-        updates, expected = request.updates or 1, _expected(request)
-
-        def start(progress: Progress) -> Future[Any]:
-            return self._jobs.undo(updates, expected)
-
-        async for update in self._told(request, context, start):
-            yield pb.UndoResponse(result=results.restore_result(update))
+        start = partial(self._jobs.undo, request.updates or 1, _expected(request))
+        answer = outcome_of("restore", results.restore_result)
+        asked = Asked(pb.OPERATION_KIND_UNDO, request, start, answer)
+        async for told in self._told(asked, context):
+            yield pb.UndoResponse(**told)
 
     async def GetSnapshot(  # noqa: N802
         self, request: pb.GetSnapshotRequest, context: Any
@@ -127,50 +153,35 @@ class CheckpointService(pb_grpc.CheckpointServiceServicer):
         self, request: pb.DeleteSnapshotRequest, context: Any
     ) -> pb.DeleteSnapshotResponse:
         """Deletes one snapshot, by id or name."""
-        self._owner.session()
         start = partial(self._jobs.delete, request.snapshot_id)
-        await _ended(self._repeated.begin(request, start))
+        asked = Asked(pb.OPERATION_KIND_DELETE_SNAPSHOT, request, start, lambda _: pb.Operation())
+        operation = await self._operations.begin(asked)
+        async for _ in operation.follow():
+            pass
+        if operation.error:
+            raise operation.error
         return pb.DeleteSnapshotResponse()
 
-    async def CancelOperation(  # noqa: N802
-        self, request: pb.CancelOperationRequest, context: Any
-    ) -> pb.CancelOperationResponse:
-        """Stops what the last call with an id began, where that can be."""
-        job = self._repeated.last(request.request_id)
-        return pb.CancelOperationResponse(state=results.cancel_state(job.cancel(), job.done()))
-
     async def _told(
-        self, request: Any, context: Any, start: Callable[[Progress], Future[Any]]
-    ) -> AsyncIterator[Any]:
-        """Progress of a job of the training thread, then its result; the job never waits."""
-        loop, news = asyncio.get_running_loop(), asyncio.Queue[pb.Operation.Progress | None]()
+        self, asked: Asked, context: Any, result: str = "result"
+    ) -> AsyncIterator[dict[str, Any]]:
+        """The fields of each message of a stream: its operation's id, progress, and its outcome.
 
-        def tell(done: int, total: int, current: str) -> None:
-            progress = pb.Operation.Progress(bytes_done=done, bytes_total=total, current=current)
-            _call(loop, lambda: news.put_nowait(progress))
-
+        The first has the id alone, where the operation has not ended.
+        """
         with self._streams.one(context.peer()):
-            self._owner.session()
-            future = self._repeated.begin(request, lambda: start(tell))
-            future.add_done_callback(lambda _: _call(loop, lambda: news.put_nowait(None)))
-            while (progress := await news.get()) is not None:
-                yield progress
-            yield _result(future)
-
-
-def _answer(
-    response: Callable[..., T], update: Any, read: Callable[[Any], Any], field: str = "result"
-) -> T:
-    """A message of a stream: progress as it is, or what the job came to in its own field."""
-    if isinstance(update, pb.Operation.Progress):
-        return response(progress=update)
-    return response(**{field: read(update)})
-
-
-def _call(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> None:
-    # The server may have ended before the job did; nobody is left to be told then.
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(what)
+            operation = await self._operations.begin(asked)
+            about, progress = {"operation_id": operation.row.operation_id}, None
+            if not operation.row.ended:
+                yield about
+            async for _ in operation.follow():
+                if operation.progress is not progress:
+                    progress = operation.progress
+                    yield about | {"progress": progress}
+            if operation.error:
+                raise operation.error
+            ended = operation.message()
+            yield about | {result: getattr(ended, str(ended.WhichOneof("outcome")))}
 
 
 async def _on_disk(work: Callable[[], T]) -> T:
@@ -178,34 +189,7 @@ async def _on_disk(work: Callable[[], T]) -> T:
     try:
         return await asyncio.to_thread(work)
     except OSError as error:
-        raise _refused_by_disk(error) from error
-
-
-async def _ended(future: Future[Any]) -> Any:
-    """What a job comes to. No thread waits for it, and who leaves does not stop it."""
-    loop, done = asyncio.get_running_loop(), asyncio.Event()
-    future.add_done_callback(lambda _: _call(loop, done.set))
-    await done.wait()
-    return _result(future)
-
-
-def _result(future: Future[Any]) -> Any:
-    try:
-        return future.result()
-    except CancelledError:
-        raise stopped() from None
-    except OSError as error:
-        raise _refused_by_disk(error) from error
-
-
-def _refused_by_disk(error: OSError) -> FailedPrecondition:
-    return FailedPrecondition(
-        f"The disk refused ({error.strerror}). No weights are lost: the next sync, or start of "
-        "the server, leaves the model directory wholly as before or wholly new. Make room or "
-        "mend the permissions of the directory and its parent, then try again; `apollo checkpoint "
-        "export FOLDER` writes what was learned to another disk.",
-        reason="DIRECTORY_NOT_WRITABLE",
-    )
+        raise refused_by_disk(error) from error
 
 
 def _expected(request: Any) -> int | None:

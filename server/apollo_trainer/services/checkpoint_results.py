@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from apollo_grpc.v1 import checkpoint_pb2 as pb
 from apollo_trainer.checkpoints.directory import Adoption, Exported, SyncOutcome, Verification
 from apollo_trainer.checkpoints.snapshots import SnapshotInfo
 from apollo_trainer.operations import Restored
+
+
+def outcome_of(field: str, read: Callable[[Any], Any]) -> Callable[[Any], pb.Operation]:
+    """Makes what a job came to the outcome of its operation, in the field of its kind."""
+    return lambda done: pb.Operation(**{field: read(done)})
 
 
 def sync_result(done: tuple[SyncOutcome, int]) -> pb.SyncResult:
@@ -21,8 +29,9 @@ def sync_result(done: tuple[SyncOutcome, int]) -> pb.SyncResult:
     )
 
 
-def verify_result(directory: str, found: Verification) -> pb.VerifyResult:
+def verify_result(done: tuple[str, Verification]) -> pb.VerifyResult:
     """Of a comparison of a model directory."""
+    directory, found = done
     return pb.VerifyResult(
         directory=directory,
         generation=found.generation,

@@ -10,7 +10,7 @@ from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.times import now
 from apollo_grpc.v1 import status_pb2 as pb
 from apollo_grpc.v1 import status_pb2_grpc as pb_grpc
-from apollo_trainer.engine import StatusBoard
+from apollo_trainer.engine import ServerInfo, StatusBoard
 from apollo_trainer.services.streams import StreamLimit
 from apollo_trainer.watching import Ring, Watcher
 
@@ -20,12 +20,18 @@ HEARTBEAT_SECONDS = 15.0
 class StatusService(pb_grpc.StatusServiceServicer):
     """Serves one status board, and its news as a ring holds them."""
 
-    def __init__(self, board: StatusBoard, ring: Ring, streams: StreamLimit):
-        self._board, self._ring, self._streams = board, ring, streams
+    def __init__(self, board: StatusBoard, ring: Ring, streams: StreamLimit, info: ServerInfo):
+        self._board, self._ring, self._streams, self._info = board, ring, streams, info
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:  # noqa: N802
         """The status now."""
         return pb.GetStatusResponse(status=self._board.snapshot())
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: pb.GetServerInfoRequest, context: Any
+    ) -> pb.GetServerInfoResponse:
+        """What this server and the attached model can do, and what they limit."""
+        return await asyncio.to_thread(self._info.now)
 
     async def WatchStatus(  # type: ignore[override]  # noqa: N802
         self, request: pb.WatchStatusRequest, context: Any

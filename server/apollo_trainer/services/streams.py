@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from apollo_grpc.errors import ResourceExhausted
+from apollo_grpc.errors import Quota, ResourceExhausted
 
 RETRY_SECONDS = 1.0
 
@@ -62,6 +62,7 @@ class StreamLimit:
                 "Close some, or try again.",
                 reason=f"TOO_MANY_{self._what.upper()}",
                 metadata={"limit": str(limit)},
+                quota=Quota(self._what, f"at most {limit}{whose}"),
                 retry_seconds=RETRY_SECONDS,
             )
 

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
-from apollo_grpc.errors import InvalidArgument, NotFound
+from apollo_grpc.errors import FailedPrecondition, InvalidArgument, NotFound, Resource
 from apollo_grpc.v1 import training_pb2 as pb
-from apollo_grpc.v1 import training_pb2_grpc as pb_grpc
 from apollo_trainer.engine import ModelOwner
-from apollo_trainer.ledger import PAGE, RunRow, require_next, require_reached
-from apollo_trainer.runs import RunQueue, prepare_run
+from apollo_trainer.ledger import PAGE, Deletion, RunRow, require_next, require_reached
+from apollo_trainer.runs import RunQueue, Scoring
+from apollo_trainer.services.in_context import ThreadsInContext
 from apollo_trainer.services.paging import (
     DEFAULT_SIZE,
     MAX_SIZE,
     read_page_request,
     token_after,
 )
+from apollo_trainer.services.sample_calls import SampleCalls
 from apollo_trainer.services.streams import StreamLimit
 
 MAX_REQUEST_ID_BYTES = 256
 SUBMITTING_THREADS = 2
 
 
-class TrainingService(pb_grpc.TrainingServiceServicer):
+class TrainingService(SampleCalls):
     """Serves the one model of `owner`, whose runs are those of `queue`; on its event loop.
 
     The queue reads the disk, so that it is asked from other threads. What takes longer, a run's
@@ -35,31 +36,40 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     def __init__(
         self, owner: ModelOwner, queue: RunQueue, streams: StreamLimit, readers: StreamLimit
     ):
-        self._owner, self._queue = owner, queue
+        self._owner, self._queue, self._scoring = owner, queue, Scoring(owner)
         self._streams, self._readers = streams, readers
         # Many samples take seconds to become token ids: calls that only look must not queue behind.
-        self._submitting = ThreadPoolExecutor(SUBMITTING_THREADS, "submit")
+        self._submitting = ThreadsInContext(SUBMITTING_THREADS, "submit")
 
     async def Train(  # noqa: N802
         self, request: pb.TrainRequest, context: Any
     ) -> AsyncIterator[pb.TrainResponse]:
         """Submits a run and streams its events; the run goes on when the caller leaves."""
-        _check_train(request)
         with self._streams.one(context.peer()):
-            loop = asyncio.get_running_loop()
-            accepted = await loop.run_in_executor(self._submitting, self._submit, request)
+            accepted = self._accept(request)
             # The stream goes on for as long as the run does, and needs the samples no more.
             del request
-            run_id = await asyncio.wrap_future(accepted)
+            run_id = await accepted
             async for event in self._follow(run_id, 0):
                 yield pb.TrainResponse(event=event)
 
-    def _submit(self, request: pb.TrainRequest) -> Future[str]:
+    async def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> pb.CreateRunResponse:  # noqa: N802
+        """Submits a run, and returns it once it is on disk."""
+        row = await self._row(await self._accept(request))
+        return pb.CreateRunResponse(run=row.to_run())
+
+    async def _accept(self, request: pb.TrainRequest | pb.CreateRunRequest) -> str:
+        """The id of the run that the request begins or began, which is on disk."""
+        _check_request(request)
+        loop = asyncio.get_running_loop()
+        accepted = loop.run_in_executor(self._submitting, self._submit, request)
+        del request
+        return await asyncio.wrap_future(await accepted)
+
+    def _submit(self, request: pb.TrainRequest | pb.CreateRunRequest) -> Future[str]:
         if found := self._queue.find(request.request_id, request.spec):
             return found
-        session = self._owner.session()
-        tokenize = self._owner.sidecar.tokenize
-        run = prepare_run(request.spec, session.limits, tokenize, only_check=True)
+        run = self._checked(request.spec)
         return self._queue.submit(run, request.spec, request.request_id)
 
     async def WatchRun(  # noqa: N802
@@ -72,6 +82,17 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         with self._readers.one(context.peer()):
             async for event in self._follow(request.run_id, request.after_sequence):
                 yield pb.WatchRunResponse(event=event)
+
+    async def WatchRuns(  # type: ignore[override]  # noqa: N802
+        self, request: pb.WatchRunsRequest, context: Any
+    ) -> AsyncIterator[bytes]:
+        """Streams the events of all runs after a revision, serialized."""
+        after = request.after_revision if request.HasField("after_revision") else None
+        if after is not None and after < 0:
+            raise InvalidArgument.at("after_revision", "must not be negative")
+        with self._readers.one(context.peer()):
+            async for answer in self._queue.writer.feed.follow(after):
+                yield answer
 
     async def _follow(self, run_id: str, after: int) -> AsyncIterator[pb.RunEvent]:
         if log := self._queue.log_of(run_id):
@@ -88,20 +109,23 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
                 yield event
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:  # noqa: N802
-        """One run, with its spec as long as that is kept."""
+        """One run; its samples where they are asked for, and as long as they are kept."""
         _require_run_id(request.run_id)
-        row = await self._row(request.run_id)
-        spec = await asyncio.to_thread(self._queue.ledger.spec, request.run_id)
+        if request.view not in pb.RunView.values():
+            raise InvalidArgument.at("view", f"is {request.view}, which is no view")
+        row, spec = await self._row(request.run_id), None
+        if request.view == pb.RUN_VIEW_FULL:
+            spec = await asyncio.to_thread(self._queue.ledger.spec, request.run_id)
         return pb.GetRunResponse(run=row.to_run(spec))
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:  # noqa: N802
-        """A page of runs, newest first."""
+        """A page of runs."""
         page = read_page_request(request)
         rows = await asyncio.to_thread(
-            self._queue.ledger.page, page.before, page.states, page.size + 1
+            self._queue.ledger.page, page.choice, page.size + 1, page.beyond
         )
         shown = rows[: page.size]
-        token = token_after(shown[-1].number, page.states) if len(rows) > page.size else ""
+        token = token_after(shown[-1].number, page.choice) if len(rows) > page.size else ""
         return pb.ListRunsResponse(runs=[row.to_run() for row in shown], next_page_token=token)
 
     async def CancelRun(self, request: pb.CancelRunRequest, context: Any) -> pb.CancelRunResponse:  # noqa: N802
@@ -114,6 +138,13 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
             # The ledger may not have it yet: a full disk.
             run.state, run.last_sequence = event.finished.state, event.sequence
         return pb.CancelRunResponse(run=run)
+
+    async def DeleteRun(self, request: pb.DeleteRunRequest, context: Any) -> pb.DeleteRunResponse:  # noqa: N802
+        """Deletes a run that has ended; nothing of it is on the disk when this returns."""
+        _require_run_id(request.run_id)
+        _require_ended(await self._row(request.run_id))
+        await asyncio.wrap_future(self._queue.writer.change(Deletion(request.run_id)))
+        return pb.DeleteRunResponse()
 
     async def ListRegressionProbes(  # noqa: N802
         self, request: pb.ListRegressionProbesRequest, context: Any
@@ -141,15 +172,26 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
             raise NotFound(
                 "There is no such run. 'apollo runs' lists those that are kept.",
                 reason="RUN_NOT_FOUND",
+                resource=Resource("run", run_id),
             )
         return row
 
 
-def _check_train(request: pb.TrainRequest) -> None:
+def _check_request(request: pb.TrainRequest | pb.CreateRunRequest) -> None:
     if not request.HasField("spec"):
         raise InvalidArgument.at("spec", "is required")
     if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
         raise InvalidArgument.at("request_id", f"is longer than {MAX_REQUEST_ID_BYTES} bytes")
+
+
+def _require_ended(row: RunRow) -> None:
+    if not row.has_ended:
+        raise FailedPrecondition(
+            f"Run {row.run_id} has not ended; nothing was deleted. Cancel it, or wait for its end, "
+            "then delete it.",
+            reason="RUN_NOT_ENDED",
+            resource=Resource("run", row.run_id),
+        )
 
 
 def _require_run_id(run_id: str) -> None:

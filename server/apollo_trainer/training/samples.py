@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -73,3 +74,25 @@ class TokenizedSample:
     def has_policy_loss(self) -> bool:
         """Whether its loss is a policy gradient's, which may be negative."""
         return self.targets is None and bool(self.advantages)
+
+
+@dataclass
+class TokenCounts:
+    """Tokens of samples.
+
+    Attributes:
+        longest: of one sample, context and continuation.
+    """
+
+    context: int = 0
+    continuation: int = 0
+    longest: int = 0
+
+    def counting(self, samples: Iterable[TokenizedSample]) -> Iterator[TokenizedSample]:
+        """The same samples, each counted as it passes."""
+        for sample in samples:
+            context, continuation = len(sample.context_ids), len(sample.continuation_ids)
+            self.context += context
+            self.continuation += continuation
+            self.longest = max(self.longest, context + continuation)
+            yield sample

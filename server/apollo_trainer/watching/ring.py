@@ -38,6 +38,7 @@ class Ring:
 
     Attributes:
         end: number of the next update.
+        lost: updates that watchers did not get because they were slow, of all of them together.
     """
 
     def __init__(self, board: StatusBoard):
@@ -49,7 +50,12 @@ class Ring:
         self._waiting = dict[asyncio.Future[None], None]()
         self._due = deque[asyncio.Future[None]]()
         self._at_once = 1
-        self.end, self.closed = 0, False
+        self.end, self.lost, self.closed = 0, 0, False
+
+    @property
+    def watchers(self) -> int:
+        """How many watch. Any thread."""
+        return self._watchers
 
     @property
     def first(self) -> int:
@@ -194,6 +200,7 @@ class Watcher:
             self._status = None
             return status
         behind = max(0, self._ring.first - self._next)
+        self._ring.lost += behind
         self.lost, self._next = self.lost + behind, self._next + behind
         if self._next == self._ring.end:
             return None

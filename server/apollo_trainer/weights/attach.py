@@ -177,6 +177,7 @@ def _mapped(
         derived,
         generation=generation,
         found_generation=manifest.generation,
+        vllm_version=manifest.vllm_version,
     )
     _require_no_copies(attachment)
     return attachment, views

@@ -42,6 +42,7 @@ class Attachment:
         liveness: what a probe found; None where none was made.
         generation: how often others changed the weights; None where nobody tells.
         found_generation: that of the manifest.
+        vllm_version: empty where the sidecar does not tell.
         lost: set once the engine is known to be gone, wedged, or not to be trusted.
         not_live: why it is not to be trusted; empty where it is.
     """
@@ -62,6 +63,7 @@ class Attachment:
     not_live: str = ""
     generation: SharedGeneration | None = None
     found_generation: int = FIRST
+    vllm_version: str = ""
     _left: torch.Tensor | None = None
     _found_changed: bool = False
 

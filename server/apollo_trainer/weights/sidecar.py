@@ -86,10 +86,14 @@ class Sidecar:
         """
         answers: list[pb.Answer] = []
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-            batch = prompts[start : start + PROMPTS_AT_ONCE]
-            request = pb.AnswerPromptsRequest(epoch=epoch, prompts=batch)
-            answers += self._call("AnswerPrompts", request, ANSWER_SECONDS).answers
+            answers += self.ask(epoch, prompts[start : start + PROMPTS_AT_ONCE]).answers
         return answers
+
+    def ask(self, epoch: str, prompts: Sequence[pb.Prompt]) -> pb.AnswerPromptsResponse:
+        """The same for as many as the sidecar takes, with the weight versions around them."""
+        request = pb.AnswerPromptsRequest(epoch=epoch, prompts=prompts)
+        answer: pb.AnswerPromptsResponse = self._call("AnswerPrompts", request, ANSWER_SECONDS)
+        return answer
 
     def tokenize(self, samples: Iterable[training_pb2.Sample]) -> Sequence[pb.TokenizedSample]:
         """Token ids of texts and chats as vLLM makes them, or why not; in order.

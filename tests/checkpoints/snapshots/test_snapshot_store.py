@@ -18,6 +18,7 @@ from apollo_grpc.errors import (
     DataLoss,
     InvalidArgument,
     NotFound,
+    Quota,
     ResourceExhausted,
 )
 from apollo_trainer.checkpoints.snapshots import snapshot_store
@@ -163,6 +164,7 @@ def test_what_does_not_fit_into_the_budget_leaves_nothing(tmp_path: Path, learne
     with pytest.raises(ResourceExhausted, match="nothing was written") as caught:
         store.create(learner.state(), "too large")
     assert caught.value.reason == "SNAPSHOT_BUDGET"
+    assert caught.value.quota == Quota("snapshot_bytes", "at most 10000")
     assert files(tmp_path) == set()
 
 

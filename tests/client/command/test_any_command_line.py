@@ -20,8 +20,8 @@ EXAMPLES = int(os.environ.get("SOAK_COMMAND_LINES", "100"))
 STATUSES = {0, 1, 2, 3, 130}
 # Starts another Python; `test_doctor.py` has it.
 SLOW = {"--memory-only"}
-# Learns for as long as it is told to.
-UNENDING = {"train"}
+# Learn, or serve, for as long as they are told to.
+UNENDING = {"train", "dashboard"}
 VARIABLES = ["ADDRESS", "STATE_DIR", "TOKEN", "TOKEN_FILE", "CA", "CERTIFICATE", "KEY", "SIDECAR"]
 OTHERS = ["HOME", "XDG_STATE_HOME", "COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR", "TMPDIR"]
 

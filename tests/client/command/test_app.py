@@ -77,24 +77,15 @@ def test_what_the_server_refuses_is_told_by_the_line_of_the_users_file(server, t
     assert piped.stderr == done.stderr.replace(str(file), "stdin")
 
 
-def test_a_file_of_more_samples_than_a_run_takes_is_told_with_the_line_to_cut_at(server, tmp_path):
-    line = '{"context": "a", "continuation": "b"}\n'
-    (file := tmp_path / "facts.jsonl").write_text(
-        json.dumps({"messages": TALK}) + "\n" + line * 9999
-    )
-    done = apollo("--address", server, "train", str(file))
-    assert done.returncode == 2
-    assert "has 10001 samples; a run takes at most 10000" in done.stderr
-    assert f"up to {file}:9999 they fit: train the rest in a run of its own" in done.stderr
-
-
 def test_a_file_larger_than_a_request_is_told_before_any_call(state_dir, tmp_path):
     line = json.dumps({"context": "a" * 2**20, "continuation": "b"}) + "\n"
     (file := tmp_path / "facts.jsonl").write_text(line * 70)
-    done = apollo("train", str(file), env={"APOLLO_STATE_DIR": str(state_dir)})
+    (few := tmp_path / "few.jsonl").write_text('{"context": "a", "continuation": "b"}')
+    anchored = ["train", str(few), "--anchors", str(file)]
+    done = apollo(*anchored, env={"APOLLO_STATE_DIR": str(state_dir)})
     assert done.returncode == 2
     assert f"{file}: holds 70.0 MiB of samples; a run takes at most 63.9 MiB" in done.stderr
-    assert f"up to {file}:63 they fit" in done.stderr
+    assert f"up to {file}:63 they fit: leave out the rest" in done.stderr
 
 
 @pytest.mark.parametrize("standard_input", ["<&-", "</dev/null", "</proc/self/mem"])
@@ -138,15 +129,50 @@ def test_runs_are_listed_shown_followed_and_cancelled(server, tmp_path):
     assert "3/3 steps" in listed.stdout
     assert json.loads(apollo(*at, "runs", "--limit", "1", "--json").stdout)["run_id"] == run_id
     shown = apollo(*at, "run", run_id).stdout
-    assert "samples    1" in shown and f"apollo watch {run_id}" in shown
+    assert "last loss" in shown and f"apollo watch {run_id}" in shown
+    with_samples = json.loads(apollo(*at, "run", run_id, "--samples").stdout)
+    assert with_samples["spec"]["samples"][0]["text"]["continuation"] == " deep."
     assert apollo(*at, "watch", run_id, "--json").stdout == trained.stdout
     rest = apollo(*at, "watch", run_id, "--after", "4", "--json").stdout
     assert rest == "".join(trained.stdout.splitlines(keepends=True)[4:])
     assert "succeeded" in apollo(*at, "cancel", run_id).stdout
 
 
+def test_runs_have_names_and_labels_are_watched_together_and_deleted(server, tmp_path):
+    file = tmp_path / "facts.jsonl"
+    file.write_text('{"context": "The sea is", "continuation": " deep."}\n')
+    at = ("--address", server)
+    named = ("--name", "mine", "--label", "team=a b", "--label", "empty=")
+    trained = apollo(*at, "train", str(file), *named, "--json")
+    run_id = json.loads(trained.stdout.splitlines()[0])["run_id"]
+    listed = apollo(*at, "runs", "--name", "mine", "--label", "team=a b", "--oldest-first")
+    assert listed.stdout.startswith(run_id) and "mine" in listed.stdout
+    assert not apollo(*at, "runs", "--label", "team=b").stdout
+    assert "empty=, team=a b" in apollo(*at, "run", run_id).stdout
+    refused = apollo(*at, "runs", "--label", "team")
+    assert refused.returncode == 2 and "KEY=VALUE" in refused.stderr
+    told = all_runs(server, "--after", "0", lines=1)
+    revision = int(told.split()[0])
+    assert all_runs(server, "--after", f"{revision}", "--json", lines=1) != told
+    assert apollo(*at, "delete", run_id).stdout == f"deleted {run_id}\n"
+    assert not apollo(*at, "runs", "--name", "mine").stdout
+
+
+def all_runs(server: str, *options: str, lines: int) -> str:
+    """What `apollo watch --all` tells first."""
+    words = " ".join(options)
+    command = f"{APOLLO} --address {server} watch --all {words} | head -n {lines}"
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, text=True) as pipe:
+        told = pipe.stdout.readline()
+        # The command notices that nobody reads when it has more to say.
+        with ApolloClient(server) as client:
+            list(client.train([("a", "b")]))
+        assert pipe.wait(HANG) == 0
+    return told
+
+
 def test_an_unknown_run_is_told_in_words(server):
-    for command in ("run", "watch", "cancel"):
+    for command in ("run", "watch", "cancel", "delete"):
         done = apollo("--address", server, command, "none")
         assert done.returncode == 1
         assert "apollo runs" in done.stderr and "Traceback" not in done.stderr
@@ -170,4 +196,4 @@ def test_what_has_ended_is_told_to_be_too_late_to_cancel_and_what_never_was_is_n
     assert (ended.returncode, ended.stdout) == (1, "mine: too late\n")
     unknown = apollo("checkpoint", "cancel", "another", env=environment)
     assert unknown.returncode == 1
-    assert "REQUEST_NOT_FOUND" in unknown.stderr
+    assert "OPERATION_NOT_FOUND" in unknown.stderr

@@ -55,6 +55,11 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 FLAGS = {
+    "--name mine --label team=a --label empty= --expected-weight-version 0": {
+        "name": "mine",
+        "labels": {"team": "a", "empty": ""},
+        "expected_weight_version": 0,
+    },
     "--loss context_distillation": {"context_distillation": pb.ContextDistillation()},
     "--anchors anchors.jsonl --anchor-weight 0.5 --anchors-per-step 3": {
         "anchors": pb.Anchors(samples=[SAMPLE], weight=0.5, samples_per_step=3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from apollo_grpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+from apollo_grpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Resource
 from apollo_trainer.checkpoints.directory.new_directory import copy_file, new_directory
 from apollo_trainer.checkpoints.directory.survey import Progress
 from apollo_trainer.checkpoints.disk import FILES, FileOps
@@ -59,6 +59,7 @@ def _refuse(source: Path, target: Path, ops: FileOps) -> AlreadyExists:
     taken = AlreadyExists(
         f"{target} exists already; it was left as it is. Name a folder that does not exist.",
         reason="FOLDER_EXISTS",
+        resource=Resource("directory", str(target)),
     )
     if ops.found(target):
         raise taken

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from apollo_grpc.errors import AlreadyExists, DataLoss
+from apollo_grpc.errors import AlreadyExists, DataLoss, Resource
 from apollo_trainer.checkpoints.directory.disk_values import bytes_to_write
 from apollo_trainer.checkpoints.directory.loaded_files import loaded_files
 from apollo_trainer.checkpoints.directory.new_directory import copy_file, new_directory
@@ -75,6 +75,7 @@ def export_directory(
     taken = AlreadyExists(
         f"{target} exists; nothing was written. Choose a directory that does not exist.",
         reason="EXPORT_EXISTS",
+        resource=Resource("directory", str(target)),
     )
     if ops.found(target):
         raise taken

@@ -16,7 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from apollo_grpc.errors import AlreadyExists, DataLoss, NotFound, ResourceExhausted
+from apollo_grpc.errors import (
+    AlreadyExists,
+    DataLoss,
+    NotFound,
+    Quota,
+    Resource,
+    ResourceExhausted,
+)
 from apollo_trainer.checkpoints.apollo_state import FILE_NAME as STATE_FILE
 from apollo_trainer.checkpoints.apollo_state import OPTIMIZER_KEY, read_state, write_state
 from apollo_trainer.checkpoints.directory import Progress
@@ -108,6 +115,7 @@ class SnapshotStore:
                     f"There is a snapshot {name!r}; nothing was written. Delete it, or choose "
                     "another name.",
                     reason="SNAPSHOT_EXISTS",
+                    resource=Resource("snapshot", name),
                 )
             state = source if isinstance(source, ModelState) else source.state()
             before = set(self.anchors.folder.ids())
@@ -202,6 +210,7 @@ class SnapshotStore:
         raise NotFound(
             f"There is no snapshot {snapshot[:60]!r}; `apollo checkpoint list` shows them.",
             reason="SNAPSHOT_NOT_FOUND",
+            resource=Resource("snapshot", snapshot),
         )
 
     def delete(self, snapshot: str) -> None:
@@ -241,7 +250,11 @@ class SnapshotStore:
 
     def _entry(self, snapshot: str) -> Path:
         if snapshot not in self._folder.ids():
-            raise NotFound(f"There is no snapshot {snapshot[:60]!r}.", reason="SNAPSHOT_NOT_FOUND")
+            raise NotFound(
+                f"There is no snapshot {snapshot[:60]!r}.",
+                reason="SNAPSHOT_NOT_FOUND",
+                resource=Resource("snapshot", snapshot),
+            )
         return self._folder.path / snapshot
 
     def _require_room(self, info: SnapshotInfo) -> None:
@@ -255,6 +268,7 @@ class SnapshotStore:
                 f"The snapshot and the named ones need {needed} bytes, and the budget is "
                 f"{self._budget}; nothing was written. Delete snapshots, or raise the budget.",
                 reason="SNAPSHOT_BUDGET",
+                quota=Quota("snapshot_bytes", f"at most {self._budget}"),
             )
 
     def _retire(self) -> None:

@@ -1,0 +1,64 @@
+# `make protos` makes sample_calls.py, the blocking client's calls, from this file.
+"""Calls that ask about samples, or about the server, and begin nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Unpack
+
+from apollo_client.aio_calls import AsyncCalls
+from apollo_client.requests import RunOptions, placed_samples, placed_spec, validate_request
+from apollo_client.samples import SampleLike
+from apollo_grpc.v1 import status_pb2, training_pb2
+from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
+from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
+
+
+class AsyncSampleCalls(AsyncCalls):
+    """What samples come to, and what the server takes."""
+
+    _training: TrainingServiceStub
+    _status: StatusServiceStub
+
+    async def score(self, samples: Iterable[SampleLike]) -> training_pb2.ScoreSamplesResponse:
+        """How likely vLLM finds each continuation with the weights of now; nothing is trained.
+
+        `scores` has one for each sample, in order, in nats. Weights and the like are ignored. It
+        waits for vLLM, also while a run has it paused.
+        """
+        found, places = placed_samples(samples)
+        request = training_pb2.ScoreSamplesRequest(samples=found)
+        scored: training_pb2.ScoreSamplesResponse = await self._asked(
+            self._training.ScoreSamples, request, places
+        )
+        return scored
+
+    async def validate(
+        self, samples: Iterable[SampleLike] = (), **options: Unpack[RunOptions]
+    ) -> training_pb2.ValidateRunResponse:
+        """What `train` would come to, in steps and tokens; nothing begins.
+
+        Raises what `train` would raise.
+        """
+        spec, places = placed_spec(samples, options)
+        valid: training_pb2.ValidateRunResponse = await self._asked(
+            self._training.ValidateRun, validate_request(spec, places), places
+        )
+        return valid
+
+    async def count_tokens(self, samples: Iterable[SampleLike]) -> list[training_pb2.TokenCount]:
+        """How many tokens `train` would make of each sample, in order."""
+        found, places = placed_samples(samples)
+        request = training_pb2.CountTokensRequest(samples=found)
+        answer = await self._asked(self._training.CountTokens, request, places)
+        return list(answer.counts)
+
+    async def server_info(self) -> status_pb2.GetServerInfoResponse:
+        """What the server and its model can do, and what they limit.
+
+        `model` is unset while no engine is attached.
+        """
+        info: status_pb2.GetServerInfoResponse = await self._answer(
+            self._status.GetServerInfo, status_pb2.GetServerInfoRequest()
+        )
+        return info

@@ -1,0 +1,77 @@
+"""A dataset on its way to the server, in messages of about one MiB."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from typing import TypeAlias
+
+from apollo_client.connection import message
+from apollo_client.placing import Place, Placed
+from apollo_client.samples import SampleLike, to_samples
+from apollo_grpc.errors import InvalidArgument
+from apollo_grpc.v1 import dataset_pb2 as pb
+
+MESSAGE_BYTES = 2**20
+Samples: TypeAlias = Iterable[SampleLike]
+AsyncSamples: TypeAlias = Iterable[SampleLike] | AsyncIterable[SampleLike]
+
+
+class Upload:
+    """The messages of one dataset; of its samples a message is in memory, and where each is from.
+
+    Args:
+        name: of the dataset.
+    """
+
+    def __init__(self, name: str):
+        self._message = message(pb.CreateDatasetRequest, name=name)
+        self._size = self._items = 0
+        self._places: list[Place] = []
+
+    @property
+    def places(self) -> Mapping[str, list[Place]]:
+        """Where the samples come from that were taken so far."""
+        return {"samples": self._places}
+
+    def messages(self, samples: Samples) -> Iterator[pb.CreateDatasetRequest]:
+        """The messages. Raises InvalidArgument for what is no sample, and what `samples` raises."""
+        for item in _listed(samples):
+            if self._take(item):
+                yield self._full()
+        yield self._full()
+
+    async def aio_messages(self, samples: AsyncSamples) -> AsyncIterator[pb.CreateDatasetRequest]:
+        """The same, of samples that may come from asyncio."""
+        if not isinstance(samples, AsyncIterable):
+            for each in self.messages(samples):
+                yield each
+            return
+        async for item in samples:
+            if self._take(item):
+                yield self._full()
+        yield self._full()
+
+    def _take(self, item: SampleLike) -> bool:
+        """Adds what one item holds; returns whether the message is full."""
+        place = item.place if isinstance(item, Placed) else self._items
+        try:
+            found = to_samples(item)
+        except InvalidArgument as error:
+            where = f"samples[{place}]" if isinstance(place, int) else place
+            raise InvalidArgument.at(where, error.message) from error
+        self._items += 1
+        self._places += [place] * len(found)
+        self._message.samples.extend(found)
+        self._size += sum(sample.ByteSize() for sample in found)
+        return self._size >= MESSAGE_BYTES
+
+    def _full(self) -> pb.CreateDatasetRequest:
+        full, self._message, self._size = self._message, pb.CreateDatasetRequest(), 0
+        return full
+
+
+def _listed(samples: Samples) -> Iterator[SampleLike]:
+    if isinstance(samples, str | bytes | Mapping) or not isinstance(samples, Iterable):
+        says = "is no list of samples; 'read_samples' makes one of a file"
+        raise InvalidArgument.at("samples", says)
+    return iter(samples)
