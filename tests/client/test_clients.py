@@ -430,11 +430,6 @@ def test_a_client_is_shared_by_threads_and_closed_by_one(server):
     assert ended.is_set()
 
 
-def test_a_token_never_leaves_for_another_machine_in_the_clear(connect):
-    with pytest.raises(InvalidArgument, match="TLS"):
-        connect("192.0.2.1:50051", token="secret")
-
-
 def test_a_job_that_waits_is_stopped_by_its_request_id(connect, server):
     with ApolloClient(server) as other:
         run = other.train([SAMPLE], epochs=100_000, min_loss=0)

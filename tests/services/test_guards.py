@@ -25,6 +25,11 @@ def handler_of(guards: Guards, stop: Callable[[], None]) -> Callable[[], None]:
     return found[signal.SIGHUP]
 
 
+def terminal(open_: bool) -> Any:
+    """A stream that is a terminal or not, and takes what others write."""
+    return SimpleNamespace(isatty=lambda: open_, write=len, flush=lambda: None)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "ends"),
     [(False, False, False), (True, True, False), (True, False, True)],
@@ -36,9 +41,9 @@ def test_a_terminal_that_was_closed_ends_the_server_and_nothing_else_does(
     guards = Guards(Settings(address="127.0.0.1:0", state_dir=state_dir))
     tokens = guards.of_address().tokens
     assert tokens
-    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: before))
+    monkeypatch.setattr(sys, "stderr", terminal(before))
     hang_up = handler_of(guards, lambda: stopped.append(True))
-    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: after))
+    monkeypatch.setattr(sys, "stderr", terminal(after))
     (state_dir / "token").write_text("another-token-of-the-user")
     hang_up()
     assert stopped == [True] * ends

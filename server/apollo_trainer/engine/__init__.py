@@ -1,6 +1,6 @@
 """One vLLM engine: found, attached, watched, paused, and given up."""
 
-from apollo_trainer.engine.coherence import coherence_of, engine_is_gone
+from apollo_trainer.engine.coherence import coherence_of, engine_is_gone, version_changed
 from apollo_trainer.engine.engine_watch import EngineWatch, no_engine
 from apollo_trainer.engine.owner import ModelOwner
 from apollo_trainer.engine.pause import EnginePause
@@ -23,4 +23,5 @@ __all__ = [
     "coherence_of",
     "engine_is_gone",
     "no_engine",
+    "version_changed",
 ]

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from apollo_grpc import traces
-from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
+from apollo_grpc.errors import Aborted, ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.engine.pause import EnginePause
 from apollo_trainer.weights.attachment import Attachment
@@ -23,6 +23,16 @@ _GONE = ("ENGINE_LOST", "ENGINE_STOPPING", Unavailable.default_reason)
 def engine_is_gone(error: ApolloError) -> bool:
     """Whether a failed call means that the engine is gone; one that is slow is still there."""
     return isinstance(error, Unavailable) and error.reason in _GONE
+
+
+def version_changed(live: int, expected: int) -> Aborted:
+    """The error where a call expects another version of the weights than the live one."""
+    return Aborted(
+        f"The live weights have version {live}, not {expected}; nothing was changed. Look at what "
+        "was learned meanwhile, then ask again.",
+        reason="WEIGHT_VERSION_CHANGED",
+        metadata={"weight_version": str(live)},
+    )
 
 
 class Coherence(ABC):

@@ -236,6 +236,11 @@ class EventLog:
         return follow(self, after_sequence)
 
     @property
+    def open(self) -> bool:
+        """Whether the run has not finished."""
+        return self.life is Life.OPEN
+
+    @property
     def closed(self) -> bool:
         """Whether nothing is written any more."""
         return self.life is Life.CLOSED

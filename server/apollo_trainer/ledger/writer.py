@@ -158,6 +158,9 @@ class LedgerWriter:
         committed: dict[EventLog, int] = {}
         if any(isinstance(entry, Deletion) for entry in batch):
             _guarded(self._erase)
+        if batch:
+            # Whoever is told of one finds it in the feed.
+            _guarded(self.feed.grown)
         for entry in batch:
             if isinstance(entry, Change):
                 entry.done.set_result(entry.run_id)
@@ -167,8 +170,6 @@ class LedgerWriter:
                 committed[entry.sink] = entry.event.sequence
         for sink, sequence in committed.items():
             _guarded(sink.committed, sequence)
-        if batch:
-            _guarded(self.feed.grown)
 
     def _erase(self) -> None:
         """Takes what was deleted out of memory, and out of the write-ahead log."""

@@ -7,10 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from apollo_grpc.errors import Aborted, ApolloError, OutOfRange, Unavailable
+from apollo_grpc.errors import ApolloError, OutOfRange, Unavailable
 from apollo_grpc.v1 import training_pb2
 from apollo_trainer.checkpoints.snapshots import SnapshotInfo
-from apollo_trainer.engine import EnginePause, ModelOwner, Session, StatusBoard, engine_is_gone
+from apollo_trainer.engine import (
+    EnginePause,
+    ModelOwner,
+    Session,
+    StatusBoard,
+    engine_is_gone,
+    version_changed,
+)
 from apollo_trainer.operations.job import Job
 from apollo_trainer.training.options import StateShape
 
@@ -126,14 +133,8 @@ class Restore:
 
 def require_version(session: Session, expected: int | None) -> None:
     """Raises Aborted where the live weights have another version than the expected one."""
-    version = session.weight_version
-    if expected not in (None, version):
-        raise Aborted(
-            f"The live weights have version {version}, not {expected}; nothing was changed. Look "
-            "at what was learned meanwhile, then ask again.",
-            reason="WEIGHT_VERSION_CHANGED",
-            metadata={"weight_version": str(version)},
-        )
+    if expected not in (None, session.weight_version):
+        raise version_changed(session.weight_version, expected)
 
 
 def find_snapshot(session: Session, snapshot: str) -> SnapshotInfo:

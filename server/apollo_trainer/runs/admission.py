@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 
-from apollo_grpc.errors import Aborted, AlreadyExists, Quota, Resource, ResourceExhausted
+from apollo_grpc.errors import AlreadyExists, Quota, Resource, ResourceExhausted
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.config import Settings
+from apollo_trainer.engine import version_changed
 from apollo_trainer.ledger import RunRow, digest_of
 from apollo_trainer.runs.run import QueuedRun
 from apollo_trainer.training.options import OptimizerOptions, StateShape
@@ -86,9 +87,4 @@ def require_version(live: int, spec: pb.RunSpec, *, may_rise: bool = False) -> N
     if not spec.HasField("expected_weight_version") or live == expected:
         return
     if live > expected or not may_rise:
-        raise Aborted(
-            f"The live weights have version {live}, not {expected}; nothing was changed. Look at "
-            "what was learned meanwhile, then ask again.",
-            reason="WEIGHT_VERSION_CHANGED",
-            metadata={"weight_version": str(live)},
-        )
+        raise version_changed(live, expected)

@@ -83,7 +83,7 @@ class RunQueue:
         run_log = self._new_log(row.run_id, row.last_sequence)
         spec, durable = self.ledger.spec(row.run_id) or pb.RunSpec(), known(row.run_id)
         self._add(QueuedRun(run_log, row.request_id or "", row.digest, spec, durable, True))
-        self.datasets.need_again(row.run_id, spec)
+        self.datasets.need_again(run_log, spec)
 
     def _add(self, entry: QueuedRun) -> QueuedRun:
         with self._lock:
@@ -101,7 +101,7 @@ class RunQueue:
     def _forget(self, run_id: str) -> None:
         with self._lock:
             self._runs.pop(run_id, None)
-        self.datasets.release(run_id)
+        self.datasets.forget(run_id)
 
     def _waiting(self, *, active: bool = False) -> list[QueuedRun]:
         """Returns the runs that wait, in order; after the one at work where it is asked for."""
@@ -170,10 +170,10 @@ class RunQueue:
         self, run: PreparedRun, spec: pb.RunSpec, request_id: str, digest: bytes
     ) -> QueuedRun:
         run_id = uuid.uuid4().hex
-        self.datasets.need(run_id, spec)
+        run_log = self._new_log(run_id)
+        self.datasets.need(run_log, spec)
         position = pb.RunEvent.Queued(position=len(self._waiting(active=True)))
         queued = pb.RunEvent(run_id=run_id, sequence=1, event_time=now(), queued=position)
-        run_log = self._new_log(run_id)
         run_log.begin_with(queued)
         durable = self.writer.change(Acceptance(request_id, spec, run.steps_total, queued))
         return self._add(QueuedRun(run_log, request_id, digest, spec, durable))
