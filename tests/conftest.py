@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from apollo_grpc.errors import printable
 from tests.waiting import wait_until
 
 # Read when torch is imported. Threads that wait for each other by spinning take the cores from all
@@ -51,6 +54,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path.parent.name != "vllm", not shares_vllm(item.path)))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Iterator[None]:
+    """Some tests log names that are no UTF-8: a report that has one would end its worker."""
+    return spelt_out((yield))
+
+
+def spelt_out(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {spelt_out(key): spelt_out(each) for key, each in value.items()}
+    return type(value)(map(spelt_out, value)) if isinstance(value, list | tuple) else value
+
+
 def pytest_sessionstart() -> None:
     """Ctrl-C reaches what tests start, also where a shell has made all of it ignore that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -64,6 +81,15 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def log_of_its_own() -> Iterator[None]:
+    """A server that a test has in its own process logs no longer than that."""
+    level = logging.getLogger().level
+    yield
+    if logs := sys.modules.get("apollo_trainer.logs"):
+        logs.end(level)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from apollo_grpc.errors import printable
+
 Format = Literal["text", "json"]
 OURS = ("apollo_trainer", "apollo_grpc")
 IDS = ("run_id", "operation_id", "incident")
@@ -34,18 +36,24 @@ def about(**ids: str) -> Iterator[None]:
 
 def begin(form: Format, level: str = "info") -> None:
     """Has every line from now on go to standard error, in this form. May be called again."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    # Of other libraries nobody wants every detail: some tell each instruction that they compile.
+    end(max(number, logging.INFO), number)
+    handler = _Handler()
+    handler.setFormatter(_Json() if form == "json" else _Text())
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+
+
+def end(level: int, ours: int = logging.NOTSET) -> None:
+    """Takes back what `begin` did; the root logger has this level again, and our loggers theirs."""
     root = logging.getLogger()
     for handler in [each for each in root.handlers if isinstance(each, _Handler)]:
         root.removeHandler(handler)
-    handler = _Handler()
-    handler.setFormatter(_Json() if form == "json" else _Text())
-    root.addHandler(handler)
-    logging.captureWarnings(True)
-    number = logging.getLevelNamesMapping()[level.upper()]
-    # Of other libraries nobody wants every detail: some tell each instruction that they compile.
-    root.setLevel(max(number, logging.INFO))
+    logging.captureWarnings(False)
+    root.setLevel(level)
     for name in OURS:
-        logging.getLogger(name).setLevel(number)
+        logging.getLogger(name).setLevel(ours)
 
 
 class _Handler(logging.StreamHandler[Any]):
@@ -53,6 +61,10 @@ class _Handler(logging.StreamHandler[Any]):
         """Writes to standard error as it is then."""
         self.stream = sys.stderr
         super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Names of files that are no UTF-8 are spelt out."""
+        return printable(super().format(record))
 
 
 class _Text(logging.Formatter):

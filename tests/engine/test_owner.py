@@ -201,7 +201,8 @@ def test_an_engine_lost_while_attaching_is_not_shown_as_attached(
         CheckpointJobs(trainer.owner, trainer.board).sync(print).exception(timeout=HANG),
         Unavailable,
     )
-    assert trainer.status.attachment == DETACHED
+    # It may be looked for again already.
+    assert trainer.status.attachment != ATTACHED
 
 
 def test_split16_on_half_precision_is_refused_and_the_state_stays_usable(

@@ -135,7 +135,9 @@ os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.parametrize(("steps", "segment_bytes"), [(7, SEGMENT_BYTES), (111, 300)])
+@pytest.mark.parametrize(
+    ("steps", "segment_bytes"), [(7, SEGMENT_BYTES), pytest.param(111, 300, marks=pytest.mark.long)]
+)
 def test_a_killed_server_loses_no_step_and_says_which_is_in_doubt(
     open_books: Any, state_dir: Path, steps: int, segment_bytes: int
 ) -> None:

@@ -225,7 +225,7 @@ def test_the_reference_has_an_example_of_each_rpc() -> None:
         ("a socket", "grpcurl"),
         ("a socket", "buf"),
         ("a token", "grpcurl"),
-        ("a certificate", "grpcurl"),
+        pytest.param("a certificate", "grpcurl", marks=pytest.mark.long),
         pytest.param("a token", "buf", marks=pytest.mark.long),
         pytest.param("a certificate", "buf", marks=pytest.mark.long),
     ],

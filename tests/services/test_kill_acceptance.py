@@ -86,7 +86,7 @@ def server(model_folder: Path) -> Iterator[ServerProcess]:
     [
         (die_before_the_probes, pb.RUN_STATE_FAILED),
         (die_in_the_middle_of_the_values, pb.RUN_STATE_REJECTED),
-        (die_once_the_weights_are_back, pb.RUN_STATE_REJECTED),
+        pytest.param(die_once_the_weights_are_back, pb.RUN_STATE_REJECTED, marks=pytest.mark.long),
         (die_before_the_end_is_told, pb.RUN_STATE_REJECTED),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

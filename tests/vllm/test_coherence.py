@@ -21,7 +21,7 @@ SAMPLE = {"context_ids": PROMPT, "continuation_ids": list(range(100, 110))}
 # Weight versions of a run, and how far rounding moves a log-probability of one of them.
 VERSIONS, NOISE = 24, 2e-5
 MODES = ("live", "pause_step", "pause_run")
-POLICIES = ("reset_at_end", "reset_each_step", "keep")
+POLICIES = ("reset_at_end", pytest.param("reset_each_step", marks=pytest.mark.long), "keep")
 
 
 class Decoding:

@@ -23,6 +23,7 @@ def stack(tmp_path):
     made.end("vllm")
 
 
+@pytest.mark.long
 def test_packed_linear_weights_are_refused_by_name_and_left_as_they_were(stack):
     stack.start_vllm(before=pack_linear_weights)
     stack.wait_serving()

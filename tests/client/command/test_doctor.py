@@ -133,6 +133,7 @@ def test_a_folder_without_a_model_is_wrong_input(tmp_path):
     assert "config.json" in done.output
 
 
+@pytest.mark.long
 def test_the_memory_alone_is_told_without_starting_anything(tiny_model):
     asked = ["--memory-only", "--step", "20+10", "--gpu-memory-gb", "24"]
     done = CliRunner().invoke(app, ["doctor", str(tiny_model), *asked, "--json"])
