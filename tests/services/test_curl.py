@@ -31,6 +31,7 @@ METHODS = [
     for service in file.service
     for method in service.method
 ]
+REPEATABLE = ("Get", "List", "Watch", "Cancel")
 IDS = {"runId": "RUN_ID", "operationId": "OPERATION_ID", "snapshotId": "SNAPSHOT_ID",
        "datasetId": "DATASET_ID"}  # fmt: skip
 
@@ -235,9 +236,15 @@ def test_each_rpc_answers_as_the_reference_says(
 ) -> None:
     asking = Asking(ways(way)[tool].call, tmp_path)
     for method, example in EXAMPLES.items():
-        answers = asking.answers(method, example["request"])
-        missing = paths(example["answers"]) - paths(answers)
-        assert not missing, (method, missing, answers)
+
+        def missing(method: str = method, example: Any = example) -> set[str]:
+            return paths(example["answers"]) - paths(asking.answers(method, example["request"]))
+
+        if method.rpartition(".")[2].startswith(REPEATABLE):
+            # What another example began may be at work yet.
+            wait_until(lambda missing=missing: not missing(), f"the whole answer of {method}")
+        else:
+            assert not missing(), method
 
 
 @pytest.mark.parametrize("every", [25, pytest.param(1, marks=pytest.mark.long)])
