@@ -22,7 +22,8 @@ from apollo_trainer.operations import (
 from apollo_trainer.services import checkpoint_results as results
 from apollo_trainer.services.allowed_folders import AllowedFolders
 from apollo_trainer.services.checkpoint_results import outcome_of
-from apollo_trainer.services.operation_calls import DEFAULT_PAGE, MAX_PAGE, OperationCalls
+from apollo_trainer.services.operation_calls import OperationCalls
+from apollo_trainer.services.paging import DEFAULT_SIZE, MAX_SIZE
 from apollo_trainer.services.streams import StreamLimit
 
 T = TypeVar("T")
@@ -138,7 +139,7 @@ class CheckpointService(OperationCalls):
         self, request: pb.ListSnapshotsRequest, context: Any
     ) -> pb.ListSnapshotsResponse:
         """A page of snapshots; its token is the id of its last one."""
-        session, size = self._owner.session(), min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
+        session, size = self._owner.session(), min(request.page_size or DEFAULT_SIZE, MAX_SIZE)
         if size < 0:
             raise InvalidArgument.at("page_size", "must not be negative")
         found = await _on_disk(lambda: session.checkpoints.store.list())

@@ -10,9 +10,9 @@ from apollo_grpc.v1 import checkpoint_pb2 as pb
 from apollo_grpc.v1 import checkpoint_pb2_grpc as pb_grpc
 from apollo_trainer.operations import Operation, Operations
 from apollo_trainer.services.checkpoint_results import cancel_state
+from apollo_trainer.services.paging import DEFAULT_SIZE, MAX_SIZE
 from apollo_trainer.services.streams import StreamLimit
 
-MAX_PAGE, DEFAULT_PAGE = 1000, 50
 WATCH_SECONDS = 0.1
 # Above any operation's number.
 _ALL = 2**63 - 1
@@ -40,7 +40,7 @@ class OperationCalls(pb_grpc.CheckpointServiceServicer):
     ) -> pb.ListOperationsResponse:
         """A page of operations; its token is the number of its last one."""
         before = _page_begin(request)
-        size = min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
+        size = min(request.page_size or DEFAULT_SIZE, MAX_SIZE)
         rows = await self._operations.page(before, sorted(set(request.states)), size + 1)
         page = rows[:size]
         return pb.ListOperationsResponse(

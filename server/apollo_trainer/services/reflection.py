@@ -32,22 +32,21 @@ class Reflection:
 
     def __init__(self, services: Sequence[str]):
         self._services = sorted(services)
-        self._files = {file.name: file for file in contract_files()}
+        self._files, self._symbols = dict[str, File](), dict[str, str]()
+        for file in contract_files():
+            self._add(file)
         for name in services:
-            self._add_of_process(name)
-        self._symbols = {s: file.name for file in self._files.values() for s in _symbols(file)}
+            if name not in self._symbols:
+                self._add(_of_process(name))
         self._extensions = {
             (extension.extendee.lstrip("."), extension.number): file.name
             for file in self._files.values()
             for extension in file.extension
         }
 
-    def _add_of_process(self, service: str) -> None:
-        if any(service in _symbols(file) for file in self._files.values()):
-            return
-        found, proto = descriptor_pool.Default().FindFileContainingSymbol(service), File()
-        found.CopyToProto(proto)
-        self._files[proto.name] = proto
+    def _add(self, file: File) -> None:
+        self._files[file.name] = file
+        self._symbols |= dict.fromkeys(_symbols(file), file.name)
 
     def add_to(self, server: Any) -> None:
         """Registers both versions with a `grpc.aio.Server`."""
@@ -83,14 +82,13 @@ class Reflection:
             for name in self._services:
                 answer.list_services_response.service.add(name=name)
         elif kind == "file_by_filename":
-            self._tell(answer, request.file_by_filename if request.file_by_filename in self._files
-                       else None)  # fmt: skip
+            self._tell(answer, request.file_by_filename)
         elif kind == "file_containing_symbol":
-            self._tell(answer, self._symbols.get(request.file_containing_symbol.lstrip(".")))
+            self._tell(answer, self._symbols.get(request.file_containing_symbol.lstrip("."), ""))
         elif kind == "file_containing_extension":
             asked = request.file_containing_extension
             key = (asked.containing_type.lstrip("."), asked.extension_number)
-            self._tell(answer, self._extensions.get(key))
+            self._tell(answer, self._extensions.get(key, ""))
         elif kind == "all_extension_numbers_of_type":
             name = request.all_extension_numbers_of_type.lstrip(".")
             numbers = sorted(n for extended, n in self._extensions if extended == name)
@@ -101,8 +99,8 @@ class Reflection:
         else:
             raise InvalidArgument("The request asks for nothing that is known.")
 
-    def _tell(self, answer: pb.ServerReflectionResponse, name: str | None) -> None:
-        if name is None:
+    def _tell(self, answer: pb.ServerReflectionResponse, name: str) -> None:
+        if name not in self._files:
             raise NotFound("Symbol not found.", reason="SYMBOL_NOT_FOUND")
         answer.file_descriptor_response.file_descriptor_proto.extend(
             file.SerializeToString() for file in self._with_imports(name, set())
@@ -120,6 +118,12 @@ def contract_files() -> Sequence[File]:
     """The files of apollo.v1 and what they import, with their comments."""
     data = files("apollo_grpc").joinpath(CONTRACT).read_bytes()
     return descriptor_pb2.FileDescriptorSet.FromString(data).file
+
+
+def _of_process(service: str) -> File:
+    found, proto = descriptor_pool.Default().FindFileContainingSymbol(service), File()
+    found.CopyToProto(proto)
+    return proto
 
 
 def _symbols(file: File) -> Iterator[str]:
