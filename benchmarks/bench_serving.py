@@ -68,7 +68,7 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("model", type=Path, nargs="?")
     add("--shape", help="a shape of benchmarks/gpu/models.py, of random weights")
-    add("--streams", type=int, default=16)
+    add("--streams", type=int, nargs="+", default=[16], help="all modes with the first of them")
     add("--seconds", type=float, default=20.0, help="of each row")
     add("--context", type=int, default=64)
     add("--learned", type=int, default=32)
@@ -94,25 +94,36 @@ def measured(
     model: Path, folder: Path, sharing: str, asked: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """A row for each mode, and those without training and without streams."""
-    rows = dict[str, dict[str, Any]]()
+    first, *others = asked.streams
     with serving(model, folder, sharing, asked.vllm.split()) as (client, url):
-        load = Load(url, str(model), asked.streams)
-        load.take(asked.seconds / 2)
-        rows["idle"] = load.take(asked.seconds)
-        for mode in asked.modes:
-            with training(client, mode, asked) as steps:
-                rows[mode] = load.take(asked.seconds, steps)
-            print(sharing, mode, rows[mode], flush=True)
+        load = Load(url, str(model), first)
+        rows = beside(client, load, asked, asked.modes)
         with training(client, "default", asked) as steps:
             began, before = time.monotonic(), len(steps)
             time.sleep(asked.seconds)
             alone = (len(steps) - before) / (time.monotonic() - began)
         rows["training alone"] = {"steps_per_second": alone}
         rows["Train to a changed token"] = changed_token(client, load, asked)
-        rows["idle again"] = load.take(asked.seconds)
+        for streams in others:
+            few = beside(client, Load(url, str(model), streams), asked, ["default"])
+            rows |= {f"{name}, {streams} streams": row for name, row in few.items()}
+        print(sharing, client.status().attachment_detail, flush=True)
+    return rows
+
+
+def beside(
+    client: ApolloClient, load: Load, asked: argparse.Namespace, modes: list[str]
+) -> dict[str, dict[str, Any]]:
+    """A row for each mode of training while streams decode, between two without training."""
+    load.take(asked.seconds / 2)
+    rows = {"idle": load.take(asked.seconds)}
+    for mode in modes:
+        with training(client, mode, asked) as steps:
+            rows[mode] = load.take(asked.seconds, steps)
+        print(load.streams, mode, rows[mode], flush=True)
+    rows["idle again"] = load.take(asked.seconds)
     for row in rows.values():
-        if "tokens_per_second" in row:
-            row["share"] = row["tokens_per_second"] / rows["idle"]["tokens_per_second"]
+        row["share"] = row["tokens_per_second"] / rows["idle"]["tokens_per_second"]
     return rows
 
 

@@ -16,7 +16,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from apollo_trainer.memory_command import memory_of
 from apollo_trainer.training.needs import StepShape
 from benchmarks import machine
 from benchmarks.gpu import stack
-from benchmarks.gpu.models import SHAPES, VOCABULARY, served_with, write_shape
+from benchmarks.gpu.models import OPTIONS, SHAPES, VOCABULARY, write_shape
 from benchmarks.gpu.plain import plain
 from benchmarks.gpu.stack import Stack
 
@@ -54,6 +53,7 @@ def main() -> None:
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--no-plain", action="store_true", help="leave out the plain code")
+    parser.add_argument("--saved", action="store_true", help="also a sync and a snapshot")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     device = torch.device("cuda")
@@ -62,7 +62,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-step-", dir="/dev/shm") as folder:
         model = write_shape(asked.shape, Path(folder) / "model", seed=1)
         torch.cuda.empty_cache()
-        result["product"] = product(model, Path(folder), asked.cases, served_with(asked.shape))
+        others = OPTIONS.get(asked.shape, ())
+        result["product"] = product(model, Path(folder), asked, others)
         if not asked.no_plain:
             alone = [case for case in asked.cases if CASES[case][2] == 1]
             result["plain"] = plain(model, {c: samples(*CASES[c], seed=7)[0] for c in alone})
@@ -71,13 +72,15 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def product(model: Path, folder: Path, cases: list[str], others: tuple[str, ...]) -> dict[str, Any]:
+def product(
+    model: Path, folder: Path, asked: argparse.Namespace, others: tuple[str, ...]
+) -> dict[str, Any]:
     """Through the training server, beside vLLM."""
     at = stack.VLLM.index("--max-model-len") + 1
     options = (*stack.VLLM[:at], str(MAX_MODEL_LEN), *stack.VLLM[at + 1 :], *others)
     with Stack(model, folder, options) as running:
         rows = dict[str, Any]()
-        for number, case in enumerate(cases):
+        for number, case in enumerate(asked.cases):
             # Each case's memory is its own; compiled kernels are there from the second on.
             attach = {"attach_seconds": running.restart_server()} if number else {}
             attached, run = used_gb(), taken(running.client, case)
@@ -88,9 +91,23 @@ def product(model: Path, folder: Path, cases: list[str], others: tuple[str, ...]
             }
             rows[case] = {**steps_of(run, case), **memory, **attach, **start_of(run)}
             print(case, rows[case], flush=True)
-        words = ("kernels", "graph", " GB")
+        saved = saved_in(running.client, model) if asked.saved else {}
+        words = ("kernels", "graph", " GB", "attention")
         said = [line for line in running.server_log() if any(word in line for word in words)]
-        return {"cases": rows, "log": said}
+        return {"cases": rows, **saved, "log": said}
+
+
+def saved_in(client: ApolloClient, model: Path) -> dict[str, Any]:
+    """Seconds of a sync and of a snapshot, by the clock of whoever asks for it."""
+    gib = sum(each.stat().st_size for each in model.glob("*.safetensors")) / 2**30
+    saved: dict[str, Any] = {"model_gib": gib}
+    for name, save in (("sync", client.sync), ("snapshot", client.create_snapshot)):
+        began = time.perf_counter()
+        save()
+        seconds = time.perf_counter() - began
+        saved[name] = {"seconds": seconds, "seconds_per_gib": seconds / gib}
+        print(name, saved[name], flush=True)
+    return saved
 
 
 @dataclass(frozen=True)
@@ -185,12 +202,9 @@ def samples(context: int, continuation: int, count: int, seed: int) -> list[dict
 
 
 def used_gb() -> float:
-    """Memory of the card in use, by all processes."""
-    told = subprocess.run(
-        ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return int(told.stdout.split()[0]) * 2**20 / 1e9
+    """Memory of the card in use, by all processes, as its driver tells it."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 1e9
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +21,8 @@ from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import status_pb2
 
 START_SECONDS = 420
-SERVER = "apollo_trainer.main"
+SERVER, ENGINE = "apollo_trainer.main", "vllm.entrypoints.openai.api_server"
+PLUGIN = {"VLLM_PLUGINS": "apollo"}
 # Room for the training server on the same card.
 VLLM = ("--max-model-len", "1024", "--gpu-memory-utilization", "0.35", "--moe-backend", "triton")
 # What vLLM's log says of how it computes.
@@ -32,10 +34,22 @@ SAID = re.compile(
 
 
 class Stack:
-    """Both services over one model directory; ends them when left."""
+    """Both services over one model directory; ends them when left.
 
-    def __init__(self, model: Path, folder: Path, options: tuple[str, ...] = VLLM):
+    Args:
+        options: vLLM's.
+        trainer: environment variables of the training server's.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        options: tuple[str, ...] = VLLM,
+        trainer: Mapping[str, str] | None = None,
+    ):
         self.model, self._folder, self._options = model, folder, options
+        self._trainer = trainer or {}
         state = folder / "state"
         self.sidecar = f"unix:{state}/sidecar.sock"
         self._environment = os.environ | {
@@ -49,12 +63,11 @@ class Stack:
     def __enter__(self) -> Self:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self._port = int(probe.getsockname()[1])
-        served = ("--model", str(self.model), "--port", str(self._port), "--host", "127.0.0.1")
+            port = int(probe.getsockname()[1])
+        self._served = ("--model", str(self.model), "--port", str(port), "--host", "127.0.0.1")
+        self.url = f"http://127.0.0.1:{port}/v1/completions"
         self.server = self._start("server", SERVER)
-        self.vllm = self._start(
-            "vllm", "vllm.entrypoints.openai.api_server", *served, *self._options
-        )
+        self.vllm = self._start("vllm", ENGINE, *self._served, *self._options)
         try:
             self._wait()
         except BaseException:
@@ -75,7 +88,7 @@ class Stack:
     def _start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", *command],
-            env=self._environment | {"VLLM_PLUGINS": "apollo"},
+            env=self._environment | (dict(self._trainer) if name == "server" else PLUGIN),
             stdout=(self._folder / f"{name}.log").open("ab"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -121,18 +134,37 @@ class Stack:
         self._wait()
         return time.perf_counter() - began
 
+    def restart_vllm(self) -> float:
+        """Starts vLLM again; the training server lives on.
+
+        Returns seconds from its start until the training server is attached to it.
+        """
+        _end(self.vllm)
+        began = time.perf_counter()
+        self.vllm = self._start("vllm", ENGINE, *self._served, *self._options)
+        # Until it has been seen that the old one is lost, its status is the old one's.
+        while self._attached():
+            time.sleep(0.05)
+        self._wait()
+        return time.perf_counter() - began
+
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """The token ids that vLLM decodes."""
+        return [token for token, _ in self.scored(prompt, count)]
+
+    def scored(self, prompt: list[int], count: int) -> list[tuple[int, float]]:
+        """The token ids that vLLM decodes, each with its log-probability. Raises OSError."""
         fields: dict[str, Any] = {"logprobs": 1, "return_tokens_as_token_ids": True}
         body = {"model": str(self.model), "prompt": prompt, "max_tokens": count, "temperature": 0}
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self._port}/v1/completions",
+            self.url,
             json.dumps(body | fields | {"ignore_eos": True}).encode(),
             {"content-type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=120) as answer:
             scores = json.load(answer)["choices"][0]["logprobs"]
-        return [int(token.removeprefix("token_id:")) for token in scores["tokens"]]
+        ids = [int(token.removeprefix("token_id:")) for token in scores["tokens"]]
+        return list(zip(ids, scores["token_logprobs"], strict=True))
 
     def server_says(self) -> list[str]:
         """Lines of the training server's log on what it attached and probed."""
