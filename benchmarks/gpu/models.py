@@ -116,11 +116,15 @@ SHAPES: dict[str, Callable[[], Any]] = {
 
 # --gdn-prefill-backend is vLLM 0.26's, whose default wants FlashInfer.
 DELTA_NET = ("--gdn-prefill-backend", "triton")
-# What vLLM is told of a shape beside its defaults. 27 billion take 54 GB.
+# What vLLM is told of a shape beside its defaults. 27 billion take 54 GB, and minutes to compile.
 OPTIONS = {
     "qwen3.5-1b": ("--language-model-only", *DELTA_NET),
     "qwen3.5-1b-tower": ("--skip-mm-profiling", *DELTA_NET),
-    "qwen3.5-27b": ("--language-model-only", *DELTA_NET, "--gpu-memory-utilization", "0.6"),
+    "qwen3.5-27b": (
+        *("--language-model-only", *DELTA_NET),
+        *("--gpu-memory-utilization", "0.6", "--kv-cache-memory-bytes", str(16 * 2**30)),
+        "--enforce-eager",
+    ),
 }
 # What stands for an image or a video in a text, and where its id stands in the config.
 _SEEN = {

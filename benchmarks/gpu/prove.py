@@ -40,7 +40,7 @@ CONTEXT, CONTINUATION = 64, 32
 ENDLESS_EPOCHS = 100_000
 CHECKS = 6
 # Said in bytes, vLLM does not mind what others on the card take or give back meanwhile.
-KV_CACHE = ("--kv-cache-memory-bytes", str(4 * 2**30))
+KV_CACHE = ("--kv-cache-memory-bytes", str(4 * 2**30), "--gpu-memory-utilization", "0.1")
 
 
 def tokens(count: int, seed: int) -> list[int]:

@@ -20,7 +20,7 @@ from apollo_client import ApolloClient
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.v1 import status_pb2
 
-START_SECONDS = 420
+START_SECONDS = 560
 SERVER, ENGINE = "apollo_trainer.main", "vllm.entrypoints.openai.api_server"
 PLUGIN = {"VLLM_PLUGINS": "apollo"}
 # Room for the training server on the same card.
@@ -49,7 +49,7 @@ class Stack:
         trainer: Mapping[str, str] | None = None,
     ):
         self.model, self._folder, self._options = model, folder, options
-        self._trainer = trainer or {}
+        self.trainer = trainer or {}
         state = folder / "state"
         self.sidecar = f"unix:{state}/sidecar.sock"
         self._environment = os.environ | {
@@ -88,7 +88,7 @@ class Stack:
     def _start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", *command],
-            env=self._environment | (dict(self._trainer) if name == "server" else PLUGIN),
+            env=self._environment | (dict(self.trainer) if name == "server" else PLUGIN),
             stdout=(self._folder / f"{name}.log").open("ab"),
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -48,6 +48,7 @@ from apollo_trainer.services.sample_calls import sample_turns
 from apollo_trainer.services.status import StatusService
 from apollo_trainer.services.streams import StreamLimit
 from apollo_trainer.services.training import TrainingService
+from apollo_trainer.training.kernels import delta_tiles
 from apollo_trainer.watching import Ring
 from apollo_trainer.weights.sidecar import Sidecar
 
@@ -194,7 +195,9 @@ def main(arguments: list[str] | None = None) -> None:
         for line in described(settings, os.environ, given):
             log.info("setting %s", line)
         # Kernels that were compiled outlive the process, beside the state and in no home folder.
-        os.environ.setdefault("TRITON_CACHE_DIR", str(settings.state_dir / "kernels"))
+        kernels = private_folder(settings.state_dir) / "kernels"
+        os.environ.setdefault("TRITON_CACHE_DIR", str(kernels))
+        delta_tiles.settle(kernels / "delta-rule")
         asyncio.run(_serve(settings))
     except InvalidArgument as error:
         _end(2, error.message)

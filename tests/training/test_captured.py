@@ -124,7 +124,8 @@ def test_each_sample_of_a_window_has_its_own_loss(make_model: Make) -> None:
         sums = passes.take(batch, 1.0, StepGradients(model.parameters()), alone=True)
     assert sums is not None, passes.refusal
     expected = [continuation_loss(model, sample).loss_sum for sample in batch.samples]
-    assert sums.tolist() == pytest.approx(expected, rel=1e-4)
+    (losses,) = sums.tolist()
+    assert losses == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_counts_padding_in_a_long_row_runs_as_it_is_and_says_so(make_model: Make) -> None:

@@ -98,6 +98,7 @@ def attach(
     began = time.monotonic()
     manifest = sidecar.manifest()
     attachment, views = _mapped(sidecar, manifest, epoch, traced)
+    log.info("%d parameters are mapped, after %.1f s", len(views), time.monotonic() - began)
     tokens = probe_tokens(attachment.model, attachment.max_model_len)
     # Before any value is read: while a dead server's probe is not put back, some are others.
     scores = _scores_when_resumed(sidecar, attachment.epoch, tokens)
@@ -106,7 +107,9 @@ def attach(
     if manifest.as_loaded and checks.values:
         directory, reader = Path(attachment.directory), attachment.checkpoint()
         compared = require_checkpoint_values(directory, reader, checks.all_values)
+        log.info("%d values are the directory's, after %.1f s", compared, time.monotonic() - began)
     _verify(attachment, tokens, scores)
+    log.info("both score alike, after %.1f s", time.monotonic() - began)
     if checks.liveness:
         probed = Probed(
             attachment.epoch,
