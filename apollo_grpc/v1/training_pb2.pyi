@@ -208,9 +208,9 @@ class _CoherenceMode:
 class _CoherenceModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_CoherenceMode.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     COHERENCE_MODE_UNSPECIFIED: _CoherenceMode.ValueType  # 0
-    """PAUSE_STEP."""
+    """LIVE."""
     COHERENCE_MODE_LIVE: _CoherenceMode.ValueType  # 1
-    """Write while vLLM decodes."""
+    """Write while vLLM decodes: a token may be computed with weights of before an update and after it."""
     COHERENCE_MODE_PAUSE_STEP: _CoherenceMode.ValueType  # 2
     """Pause vLLM around each write."""
     COHERENCE_MODE_PAUSE_RUN: _CoherenceMode.ValueType  # 3
@@ -219,9 +219,9 @@ class _CoherenceModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._
 class CoherenceMode(_CoherenceMode, metaclass=_CoherenceModeEnumTypeWrapper): ...
 
 COHERENCE_MODE_UNSPECIFIED: CoherenceMode.ValueType  # 0
-"""PAUSE_STEP."""
+"""LIVE."""
 COHERENCE_MODE_LIVE: CoherenceMode.ValueType  # 1
-"""Write while vLLM decodes."""
+"""Write while vLLM decodes: a token may be computed with weights of before an update and after it."""
 COHERENCE_MODE_PAUSE_STEP: CoherenceMode.ValueType  # 2
 """Pause vLLM around each write."""
 COHERENCE_MODE_PAUSE_RUN: CoherenceMode.ValueType  # 3

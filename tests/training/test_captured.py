@@ -98,6 +98,7 @@ def test_windows_caps_and_sinks_are_captured(
             model.set_attn_implementation("eager")
         passes = None
         if captured:
+            choose_delta_rule(model)
             speed_up(model)
             assert model.config._attn_implementation == NAME
             passes = CapturedPasses(model)
@@ -116,6 +117,7 @@ def test_windows_caps_and_sinks_are_captured(
 def test_each_sample_of_a_window_has_its_own_loss(make_model: Make) -> None:
     """The sums by sample, where the mean over a step would hide one row's among the others."""
     model = on_gpu(make_model, "gemma3")
+    choose_delta_rule(model)
     speed_up(model)
     passes = CapturedPasses(model)
     samples = of_lengths((39, 12), (4, 3), (12, 16), (25, 9))

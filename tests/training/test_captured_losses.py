@@ -12,6 +12,7 @@ import torch
 
 from apollo_trainer.optim import Apollo
 from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.delta_rule import choose_delta_rule
 from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.filter import chosen, learning_only
 from apollo_trainer.training.objectives import Clip
@@ -55,6 +56,7 @@ def test_steps_of_any_losses_are_those_without_graphs(
     told = []
     for captured in (False, True):
         model = make_model(family).to("cuda")
+        choose_delta_rule(model)
         speed_up(model)
         passes = CapturedPasses(model) if captured else None
         policy = StepPolicy(budget, clip=Clip(0.0, 0.0))

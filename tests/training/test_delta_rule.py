@@ -74,7 +74,7 @@ TOLD = {
 def test_what_is_right_is_used_and_the_rest_said(
     make_model: Make, library: Library, told: str
 ) -> None:
-    model = make_model("qwen3_next")
+    model = make_model("qwen3_next").bfloat16()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(file, NAME, library.own)
         expected = loss_of(model)
@@ -88,6 +88,33 @@ def test_what_is_right_is_used_and_the_rest_said(
     torch.testing.assert_close(gradients, expected[1], rtol=1e-4, atol=1e-6)
     layers = model.config.layer_types.count("linear_attention")
     assert library.calls == {"right": 2 * layers, "wrong": 0}.get(library.kind, layers)
+
+
+@pytest.mark.parametrize("library", ["right"], indirect=True)
+def test_numbers_of_32_bits_are_left_to_plain_torch(make_model: Make, library: Library) -> None:
+    """Of those the kernels' tiles may not fit into a GPU: the noise of rounding is measured so."""
+    model = make_model("qwen3_next")
+    choose_delta_rule(model)
+    library.calls = 0
+    loss_of(model)
+    assert library.calls == 0
+
+
+class TooLarge(Exception):
+    """As a compiler says that a kernel does not fit; of no class that others know."""
+
+
+@pytest.mark.parametrize("library", ["right"], indirect=True)
+def test_a_kernel_that_does_not_fit_is_none(
+    make_model: Make, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise TooLarge("238088, 232448, shared memory")
+
+    monkeypatch.setattr(Library, "__call__", fails)
+    model = make_model("qwen3_next").bfloat16()
+    assert "is wrong here" in choose_delta_rule(model)
+    loss_of(model)
 
 
 def test_a_library_that_is_not_there_is_said(

@@ -16,6 +16,7 @@ from apollo_trainer.training.allocator import Allocations, CachingAllocator
 from apollo_trainer.training.batch import Mixing, plan_batches
 from apollo_trainer.training.bucketed import Bucket, Inputs, losses
 from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.delta_rule import choose_delta_rule
 from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.frozen_context import FrozenContexts
 from apollo_trainer.training.gradients import StepGradients
@@ -131,6 +132,7 @@ def test_a_device_reserves_what_is_told(shape: StepShape, monkeypatch: pytest.Mo
     )  # fmt: skip
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    choose_delta_rule(model)
     speed_up(model)
     optimizer, graphs = Apollo(model.named_parameters(), rank=64), CapturedPasses(model)
     optimizer.measure = True

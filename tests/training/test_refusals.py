@@ -16,6 +16,7 @@ from torch import Tensor
 from apollo_grpc.errors import Cancelled, FailedPrecondition
 from apollo_trainer.optim import Apollo
 from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.delta_rule import choose_delta_rule
 from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.guard import Guard, UpdateRefused
 from apollo_trainer.training.samples import TokenizedSample
@@ -72,6 +73,7 @@ class Trained:
             tied = model.get_input_embeddings().weight.detach()
             model.lm_head.weight = torch.nn.Parameter(tied)
         if case.captured:
+            choose_delta_rule(model)
             speed_up(model)
         self.passes = CapturedPasses(model) if case.captured else None
         self.optimizer = Apollo(

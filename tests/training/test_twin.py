@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from apollo_trainer.training.attention import use_grouped_attention
+from apollo_trainer.training.delta_rule import choose_delta_rule
 from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.memory import StepMemory
 from apollo_trainer.training.needs import StepShape
@@ -91,6 +92,7 @@ def test_a_directory_is_told_of_as_the_model_that_is_served_from_it(
     capped = {"attn_implementation": "eager"} if family == "gemma2" else {}
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **capped)
     model = model.cuda().eval()
+    choose_delta_rule(model)
     speed_up(model)
     allocated = torch.cuda.memory_allocated()
     samples = StepShape(30, 12, samples=2).of_samples()

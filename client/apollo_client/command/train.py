@@ -112,7 +112,7 @@ def command(
     ] = False,
     coherence: Annotated[
         str | None,
-        typer.Option(help="live, pause_step (default) or pause_run: when vLLM waits for writes."),
+        typer.Option(help="live (default), pause_step or pause_run: when vLLM waits for writes."),
     ] = None,
     cache_policy: Annotated[
         str | None,

@@ -223,7 +223,7 @@ class PauseStep(Coherence):
 
 
 _MODES: dict[pb.CoherenceMode.ValueType, type[Coherence]] = {
-    pb.COHERENCE_MODE_UNSPECIFIED: PauseStep,
+    pb.COHERENCE_MODE_UNSPECIFIED: Live,
     pb.COHERENCE_MODE_PAUSE_RUN: PauseRun,
     pb.COHERENCE_MODE_PAUSE_STEP: PauseStep,
     pb.COHERENCE_MODE_LIVE: Live,
@@ -235,5 +235,5 @@ COHERENCE_MODES = [mode for mode in _MODES if mode]
 def coherence_of(
     asked: pb.Coherence, sidecar: Sidecar, attachment: Attachment, lease_seconds: float
 ) -> Coherence:
-    """Makes the mode and cache policy of a spec; unset they are PAUSE_STEP and RESET_AT_END."""
+    """Makes the mode and cache policy of a spec; unset they are LIVE and RESET_AT_END."""
     return _MODES[asked.mode](sidecar, attachment, lease_seconds, asked.cache_policy)

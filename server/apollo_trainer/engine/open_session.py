@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -30,6 +31,7 @@ from apollo_trainer.optim import Apollo
 from apollo_trainer.requests.samples import SampleLimits, why_refused
 from apollo_trainer.training.captured import CapturedPasses
 from apollo_trainer.training.context_check import require_frozen_context
+from apollo_trainer.training.delta_rule import choose_delta_rule
 from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.needs import CANNOT, told
 from apollo_trainer.training.options import StateShape
@@ -42,8 +44,9 @@ from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.verify import probe_tokens
 
 log = logging.getLogger(__name__)
-# Tokens of the step that has kernels compiled: a context, and what is learned.
-_TRIED = (1024, 128)
+# Tokens of steps that have kernels compiled: a context, and what is learned. Kernels for lengths
+# that sixteen divides are others.
+_TRIED = ((1024, 128), (1001, 101))
 
 
 def open_session(
@@ -80,13 +83,11 @@ def open_session(
     checkpoints = ModelCheckpoints(attachment, state_path.parent, settings)
     optimizer.before_param_write = checkpoints.watch
     passes = twin = None
-    slow = ""
     if embedding.is_cuda:
-        slow = speed_up(attachment.model)
+        speed_up(attachment.model)
         passes, twin = CapturedPasses(attachment.model), _twin(attachment.model)
     session = Session(
         attachment, optimizer, shape, state_path, limits, settings, checkpoints, passes, twin,
-        slow,
     )  # fmt: skip
     session.sharing = sharing_of(os.environ) if embedding.is_cuda else ""
     if kept and came_back:
@@ -152,6 +153,11 @@ def refused_forms(sidecar: Sidecar) -> str:
     return found
 
 
+def prepare(model: Any) -> str:
+    """Has a GPU compute a model's parts by what is right there; a sentence on it, or empty."""
+    return choose_delta_rule(model) if model.device.type == "cuda" else ""
+
+
 def look_ahead(session: Session, compiling: Thread) -> None:
     """Does on a GPU what the first run would wait for; nothing elsewhere. Training thread.
 
@@ -178,15 +184,18 @@ def find_needs(session: Session) -> None:
 
 
 def compile_passes(session: Session) -> None:
-    """Compiles the kernels of the model's passes by a step that is never written.
+    """Compiles the kernels of the model's passes by steps that are never written.
 
     It takes seconds where no cache on disk has them. Training thread, while no run is at work.
     """
-    share = min(1.0, session.limits.max_tokens / sum(_TRIED))
-    context, learned = (tuple(1 for _ in range(int(share * count))) for count in _TRIED)
-    sample, policy = TokenizedSample(context, learned), StepPolicy(dry_run=True)
+    began = time.monotonic()
     try:
-        take_step(session.attachment.model, session.optimizer, [sample], policy)
+        for lengths in _TRIED:
+            share = min(1.0, session.limits.max_tokens / sum(lengths))
+            context, learned = ((1,) * int(share * count) for count in lengths)
+            sample, policy = TokenizedSample(context, learned), StepPolicy(dry_run=True)
+            take_step(session.attachment.model, session.optimizer, [sample], policy)
+        log.info("the kernels of steps are compiled, in %.1f s", time.monotonic() - began)
     except ApolloError as error:
         log.info("the first step compiles its kernels: %s", error)
     if torch.cuda.is_available():

@@ -13,7 +13,13 @@ from apollo_grpc.generation import FIRST
 from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.directory import place_under, settle_directory
 from apollo_trainer.config import Settings
-from apollo_trainer.engine.open_session import doubt, look_ahead, open_session, refused_forms
+from apollo_trainer.engine.open_session import (
+    doubt,
+    look_ahead,
+    open_session,
+    prepare,
+    refused_forms,
+)
 from apollo_trainer.engine.server_info import model_info
 from apollo_trainer.engine.session import KeptState, Session
 from apollo_trainer.engine.state_saver import StateSaver
@@ -171,7 +177,11 @@ class ModelOwner(TrainingThread):
             model, states = Path(self.sidecar.manifest().model), self._settings.checkpoint_dir
             settle_directory(place_under(model, states))
             attachment = attach(
-                self.sidecar, epoch, checks=self._checks(epoch), traced=self._board.show_map
+                self.sidecar,
+                epoch,
+                checks=self._checks(epoch),
+                traced=self._board.show_map,
+                prepare=prepare,
             )
             self._probed_epoch = epoch
             self.saver.flush()

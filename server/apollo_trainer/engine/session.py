@@ -72,7 +72,6 @@ class Session:
         checkpoints: snapshots, undo and sync of the model.
         passes: of the model, as CUDA graphs; None where it is on no GPU.
         twin: of the model, without memory, to tell of a step's memory; None likewise.
-        slow: which of the model's kernels are slow; a sentence, or empty.
         other_weights: why the state does not belong to the live weights; empty when it does.
         on_disk: whether a state on disk is one that a killed server could go on with.
         captured_step: of the last copy that was taken to be saved; -1 where that is of no use.
@@ -100,7 +99,6 @@ class Session:
     checkpoints: ModelCheckpoints
     passes: CapturedPasses | None = None
     twin: Any | None = None
-    slow: str = ""
     other_weights: str = ""
     on_disk: bool = False
     captured_step: int = 0

@@ -170,8 +170,8 @@ class StatusBoard:
 def _show(status: pb.ServerStatus, session: Session) -> None:
     refused = session.checkpoints.poison.refusal or session.other_weights
     if status.attachment == pb.ATTACHMENT_STATE_ATTACHED:
-        passes = session.passes
-        slow = " ".join(filter(None, (session.slow, passes.refusal))) if passes else ""
+        passes, computed_by = session.passes, session.attachment.computed_by
+        slow = " ".join(filter(None, (computed_by, passes.refusal))) if passes else ""
         found = (session.found, session.checkpoints.not_synced, session.refused_forms)
         device = (session.sharing, session.needs, slow)
         refusal = f"Runs are refused: {refused}" if refused else ""

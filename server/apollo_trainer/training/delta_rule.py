@@ -22,13 +22,15 @@ log = logging.getLogger(__name__)
 NAME, _LIBRARY = "torch_chunk_gated_delta_rule", "fla"
 # Of a result's norm: several roundings to bfloat16 of sums over a chunk.
 _NOISE = 0.02
-_ERRORS = (RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
+# Kernels are cut for numbers of 16 bits; those of 32 may not fit into a GPU's shared memory.
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 def choose_delta_rule(model: Any) -> str:
     """Has a model's files use what is right; returns a sentence on it, empty where there is none.
 
-    The sentence says what is slow, or who computes what.
+    The sentence says what is slow, or who computes what. Call it before anything is computed with
+    the model: transformers takes the library's kernel wherever there is one.
     """
     files = {type(module).__module__ for module in model.modules()}
     found = [sys.modules[name] for name in sorted(files) if hasattr(sys.modules[name], NAME)]
@@ -44,7 +46,7 @@ def _choose(file: ModuleType, device: torch.device) -> str:
             "Linear attention runs by plain torch, and slower: there is no flash-linear-attention."
         )
     learns, reads = _works(kernel, own, device)
-    setattr(file, NAME, kernel if learns else _either(kernel, own, reads=reads))
+    setattr(file, NAME, _either(kernel, own, reads=reads, learns=learns))
     if learns:
         return ""
     if reads:
@@ -54,15 +56,16 @@ def _choose(file: ModuleType, device: torch.device) -> str:
     return "Linear attention runs by plain torch, and slower: flash-linear-attention is wrong here."
 
 
-def _either(kernel: Any, own: Any, *, reads: bool) -> Any:
-    """The kernel where no gradient is wanted, and it is right there."""
+def _either(kernel: Any, own: Any, *, reads: bool, learns: bool) -> Any:
+    """The kernel where it is right: for what is read, and for what is learned."""
 
     @functools.wraps(own)
-    def rule(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        learns = any(isinstance(each, Tensor) and each.requires_grad for each in given)
-        uses = reads and not (learns and torch.is_grad_enabled())
-        return (kernel if uses else own)(*args, **kwargs)
+    def rule(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = (query, *args, *kwargs.values())
+        wanted = any(isinstance(each, Tensor) and each.requires_grad for each in given)
+        right = learns if wanted and torch.is_grad_enabled() else reads
+        uses = right and query.dtype in _NARROW
+        return (kernel if uses else own)(query, *args, **kwargs)
 
     rule.kernel = kernel  # type: ignore[attr-defined]
     return rule
@@ -71,15 +74,16 @@ def _either(kernel: Any, own: Any, *, reads: bool) -> Any:
 def _works(kernel: Any, own: Any, device: torch.device) -> tuple[bool, bool]:
     """Whether a kernel says what transformers' own code says, gradients included, and results."""
     expected = _tried(own, device)
+    # A compiler's errors are of no kind that could be named here.
     try:
         got = _tried(kernel, device, gradients=False)
-    except _ERRORS as error:
+    except Exception as error:
         log.info("no kernel for the delta rule: %s: %s", type(error).__name__, error)
         return False, False
     forward = _agree(got, expected[: len(got)])
     try:
         backward = forward and _agree(_tried(kernel, device), expected)
-    except _ERRORS as error:
+    except Exception as error:
         log.info("no gradients of a kernel for the delta rule: %s: %s", type(error).__name__, error)
         backward = False
     return backward, forward

@@ -9,19 +9,17 @@ from typing import Any
 from apollo_trainer.training.attention import use_grouped_attention
 from apollo_trainer.training.batch import Mixing
 from apollo_trainer.training.capture import Capture
-from apollo_trainer.training.delta_rule import choose_delta_rule
 from apollo_trainer.training.mixing import mixing_of
 from apollo_trainer.training.norms import fuse_norms
 
 log = logging.getLogger(__name__)
 
 
-def speed_up(model: Any) -> str:
-    """Replaces parts of a model by faster ones; returns a sentence on what stays slow, or "".
+def speed_up(model: Any) -> None:
+    """Replaces parts of a model by faster ones.
 
     Kernels are compiled here, not in a run; that takes seconds unless an earlier process did it.
     """
-    told = choose_delta_rule(model)
     norms, grouped, gated, rotary = fuse_norms(model), use_grouped_attention(model), 0, False
     with suppress(ImportError):
         from apollo_trainer.training.kernels.gated import fuse_gated
@@ -34,4 +32,3 @@ def speed_up(model: Any) -> str:
         "kernels: %d RMS norms, %d gated MLPs, rotary %s, grouped attention %s",
         norms, gated, rotary, grouped,
     )  # fmt: skip
-    return told

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,6 +86,7 @@ def attach(
     *,
     checks: Checks = Checks(),
     traced: Callable[[MapReport], None] = lambda report: None,
+    prepare: Callable[[Any], str] = lambda model: "",
 ) -> Attachment:
     """Maps and verifies the weights of the engine behind the sidecar.
 
@@ -92,6 +94,7 @@ def attach(
         epoch: of the engine process that was found.
         checks: which of them are made.
         traced: told what the trace found, before anything is refused for it.
+        prepare: given the model before anything is computed with it; what it says is kept.
 
     Raises FailedPrecondition when they may not be trained, Unavailable when the engine is gone.
     """
@@ -99,6 +102,7 @@ def attach(
     manifest = sidecar.manifest()
     attachment, views = _mapped(sidecar, manifest, epoch, traced)
     log.info("%d parameters are mapped, after %.1f s", len(views), time.monotonic() - began)
+    attachment.computed_by = prepare(attachment.model)
     tokens = probe_tokens(attachment.model, attachment.max_model_len)
     # Before any value is read: while a dead server's probe is not put back, some are others.
     scores = _scores_when_resumed(sidecar, attachment.epoch, tokens)

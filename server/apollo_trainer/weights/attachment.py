@@ -37,6 +37,7 @@ class Attachment:
         plan: how parameters make checkpoint tensors.
         derived: parameters that vLLM computes other values of; they are buffers here.
         producer: the process that owns the memory.
+        computed_by: a sentence on who computes what of the model, or what is slow; may be empty.
         logprob_difference: between both sides when attached, in nats.
         allowed: how far apart rounding brings right scores, as `verify.allowed`; as last measured.
         liveness: what a probe found; None where none was made.
@@ -56,6 +57,7 @@ class Attachment:
     mappings: dict[int, Mapping]
     producer: Producer
     derived: list[str] = field(default_factory=list)
+    computed_by: str = ""
     logprob_difference: float = 0.0
     allowed: torch.Tensor = field(default_factory=lambda: torch.tensor(FLOOR_NATS))
     liveness: Liveness | None = None

@@ -14,18 +14,18 @@ from pathlib import Path
 _MODE, _FOLDER = "FLA_CACHE_MODE", "FLA_CONFIG_DIR"
 # Of each kernel: its tiles, warps, stages.
 _WAYS: dict[str, tuple[dict[str, int], int, int]] = {
-    "l2norm_fwd_kernel": ({"BT": 16}, 4, 3),
-    "l2norm_bwd_kernel": ({"BT": 16}, 4, 3),
-    "chunk_local_cumsum_scalar_kernel": ({}, 4, 3),
-    "chunk_gated_delta_rule_fwd_kkt_solve_kernel": ({"BK": 64}, 2, 3),
-    "recompute_w_u_fwd_kernel": ({}, 4, 3),
+    "l2norm_fwd_kernel": ({"BT": 16}, 4, 2),
+    "l2norm_bwd_kernel": ({"BT": 16}, 4, 2),
+    "chunk_local_cumsum_scalar_kernel": ({}, 4, 2),
+    "chunk_gated_delta_rule_fwd_kkt_solve_kernel": ({"BK": 64}, 2, 2),
+    "recompute_w_u_fwd_kernel": ({}, 4, 2),
     # A chunk waits for the one before it: small tiles, so that all of the card is at work.
-    "chunk_gated_delta_rule_fwd_kernel_h_blockdim64": ({"BV": 32}, 4, 3),
-    "chunk_fwd_kernel_o": ({"BK": 64, "BV": 64}, 4, 3),
-    "prepare_wy_repr_bwd_kernel": ({}, 4, 3),
-    "chunk_bwd_kernel_dv_local": ({}, 4, 3),
-    "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64": ({"BV": 32}, 4, 3),
-    "chunk_bwd_kernel_dqkwg": ({}, 4, 3),
+    "chunk_gated_delta_rule_fwd_kernel_h_blockdim64": ({"BV": 32}, 4, 2),
+    "chunk_fwd_kernel_o": ({"BK": 64, "BV": 64}, 4, 2),
+    "prepare_wy_repr_bwd_kernel": ({}, 4, 2),
+    "chunk_bwd_kernel_dv_local": ({}, 4, 2),
+    "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64": ({"BV": 32}, 4, 2),
+    "chunk_bwd_kernel_dqkwg": ({}, 4, 2),
 }
 
 
