@@ -32,7 +32,13 @@ from benchmarks.gpu.models import OPTIONS, SHAPES, write_shape
 from benchmarks.gpu.prove import tokens
 from benchmarks.gpu.stack import VLLM, Stack
 
-STREAMS, ENDLESS, FEW_STEPS = 4, 1_000_000, 3
+STREAMS, FEW_STEPS = 4, 3
+ENDLESS: dict[str, Any] = {
+    "epochs": 1_000_000,
+    "lr": 1e-7,
+    "min_loss": 0,
+    "accept_other_weights": True,
+}
 BEFORE_SECONDS, AFTER_SECONDS, RANDOM_SECONDS = 0.5, 1.5, 0.25
 SAMPLE = {"context_ids": tokens(256, 1), "continuation_ids": tokens(64, 2)}
 QUICK = ("--enforce-eager",)  # A vLLM starts again for each of its kills.
@@ -50,7 +56,7 @@ class Training(threading.Thread):
         """Reads until the run, or its server, has ended."""
         steps = 0
         try:
-            for event in self._client.train([SAMPLE], epochs=ENDLESS, lr=1e-7, min_loss=0):
+            for event in self._client.train([SAMPLE], **ENDLESS):
                 steps += event.HasField("step")
                 if steps == FEW_STEPS:
                     self.going.set()
@@ -79,17 +85,12 @@ class Decoding(threading.Thread):
 
 
 def amid_steps(stack: Stack, draw: random.Random) -> tuple[Training, Decoding]:
-    """Returns at a random instant of a run, while streams decode.
-
-    The lease of a server that was killed refuses runs until it has run out.
-    """
-    while True:
-        training = Training(stack)
-        training.start()
-        training.going.wait(120)
-        if training.is_alive():
-            break
-        time.sleep(0.5)
+    """Returns at a random instant of a run, while streams decode."""
+    training = Training(stack)
+    training.start()
+    training.going.wait(120)
+    if not training.is_alive():
+        raise SystemExit(f"no run: {training.reason}\n{stack.server_log()[-20:]}")
     decoding = Decoding(stack)
     decoding.start()
     time.sleep(BEFORE_SECONDS + draw.random() * RANDOM_SECONDS)
@@ -113,12 +114,13 @@ def kill_trainer(stack: Stack, draw: random.Random) -> dict[str, Any]:
     except OSError as error:
         row["answers"] = repr(error)
     decoding.join()
-    training.join()
     row["streams"] = decoding.row.get("failed", "")
     row["longest_gap_ms"] = decoding.row.get("longest_ms")
     row["vllm_lives"] = stack.vllm.poll() is None
     if row["vllm_lives"]:
         row["trains_again_seconds"] = stack.restart_server()
+        # It reads on once the server is back, which ends the run.
+        training.join()
     return row
 
 

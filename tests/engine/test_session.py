@@ -96,13 +96,16 @@ def test_kernels_are_compiled_by_a_step_that_is_not_written(
     (session,) = sessions
     passes, before = list[int](), fingerprint(session.attachment.parameters())
 
-    def passing(*_: Any) -> None:
-        passes.append(1)
+    def passing(_: Any, given: tuple[torch.Tensor]) -> None:
+        passes.append(given[0].shape[1])
         if fails:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     session.attachment.model.model.norm.register_forward_pre_hook(passing)
     compile_passes(session)
+    if not fails:
+        # A context and what follows it, of lengths that sixteen divides, and of others.
+        assert [length % 16 == 0 for length in passes] == [True, True, False, False]
     assert passes
     assert fingerprint(session.attachment.parameters()) == before
     assert session.optimizer.step_count == 0

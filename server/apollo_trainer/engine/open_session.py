@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -44,9 +45,10 @@ from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.verify import probe_tokens
 
 log = logging.getLogger(__name__)
-# Tokens of steps that have kernels compiled: a context, and what is learned. Kernels for lengths
-# that sixteen divides are others.
-_TRIED = ((1024, 128), (1001, 101))
+# Tokens of the step that has kernels compiled: a context, and what is learned.
+_TRIED = (1024, 128)
+# Triton compiles others for lengths that this divides.
+_DIVIDES = 16
 
 
 def open_session(
@@ -190,16 +192,25 @@ def compile_passes(session: Session) -> None:
     """
     began = time.monotonic()
     try:
-        for lengths in _TRIED:
-            share = min(1.0, session.limits.max_tokens / sum(lengths))
-            context, learned = ((1,) * int(share * count) for count in lengths)
-            sample, policy = TokenizedSample(context, learned), StepPolicy(dry_run=True)
+        for context, learned in _lengths(session.limits.max_tokens):
+            sample, policy = (
+                TokenizedSample((1,) * context, (1,) * learned),
+                StepPolicy(dry_run=True),
+            )
             take_step(session.attachment.model, session.optimizer, [sample], policy)
         log.info("the kernels of steps are compiled, in %.1f s", time.monotonic() - began)
     except ApolloError as error:
         log.info("the first step compiles its kernels: %s", error)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _lengths(most: int) -> Iterator[tuple[int, int]]:
+    """Of both kinds, a context's and of what is learned, which begins at the context's last."""
+    share = min(1.0, most / sum(_TRIED))
+    context, learned = (max(1, int(share * count) // _DIVIDES) * _DIVIDES for count in _TRIED)
+    yield context + 1, learned
+    yield context - 2, learned - 3
 
 
 def _restore(
