@@ -90,9 +90,9 @@ def test_a_mode_asks_vllm_for_just_what_it_says(engine: Any, make: Any, mode: An
     assert not engine.engine.leases.active
 
 
-def test_unset_is_a_pause_of_each_write_and_a_reset_at_the_end(engine: Any, make: Any) -> None:
+def test_unset_is_no_pause_and_a_reset_at_the_end(engine: Any, make: Any) -> None:
     run(make(), steps=2)
-    assert engine.calls == CALLS[PAUSE_STEP, AT_END]
+    assert engine.calls == CALLS[LIVE, AT_END]
 
 
 @pytest.mark.parametrize("mode", [LIVE, PAUSE_STEP, PAUSE_RUN])

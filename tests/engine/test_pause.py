@@ -92,13 +92,6 @@ def test_right_before_a_write_it_is_asked_whether_vllm_still_waits(
     assert pause.end(weights_changed=True, updates=2) == 3, "it counted one when it ended"
 
 
-def test_a_second_holder_is_refused(engine: Any, sidecar_address: str) -> None:
-    pause = hold(engine, sidecar_address)
-    with pytest.raises(FailedPrecondition, match="another lease"):
-        hold(engine, sidecar_address)
-    pause.end(weights_changed=False)
-
-
 def test_another_engine_is_never_paused(engine: Any, sidecar_address: str) -> None:
     with pytest.raises(FailedPrecondition) as caught:
         hold(engine, sidecar_address, epoch="of an older engine")
@@ -115,3 +108,23 @@ def test_the_end_of_a_pause_on_a_dead_engine_says_that_nobody_answers(
         pause.end(weights_changed=True)
     with pytest.raises(Unavailable):
         hold(engine, sidecar_address)
+
+
+def test_the_lease_of_a_server_that_died_is_waited_for(engine: Any, sidecar_address: str) -> None:
+    dead = hold(engine, sidecar_address, seconds=0.3)
+    dead._ended.set()
+    pause = hold(engine, sidecar_address)
+    assert pause.lost is None
+    # What the dead one may have written is an update, of the next one's time nothing.
+    assert pause.end(weights_changed=False) == 1
+
+
+def test_a_second_holder_is_refused_where_the_first_does_not_end(
+    engine: Any, sidecar_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pause_module, "LONGEST_LEASE_SECONDS", 0.05)
+    other = hold(engine, sidecar_address)
+    with pytest.raises(FailedPrecondition, match="another lease") as refused:
+        hold(engine, sidecar_address)
+    assert refused.value.reason == "LEASE_HELD"
+    other.end(weights_changed=False)

@@ -190,6 +190,7 @@ def test_a_run_ends_well_once_every_sample_is_learned(
 ) -> None:
     engine, trainer = attached
     spec = {"samples": TWO, "epochs": 60, "optimizer": FAST, "evaluate": True, "seed": seed}
+    spec |= {"coherence": pb.Coherence(mode=pb.COHERENCE_MODE_PAUSE_STEP)}
     events = all_events(trainer.submit(**spec, guard=pb.Guard(min_loss=0.5)))
     losses, finished = [step.loss for step in steps_of(events)], events[-1].finished
     assert (finished.state, finished.stopped.reason) == (pb.RUN_STATE_SUCCEEDED, "GUARD_MIN_LOSS")

@@ -7,12 +7,14 @@ import time
 import uuid
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
+from apollo_trainer.weights.attach import LONGEST_LEASE_SECONDS
 from apollo_trainer.weights.attachment import Attachment
 from apollo_trainer.weights.sidecar import Sidecar
 
 RENEWALS_PER_LEASE = 3
 # Somebody may let vLLM go on meanwhile; to ask costs a step about a millisecond.
 CONFIRMED_SECONDS = 0.25
+HELD_POLL_SECONDS = 0.1
 
 
 class EnginePause:
@@ -33,11 +35,24 @@ class EnginePause:
         self._lease_id, self._seconds = uuid.uuid4().hex, lease_seconds
         self._ended = threading.Event()
         self._error: ApolloError | None = None
-        self._began = time.monotonic()
         self._held_until = self._confirmed = 0.0
-        self._renew()
+        self._acquire()
+        self._began = self._confirmed
         self._renewer = threading.Thread(target=self._keep_renewing, daemon=True)
         self._renewer.start()
+
+    def _acquire(self) -> None:
+        """A lease that is held is a dead server's, or one whose end was not told: it runs out."""
+        deadline = time.monotonic() + LONGEST_LEASE_SECONDS
+        while True:
+            try:
+                self._renew()
+                return
+            except FailedPrecondition as error:
+                late = time.monotonic() > deadline or self._attachment.gone
+                if error.reason != "LEASE_HELD" or late:
+                    raise
+            time.sleep(HELD_POLL_SECONDS)
 
     def _renew(self) -> None:
         # From before the call on: the sidecar counts from when it arrives, which is later.
