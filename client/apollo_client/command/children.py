@@ -39,6 +39,7 @@ class Child:
         cores: that it runs on; None for all.
         listens: host and port of its HTTP server; None where it has none of these.
         url: of that server, as a user asks it.
+        before_kill: called with its process id where it has to be killed.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Child:
     cores: Sequence[int] | None = None
     listens: tuple[str, int] | None = None
     url: str = ""
+    before_kill: Callable[[int], None] = lambda process: None
 
     async def start(self) -> asyncio.subprocess.Process:
         """Starts it in a session of its own: Ctrl-C in the terminal would reach it otherwise."""
@@ -106,8 +108,8 @@ class Children:
         status = processes[first].returncode or 0 if first else 0
         why = ended(first, status) if first else self._unreachable
         _say(f"{why}; stopping both" if why else "stopping both")
-        for process in processes.values():
-            await end(process)
+        for child in (self._trainer, self._vllm):
+            await end(processes[child.name], child.before_kill)
         await asyncio.gather(*logs)
         _say("stopped")
         if first:
@@ -197,12 +199,16 @@ async def _first_of(asked: asyncio.Event, processes: dict[str, asyncio.subproces
     return next(waits[task] for task in done if task in waits)
 
 
-async def end(process: asyncio.subprocess.Process) -> None:
+async def end(
+    process: asyncio.subprocess.Process, before_kill: Callable[[int], None] = lambda process: None
+) -> None:
     """SIGTERM; then SIGKILL to whatever is left of the processes that it started."""
     if process.returncode is None:
         process.terminate()
-    with contextlib.suppress(TimeoutError):
+    try:
         await asyncio.wait_for(process.wait(), STOP_SECONDS)
+    except TimeoutError:
+        before_kill(process.pid)
     # What outlives its leader would keep the port, the memory and our end of its log.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -40,11 +40,19 @@ class GpuSharing(StrEnum):
 
 @dataclass(frozen=True)
 class Shared:
-    """Environment variables of both programs, of the training server alone, and what is said."""
+    """How both programs are to start.
+
+    Attributes:
+        both: environment variables of both.
+        trainer: others of the training server alone.
+        notes: what is said of it.
+        before_kill: takes the process of a program that has to be killed off the GPU.
+    """
 
     both: dict[str, str] = field(default_factory=dict)
     trainer: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    before_kill: Callable[[int], None] = lambda process: None
 
 
 @contextmanager
@@ -77,6 +85,7 @@ def shared_gpu(asked: GpuSharing, folder: Path) -> Iterator[Shared]:
                 "CUDA_MPS_CLIENT_PRIORITY": BELOW_NORMAL,
             },
             (f"GPU shared by MPS: training has {TRAINER_PERCENT} % of its threads",),
+            lambda process: _terminate(process, places),
         )
     finally:
         _stop(daemon, places)
@@ -115,18 +124,36 @@ def _start(places: dict[str, str]) -> subprocess.Popen[bytes]:
     return daemon
 
 
+def _terminate(process: int, places: dict[str, str]) -> None:
+    """Has the daemon stop a client's work: killed amid it, it could harm the other client.
+
+    NVIDIA, "Multi-Process Service", terminate_client.
+    """
+    for server in _ask(places, "get_server_list").split():
+        _ask(places, f"terminate_client {server} {process}")
+
+
+def _ask(places: dict[str, str], command: str) -> str:
+    """The daemon's answer; empty where there is none in time."""
+    try:
+        asked = subprocess.run(
+            [CONTROL],
+            input=f"{command}\n".encode(),
+            env=os.environ | places,
+            capture_output=True,
+            timeout=STOP_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return ""
+    return asked.stdout.decode(errors="replace")
+
+
 def _stop(daemon: subprocess.Popen[bytes], places: dict[str, str]) -> None:
     """Asks it to quit, which it does without clients; then ends what is left of it."""
     if daemon.poll() is None:
+        _ask(places, "quit")
         try:
-            subprocess.run(
-                [CONTROL],
-                input=b"quit\n",
-                env=os.environ | places,
-                capture_output=True,
-                timeout=STOP_SECONDS,
-                check=False,
-            )
             daemon.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(daemon.pid, signal.SIGKILL)

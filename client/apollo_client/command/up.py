@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -59,7 +60,10 @@ def command(
         with shared_gpu(gpu_sharing, state_folder()) as shared:
             settings |= shared.both
             vllm = vllm_child(folder, host, port, arguments, sidecar_address(), **settings)
-            trainer = trainer_child(address, sidecar_address(), **shared.both, **shared.trainer)
+            trainer = replace(
+                trainer_child(address, sidecar_address(), **shared.both, **shared.trainer),
+                before_kill=shared.before_kill,
+            )
             both = Children(vllm, trainer, address, notes=[*notes, *shared.notes])
             status = asyncio.run(both.run())
     raise typer.Exit(status)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,25 @@ def test_what_is_waited_for_is_told_every_so_often(capfd, monkeypatch):
     assert asyncio.run(children.run()) == 1
     waits = [t for t in told_by_apollo(capfd.readouterr().out) if t.startswith("still waiting")]
     assert waits and all(NOBODY in line for line in waits)
+
+
+@pytest.mark.parametrize("stubborn", [True, False])
+def test_who_has_to_be_killed_is_told_of_before(monkeypatch, tmp_path, stubborn):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(children_module, "STOP_SECONDS", 0.5 if stubborn else 60.0)
+    ignoring = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on');"
+    # vLLM ends once the other surely ignores the signal.
+    ready = f"{ignoring if stubborn else ''} open('ready', 'w'); {SLEEP}"
+    waiting = "import os, time\nwhile not os.path.exists('ready'): time.sleep(0.01)\nexit(3)"
+    told = list[int]()
+
+    def tell(process: int) -> None:
+        os.kill(process, 0)
+        told.append(process)
+
+    trainer = replace(child("trainer", ready), before_kill=tell)
+    asyncio.run(Children(child("vllm", waiting), trainer, NOBODY).run())
+    assert len(told) == stubborn
 
 
 def test_notes_come_before_any_log(capfd):

@@ -27,8 +27,15 @@ if sys.argv[1:] == ["-f"]:
     {daemon}
     (pipe / "control").touch()
     signal.pause()
-assert sys.stdin.read() == "quit\\n"
-os.kill(int((pipe / "pid").read_text()), signal.SIGTERM)
+asked = sys.stdin.read()
+if asked == "get_server_list\\n":
+    print(11, 12, sep="\\n")
+elif asked.startswith("terminate_client "):
+    with (pipe / "terminated").open("a") as file:
+        file.write(asked)
+else:
+    assert asked == "quit\\n"
+    os.kill(int((pipe / "pid").read_text()), signal.SIGTERM)
 """
 
 
@@ -61,6 +68,14 @@ def test_both_meet_at_the_daemon_and_the_trainer_has_a_part(control, tmp_path):
         folders = [pipe, Path(shared.both["CUDA_MPS_LOG_DIRECTORY"])]
         assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == [0o700] * 2
     assert not alive(daemon)
+
+
+def test_who_has_to_be_killed_is_taken_off_the_gpu_before(control, tmp_path):
+    control()
+    with shared_gpu(GpuSharing.MPS, tmp_path / "state") as shared:
+        shared.before_kill(4321)
+        told = (Path(shared.both["CUDA_MPS_PIPE_DIRECTORY"]) / "terminated").read_text()
+    assert told.splitlines() == ["terminate_client 11 4321", "terminate_client 12 4321"]
 
 
 @pytest.mark.parametrize("asked", [GpuSharing.AUTO, GpuSharing.TIME])
