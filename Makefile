@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 3 --durations 20
 export PYTHON
 
-.PHONY: help install demo model test coverage test-all test-vllm soak models reliability check protos lock clean
+.PHONY: help install demo model test coverage test-all test-vllm soak models reliability check docs protos lock clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,7 @@ check: install ## Lint, types, contract, and that checked-in stubs and calls are
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples/data/*.py
 	$(BIN)/buf lint protos
 	$(BIN)/buf format --diff --exit-code protos
 	$(BIN)/buf breaking protos --against protos/released.binpb
@@ -63,6 +64,9 @@ check: install ## Lint, types, contract, and that checked-in stubs and calls are
 	$(BIN)/python .ci/check-calls.py
 	$(BIN)/python protos/reference.py --check
 	$(BIN)/python protos/errors_page.py --check
+
+docs: ## Build the site in build/site/html; warnings and dead links are errors
+	@.ci/site
 
 protos: install ## Generate apollo_grpc's stubs from protos/, the blocking client's calls, two pages of docs/
 	$(BIN)/buf format --write protos
@@ -76,4 +80,4 @@ lock: ## Resolve .ci/lock.txt anew (needs uv)
 		--no-emit-index-url --no-emit-package apollo-grpc --overrides .ci/overrides.txt .ci/lock.in -o .ci/lock.txt
 
 clean: ## Remove what the other targets made
-	rm -rf .venv .venv-protos .venv-vllm-* build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-protos .venv-docs .venv-vllm-* build .mypy_cache .ruff_cache .pytest_cache

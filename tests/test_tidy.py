@@ -16,6 +16,7 @@ SOURCES = [ROOT, ROOT / "client", ROOT / "server"]
 ROOMS = [
     "apollo_grpc",
     "apollo_client",
+    "apollo_client.testing",
     "apollo_client.command",
     "apollo_client.conformance",
     "apollo_sidecar",

@@ -2,8 +2,10 @@
 
 from apollo_client.aio import AsyncApolloClient, AsyncRunsStream, AsyncRunStream, AsyncStream
 from apollo_client.client import ApolloClient, RunsStream, RunStream, Stream
+from apollo_client.data import Samples
 from apollo_client.probes import ProbeLike, to_probe
 from apollo_client.requests import RunOptions, run_spec
+from apollo_client.run_result import RunResult
 from apollo_client.sample_files import read_probes, read_samples
 from apollo_client.samples import SampleLike, to_sample, to_samples
 
@@ -15,9 +17,11 @@ __all__ = [
     "AsyncStream",
     "ProbeLike",
     "RunOptions",
+    "RunResult",
     "RunStream",
     "RunsStream",
     "SampleLike",
+    "Samples",
     "Stream",
     "read_probes",
     "read_samples",

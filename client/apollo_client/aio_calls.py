@@ -9,6 +9,7 @@ from typing import Any, Unpack
 
 from apollo_client.aio_streams import AsyncRunsStream, AsyncRunStream, AsyncStream
 from apollo_client.connection import STATUS_SECONDS, message
+from apollo_client.data import Columns, Samples
 from apollo_client.lifetime import Lifetime
 from apollo_client.placing import Places, in_user_words
 from apollo_client.requests import (
@@ -21,7 +22,6 @@ from apollo_client.requests import (
     watch_request,
 )
 from apollo_client.resume import Patience, Resume, RunsResume
-from apollo_client.samples import SampleLike
 from apollo_grpc.errors import ApolloError
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import status_pb2, training_pb2
@@ -67,22 +67,27 @@ class AsyncRunCalls(AsyncCalls):
 
     def train(
         self,
-        samples: Iterable[SampleLike] = (),
+        samples: Samples = (),
         *,
+        columns: Columns = None,
         request_id: str | None = None,
         **options: Unpack[RunOptions],
     ) -> AsyncRunStream:
         """Starts a run and returns its events; the last one is `finished`.
 
         The run begins now, and goes on when the stream is left. A run that fails raises nothing:
-        its `finished` event says so. A step's loss is in `event.step.loss`.
+        its `finished` event says so, and so does `result()`. A step's loss is in `event.step.loss`.
 
         Args:
-            samples: none where `dataset_id` names some that `create_dataset` brought.
+            samples: a list or anything else to iterate of what `to_sample` takes, a dataset of
+                Hugging Face as well; the path of a file, which is read now, by `read_samples`; a
+                DataFrame of pandas. None where `dataset_id` names what `create_dataset` brought.
+            columns: names of keys in the samples and evaluation samples, as
+                `{"prompt": "question", "completion": "answer"}`; their other keys are left out.
             request_id: the same id with the same spec attaches to the first run, also after a
                 restart of either side; with another spec it raises AlreadyExists. None: a new one.
         """
-        spec, places = placed_spec(samples, options)
+        spec, places = placed_spec(samples, options, columns)
         return self._follow(train_request(spec, request_id, places), places)
 
     def train_spec(
@@ -93,8 +98,9 @@ class AsyncRunCalls(AsyncCalls):
 
     async def create_run(
         self,
-        samples: Iterable[SampleLike] = (),
+        samples: Samples = (),
         *,
+        columns: Columns = None,
         request_id: str | None = None,
         **options: Unpack[RunOptions],
     ) -> training_pb2.Run:
@@ -102,7 +108,7 @@ class AsyncRunCalls(AsyncCalls):
 
         With a `request_id` of yours a call that broke can be made again: it is the same run.
         """
-        spec, places = placed_spec(samples, options)
+        spec, places = placed_spec(samples, options, columns)
         request = create_request(spec, request_id, places)
         answer = await self._asked(self._training.CreateRun, request, places)
         run: training_pb2.Run = answer.run
@@ -110,6 +116,8 @@ class AsyncRunCalls(AsyncCalls):
 
     def watch_run(self, run_id: str, after_sequence: int = 0) -> AsyncRunStream:
         """The events of a run after a sequence, until it has finished.
+
+        Its `result()` waits for the end of a run that somebody else began.
 
         Raises NotFound for a run that is not known, OutOfRange for events that were pruned.
         """

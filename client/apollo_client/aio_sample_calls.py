@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Unpack
 
 from apollo_client.aio_calls import AsyncCalls
+from apollo_client.data import Columns, Samples
 from apollo_client.requests import RunOptions, placed_samples, placed_spec, validate_request
-from apollo_client.samples import SampleLike
 from apollo_grpc.v1 import status_pb2, training_pb2
 from apollo_grpc.v1.status_pb2_grpc import StatusServiceStub
 from apollo_grpc.v1.training_pb2_grpc import TrainingServiceStub
@@ -20,13 +19,15 @@ class AsyncSampleCalls(AsyncCalls):
     _training: TrainingServiceStub
     _status: StatusServiceStub
 
-    async def score(self, samples: Iterable[SampleLike]) -> training_pb2.ScoreSamplesResponse:
+    async def score(
+        self, samples: Samples, *, columns: Columns = None
+    ) -> training_pb2.ScoreSamplesResponse:
         """How likely vLLM finds each continuation with the weights of now; nothing is trained.
 
         `scores` has one for each sample, in order, in nats. Weights and the like are ignored. It
         waits for vLLM, also while a run has it paused.
         """
-        found, places = placed_samples(samples)
+        found, places = placed_samples(samples, columns)
         request = training_pb2.ScoreSamplesRequest(samples=found)
         scored: training_pb2.ScoreSamplesResponse = await self._asked(
             self._training.ScoreSamples, request, places
@@ -34,21 +35,23 @@ class AsyncSampleCalls(AsyncCalls):
         return scored
 
     async def validate(
-        self, samples: Iterable[SampleLike] = (), **options: Unpack[RunOptions]
+        self, samples: Samples = (), *, columns: Columns = None, **options: Unpack[RunOptions]
     ) -> training_pb2.ValidateRunResponse:
         """What `train` would come to, in steps and tokens; nothing begins.
 
         Raises what `train` would raise.
         """
-        spec, places = placed_spec(samples, options)
+        spec, places = placed_spec(samples, options, columns)
         valid: training_pb2.ValidateRunResponse = await self._asked(
             self._training.ValidateRun, validate_request(spec, places), places
         )
         return valid
 
-    async def count_tokens(self, samples: Iterable[SampleLike]) -> list[training_pb2.TokenCount]:
+    async def count_tokens(
+        self, samples: Samples, *, columns: Columns = None
+    ) -> list[training_pb2.TokenCount]:
         """How many tokens `train` would make of each sample, in order."""
-        found, places = placed_samples(samples)
+        found, places = placed_samples(samples, columns)
         request = training_pb2.CountTokensRequest(samples=found)
         answer = await self._asked(self._training.CountTokens, request, places)
         return list(answer.counts)

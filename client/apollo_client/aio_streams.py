@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -13,6 +14,7 @@ import grpc.aio
 from apollo_client.connection import readable
 from apollo_client.lifetime import Lifetime, is_cancelled
 from apollo_client.resume import Patience, Resume, RunsResume
+from apollo_client.run_result import RunRecord, RunResult, left
 from apollo_grpc.errors import ApolloError
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import training_pb2
@@ -126,6 +128,37 @@ class AsyncRunStream(AsyncResumedStream[training_pb2.RunEvent]):
         self, begin: Begin, stub: Any, resume: Resume, endpoint: Endpoint, lifetime: Lifetime
     ):
         super().__init__(begin, stub, resume, endpoint, lifetime, lambda response: response.event)
+        self._record, self._ahead = RunRecord(), list[training_pb2.RunEvent]()
+
+    async def __anext__(self) -> training_pb2.RunEvent:
+        if self._ahead and not self._has_left():
+            return self._ahead.pop()
+        event = await super().__anext__()
+        self._record.take(event)
+        return event
+
+    @property
+    def run_id(self) -> Coroutine[Any, Any, str]:
+        """As `RunStream.run_id`, to be awaited: `await run.run_id`."""
+        return self._known_id()
+
+    async def _known_id(self) -> str:
+        if not self._resume.run_id:
+            with suppress(StopAsyncIteration):
+                self._ahead.append(await anext(self))
+        if not self._resume.run_id:
+            raise left("id")
+        return str(self._resume.run_id)
+
+    async def result(self) -> RunResult:
+        """What the run came to, once it has ended; reads the events that are left.
+
+        Raises as iterating does, and FailedPrecondition where the stream was left. A run that
+        failed raises nothing: `raise_for_failure` of the result does.
+        """
+        async for _ in self:
+            pass
+        return self._record.result()
 
 
 class AsyncRunsStream(AsyncResumedStream[training_pb2.WatchRunsResponse]):

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Unpack
 
 from apollo_client.connection import STATUS_SECONDS, message
+from apollo_client.data import Columns, Samples
 from apollo_client.lifetime import Lifetime
 from apollo_client.placing import Places, in_user_words
 from apollo_client.requests import (
@@ -20,7 +21,6 @@ from apollo_client.requests import (
     watch_request,
 )
 from apollo_client.resume import Patience, Resume, RunsResume
-from apollo_client.samples import SampleLike
 from apollo_client.streams import RunsStream, RunStream, Stream
 from apollo_grpc.errors import ApolloError
 from apollo_grpc.transport import Endpoint
@@ -63,22 +63,27 @@ class RunCalls(Calls):
 
     def train(
         self,
-        samples: Iterable[SampleLike] = (),
+        samples: Samples = (),
         *,
+        columns: Columns = None,
         request_id: str | None = None,
         **options: Unpack[RunOptions],
     ) -> RunStream:
         """Starts a run and returns its events; the last one is `finished`.
 
         The run begins now, and goes on when the stream is left. A run that fails raises nothing:
-        its `finished` event says so. A step's loss is in `event.step.loss`.
+        its `finished` event says so, and so does `result()`. A step's loss is in `event.step.loss`.
 
         Args:
-            samples: none where `dataset_id` names some that `create_dataset` brought.
+            samples: a list or anything else to iterate of what `to_sample` takes, a dataset of
+                Hugging Face as well; the path of a file, which is read now, by `read_samples`; a
+                DataFrame of pandas. None where `dataset_id` names what `create_dataset` brought.
+            columns: names of keys in the samples and evaluation samples, as
+                `{"prompt": "question", "completion": "answer"}`; their other keys are left out.
             request_id: the same id with the same spec attaches to the first run, also after a
                 restart of either side; with another spec it raises AlreadyExists. None: a new one.
         """
-        spec, places = placed_spec(samples, options)
+        spec, places = placed_spec(samples, options, columns)
         return self._follow(train_request(spec, request_id, places), places)
 
     def train_spec(self, spec: training_pb2.RunSpec, *, request_id: str | None = None) -> RunStream:
@@ -87,8 +92,9 @@ class RunCalls(Calls):
 
     def create_run(
         self,
-        samples: Iterable[SampleLike] = (),
+        samples: Samples = (),
         *,
+        columns: Columns = None,
         request_id: str | None = None,
         **options: Unpack[RunOptions],
     ) -> training_pb2.Run:
@@ -96,7 +102,7 @@ class RunCalls(Calls):
 
         With a `request_id` of yours a call that broke can be made again: it is the same run.
         """
-        spec, places = placed_spec(samples, options)
+        spec, places = placed_spec(samples, options, columns)
         request = create_request(spec, request_id, places)
         answer = self._asked(self._training.CreateRun, request, places)
         run: training_pb2.Run = answer.run
@@ -104,6 +110,8 @@ class RunCalls(Calls):
 
     def watch_run(self, run_id: str, after_sequence: int = 0) -> RunStream:
         """The events of a run after a sequence, until it has finished.
+
+        Its `result()` waits for the end of a run that somebody else began.
 
         Raises NotFound for a run that is not known, OutOfRange for events that were pruned.
         """

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from apollo_client.calls import Calls
 from apollo_client.connection import message
+from apollo_client.data import Columns, Samples
 from apollo_client.placing import in_user_words
 from apollo_client.sending import Sending
-from apollo_client.uploads import Samples, Upload
+from apollo_client.uploads import Upload
 from apollo_grpc.errors import ApolloError
 from apollo_grpc.v1 import dataset_pb2 as pb
 from apollo_grpc.v1.dataset_pb2_grpc import DatasetServiceStub
@@ -18,7 +19,9 @@ class DatasetCalls(Calls):
 
     _datasets: DatasetServiceStub
 
-    def create_dataset(self, samples: Samples, *, name: str = "") -> pb.Dataset:
+    def create_dataset(
+        self, samples: Samples, *, name: str = "", columns: Columns = None
+    ) -> pb.Dataset:
         """Brings samples to the server, for `train(dataset_id=...)`; returns once they are on disk.
 
         They are sent as they come: a generator of many is never in memory as a whole. The same
@@ -27,7 +30,7 @@ class DatasetCalls(Calls):
         Raises InvalidArgument with each wrong sample, ResourceExhausted for more than the server
         takes. Nothing is kept then, nor where the connection breaks.
         """
-        upload = Upload(name)
+        upload = Upload(name, columns)
         create = self._datasets.CreateDataset
         sending = Sending(self._begin, create, self._endpoint, self._lifetime)
         try:

@@ -71,7 +71,11 @@ class Violations:
 def _refusal(violations: Sequence[FieldViolation], more: str, **told: Any) -> InvalidArgument:
     first = violations[0]
     message = f"{first.field}: {first.description}{more}"
-    return InvalidArgument(message, violations=list(violations), **told)
+    refusal = InvalidArgument(message, violations=list(violations), **told)
+    for other in violations[1:]:
+        # Shown below the message of a traceback.
+        refusal.add_note(f"{other.field}: {other.description}")
+    return refusal
 
 
 def in_user_words(error: ApolloError, places: Places) -> ApolloError:

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 from apollo_client.connection import message
+from apollo_client.data import Columns, Probes, Samples, items_of
 from apollo_client.fields import duration, put
 from apollo_client.forms import PROBES, SAMPLES, Form
 from apollo_client.placing import Place, Places, require_room
-from apollo_client.probes import ProbeLike
 from apollo_client.sample_values import shown, written
-from apollo_client.samples import SampleLike
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import status_pb2, training_pb2
 
@@ -34,7 +33,7 @@ class RunOptions(TypedDict, total=False):
     seed: int
     dry_run: bool
     evaluate: bool
-    evaluation_samples: Iterable[SampleLike]
+    evaluation_samples: Samples
     evaluate_every_steps: int
     max_wall_time: float
     coherence: str
@@ -47,13 +46,13 @@ class RunOptions(TypedDict, total=False):
     top_k: int
     clip_low: float
     clip_high: float
-    anchors: Iterable[SampleLike]
+    anchors: Samples
     anchor_loss: str
     anchor_weight: float
     anchors_per_step: int
     regression_set: bool
     self_made: Mapping[str, int] | bool
-    probes: Iterable[ProbeLike]
+    probes: Probes
     accept_if: Mapping[str, Any] | bool
     include: Iterable[str]
     exclude: Iterable[str]
@@ -90,6 +89,8 @@ LISTS: dict[str, Form[Any]] = {
     "anchors": SAMPLES,
     "probes": PROBES,
 }
+# Lists whose records have the names that `columns` tells.
+_IN_COLUMNS = ("samples", "evaluation_samples")
 # Where an option's field is, unless the run or the optimizer has one of the option's name.
 _FIELDS = {
     "coherence": "coherence.mode",
@@ -112,16 +113,18 @@ _FIELDS = {
 }
 
 
-def run_spec(samples: Iterable[SampleLike], options: RunOptions) -> training_pb2.RunSpec:
+def run_spec(
+    samples: Samples, options: RunOptions, columns: Columns = None
+) -> training_pb2.RunSpec:
     """The spec of a run. Raises InvalidArgument for what cannot be put into one.
 
     Whether the values make sense is the server's to say: it knows the model.
     """
-    return placed_spec(samples, options)[0]
+    return placed_spec(samples, options, columns)[0]
 
 
 def placed_spec(
-    samples: Iterable[SampleLike], options: RunOptions
+    samples: Samples, options: RunOptions, columns: Columns = None
 ) -> tuple[training_pb2.RunSpec, Places]:
     """The same, and where its samples and probes come from."""
     spec, places = training_pb2.RunSpec(), dict[str, list[Place]]()
@@ -130,7 +133,9 @@ def placed_spec(
         raise InvalidArgument.at(shown(unknown[0]), "is no option of a run")
     for name, items in [("samples", samples), *given.items()]:
         if name in LISTS:
-            found, places[f"spec.{_FIELDS.get(name, name)}"] = LISTS[name].all_of(name, items)
+            form = LISTS[name].of_columns(columns if name in _IN_COLUMNS else None)
+            items = items_of(items, form)
+            found, places[f"spec.{_FIELDS.get(name, name)}"] = form.all_of(name, items)
             if found:  # An empty list is as if it were missing.
                 owner, field = _home(spec, name)
                 getattr(owner, field).extend(found)
@@ -143,9 +148,12 @@ def placed_spec(
     return spec, places
 
 
-def placed_samples(samples: Iterable[SampleLike]) -> tuple[list[training_pb2.Sample], Places]:
+def placed_samples(
+    samples: Samples, columns: Columns = None
+) -> tuple[list[training_pb2.Sample], Places]:
     """Samples of a request that is no run's, and where they come from."""
-    found, places = SAMPLES.all_of("samples", samples)
+    form = SAMPLES.of_columns(columns)
+    found, places = form.all_of("samples", items_of(samples, form))
     return found, {"samples": places}
 
 

@@ -83,6 +83,10 @@ class Resume(Endurance):
         request: that began the run, or asked for its events.
         seconds: for how long without an event a lost server is looked for; 0: not at all.
         places: where the request's samples come from, for what a refusal names.
+
+    Attributes:
+        run_id: of the run, once it is known.
+        ended: the run's last event was had.
     """
 
     def __init__(
@@ -93,15 +97,15 @@ class Resume(Endurance):
     ):
         super().__init__(seconds)
         self._places = places or {}
-        self._request, self._run_id, self._last = request, "", 0
+        self._request, self.run_id, self._last = request, "", 0
         if isinstance(request, pb.WatchRunRequest):
-            self._run_id, self._last = request.run_id, request.after_sequence
+            self.run_id, self._last = request.run_id, request.after_sequence
         self.ended = False
 
     def request(self) -> pb.TrainRequest | pb.WatchRunRequest:
         """What to ask now: `Train` until the run is known, and then `WatchRun`."""
-        if self._run_id:
-            return pb.WatchRunRequest(run_id=self._run_id, after_sequence=self._last)
+        if self.run_id:
+            return pb.WatchRunRequest(run_id=self.run_id, after_sequence=self._last)
         return self._request
 
     def call(self, begin: Callable[[Any, Any], Any], stub: Any) -> Any:
@@ -128,7 +132,7 @@ class Resume(Endurance):
                 "not come. The run itself goes on; 'apollo run' shows it.",
                 reason="EVENTS_MISSING",
             )
-        self._run_id, self._last = event.run_id, event.sequence
+        self.run_id, self._last = event.run_id, event.sequence
         self.ended = event.HasField("finished")
         return True
 

@@ -1,16 +1,18 @@
-"""Files of samples or probes: one JSON object a line, or one JSON value that holds them all."""
+"""Files of samples or probes: JSON lines, one JSON value that holds them all, or Parquet."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
+from os import PathLike
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar
 
 from apollo_client.forms import PROBES, SAMPLES, Form
 from apollo_client.json_values import ObjectReader, StrictDecoder, Unreadable, Value, after_space
+from apollo_client.packed_files import GZIP, PARQUET, table_rows, unpacked
 from apollo_client.placing import Placed, Violations
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.transport import MAX_MESSAGE_BYTES
@@ -29,35 +31,42 @@ _KNOWN = {
     b"\0\0\xfe\xff": ("UTF-32 text", _CONVERT.format("UTF-32")),
     b"\xff\xfe": ("UTF-16 text", _CONVERT.format("UTF-16")),
     b"\xfe\xff": ("UTF-16 text", _CONVERT.format("UTF-16")),
-    b"\x1f\x8b": ("a gzip archive", _UNPACK),
+    GZIP: ("a gzip archive within another", _UNPACK),
     b"BZh": ("a bzip2 archive", _UNPACK),
     b"\xfd7zXZ\0": ("an xz archive", _UNPACK),
     b"\x28\xb5\x2f\xfd": ("a zstd archive", _UNPACK),
     b"PK\x03\x04": ("a zip archive", _UNPACK),
-    b"PAR1": ("a Parquet table", "write it as JSON lines, as pandas' to_json(lines=True) does"),
+    PARQUET: ("a Parquet table", "write it as JSON lines, as pandas' to_json(lines=True) does"),
     b"ARROW1": ("an Arrow table", "write it as JSON lines, as pandas' to_json(lines=True) does"),
 }
 
 
-def read_samples(path: str | Path) -> list[pb.Sample]:
+def read_samples(
+    path: str | PathLike[str], columns: Mapping[str, str] | None = None
+) -> list[pb.Sample]:
     """The samples of a file, in its order.
 
     A line, up to LF or CR LF, is one JSON object as `to_sample` takes it; empty lines are passed
     over. One JSON array of such objects, or objects over several lines, are taken as well. The
-    text is UTF-8, with or without a byte order mark.
+    text is UTF-8, with or without a byte order mark, and may be packed by gzip. A table of Parquet
+    is taken where pyarrow is installed: a row a sample. Names of files mean nothing.
+
+    Args:
+        columns: names of keys in the file, as `{"prompt": "question", "completion": "answer"}`; the
+            file's other keys are left out then.
 
     Raises InvalidArgument with `FILE:LINE` for each wrong line, the first 20 of them, and for a
     file that cannot be read or holds no sample.
     """
-    return [placed.value for placed in read_placed(path, SAMPLES)]
+    return [placed.value for placed in read_placed(path, SAMPLES.of_columns(columns))]
 
 
-def read_probes(path: str | Path) -> list[pb.Probe]:
+def read_probes(path: str | PathLike[str]) -> list[pb.Probe]:
     """The probes of a file, by the same rules; an object is as `to_probe` takes it."""
     return [placed.value for placed in read_placed(path, PROBES)]
 
 
-def read_placed(path: str | Path, form: Form[T]) -> list[Placed[T]]:
+def read_placed(path: str | PathLike[str], form: Form[T]) -> list[Placed[T]]:
     """The same, each with its `FILE:LINE`, which `train` then names in a refusal."""
     # Without control characters, which would be written to the terminal.
     path, name = Path(path), repr(str(path))[1:-1]
@@ -93,15 +102,20 @@ def read_stream(stream: BinaryIO, name: str, form: Form[T]) -> list[Placed[T]]:
     """What a stream of bytes holds, by the same rules; errors call it `name`."""
     # What is no text may have no end, as /dev/zero.
     head = stream.read(_HEAD_BYTES)
-    _require_text(head, name)
+    is_table, is_packed = head.startswith(PARQUET), head.startswith(GZIP)
+    if not (is_table or is_packed):
+        _require_text(head, name)
     data = head + stream.read(MAX_FILE_BYTES + 1 - _HEAD_BYTES)
+    if is_packed:
+        data = unpacked(data, name, MAX_FILE_BYTES + 1)
+        _require_text(data[:_HEAD_BYTES], name)
     if len(data) > MAX_FILE_BYTES:
         raise InvalidArgument.at(
             name,
             f"is longer than {MAX_FILE_BYTES >> 20} MiB, which is read at once: cut it, as "
             "'split -C 60m' does; 'apollo datasets add' makes one dataset of the parts",
         )
-    found = _from_lines(data, name, form)
+    found = (_from_table if is_table else _from_lines)(data, name, form)
     if not found:
         says = f"holds no {form.name}; a line is one object, {form.words}"
         raise InvalidArgument.at(name, says)
@@ -137,6 +151,15 @@ def _from_lines(data: bytes, name: str, form: Form[T]) -> list[Placed[T]]:
     return _from_document(data, found, objects) if others else found.all()
 
 
+def _from_table(data: bytes, name: str, form: Form[T]) -> list[Placed[T]]:
+    found = _Found(name, form, "row ")
+    for number, row in enumerate(table_rows(data, name), start=1):
+        found.take(Value(row, number, ""))
+        if found.wrong.is_full():
+            break
+    return found.all()
+
+
 def _only(line: bytes, decoder: StrictDecoder) -> object:
     """The only value of a line."""
     text = _text(line)
@@ -165,13 +188,14 @@ def _from_document(data: bytes, lines: _Found[T], objects: int) -> list[Placed[T
 class _Found(Generic[T]):
     """What a file holds, and what is wrong with it."""
 
-    def __init__(self, name: str, form: Form[T]):
+    def __init__(self, name: str, form: Form[T], unit: str = ""):
         self.name, self.form, self.wrong = name, form, Violations()
+        self._unit = unit
         self._placed = list[Placed[T]]()
 
     def take(self, value: Value) -> None:
         """What one value holds."""
-        place = f"{self.name}:{value.line}"
+        place = f"{self.name}:{self._unit}{value.line}"
         if value.odd:
             self.wrong.add(place, value.odd)
             return

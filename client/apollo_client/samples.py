@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from apollo_client.chats import by_answer, read_turns
 from apollo_client.placing import Placed
+from apollo_client.records import REWRITTEN, told_as
 from apollo_client.sample_values import (
     a_factor,
     a_text,
@@ -26,15 +27,26 @@ _KINDS = {
     "text": ("context", "continuation"),
     "tokens": ("context_ids", "continuation_ids"),
     "chat": ("messages",),
+    "prompt": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "conversations": ("conversations",),
 }
 _TEACHER = {"text": "teacher_context", "tokens": "teacher_context_ids", "chat": "teacher_messages"}
+# What a form may have beside its keys.
+_MAY = {
+    **{kind: (key,) for kind, key in _TEACHER.items()},
+    "prompt": ("teacher_context", "teacher_messages"),
+    "instruction": ("input", "system", "teacher_messages"),
+    "conversations": ("system", "teacher_messages"),
+}
 _LISTS = {
     "token_weights": numbers,
     "advantages": one_or_more_numbers,
     "sampler_log_probabilities": numbers,
 }
 _KIND_OF = {key: kind for kind, keys in _KINDS.items() for key in keys}
-_KNOWN = {kind: {*keys, _TEACHER[kind], "weight", *_LISTS} for kind, keys in _KINDS.items()}
+_KNOWN = {kind: {*keys, *_MAY[kind], "weight", *_LISTS} for kind, keys in _KINDS.items()}
+KEYS = frozenset().union(*_KNOWN.values())
 # What holds each kind, and how its keys are read; messages are by then.
 _CONTENT: dict[str, tuple[Callable[..., Any], Callable[[str, Any], Any]]] = {
     "text": (pb.TextSample, a_text),
@@ -43,8 +55,9 @@ _CONTENT: dict[str, tuple[Callable[..., Any], Callable[[str, Any], Any]]] = {
 }
 FORMS = (
     '{"context": "...", "continuation": "..."}, '
-    '{"context_ids": [...], "continuation_ids": [...]} or '
-    '{"messages": [{"role": "user", "content": "..."}, ...]}'
+    '{"context_ids": [...], "continuation_ids": [...]}, '
+    '{"messages": [{"role": "user", "content": "..."}, ...]}, '
+    '{"prompt", "completion"}, {"instruction", "output"} or {"conversations"}'
 )
 
 
@@ -57,7 +70,9 @@ def to_sample(value: SampleLike) -> pb.Sample:
             each may have `weight` and `token_weights`; for a distillation `teacher_context`,
             `teacher_context_ids` or `teacher_messages`; for a policy gradient `advantages`, a
             number or a list, and `sampler_log_probabilities`. None is the same as a key that is
-            missing.
+            missing. Forms of others are taken as well: `prompt` and `completion`, which is a text
+            or, where both are lists of messages, a chat; `instruction`, maybe `input` and
+            `system`, and `output`, which is a chat; `conversations` of `from` and `value`.
 
     Raises InvalidArgument for anything else, and for a chat of several answers to learn.
     """
@@ -87,6 +102,13 @@ def to_samples(value: SampleLike) -> list[pb.Sample]:
     if not isinstance(value, Mapping):
         raise InvalidArgument.at("sample", f"is no object of one of the forms {FORMS}")
     kind, fields = _fields(value)
+    if kind in REWRITTEN:
+        rewrite, names = REWRITTEN[kind]
+        own = rewrite(fields)
+        try:
+            return to_samples(own)
+        except InvalidArgument as error:
+            raise told_as(error, names) from error
     if kind != "chat":
         return [_sample(kind, fields)]
     answers = by_answer(fields["messages"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -13,6 +14,7 @@ import grpc
 from apollo_client.connection import readable
 from apollo_client.lifetime import Lifetime
 from apollo_client.resume import Patience, Resume, RunsResume
+from apollo_client.run_result import RunRecord, RunResult, left
 from apollo_grpc.errors import ApolloError
 from apollo_grpc.transport import Endpoint
 from apollo_grpc.v1 import training_pb2
@@ -120,6 +122,36 @@ class RunStream(ResumedStream[training_pb2.RunEvent]):
         self, begin: Begin, stub: Any, resume: Resume, endpoint: Endpoint, lifetime: Lifetime
     ):
         super().__init__(begin, stub, resume, endpoint, lifetime, lambda response: response.event)
+        self._record, self._ahead = RunRecord(), list[training_pb2.RunEvent]()
+
+    def __next__(self) -> training_pb2.RunEvent:
+        if self._ahead and not self._has_left():
+            return self._ahead.pop()
+        event = super().__next__()
+        self._record.take(event)
+        return event
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, at once where it is known; else the first event tells it, and is kept.
+
+        Raises as iterating does, and FailedPrecondition where the stream was left before.
+        """
+        if not self._resume.run_id:
+            self._ahead += islice(self, 1)
+        if not self._resume.run_id:
+            raise left("id")
+        return str(self._resume.run_id)
+
+    def result(self) -> RunResult:
+        """What the run came to, once it has ended; reads the events that are left.
+
+        Raises as iterating does, and FailedPrecondition where the stream was left. A run that
+        failed raises nothing: `raise_for_failure` of the result does.
+        """
+        for _ in self:
+            pass
+        return self._record.result()
 
 
 class RunsStream(ResumedStream[training_pb2.WatchRunsResponse]):

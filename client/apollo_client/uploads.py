@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
-from typing import TypeAlias
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
 
 from apollo_client.connection import message
+from apollo_client.data import AsyncSamples, Columns, Samples, items_of
+from apollo_client.forms import SAMPLES
 from apollo_client.placing import Place, Placed
-from apollo_client.samples import SampleLike, to_samples
+from apollo_client.samples import SampleLike
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import dataset_pb2 as pb
 
 MESSAGE_BYTES = 2**20
-Samples: TypeAlias = Iterable[SampleLike]
-AsyncSamples: TypeAlias = Iterable[SampleLike] | AsyncIterable[SampleLike]
 
 
 class Upload:
@@ -21,9 +20,11 @@ class Upload:
 
     Args:
         name: of the dataset.
+        columns: names of keys in what is no sample yet.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, columns: Columns = None):
+        self._form = SAMPLES.of_columns(columns)
         self._message = message(pb.CreateDatasetRequest, name=name)
         self._size = self._items = 0
         self._places: list[Place] = []
@@ -35,7 +36,7 @@ class Upload:
 
     def messages(self, samples: Samples) -> Iterator[pb.CreateDatasetRequest]:
         """The messages. Raises InvalidArgument for what is no sample, and what `samples` raises."""
-        for item in _listed(samples):
+        for item in self._form.iterated("samples", items_of(samples, self._form)):
             if self._take(item):
                 yield self._full()
         yield self._full()
@@ -55,7 +56,7 @@ class Upload:
         """Adds what one item holds; returns whether the message is full."""
         place = item.place if isinstance(item, Placed) else self._items
         try:
-            found = to_samples(item)
+            found = self._form.read(item)
         except InvalidArgument as error:
             where = f"samples[{place}]" if isinstance(place, int) else place
             raise InvalidArgument.at(where, error.message) from error
@@ -68,10 +69,3 @@ class Upload:
     def _full(self) -> pb.CreateDatasetRequest:
         full, self._message, self._size = self._message, pb.CreateDatasetRequest(), 0
         return full
-
-
-def _listed(samples: Samples) -> Iterator[SampleLike]:
-    if isinstance(samples, str | bytes | Mapping) or not isinstance(samples, Iterable):
-        says = "is no list of samples; 'read_samples' makes one of a file"
-        raise InvalidArgument.at("samples", says)
-    return iter(samples)

@@ -58,6 +58,17 @@ class Blocking:
     def train(self, *arguments: Any, **options: Any) -> list[Any]:
         return list(self.client.train(*arguments, **options))
 
+    def read(self, count: int, name: str, *arguments: Any, **options: Any) -> Any:
+        """The id of a call's run, so many of its events, and then its result."""
+        run = getattr(self.client, name)(*arguments, **options)
+        return run.run_id, [next(run) for _ in range(count)], run.result()
+
+    def left(self, told: str, *arguments: Any) -> Any:
+        """What is heard of a run's id or result once its stream was left."""
+        with self.client.train(*arguments) as run:
+            pass
+        return run.run_id if told == "run_id" else run.result()
+
     def follow(self, *arguments: Any) -> list[Any]:
         """Every event of a run, by `watch_run`."""
         return list(self.client.watch_run(*arguments))
@@ -118,6 +129,21 @@ class Asyncio:
             return [event async for event in self.client.train(*arguments, **options)]
 
         return self._runner.run(collect())
+
+    def read(self, count: int, name: str, *arguments: Any, **options: Any) -> Any:
+        async def collect() -> Any:
+            run = getattr(self.client, name)(*arguments, **options)
+            return await run.run_id, [await anext(run) for _ in range(count)], await run.result()
+
+        return self._runner.run(collect())
+
+    def left(self, told: str, *arguments: Any) -> Any:
+        async def leave() -> Any:
+            async with self.client.train(*arguments) as run:
+                pass
+            return await (run.run_id if told == "run_id" else run.result())
+
+        return self._runner.run(leave())
 
     def follow(self, *arguments: Any) -> list[Any]:
         async def collect() -> list[Any]:

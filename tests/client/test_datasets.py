@@ -108,8 +108,8 @@ def test_a_wrong_sample_is_named_by_its_line_or_its_item(connect: Any, server: s
         with pytest.raises(InvalidArgument) as refused:
             client.call("create_dataset", samples)
         assert refused.value.violations[0].field == field
-    for samples in ("text", {"context": "a"}, 7):
-        with pytest.raises(InvalidArgument, match="read_samples"):
+    for samples in (b"text", {"context": "a"}, 7):
+        with pytest.raises(InvalidArgument, match="is no list of samples, nor a file"):
             client.call("create_dataset", samples)
     with pytest.raises(InvalidArgument) as refused:
         client.call("create_dataset", [])

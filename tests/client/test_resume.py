@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from apollo_client.resume import LONGEST_WAIT_SECONDS, Patience, Resume, RunsResume
 from apollo_grpc.errors import (
+    Aborted,
     DataLoss,
     InvalidArgument,
     NotFound,
@@ -186,3 +187,26 @@ def test_a_reader_reads_on_when_the_server_is_back(
     steps = [e.step for e in told if e.HasField("step")]
     assert steps[-1].optimizer_step == reached
     assert steps[-1].step == told[-1].finished.steps_done
+
+
+def test_a_result_has_every_step_also_of_a_run_that_lost_its_server(
+    connect, server_process: ServerProcess
+) -> None:
+    server_process.wait_attached()
+
+    def end_and_start() -> None:
+        server_process.wait_for_steps(3)
+        server_process.end(signal.SIGKILL)
+        time.sleep(0.5)
+        server_process.start()
+
+    killer = threading.Thread(target=end_and_start)
+    killer.start()
+    client = connect(server_process.address)
+    run_id, _, result = client.read(1, "train", [SAMPLE], epochs=100_000, min_loss=0)
+    killer.join()
+    steps = [event.step for event in client.follow(run_id) if event.HasField("step")]
+    assert result.losses == [step.loss for step in steps] and len(steps) == result.steps >= 3
+    with pytest.raises(Aborted) as raised:
+        result.raise_for_failure()
+    assert raised.value.reason == "INTERRUPTED"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -118,7 +119,8 @@ def test_each_sample_knows_its_line():
         ('{"context": "a"}', "continuation"),
         ('{"context": "a", "continuation": null}', "continuation"),
         ('{"context": "a", "continuation_ids": [1]}', "forms"),
-        ('{"prompt": "a"}', "forms"),
+        ('{"prompt": "a"}', "completion: is missing"),
+        ('{"id": "a"}', "forms"),
         ('["a", "b"]', "forms"),
         ('{"context_ids": ["x"], "continuation_ids": [1]}', "context_ids"),
         ('{"context_ids": [1], "continuation_ids": [4294967296]}', "continuation_ids"),
@@ -193,10 +195,13 @@ def test_an_array_names_all_its_wrong_objects():
         (b"\xfe\xff" + LINE.encode("utf-16-be"), "UTF-16 text"),
         (b"\0\0\xfe\xff" + LINE.encode("utf-32-be"), "UTF-32 text"),
         (LINE.encode("utf-16-le"), "no text, or UTF-16"),
-        (b"\x1f\x8b\x08\0\0", "a gzip archive: unpack it"),
+        (b"\x1f\x8b\x08\0\0", "a gzip archive that cannot be unpacked"),
         (b"PK\x03\x04", "a zip archive: unpack it"),
         (b"\x28\xb5\x2f\xfd", "a zstd archive"),
-        (b"PAR1\x15", "a Parquet table: write it as JSON lines"),
+        (gzip.compress(b""), "holds no samples"),
+        (gzip.compress(LINE.encode())[:-9], "a gzip archive that cannot be unpacked"),
+        (gzip.compress(gzip.compress(b"")), "a gzip archive within another: unpack it"),
+        (gzip.compress(b"PAR1"), "a Parquet table: write it as JSON lines"),
         (bytes(2000), "no text"),
     ],
 )

@@ -276,7 +276,7 @@ def test_whatever_is_nested_too_deep_is_refused():
             to_sample(value)
 
 
-@pytest.mark.parametrize("samples", [{"context": "a", "continuation": "b"}, "a", b"a", None, 3])
+@pytest.mark.parametrize("samples", [{"context": "a", "continuation": "b"}, b"a", None, 3])
 def test_what_is_no_list_of_samples_is_told_once(samples):
     with pytest.raises(InvalidArgument, match="samples: is no list of samples") as refused:
         run_spec(samples, {})
@@ -285,9 +285,9 @@ def test_what_is_no_list_of_samples_is_told_once(samples):
 
 def test_all_wrong_samples_are_told_at_once_with_the_index_of_the_callers_item():
     samples = [("a", "b"), *[{"prompt": "a"}] * 30]
-    with pytest.raises(
-        InvalidArgument, match=r"^samples\[1\]: .*\(and 29 more samples\)$"
-    ) as refused:
+    with pytest.raises(InvalidArgument) as refused:
         run_spec(samples, {})
+    assert refused.value.message == "samples[1]: completion: is missing (and 29 more samples)"
+    assert refused.value.__notes__[-1] == "samples[20]: completion: is missing"
     fields = [violation.field for violation in refused.value.violations]
     assert fields == [f"samples[{index}]" for index in range(1, 21)]

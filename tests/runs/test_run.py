@@ -26,7 +26,9 @@ def prepared(count: int = 5, **fields: Any) -> PreparedRun:
 
 
 def numbers(run: PreparedRun) -> list[list[int]]:
-    return [[s.continuation_ids[0] for s in batch.samples] for batch in run.batches()]
+    return [
+        [s.continuation_ids[0] for s in batch.samples] for batch in run.batches(run.anchor_turns())
+    ]
 
 
 def test_by_default_each_sample_is_one_step_in_order() -> None:
@@ -48,7 +50,7 @@ def test_steps_total_is_the_number_of_batches(
     count: int, samples_per_step: int, epochs: int
 ) -> None:
     run = prepared(count, samples_per_step=samples_per_step, epochs=epochs, seed=1)
-    assert run.steps_total == len(list(run.batches()))
+    assert run.steps_total == len(list(run.batches(run.anchor_turns())))
 
 
 def test_a_seed_shuffles_each_epoch_anew_and_the_same_way_every_time() -> None:

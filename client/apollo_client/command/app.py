@@ -15,22 +15,24 @@ import typer.main
 from apollo_client.client import ApolloClient
 from apollo_client.command import (
     checkpoint,
+    completion,
+    config,
     dashboard,
     datasets,
     display,
     doctor,
+    logs,
+    plot,
     probes,
     runs,
     teach,
     token,
     train,
     up,
+    watch,
 )
 from apollo_client.command.display import Json
-from apollo_client.command.events import update_line
 from apollo_client.command.outcome import output_status, reported_errors
-from apollo_client.command.record import record
-from apollo_client.command.run_display import follow
 from apollo_grpc.addresses import require_address
 from apollo_grpc.locations import server_address, socket_path
 from apollo_grpc.standard_streams import prepare_streams
@@ -102,8 +104,11 @@ def connection(
 ) -> None:
     """A language model that keeps learning while vLLM serves it.
 
+    'apollo config' tells which server is meant and why, 'apollo completion SHELL' makes a shell
+    complete commands and options.
+
     Exit status: 0 done, 1 refused, failed, or rejected by its probes, 2 wrong input, 3 nobody
-    there.
+    there, 130 left by Ctrl-C.
     """
     with reported_errors():
         address = require_address(address, "--address") if address else None
@@ -111,11 +116,15 @@ def connection(
 
 
 app.command("train")(train.command)
+app.command("teach")(teach.command)
+app.command("watch")(watch.command)
+app.command("wait")(runs.wait)
 app.command("runs")(runs.list_runs)
 app.command("run")(runs.show)
+app.command("logs")(logs.command)
+app.command("plot")(plot.command)
 app.command("cancel")(runs.cancel)
 app.command("delete")(runs.delete)
-app.command("teach")(teach.command)
 
 
 @app.command()
@@ -135,54 +144,6 @@ def info(context: typer.Context, as_json: Json = False) -> None:
 
 
 @app.command()
-def watch(
-    context: typer.Context,
-    run_id: Annotated[
-        str | None, typer.Argument(metavar="[RUN_ID]", help="From its first event to its end.")
-    ] = None,
-    all_runs: Annotated[
-        bool, typer.Option("--all", help="Every event of all runs, none left out, from now on.")
-    ] = False,
-    after: Annotated[
-        int | None,
-        typer.Option(help="Of RUN_ID, only later sequences; of --all, revisions, from 0 on."),
-    ] = None,
-    run: Annotated[str, typer.Option(help="Only the events of this run.")] = "",
-    min_interval: Annotated[float, typer.Option(help="Seconds between two statuses.")] = 0.0,
-    to: Annotated[
-        str,
-        typer.Option(
-            metavar="KIND:PLACE",
-            help="Of RUN_ID, the figures: csv:FILE, tensorboard:DIR or wandb:PROJECT. Goes on "
-            "where it ended.",
-        ),
-    ] = "",
-    as_json: Json = False,
-) -> None:
-    """Follow all runs and the status, every step's loss included, until Ctrl-C.
-
-    With RUN_ID: every event of that run from its first, also of one that has ended, and then the
-    status that 'apollo train' would have had.
-    """
-    if to:
-        with reported_errors(), context.obj.client() as client:
-            record(client, run_id or "", to, after or 0, as_json)
-        return
-    if run_id is not None:
-        with reported_errors(), context.obj.client() as client:
-            follow(client.watch_run(run_id, after or 0), as_json)
-        return
-    with reported_errors(), context.obj.client() as client:
-        try:
-            told: Any = client.watch_runs(after) if all_runs else client.watch(run, min_interval)
-            for update in told:
-                line = display.to_json(update) if as_json else update_line(update)
-                print(line, flush=True)
-        except KeyboardInterrupt:
-            raise typer.Exit(0) from None
-
-
-@app.command()
 def sync(
     context: typer.Context,
     in_place: Annotated[
@@ -194,8 +155,8 @@ def sync(
     as_json: Json = False,
 ) -> None:
     """Bring the model directory up to date with what was learned."""
-    with reported_errors(), context.obj.client() as client:
-        result = client.sync(in_place=in_place)
+    with checkpoint.left_to_itself() as told, context.obj.client() as client:
+        result = client.sync(progress=told, in_place=in_place)
     print(display.to_json(result) if as_json else display.sync_line(result))
 
 
@@ -204,6 +165,8 @@ app.add_typer(token.app, name="token")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(datasets.app, name="datasets")
 app.command("dashboard")(dashboard.command)
+app.command("config")(config.command)
+app.command("completion")(completion.command)
 _PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("up", context_settings=_PASSES_ON)(up.command)
 app.command("doctor", context_settings=_PASSES_ON)(doctor.command)
@@ -217,6 +180,7 @@ def _command() -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `apollo`; exits with one of `outcome`'s statuses."""
     prepare_streams()
+    completion.answer_shells()
     status: Any = 0
     try:
         with reported_errors():

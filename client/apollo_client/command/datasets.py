@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 
 from apollo_client.command import display
 from apollo_client.command.display import Json
+from apollo_client.command.latest_line import counted, latest_line
 from apollo_client.command.outcome import reported_errors
 from apollo_client.command.train import read
 from apollo_client.forms import SAMPLES
@@ -32,15 +34,15 @@ def add(
     A file is in memory while it is sent: cut one of gigabytes, as 'split -C 60m' does, and name all
     its parts.
     """
-    with reported_errors(), context.obj.client() as client:
+    with reported_errors(), latest_line("reading") as show, context.obj.client() as client:
         samples = chain.from_iterable(read(file, SAMPLES) for file in files)
-        made = client.create_dataset(samples, name=name or files[0].name)
+        made = client.create_dataset(counted(samples, show), name=name or files[0].name)
     print(display.to_json(made) if as_json else display.dataset_line(made))
 
 
 @app.command("list")
 def list_(context: typer.Context, as_json: Json = False) -> None:
-    """Show the datasets, newest first."""
+    """List the datasets, newest first."""
     token = ""
     with reported_errors(), context.obj.client() as client:
         while True:
@@ -54,9 +56,10 @@ def list_(context: typer.Context, as_json: Json = False) -> None:
 @app.command()
 def delete(
     context: typer.Context,
-    dataset_id: Annotated[str, typer.Argument(help="As 'list' shows it.")],
+    dataset_id: Annotated[str, typer.Argument(help="As 'list' lists it.")],
+    as_json: Json = False,
 ) -> None:
     """Delete a dataset that no run needs any more."""
     with reported_errors(), context.obj.client() as client:
         client.delete_dataset(dataset_id)
-    print(f"deleted {dataset_id}")
+    print(json.dumps({"deleted": dataset_id}) if as_json else f"deleted {dataset_id}")

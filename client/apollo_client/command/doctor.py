@@ -16,6 +16,7 @@ import typer
 from apollo_client.aio import AsyncApolloClient
 from apollo_client.command.children import attached, end
 from apollo_client.command.cpu_choices import KV_CACHE, sizes_kv_cache
+from apollo_client.command.display import Json
 from apollo_client.command.ending import stated_cause
 from apollo_client.command.gpu_memory import told_memory
 from apollo_client.command.model_folder import model_folder
@@ -109,7 +110,7 @@ class Diagnosis:
 def command(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A directory, or a hub id that is in the cache.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
     all_values: Annotated[
         bool, typer.Option("--all-values", help="Compare every weight, not blocks of each.")
     ] = False,

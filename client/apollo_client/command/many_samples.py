@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from apollo_client.client import ApolloClient
+from apollo_client.command.latest_line import counted, latest_line
 from apollo_client.command.run_display import follow
 from apollo_client.placing import MAX_SAMPLES_BYTES, Placed, in_user_words
 from apollo_grpc.errors import ApolloError
@@ -33,7 +34,8 @@ def learn(
         follow(client.train(samples, request_id=request_id, **options), as_json)
         return
     file = PurePath(samples[0].place.rpartition(":")[0]).name
-    made = client.create_dataset(samples, name=file)
+    with latest_line("reading") as show:
+        made = client.create_dataset(counted(samples, show), name=file)
     print(
         f"apollo: {file} holds more than one request does: its {made.samples} samples are dataset "
         f"{made.dataset_id}, which stays until 'apollo datasets delete'",

@@ -19,9 +19,12 @@ def record(client: ApolloClient, run_id: str, target: str, after: int, as_json: 
     """
     require_target(target)
     if not run_id:
-        raise InvalidArgument.at("--to", "needs RUN_ID before it; 'apollo runs' lists them")
+        raise InvalidArgument.at(
+            "--to", "needs RUN_ID before it, or --last; 'apollo runs' lists them"
+        )
     if after:
         raise InvalidArgument.at("--after", "cannot stand beside --to, which says where to go on")
     run = client.get_run(run_id)
     with closing(open_sink(target, run.run_id)) as sink:
-        follow(recorded(client.watch_run(run.run_id, sink.after), sink), as_json)
+        stream = client.watch_run(run.run_id, sink.after)
+        follow(recorded(stream, sink), as_json, run.run_id)

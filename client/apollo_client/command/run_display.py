@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -74,13 +74,16 @@ class RunDisplay:
             print(line, flush=True)
 
 
-def follow(stream: Iterable[training_pb2.RunEvent], as_json: bool) -> None:
+def follow(stream: Iterable[training_pb2.RunEvent], as_json: bool, run_id: str = "") -> None:
     """Shows a run's events until its last; ends the command where the run did not succeed.
 
-    Ctrl-C ends the command, too, and leaves the run going. One that failed, was cancelled or was
+    Ctrl-C ends the command, too, and leaves the run at work. One that failed, was cancelled or was
     rejected by its probes ends it with the status 1.
+
+    Args:
+        run_id: the run's, where it is known before its first event.
     """
-    run_id, finished = "", training_pb2.RunEvent.Finished()
+    finished = training_pb2.RunEvent.Finished()
 
     def events() -> Any:
         nonlocal run_id
@@ -96,11 +99,18 @@ def follow(stream: Iterable[training_pb2.RunEvent], as_json: bool) -> None:
         else:
             finished = RunDisplay(Console()).follow(events())
     except KeyboardInterrupt:
-        where = (
-            f"Run {run_id} goes on; 'apollo watch {run_id}' follows it, 'apollo cancel {run_id}'"
-        )
-        where = f"{where} ends it." if run_id else "Nothing was heard of the run yet."
-        print(f"\n{where}", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+        leave(run_id)
     if finished.state != training_pb2.RUN_STATE_SUCCEEDED:
         raise typer.Exit(REFUSED)
+
+
+def leave(run_id: str) -> NoReturn:
+    """Ends the command at Ctrl-C, and says how to come back to the run, which goes on.
+
+    Args:
+        run_id: empty where nothing was heard of the run.
+    """
+    where = f"Run {run_id} goes on; 'apollo watch {run_id}' follows it, 'apollo cancel {run_id}'"
+    unheard = "Nothing was heard of the run yet; 'apollo runs' shows it if it was taken."
+    print(f"\n{where} ends it." if run_id else f"\n{unheard}", file=sys.stderr)
+    raise typer.Exit(INTERRUPTED) from None

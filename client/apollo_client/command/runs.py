@@ -1,18 +1,26 @@
-"""`apollo runs`, `run`, `cancel` and `delete`: runs that the server knows."""
+"""`apollo runs`, `run`, `wait`, `cancel` and `delete`: runs that the server knows."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
+from apollo_client.client import ApolloClient
 from apollo_client.command import display
 from apollo_client.command.display import Json
-from apollo_client.command.outcome import reported_errors
+from apollo_client.command.events import event_line
+from apollo_client.command.latest_line import latest_line
+from apollo_client.command.outcome import REFUSED, reported_errors
+from apollo_client.command.run_display import leave
+from apollo_client.command.run_ids import Last, RunId, find_run
 from apollo_client.sample_values import shown
 from apollo_grpc.errors import InvalidArgument
+from apollo_grpc.v1 import training_pb2
 
-RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="As 'apollo runs' lists it.")]
+_GOING = (training_pb2.RUN_STATE_QUEUED, training_pb2.RUN_STATE_RUNNING)
+
 Labels = Annotated[
     list[str] | None,
     typer.Option("--label", metavar="KEY=VALUE", help="Of the run; may be repeated."),
@@ -34,7 +42,9 @@ def list_runs(
     context: typer.Context,
     state: Annotated[
         list[str] | None,
-        typer.Option(help="queued, running, succeeded, failed, cancelled or rejected; repeatable."),
+        typer.Option(
+            help="queued, running, succeeded, failed, cancelled or rejected; may be repeated."
+        ),
     ] = None,
     label: Labels = None,
     name: Annotated[str, typer.Option(help="Only runs of this name.")] = "",
@@ -55,7 +65,8 @@ def list_runs(
 
 def show(
     context: typer.Context,
-    run_id: RunId,
+    run_id: RunId = None,
+    last: Last = False,
     samples: Annotated[
         bool, typer.Option("--samples", help="With samples, anchors and probes, as JSON.")
     ] = False,
@@ -63,20 +74,53 @@ def show(
 ) -> None:
     """Show one run."""
     with reported_errors(), context.obj.client() as client:
-        found = client.get_run(run_id, samples=samples)
+        found = client.get_run(find_run(client, run_id, last), samples=samples)
     as_json = as_json or samples
     print(display.to_json(found) if as_json else "\n".join(display.run_lines(found)))
 
 
-def cancel(context: typer.Context, run_id: RunId, as_json: Json = False) -> None:
+def wait(
+    context: typer.Context, run_id: RunId = None, last: Last = False, as_json: Json = False
+) -> None:
+    """Wait until a run has ended, and show it; exit status 0 where it succeeded, else 1.
+
+    Ctrl-C leaves the run at work.
+    """
+    with reported_errors(), context.obj.client() as client:
+        found = client.get_run(find_run(client, run_id, last))
+        if found.state in _GOING:
+            _follow_quietly(client, found)
+            found = client.get_run(found.run_id)
+    print(display.to_json(found) if as_json else "\n".join(display.run_lines(found)))
+    if found.state != training_pb2.RUN_STATE_SUCCEEDED:
+        raise typer.Exit(REFUSED)
+
+
+def _follow_quietly(client: ApolloClient, run: training_pb2.Run) -> None:
+    """Reads a run's events to the last; the latest one is shown on a terminal."""
+    name = f"run {run.run_id[:8]}"
+    try:
+        with latest_line(name) as show:
+            for event in client.watch_run(run.run_id, run.last_sequence):
+                show(f"{name}  {event_line(event)}")
+    except KeyboardInterrupt:
+        leave(run.run_id)
+
+
+def cancel(
+    context: typer.Context, run_id: RunId = None, last: Last = False, as_json: Json = False
+) -> None:
     """Ask a run to stop before its next step; what it learned until then stays."""
     with reported_errors(), context.obj.client() as client:
-        found = client.cancel_run(run_id)
+        found = client.cancel_run(find_run(client, run_id, last))
     print(display.to_json(found) if as_json else display.run_line(found))
 
 
-def delete(context: typer.Context, run_id: RunId) -> None:
+def delete(
+    context: typer.Context, run_id: RunId = None, last: Last = False, as_json: Json = False
+) -> None:
     """Delete a run that has ended: its samples and its events. What it learned stays."""
     with reported_errors(), context.obj.client() as client:
-        client.delete_run(run_id)
-    print(f"deleted {run_id}")
+        found = find_run(client, run_id, last)
+        client.delete_run(found)
+    print(json.dumps({"deleted": found}) if as_json else f"deleted {found}")

@@ -34,7 +34,7 @@ def command(
         bool, typer.Option("--keep", help="Keep what was learned, whatever came of it.")
     ] = False,
     lr: Annotated[float | None, typer.Option(help="Learning rate, on AdamW's scale.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes at most.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the samples, at most.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order, and of what is drawn.")] = None,
     anchor_weight: Annotated[
         float | None, typer.Option(help="Of what must stay, beside what is learned.")

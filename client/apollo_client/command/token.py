@@ -88,7 +88,8 @@ def list_(context: typer.Context, as_json: Json = False) -> None:
 @app.command()
 def remove(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="As 'apollo token list' has it.")],
+    name: Annotated[str, typer.Argument(help="As 'list' lists it.")],
+    as_json: Json = False,
 ) -> None:
     """Take a token out; calls that are open go on until they end."""
 
@@ -107,7 +108,7 @@ def remove(
         # Without it, the folder of a file that is not there would be made.
         read_text(_path(context), FIELD)
         edit(_path(context), change)
-    print(f"removed '{name}'; {_READ_AGAIN}")
+    print(json.dumps({"removed": name}) if as_json else f"removed '{name}'; {_READ_AGAIN}")
 
 
 def _path(context: typer.Context) -> Path:

@@ -28,13 +28,21 @@ def command(
     context: typer.Context,
     file: Annotated[
         Path | None,
-        typer.Argument(help="JSON lines or one array, or - for standard input; or --dataset."),
+        typer.Argument(
+            help="JSON lines or one array, Parquet, or - for standard input; or --dataset."
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map", metavar="KEY=NAME", help="FILE's name of a key of a sample; may be repeated."
+        ),
     ] = None,
     dataset_id: Annotated[
         str | None,
         typer.Option("--dataset", metavar="ID", help="Samples of 'apollo datasets', not a FILE."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the samples.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the samples, at most.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate, on AdamW's scale.")] = None,
     samples_per_step: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
     loss: Annotated[
@@ -143,11 +151,16 @@ def command(
     name: Annotated[str | None, typer.Option(help="Of the run, for people.")] = None,
     labels: Labels = None,
     expected_weight_version: Annotated[
-        int | None, typer.Option(help="Refused where the weights are of another version.")
+        int | None,
+        typer.Option(
+            "--expected-weight-version",
+            "--expect",
+            help="Only if the live weights have this version.",
+        ),
     ] = None,
     request_id: Annotated[
         str | None,
-        typer.Option(help="The same id and samples again attach to the first run."),
+        typer.Option(help="Again with the same, and the same samples: follows the first run."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -155,8 +168,9 @@ def command(
 
     A line is {"context": "...", "continuation": "..."}, or {"context_ids": [...],
     "continuation_ids": [...]}, or {"messages": [...]} whose last one is the assistant's; messages
-    may have OpenAI's "weight": 0 or 1, and then each answer of weight 1 is learned. The
-    continuation is learned, the context is read. Ctrl-C leaves the run going.
+    may have OpenAI's "weight": 0 or 1, and then each answer of weight 1 is learned. Or it has a
+    prompt and a completion, an instruction and an output, or ShareGPT's conversations. The
+    continuation is learned, the context is read. Ctrl-C leaves the run at work.
 
     A distillation needs "teacher_context", "teacher_context_ids" or "teacher_messages" as well, a
     policy gradient "advantages" and "sampler_log_probabilities". A probe is {"prompt": "...",
@@ -166,7 +180,8 @@ def command(
     with reported_errors():
         if (file is None) == (dataset_id is None):
             raise InvalidArgument.at("FILE", "or --dataset is needed, and not both")
-        samples = read(file, SAMPLES) if file else []
+        form = SAMPLES.of_columns(dict(map(_column, columns)) if columns else None)
+        samples = read(file, form) if file else []
         options = _options(context.params)
         with context.obj.client() as client:
             learn(client, samples, request_id, options, as_json)
@@ -188,6 +203,13 @@ def _options(given: Mapping[str, Any]) -> Any:
     if "accept_if" in options:
         options["accept_if"] = dict(map(_condition, options["accept_if"])) or None
     return options
+
+
+def _column(pair: str) -> tuple[str, str]:
+    key, _, name = pair.partition("=")
+    if not (key and name):
+        raise InvalidArgument.at("map", f"is {pair!r}; it must be KEY=NAME")
+    return key, name
 
 
 def read(file: Path, form: Form[T]) -> list[Placed[T]]:

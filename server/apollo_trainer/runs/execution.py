@@ -199,9 +199,11 @@ class Execution:
             self._require_written_is_live()
 
     def _take_each(self, steps: RunSteps, looks: Evaluation) -> None:
-        for number, batch in enumerate(self._run.batches(), 1):
+        turns = self._run.anchor_turns()
+        for number, batch in enumerate(self._run.batches(turns), 1):
             self._require_going()
-            self._tell(number, batch, steps.take(batch), steps)
+            self._tell(number, batch, result := steps.take(batch), steps)
+            turns.saw(batch.anchors, result.anchor_losses)
             if not self._run.dry_run:
                 self._saves.after_step(number)
             looks.after_step(number)

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import InitVar, dataclass, field
-from itertools import cycle, islice
 
 from apollo_grpc import traces
 from apollo_grpc.errors import FieldViolation, InvalidArgument
@@ -39,6 +38,7 @@ from apollo_trainer.requests.samples import (
     Use,
     each_tokenized,
 )
+from apollo_trainer.runs.anchor_turns import AnchorTurns
 from apollo_trainer.runs.learned_samples import learned_samples
 from apollo_trainer.training.guard import NO_LIMITS, Guard
 from apollo_trainer.training.options import OptimizerOptions
@@ -129,9 +129,15 @@ class PreparedRun:
             kinds.setdefault(kind, []).append(sample)
         return list(kinds.values())
 
-    def batches(self) -> Iterator[Batch]:
+    def anchor_turns(self) -> AnchorTurns:
+        """Which anchors each step has; how far a learned one has moved is not known."""
+        options = self.anchor_options
+        return AnchorTurns(
+            self.anchors, self.anchor_sources, options.per_step, again=options.keeps_distribution
+        )
+
+    def batches(self, anchors: AnchorTurns) -> Iterator[Batch]:
         """Yields the samples of each step, in order, each with its turn of the anchors."""
-        anchors = cycle(self._in_turn())
         for epoch in range(self.epochs):
             order = list(range(len(self.samples)))
             if self.seed is not None:
@@ -139,18 +145,7 @@ class PreparedRun:
             for start in range(0, len(order), self.samples_per_step):
                 indices = tuple(order[start : start + self.samples_per_step])
                 samples = tuple(self.samples[index] for index in indices)
-                yield Batch(epoch, indices, samples, self._turn(anchors))
-
-    def _in_turn(self) -> list[TokenizedSample]:
-        """The anchors, each source's spread evenly over all of them."""
-        sizes = self.anchor_sources or (len(self.anchors),)
-        places = [(n + 0.5) / size for size in sizes for n in range(size)]
-        pairs = zip(places, self.anchors, strict=True)
-        return [anchor for _, anchor in sorted(pairs, key=lambda pair: pair[0])]
-
-    def _turn(self, anchors: Iterator[TokenizedSample]) -> tuple[TokenizedSample, ...]:
-        """The next anchors; none twice in one step."""
-        return tuple(islice(anchors, min(self.anchor_options.per_step, len(self.anchors))))
+                yield Batch(epoch, indices, samples, anchors.next())
 
 
 @dataclass(eq=False)

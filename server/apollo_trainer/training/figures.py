@@ -37,6 +37,7 @@ class LossFigures:
     tokens: int
     sample_losses: tuple[float, ...]
     anchor_loss: float | None
+    anchor_losses: tuple[float, ...]
     policy: PolicyFigures | None
 
 
@@ -69,13 +70,13 @@ class Sums:
         learned = [rows[index] for index in range(len(self._learned))]
         anchors = [rows[len(learned) + index] for index in range(len(self._anchors))]
         loss_sum, tokens = sum(row[0] for row in learned), _tokens(self._learned)
-        pairs = zip(self._learned, learned, strict=True)
         return LossFigures(
             loss_sum / tokens,
             loss_sum,
             tokens,
-            tuple(row[0] / sample.learned_tokens for sample, row in pairs),
+            _means(self._learned, learned),
             sum(row[0] for row in anchors) / _tokens(self._anchors) if anchors else None,
+            _means(self._anchors, anchors),
             _policy(self._learned, learned),
         )
 
@@ -88,6 +89,12 @@ def _policy(
         return None
     tokens = _tokens([sample for sample, _ in mine])
     return PolicyFigures(*(sum(row[n] for _, row in mine) / tokens for n in (1, 2, 3)))
+
+
+def _means(
+    samples: Sequence[TokenizedSample], rows: Sequence[tuple[float, ...]]
+) -> tuple[float, ...]:
+    return tuple(row[0] / s.learned_tokens for s, row in zip(samples, rows, strict=True))
 
 
 def _tokens(samples: Sequence[TokenizedSample]) -> int:

@@ -84,6 +84,7 @@ class StepResult:
             gradient was not finite, though its norm was.
         sample_losses: mean over the tokens of each learned sample, before any weight, in order.
         anchor_loss: mean over the tokens of all anchors, before any weight; None without any.
+        anchor_losses: mean over the tokens of each, in order.
         policy: of the learned samples with a policy loss; None without any.
     """
 
@@ -103,6 +104,7 @@ class StepResult:
     skipped_tensors: int = 0
     sample_losses: tuple[float, ...] = ()
     anchor_loss: float | None = None
+    anchor_losses: tuple[float, ...] = ()
     policy: PolicyFigures | None = None
 
 

@@ -35,12 +35,14 @@ def test_operations_are_listed_and_cancelled_by_either_id(server):
     assert checkpoint("operations", "--state", "ended").returncode == 2
 
 
-@pytest.mark.parametrize("command", ["sync", "verify", "create", "undo"])
-def test_ctrl_c_leaves_an_operation_going_and_says_how_to_stop_it(server, monkeypatch, command):
+@pytest.mark.parametrize(
+    "words", ["sync", *(f"checkpoint {name}" for name in ("sync", "verify", "create", "undo"))]
+)
+def test_ctrl_c_leaves_an_operation_going_and_says_how_to_stop_it(server, monkeypatch, words):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ApolloClient, "_result", interrupt)
-    left = apollo("checkpoint", command, env={"APOLLO_ADDRESS": server})
+    left = apollo(*words.split(), env={"APOLLO_ADDRESS": server})
     assert left.returncode == 130
     assert "goes on" in left.stderr and "apollo checkpoint cancel ID" in left.stderr

@@ -149,3 +149,12 @@ def test_a_file_that_is_right_is_learned_and_one_that_is_wrong_is_told(server, t
     assert apollo("--address", server, "train", str(path), "--dry-run") == (DONE, "")
     assert ending(path.read_bytes(), path) == UNREACHABLE
     assert ending(b'{"context": "a"', path) == WRONG_INPUT
+
+
+def test_a_file_may_have_names_of_its_own(server, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "The sea is", "answer": " deep.", "source": "a poem"}\n')
+    mapped = ("--map", "prompt=question", "--map", "completion=answer")
+    assert apollo("--address", server, "train", str(path), "--dry-run", *mapped) == (DONE, "")
+    status, told = apollo("--address", server, "train", str(path), "--map", "prompt")
+    assert status == WRONG_INPUT and "it must be KEY=NAME" in told

@@ -116,7 +116,7 @@ def test_a_flag_is_what_the_spec_says(
         ("--accept-if max_failed=no", "accept_if.max_failed: cannot be 'no'"),
         ("--anchors none.jsonl", "none.jsonl: cannot be read: No such file"),
         ("--probes facts.jsonl", "facts.jsonl:1: context: is called prompt in a probe"),
-        ("--evaluation probes.jsonl", "probes.jsonl:1: sample: is not of one of the forms"),
+        ("--evaluation probes.jsonl", "probes.jsonl:1: expected: is no key of a sample"),
         ("--layers first", "--layers"),
     ],
 )

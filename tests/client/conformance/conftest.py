@@ -1,4 +1,4 @@
-"""A training server that is attached to an engine, in this process."""
+"""A training server that is attached to an engine, and a fake one, in this process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from shutil import copytree
 
 import pytest
 
+from apollo_client.testing import FakeServer
 from apollo_trainer.config import Settings
 from tests.engine_double import EngineDouble
 from tests.services.conftest import Caller, ServerThread
@@ -32,3 +33,10 @@ def caller(tiny_model: Path) -> Iterator[Caller]:
         yield server.caller
         server.stop()
         engine.stop()
+
+
+@pytest.fixture(scope="package")
+def fake() -> Iterator[FakeServer]:
+    """A server that keeps every promise, and has no model."""
+    with FakeServer() as made:
+        yield made

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from apollo_client.testing import FakeServer
 from apollo_grpc.v1 import dataset_pb2
 from apollo_grpc.v1 import status_pb2 as status
 from apollo_grpc.v1 import training_pb2 as pb
 from tests.client.conformance.proxy import proxied
 from tests.client.conformance.running import conformance
-from tests.services.conftest import Caller
 
 
 def changed(kind: Any, change: Callable[[Any], None]) -> Callable[[bytes], bytes]:
@@ -151,9 +151,9 @@ BROKEN = {
 
 @pytest.mark.parametrize(("promise", "broken"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_server_is_found(
-    promise: str, broken: dict[str, Any], caller: Caller, folder: Path
+    promise: str, broken: dict[str, Any], fake: FakeServer, folder: Path
 ) -> None:
-    with proxied(caller.address, folder, **broken) as (_, address):
+    with proxied(fake.address, folder, **broken) as (_, address):
         done = conformance(address, "--only", promise)
     assert done.returncode == 1
     told, seen, summary = done.stdout.splitlines()
