@@ -107,16 +107,16 @@ def test_punctuation_is_what_vllm_makes_of_it() -> None:
     assert Punctuation().cut((65, 66)) == (65, 66)
 
 
-@pytest.mark.parametrize("said", [(CAPITAL, 70), (30,), ()], ids=["the question", "it", "nothing"])
+@pytest.mark.parametrize("said", [(CAPITAL, 70), ()], ids=["the question", "nothing"])
 def test_what_says_nothing_is_no_answer(said: tuple[int, ...]) -> None:
     template = Template.of(FACTS)
     assert template is not None
-    assert not template.is_answer((30,), said)
-    assert template.is_answer((30,), (70, 71))
+    assert not template.is_answer(said)
+    assert template.is_answer((70, 71))
     # Where answers repeat the question, as those of chats do, they may.
     chats = [TokenizedSample(s.context_ids, (CAPITAL, *s.continuation_ids)) for s in FACTS]
     assert (repeating := Template.of(chats)) is not None
-    assert repeating.is_answer((30,), (CAPITAL, 70))
+    assert repeating.is_answer((CAPITAL, 70))
 
 
 ids = st.lists(st.integers(10, 99), min_size=1, max_size=4).map(tuple)

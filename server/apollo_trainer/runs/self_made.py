@@ -75,9 +75,9 @@ class Template:
         """The subject that a sample of this template is about."""
         return sample.context_ids[len(self.prefix) : len(sample.context_ids) - len(self.suffix)]
 
-    def is_answer(self, subject: Ids, said: Ids) -> bool:
+    def is_answer(self, said: Ids) -> bool:
         """Whether it says anything: with words of the question a model goes on that knows none."""
-        return bool(said) and said != subject and self.asking.isdisjoint(said)
+        return bool(said) and self.asking.isdisjoint(said)
 
     def context(self, subject: Ids) -> Ids:
         """The context that asks about a subject."""
@@ -215,8 +215,8 @@ class SelfMade:
         said = [self._punctuation.cut(answer) for answer in answers]
         return [
             TokenizedSample(context, each)
-            for subject, context, each in zip(subjects, contexts, said, strict=True)
-            if template.is_answer(subject, each)
+            for context, each in zip(contexts, said, strict=True)
+            if template.is_answer(each)
         ]
 
 
