@@ -183,6 +183,11 @@ def test_an_array_names_all_its_wrong_objects():
     assert "facts.jsonl:2: has the key context twice" in refusal(twins.encode()).message
 
 
+def packed(data: bytes) -> bytes:
+    """In gzip, without the time: each process of the tests finds the same cases."""
+    return gzip.compress(data, mtime=0)
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -198,10 +203,10 @@ def test_an_array_names_all_its_wrong_objects():
         (b"\x1f\x8b\x08\0\0", "a gzip archive that cannot be unpacked"),
         (b"PK\x03\x04", "a zip archive: unpack it"),
         (b"\x28\xb5\x2f\xfd", "a zstd archive"),
-        (gzip.compress(b""), "holds no samples"),
-        (gzip.compress(LINE.encode())[:-9], "a gzip archive that cannot be unpacked"),
-        (gzip.compress(gzip.compress(b"")), "a gzip archive within another: unpack it"),
-        (gzip.compress(b"PAR1"), "a Parquet table: write it as JSON lines"),
+        (packed(b""), "holds no samples"),
+        (packed(LINE.encode())[:-9], "a gzip archive that cannot be unpacked"),
+        (packed(packed(b"")), "a gzip archive within another: unpack it"),
+        (packed(b"PAR1"), "a Parquet table: write it as JSON lines"),
         (bytes(2000), "no text"),
     ],
 )
