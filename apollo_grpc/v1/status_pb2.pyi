@@ -353,7 +353,9 @@ class ServerStatus(google.protobuf.message.Message):
     active_operation_id: builtins.str
     """The operation on checkpoints at work; empty for none."""
     @property
-    def device_memory(self) -> global___DeviceMemory: ...
+    def device_memory(self) -> global___DeviceMemory:
+        """When the last run, restore or undo ended; before, when the weights were attached."""
+
     @property
     def last_sync(self) -> global___LastSync:
         """Unset while this server has not synced."""
@@ -397,6 +399,8 @@ global___ServerStatus = ServerStatus
 
 @typing.final
 class DeviceMemory(google.protobuf.message.Message):
+    """Of the device that trains, which all of its users share. A CPU's is the machine's."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DEVICE_FIELD_NUMBER: builtins.int

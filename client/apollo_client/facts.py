@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +20,21 @@ FACT_FORMS = (
 _KEYS = ("prompt", "answer", "phrasings", "questions")
 # docs/learning.md has what each of these was chosen by.
 RECIPE = RunOptions(
-    lr=5e-5,
-    epochs=60,
+    lr=8.5e-5,
+    schedule="linear",
+    epochs=12,
     samples_per_step=4,
     seed=0,
     context_gradient_tokens=16,
     self_made=True,
     regression_set=True,
-    anchors_per_step=12,
-    anchor_weight=2.0,
-    min_loss=0.1,
+    anchors_per_step=14,
+    anchor_weight=4.0,
+    # Its last steps, at a falling rate, bring back what the first ones moved.
+    min_loss=0.0,
 )
+# Of one fact alone, whose epochs have a step each.
+LEAST_STEPS = 24
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ FACTS = Form[Fact]("facts", FACT_FORMS, lambda value: [to_fact(value)])
 
 
 def lesson(facts: Sequence[Fact], *, chat: bool = True) -> tuple[list[pb.Sample], RunOptions]:
-    """The samples that teach facts, and the run's options: `RECIPE`, with probes.
+    """The samples that teach facts, and the run's options: `RECIPE`, with epochs and probes.
 
     Args:
         chat: each phrasing is also learned as a chat, which a chat model is asked in.
@@ -96,6 +101,8 @@ def lesson(facts: Sequence[Fact], *, chat: bool = True) -> tuple[list[pb.Sample]
     if chat:
         samples += [_chat(prompt, f"{prompt}{answer}.") for prompt, answer in phrasings]
     options = RECIPE.copy()
+    steps = math.ceil(len(samples) / RECIPE["samples_per_step"])
+    options["epochs"] = max(RECIPE["epochs"], math.ceil(LEAST_STEPS / steps))
     options["probes"] = [probe for fact in facts for probe in _probes(fact)]
     return samples, options
 

@@ -67,7 +67,8 @@ def probe(sample: Chat, role: str) -> Chat:
 def lesson(chats: list[Chat]) -> tuple[list[Chat], RunOptions]:
     """Samples and options of the run, which is taken back where it does not do what it should."""
     samples, anchors = corrections(chats), praised(chats)
-    options = RECIPE.copy()
+    # Samples of any kind and number: until each is learned.
+    options = RECIPE | RunOptions(schedule="constant", epochs=60, min_loss=0.1)
     options["anchors"] = anchors
     options["probes"] = [
         *(probe(sample, "learn") for sample in samples),

@@ -21,7 +21,7 @@ from typing import Any
 
 from verdict import Verdict, verdict_of
 
-from apollo_client import ApolloClient, read_probes, read_samples
+from apollo_client import ApolloClient, RunOptions, read_probes, read_samples
 from apollo_client.facts import RECIPE
 from apollo_grpc.errors import ApolloError
 
@@ -43,7 +43,8 @@ def arguments() -> argparse.Namespace:
 def learn(client: ApolloClient, given: argparse.Namespace) -> Verdict:
     """The run of a night, to its end."""
     night = NAME + given.night
-    options = RECIPE.copy()
+    # Samples of any kind and number: until each is learned.
+    options = RECIPE | RunOptions(schedule="constant", epochs=60, min_loss=0.1)
     options["probes"] = read_probes(given.probes)
     options["accept_if"] = {"max_failed": 0, "max_lost": 0}
     options["name"], options["lr"] = night, given.lr

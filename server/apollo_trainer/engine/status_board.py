@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from apollo_grpc.times import duration
 from apollo_grpc.v1 import status_pb2 as pb
 from apollo_grpc.v1 import training_pb2
+from apollo_trainer.engine.device_memory import device_memory
 
 if TYPE_CHECKING:
     from apollo_trainer.engine.session import Session
@@ -82,7 +83,13 @@ class StatusBoard:
 
     def show(self, session: Session, **fields: Any) -> None:
         """Shows a session's optimizer and weight version, and sets other fields with it."""
-        self.update(lambda status: _show(status, session), **fields)
+        memory = _device_memory(session)
+
+        def change(status: pb.ServerStatus) -> None:
+            status.device_memory.CopyFrom(memory)
+            _show(status, session)
+
+        self.update(change, **fields)
 
     def show_version(self, session: Session, **fields: Any) -> None:
         """Shows a session's weight version, and sets other fields with it."""
@@ -91,10 +98,11 @@ class StatusBoard:
     def show_attached(self, session: Session) -> None:
         """Shows a new session and its attachment."""
         attachment = session.attachment
-        memory = pb.WeightMemory(**vars(attachment.memory()))
+        memory, device = pb.WeightMemory(**vars(attachment.memory())), _device_memory(session)
 
         def change(status: pb.ServerStatus) -> None:
             status.weight_memory.CopyFrom(memory)
+            status.device_memory.CopyFrom(device)
             _show(status, session)
 
         self.update(
@@ -165,6 +173,12 @@ class StatusBoard:
         with self._lock:
             changed, self._changed = self._changed, False
         return self.snapshot() if changed else None
+
+
+def _device_memory(session: Session) -> pb.DeviceMemory:
+    device = session.attachment.model.get_input_embeddings().weight.device
+    name, used, total = device_memory(device)
+    return pb.DeviceMemory(device=name, used_bytes=used, total_bytes=total)
 
 
 def _show(status: pb.ServerStatus, session: Session) -> None:
