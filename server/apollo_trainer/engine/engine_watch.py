@@ -58,7 +58,9 @@ class EngineWatch:
                 log.debug("the watch ended: %s", error.message)
                 if error.reason == "ENGINE_HELD":
                     self._owner.engine_held(error.message)
-            self._lose("vLLM is gone.")
+            if self._lose("vLLM is gone."):
+                # What still answers is an API server on its way out, for seconds.
+                self._sidecar.abandon()
             self._stopped.wait(RETRY_SECONDS)
 
     def _guard(self) -> None:
