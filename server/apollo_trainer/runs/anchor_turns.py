@@ -34,24 +34,25 @@ class AnchorTurns:
     ):
         self._size = min(per_step, len(anchors))
         self._again = int(AGAIN * self._size) if again else 0
-        self._turn = cycle(_spread(anchors, sources))
-        self._moved = dict[TokenizedSample, float]()
+        # By place: two that are equal are two.
+        self._anchors, self._turn = anchors, cycle(_spread(len(anchors), sources))
+        self._moved, self._last = dict[int, float](), list[int]()
 
     def next(self) -> tuple[TokenizedSample, ...]:
         """Those of the next step."""
         most = sorted(self._moved, key=self._moved.__getitem__, reverse=True)[: self._again]
-        chosen = dict.fromkeys(anchor for anchor in most if self._moved[anchor] > MOVED)
+        chosen = dict.fromkeys(place for place in most if self._moved[place] > MOVED)
         while len(chosen) < self._size:
             chosen.setdefault(next(self._turn))
-        return tuple(chosen)
+        self._last = list(chosen)
+        return tuple(self._anchors[place] for place in chosen)
 
-    def saw(self, anchors: Sequence[TokenizedSample], losses: Sequence[float]) -> None:
-        """How far each had moved when its step began, in nats a token."""
-        self._moved.update(zip(anchors, losses, strict=True))
+    def saw(self, losses: Sequence[float]) -> None:
+        """How far each of the last step's had moved when it began, in nats a token."""
+        self._moved.update(zip(self._last, losses, strict=True))
 
 
-def _spread(anchors: Sequence[TokenizedSample], sources: Sequence[int]) -> list[TokenizedSample]:
-    """The anchors, each source's spread evenly over all of them."""
-    places = [(n + 0.5) / size for size in sources or (len(anchors),) for n in range(size)]
-    pairs = zip(places, anchors, strict=True)
-    return [anchor for _, anchor in sorted(pairs, key=lambda pair: pair[0])]
+def _spread(count: int, sources: Sequence[int]) -> list[int]:
+    """The places of so many anchors, each source's spread evenly over all of them."""
+    parts = [(n + 0.5) / size for size in sources or (count,) for n in range(size)]
+    return sorted(range(count), key=parts.__getitem__)

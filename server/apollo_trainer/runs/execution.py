@@ -203,7 +203,7 @@ class Execution:
         for number, batch in enumerate(self._run.batches(turns), 1):
             self._require_going()
             self._tell(number, batch, result := steps.take(batch), steps)
-            turns.saw(batch.anchors, result.anchor_losses)
+            turns.saw(result.anchor_losses)
             if not self._run.dry_run:
                 self._saves.after_step(number)
             looks.after_step(number)
