@@ -76,8 +76,7 @@ def product(
     model: Path, folder: Path, asked: argparse.Namespace, others: tuple[str, ...]
 ) -> dict[str, Any]:
     """Through the training server, beside vLLM."""
-    at = stack.VLLM.index("--max-model-len") + 1
-    options = (*stack.VLLM[:at], str(MAX_MODEL_LEN), *stack.VLLM[at + 1 :], *others)
+    options = (*stack.VLLM, "--max-model-len", str(MAX_MODEL_LEN), *others)
     with Stack(model, folder, options) as running:
         rows = dict[str, Any]()
         for number, case in enumerate(asked.cases):

@@ -67,8 +67,7 @@ def main() -> None:
     result = machine.origin(device) | {"shape": asked.shape, "streams": asked.streams}
     with tempfile.TemporaryDirectory(prefix="shares-", dir="/dev/shm") as folder:
         model = write_shape(asked.shape, Path(folder) / "model", seed=1)
-        at = VLLM.index("--max-model-len") + 1
-        options = (*VLLM[:at], "4096", *VLLM[at + 1 :])
+        options = (*VLLM, "--max-model-len", "4096")
         with shared_gpu(GpuSharing.MPS, Path(folder)) as shared:
             os.environ |= shared.both
             with Stack(model, Path(folder), options, trainer=kind(*KINDS[0])) as stack:

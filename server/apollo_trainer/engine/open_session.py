@@ -190,13 +190,10 @@ def compile_passes(session: Session) -> None:
 
     It takes seconds where no cache on disk has them. Training thread, while no run is at work.
     """
-    began = time.monotonic()
+    began, policy = time.monotonic(), StepPolicy(dry_run=True)
     try:
         for context, learned in _lengths(session.limits.max_tokens):
-            sample, policy = (
-                TokenizedSample((1,) * context, (1,) * learned),
-                StepPolicy(dry_run=True),
-            )
+            sample = TokenizedSample((1,) * context, (1,) * learned)
             take_step(session.attachment.model, session.optimizer, [sample], policy)
         log.info("the kernels of steps are compiled, in %.1f s", time.monotonic() - began)
     except ApolloError as error:

@@ -83,13 +83,8 @@ class StatusBoard:
 
     def show(self, session: Session, **fields: Any) -> None:
         """Shows a session's optimizer and weight version, and sets other fields with it."""
-        memory = _device_memory(session)
-
-        def change(status: pb.ServerStatus) -> None:
-            status.device_memory.CopyFrom(memory)
-            _show(status, session)
-
-        self.update(change, **fields)
+        device = _device_memory(session)
+        self.update(lambda status: _show(status, session, device), **fields)
 
     def show_version(self, session: Session, **fields: Any) -> None:
         """Shows a session's weight version, and sets other fields with it."""
@@ -102,8 +97,7 @@ class StatusBoard:
 
         def change(status: pb.ServerStatus) -> None:
             status.weight_memory.CopyFrom(memory)
-            status.device_memory.CopyFrom(device)
-            _show(status, session)
+            _show(status, session, device)
 
         self.update(
             change,
@@ -181,7 +175,8 @@ def _device_memory(session: Session) -> pb.DeviceMemory:
     return pb.DeviceMemory(device=name, used_bytes=used, total_bytes=total)
 
 
-def _show(status: pb.ServerStatus, session: Session) -> None:
+def _show(status: pb.ServerStatus, session: Session, memory: pb.DeviceMemory) -> None:
+    status.device_memory.CopyFrom(memory)
     refused = session.checkpoints.poison.refusal or session.other_weights
     if status.attachment == pb.ATTACHMENT_STATE_ATTACHED:
         passes, computed_by = session.passes, session.attachment.computed_by

@@ -18,6 +18,7 @@ NAMES = ("FLA_CACHE_MODE", "FLA_CONFIG_DIR")
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apollo_trainer.training.kernels.delta_tiles.find_spec", lambda name: name)
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in NAMES})
 
 
@@ -38,4 +39,12 @@ def test_a_user_who_set_either_is_left_alone(tmp_path: Path, name: str) -> None:
     os.environ[name] = "mine"
     delta_tiles.settle(tmp_path / "ways")
     assert {each: os.environ.get(each) for each in NAMES} == {**dict.fromkeys(NAMES), name: "mine"}
+    assert not (tmp_path / "ways").exists()
+
+
+def test_without_the_library_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apollo_trainer.training.kernels.delta_tiles.find_spec", lambda name: None)
+    delta_tiles.settle(tmp_path / "ways")
     assert not (tmp_path / "ways").exists()

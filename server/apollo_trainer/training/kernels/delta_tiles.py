@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 _MODE, _FOLDER = "FLA_CACHE_MODE", "FLA_CONFIG_DIR"
@@ -30,14 +31,14 @@ _WAYS: dict[str, tuple[dict[str, int], int, int]] = {
 
 
 def settle(folder: Path) -> None:
-    """Has the library read its ways from there, where the user's environment says nothing of it.
+    """Has the library read its ways from there, where it is installed and no user chose others.
 
     Args:
         folder: made where it is missing; files in it are replaced.
 
     Call it before the library is imported. Raises OSError.
     """
-    if _MODE in os.environ or _FOLDER in os.environ:
+    if find_spec("fla") is None or _MODE in os.environ or _FOLDER in os.environ:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name, (tiles, warps, stages) in _WAYS.items():
