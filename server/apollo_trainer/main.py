@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import os
@@ -57,6 +58,7 @@ PROGRAM = "apollo-training-server"
 STOP_GRACE_SECONDS = 5.0
 # Of calls and watchers: what the callers of one host may take of a limit.
 HOST_SHARE = 0.5
+_M_ARENA_MAX = -8  # malloc.h
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
@@ -171,6 +173,16 @@ def _set_imports_aside() -> None:
     gc.collect()
 
 
+def _share_one_heap() -> None:
+    """Has all threads allocate from one heap, where libc can (mallopt(3)).
+
+    grpc reads a message on any of its threads, and glibc gives each a heap that keeps what was
+    freed in it: an upload of 2 MB messages then holds 15 to 50 MB of them, and 7 to 17 in one heap.
+    """
+    if (tune := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        tune(_M_ARENA_MAX, 1)
+
+
 async def _serve(settings: Settings) -> None:
     await TrainingServer(settings).serve()
 
@@ -198,6 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
         kernels = private_folder(settings.state_dir) / "kernels"
         os.environ.setdefault("TRITON_CACHE_DIR", str(kernels))
         delta_tiles.settle(kernels / "delta-rule")
+        _share_one_heap()
         asyncio.run(_serve(settings))
     except InvalidArgument as error:
         _end(2, error.message)

@@ -18,7 +18,7 @@ from apollo_grpc.v1.dataset_pb2_grpc import DatasetServiceStub
 from tests.server_process import ServerProcess, served
 from tests.waiting import HANG, wait_until
 
-SAMPLES, PART = 50_000, 1000
+SAMPLES, PART = 50_000, 250
 # All of them take four times that on disk, and more as messages.
 MAX_GROWTH_KIB = 24 * 1024
 
@@ -41,7 +41,7 @@ def test_fifty_thousand_samples_take_no_memory(tiny_model: Path) -> None:
     part = dataset_pb2.CreateDatasetRequest(samples=map(large, range(PART))).SerializeToString()
     with served(tiny_model) as server, Endpoint(server.address).channel() as channel:
         create = channel.stream_unary("/apollo.v1.DatasetService/CreateDataset")
-        create(iter([part] * 10), timeout=HANG)
+        create(iter([part] * 40), timeout=HANG)
         before, grown = server.memory_kib(), list[int]()
 
         def requests() -> Iterator[bytes]:
