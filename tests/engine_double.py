@@ -113,7 +113,7 @@ class ClientDouble:
         self.changed = ChangedBytes()
         self.on_probe: Callable[[int], None] = lambda number: None
         self.before: dict[str, Callable[[], Any]] = {}
-        self._probes = self._paused_at = 0
+        self._probes = self._paused_at = self._at_work = 0
         self._paused = False
         vocabulary = model.module.config.vocab_size
         self.model_config = SimpleNamespace(
@@ -121,11 +121,19 @@ class ClientDouble:
         )
 
     async def is_paused(self) -> bool:
-        while not self.answers_pings:
+        while self._at_work or not self.answers_pings:
             await asyncio.sleep(0.01)
         return self._paused
 
     async def collective_rpc(self, method: str, args: tuple[bytes, ...] = ()) -> list[Any]:
+        # vLLM's engine core answers one call after the other, and its client all at once.
+        self._at_work += 1
+        try:
+            return await asyncio.to_thread(self._worker_answer, method, args)
+        finally:
+            self._at_work -= 1
+
+    def _worker_answer(self, method: str, args: tuple[bytes, ...]) -> list[Any]:
         self.begin(method)
         if method == "apollo_manifest":
             answer: Any = self._model.live.manifest()

@@ -25,8 +25,6 @@ from apollo_sidecar.weight_version import WeightVersion
 log = logging.getLogger("vllm.apollo")
 # A watcher takes an engine that it has not heard of for five beats for wedged.
 BEAT_SECONDS = 0.25
-# A paused engine has nothing else to do than to answer.
-PING_SECONDS = 1.0
 # The mode of a probe's pause: nobody else writes under it.
 PROBE = "probe"
 PUT_BACK_ATTEMPTS = 3
@@ -185,7 +183,7 @@ class Engine:
         if not self.paused:
             return
         try:
-            kept = self.vllm.wait_for(self._others.look(), PING_SECONDS)
+            kept = self.vllm.ping(self._others.look())
         except Unavailable as error:
             # A wedged engine computes nothing either; watchers hear of it.
             log.debug("apollo: the paused engine does not answer: %s", error)
@@ -260,8 +258,10 @@ class Engine:
         if not (self.paused or self._others.wanted):
             return True
         try:
-            self.vllm.wait_for(self._others.look(), PING_SECONDS)
+            # A probe, or the step that a pause waits for, may take seconds: nothing answers then.
+            if not self.vllm.at_work:
+                self.vllm.ping(self._others.look())
         except Exception as error:
             log.debug("apollo: the paused engine does not answer: %s", error)
-            return False
+            return self.vllm.at_work
         return True

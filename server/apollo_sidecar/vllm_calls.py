@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError
 from typing import Any, TypeVar
@@ -11,6 +12,8 @@ from typing import Any, TypeVar
 from apollo_grpc.errors import FailedPrecondition, Unavailable
 
 CALL_SECONDS = 120.0
+# A paused engine has nothing else to do than to answer.
+PING_SECONDS = 1.0
 # Calls what it is given when the caller has its answer or is gone; False where it already is.
 OnEnd = Callable[[Callable[[], object]], bool]
 T = TypeVar("T")
@@ -27,6 +30,7 @@ class VllmCalls:
 
     def __init__(self, client: Any, loop: asyncio.AbstractEventLoop):
         self.client, self._loop = client, loop
+        self._lock, self._at_work = threading.Lock(), 0
 
     @property
     def alive(self) -> bool:
@@ -37,6 +41,11 @@ class VllmCalls:
     def version(self) -> str:
         """vLLM's, which is loaded where the sidecar is; empty where it does not tell."""
         return str(getattr(sys.modules.get("vllm"), "__version__", ""))
+
+    @property
+    def at_work(self) -> bool:
+        """Whether a call of the sidecar's is: vLLM's engine core answers one after the other."""
+        return self._at_work > 0
 
     def wait_for(
         self,
@@ -49,6 +58,23 @@ class VllmCalls:
         Args:
             on_end: of the caller, for whom the call is given up; `add_callback` of gRPC's context.
         """
+        self._count(1)
+        try:
+            return self._wait_for(coroutine, seconds, on_end)
+        finally:
+            self._count(-1)
+
+    def ping(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """As `wait_for`, within a second: of a question that is answered at once or not at all."""
+        return self._wait_for(coroutine, PING_SECONDS, None)
+
+    def _count(self, calls: int) -> None:
+        with self._lock:
+            self._at_work += calls
+
+    def _wait_for(
+        self, coroutine: Coroutine[Any, Any, T], seconds: float, on_end: OnEnd | None
+    ) -> T:
         if not self._loop.is_running():
             coroutine.close()
             raise Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING")

@@ -51,6 +51,20 @@ def test_a_stopped_worker_is_noticed_within_two_seconds_and_found_again(
     trainer.wait_for(ATTACHED, engine.engine.epoch)
 
 
+def test_a_probe_that_takes_longer_than_an_engine_may_be_silent_loses_none(
+    start_engine: Any, start_trainer: Any
+) -> None:
+    engine, probes = start_engine(), list[int]()
+
+    def last(number: int) -> None:
+        probes.append(number)
+        time.sleep(NOTICE_SECONDS if number == 1 else 0.0)
+
+    engine.client.on_probe = last
+    start_trainer(probe_weights=True).wait_for(ATTACHED, engine.engine.epoch)
+    assert probes.count(1) == 1
+
+
 def test_a_loss_is_told_before_the_collection_that_stops_every_thread(
     attached: Any, wait: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
