@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from apollo_client import ApolloClient
+from apollo_client import ApolloClient, Finished, Step, happened
 from apollo_grpc.errors import ApolloError
-from apollo_grpc.v1 import training_pb2
+from apollo_grpc.v1.training_pb2 import RUN_STATE_SUCCEEDED
 
 
 def main(context: str, continuation: str) -> None:
@@ -17,12 +17,13 @@ def main(context: str, continuation: str) -> None:
     try:
         with ApolloClient() as client:
             for event in client.train([(context, continuation)], epochs=10, lr=3e-5):
-                if event.HasField("step"):
-                    print(f"step {event.step.step}: loss {event.step.loss:.4f}")
+                match happened(event):
+                    case Step(step=number, loss=loss):
+                        print(f"step {number}: loss {loss:.4f}")
+                    case Finished(state=state, failure=failure) if state != RUN_STATE_SUCCEEDED:
+                        sys.exit(failure.message)
     except ApolloError as error:
         sys.exit(error.message)
-    if event.finished.state != training_pb2.RUN_STATE_SUCCEEDED:
-        sys.exit(event.finished.failure.message)
 
 
 if __name__ == "__main__":

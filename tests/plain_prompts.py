@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,16 @@ class PlainPrompts:
             raise RefusedSample(NO_TOKENIZER)
         return self._ids(text, special)
 
-    async def of_chat(self, messages: Messages, *, answered: bool) -> Prompt:
+    async def of_chat(self, messages: Messages, tools: Messages, *, answered: bool) -> Prompt:
         if self.tokenizer is None:
             raise RefusedSample(NO_TOKENIZER)
         if not self.tokenizer.chat_template:
             raise RefusedSample(NO_TEMPLATE)
-        flat = [m | {"content": _plain(m["content"])} for m in messages]
         text = self.tokenizer.apply_chat_template(
-            flat, add_generation_prompt=not answered, tokenize=False
+            [_flat(message) for message in messages],
+            tools=tools or None,
+            add_generation_prompt=not answered,
+            tokenize=False,
         )
         return Prompt(self._ids(text, special=False), text)
 
@@ -54,6 +57,20 @@ class PlainPrompts:
     def end_ids(self) -> frozenset[int]:
         end = self.tokenizer.eos_token_id
         return frozenset() if end is None else frozenset({end})
+
+
+def _flat(message: dict[str, Any]) -> dict[str, Any]:
+    """As vLLM gives it to a template: arguments as objects, and reasoning by both its names."""
+    flat = message | {"content": _plain(message["content"])}
+    if "reasoning" in flat:
+        flat["reasoning_content"] = flat["reasoning"]
+    if calls := flat.get("tool_calls"):
+        flat["tool_calls"] = [call | {"function": _called(**call["function"])} for call in calls]
+    return flat
+
+
+def _called(name: str, arguments: str) -> dict[str, Any]:
+    return {"name": name, "arguments": json.loads(arguments)}
 
 
 def _plain(content: Any) -> str:

@@ -1389,19 +1389,28 @@ class ChatSample(google.protobuf.message.Message):
 
     MESSAGES_FIELD_NUMBER: builtins.int
     TEACHER_MESSAGES_FIELD_NUMBER: builtins.int
+    TOOLS_FIELD_NUMBER: builtins.int
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ChatMessage]: ...
     @property
     def teacher_messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ChatMessage]:
         """What the teacher of a distillation reads in place of all but the last assistant turn."""
 
+    @property
+    def tools(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Functions that may be called, each as a JSON object in the form of OpenAI's `tools`:
+        {"type": "function", "function": {"name", "description", "parameters"}}. The teacher reads them
+        too. A chat template that shows no tools leaves them out, in vLLM's prompts as here.
+        """
+
     def __init__(
         self,
         *,
         messages: collections.abc.Iterable[global___ChatMessage] | None = ...,
         teacher_messages: collections.abc.Iterable[global___ChatMessage] | None = ...,
+        tools: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["messages", b"messages", "teacher_messages", b"teacher_messages"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["messages", b"messages", "teacher_messages", b"teacher_messages", "tools", b"tools"]) -> None: ...
 
 global___ChatSample = ChatSample
 
@@ -1411,17 +1420,62 @@ class ChatMessage(google.protobuf.message.Message):
 
     ROLE_FIELD_NUMBER: builtins.int
     CONTENT_FIELD_NUMBER: builtins.int
+    TOOL_CALLS_FIELD_NUMBER: builtins.int
+    TOOL_CALL_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    REASONING_FIELD_NUMBER: builtins.int
     role: builtins.str
     content: builtins.str
+    """May be empty where there are `tool_calls`."""
+    tool_call_id: builtins.str
+    """Of a message of the role "tool": the id of the call that it answers."""
+    name: builtins.str
+    reasoning: builtins.str
+    """What the assistant thought before it answered. That of the last answer is learned where the chat
+    template shows it.
+    """
+    @property
+    def tool_calls(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ToolCall]:
+        """The assistant's. Those of the last answer are learned, with its content."""
+
     def __init__(
         self,
         *,
         role: builtins.str = ...,
         content: builtins.str = ...,
+        tool_calls: collections.abc.Iterable[global___ToolCall] | None = ...,
+        tool_call_id: builtins.str = ...,
+        name: builtins.str = ...,
+        reasoning: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["content", b"content", "role", b"role"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "name", b"name", "reasoning", b"reasoning", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]) -> None: ...
 
 global___ChatMessage = ChatMessage
+
+@typing.final
+class ToolCall(google.protobuf.message.Message):
+    """A call of a function."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    ARGUMENTS_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    name: builtins.str
+    """Of the function."""
+    arguments: builtins.str
+    """A JSON object; empty: none."""
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        name: builtins.str = ...,
+        arguments: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arguments", b"arguments", "id", b"id", "name", b"name"]) -> None: ...
+
+global___ToolCall = ToolCall
 
 @typing.final
 class OptimizerConfig(google.protobuf.message.Message):

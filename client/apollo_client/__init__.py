@@ -3,6 +3,18 @@
 from apollo_client.aio import AsyncApolloClient, AsyncRunsStream, AsyncRunStream, AsyncStream
 from apollo_client.client import ApolloClient, RunsStream, RunStream, Stream
 from apollo_client.data import Samples
+from apollo_client.events import (
+    Evaluated,
+    Finished,
+    Happened,
+    Notice,
+    Probed,
+    Queued,
+    Started,
+    StateSaved,
+    Step,
+    happened,
+)
 from apollo_client.probes import ProbeLike, to_probe
 from apollo_client.requests import RunOptions, run_spec
 from apollo_client.run_result import RunResult
@@ -15,14 +27,24 @@ __all__ = [
     "AsyncRunStream",
     "AsyncRunsStream",
     "AsyncStream",
+    "Evaluated",
+    "Finished",
+    "Happened",
+    "Notice",
     "ProbeLike",
+    "Probed",
+    "Queued",
     "RunOptions",
     "RunResult",
     "RunStream",
     "RunsStream",
     "SampleLike",
     "Samples",
+    "Started",
+    "StateSaved",
+    "Step",
     "Stream",
+    "happened",
     "read_probes",
     "read_samples",
     "run_spec",

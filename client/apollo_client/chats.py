@@ -6,8 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from apollo_client.sample_values import a_text, is_nothing, shown
+from apollo_client.tools import tool_calls
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
+
+_WORDS = ("name", "tool_call_id")
+_THOUGHTS = ("reasoning", "reasoning_content", "thinking")
+_KEYS = {"role", "content", "weight", "tool_calls", *_WORDS, *_THOUGHTS}
+_ROLE_OF = {"tool_call_id": "tool", **dict.fromkeys(("tool_calls", *_THOUGHTS), "assistant")}
+_FIELD_OF = dict.fromkeys(_THOUGHTS, "reasoning")
 
 
 def turns(key: str, messages: Any) -> list[pb.ChatMessage]:
@@ -43,23 +50,52 @@ def by_answer(messages: Any) -> list[list[pb.ChatMessage]]:
 
 
 def _message(place: str, message: Any) -> pb.ChatMessage:
-    """Role and content; text in parts, as OpenAI's format has it, is put together."""
+    """One message; text in parts, as OpenAI's format has it, is put together."""
     if not isinstance(message, Mapping):
         raise InvalidArgument.at(place, "is no object with a role and content")
-    for key, value in message.items():
-        if key not in ("role", "content", "weight") and not is_nothing(value):
-            raise InvalidArgument.at(
-                f"{place}.{shown(key)}", "cannot be learned: a message is a role and text"
-            )
-    for key in ("role", "content"):
-        if message.get(key) is None:
-            raise InvalidArgument.at(f"{place}.{key}", "is missing")
-    content = message["content"]
+    fields = {key: value for key, value in message.items() if not is_nothing(value)}
+    for key in fields:
+        if key not in _KEYS:
+            says = "cannot be learned: a message is a role and text, maybe with calls and reasoning"
+            raise InvalidArgument.at(f"{place}.{shown(key)}", says)
+    calls = tool_calls(f"{place}.tool_calls", fields.get("tool_calls", ()))
+    # OpenAI's own answers have null where there is a call alone.
+    content = fields.get("content", "") if calls else _required(place, "content", message)
     if isinstance(content, list):
         content = "".join(_text_of(place, part) for part in content)
-    return pb.ChatMessage(
-        role=a_text(f"{place}.role", message["role"]), content=a_text(f"{place}.content", content)
+    found = pb.ChatMessage(
+        role=a_text(f"{place}.role", _required(place, "role", fields)),
+        content=a_text(f"{place}.content", content),
+        tool_calls=calls,
+        reasoning=_reasoning(place, fields),
+        **{key: a_text(f"{place}.{key}", fields[key]) for key in _WORDS if key in fields},
     )
+    _require_role(place, found, fields)
+    return found
+
+
+def _require_role(place: str, message: pb.ChatMessage, fields: Mapping[str, Any]) -> None:
+    """Raises InvalidArgument for what vLLM shows of another role's messages alone."""
+    for key in fields:
+        role = _ROLE_OF.get(key, message.role)
+        if role != message.role and getattr(message, _FIELD_OF.get(key, key)):
+            raise InvalidArgument.at(f"{place}.{key}", f"is for the role {role} only")
+
+
+def _required(place: str, key: str, fields: Mapping[str, Any]) -> Any:
+    if fields.get(key) is None:
+        raise InvalidArgument.at(f"{place}.{key}", "is missing")
+    return fields[key]
+
+
+def _reasoning(place: str, fields: Mapping[str, Any]) -> str:
+    """The same thought, by whichever of its names; vLLM's answers may have two of them."""
+    found = {key: a_text(f"{place}.{key}", fields[key]) for key in _THOUGHTS if key in fields}
+    first, *others = found or ("",)
+    for key in others:
+        if found[key] != found[first]:
+            raise InvalidArgument.at(f"{place}.{key}", f"is another one than {first}")
+    return found.get(first, "")
 
 
 def _text_of(place: str, part: Any) -> str:

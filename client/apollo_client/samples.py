@@ -17,6 +17,7 @@ from apollo_client.sample_values import (
     shown,
     token_ids,
 )
+from apollo_client.tools import tools
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
 
@@ -35,9 +36,10 @@ _TEACHER = {"text": "teacher_context", "tokens": "teacher_context_ids", "chat": 
 # What a form may have beside its keys.
 _MAY = {
     **{kind: (key,) for kind, key in _TEACHER.items()},
-    "prompt": ("teacher_context", "teacher_messages"),
+    "chat": ("teacher_messages", "tools"),
+    "prompt": ("teacher_context", "teacher_messages", "tools"),
     "instruction": ("input", "system", "teacher_messages"),
-    "conversations": ("system", "teacher_messages"),
+    "conversations": ("system", "teacher_messages", "tools"),
 }
 _LISTS = {
     "token_weights": numbers,
@@ -47,11 +49,11 @@ _LISTS = {
 _KIND_OF = {key: kind for kind, keys in _KINDS.items() for key in keys}
 _KNOWN = {kind: {*keys, *_MAY[kind], "weight", *_LISTS} for kind, keys in _KINDS.items()}
 KEYS = frozenset().union(*_KNOWN.values())
-# What holds each kind, and how its keys are read; messages are by then.
+# What holds each kind, and how its keys are read; those of a chat are by then.
 _CONTENT: dict[str, tuple[Callable[..., Any], Callable[[str, Any], Any]]] = {
     "text": (pb.TextSample, a_text),
     "tokens": (pb.TokenSample, token_ids),
-    "chat": (pb.ChatSample, lambda _, messages: messages),
+    "chat": (pb.ChatSample, lambda _, read: read),
 }
 FORMS = (
     '{"context": "...", "continuation": "..."}, '
@@ -70,9 +72,11 @@ def to_sample(value: SampleLike) -> pb.Sample:
             each may have `weight` and `token_weights`; for a distillation `teacher_context`,
             `teacher_context_ids` or `teacher_messages`; for a policy gradient `advantages`, a
             number or a list, and `sampler_log_probabilities`. None is the same as a key that is
-            missing. Forms of others are taken as well: `prompt` and `completion`, which is a text
-            or, where both are lists of messages, a chat; `instruction`, maybe `input` and
-            `system`, and `output`, which is a chat; `conversations` of `from` and `value`.
+            missing. Messages are OpenAI's: they may have `tool_calls`, the role "tool" and
+            `reasoning` (or `reasoning_content`, `thinking`), and `tools` beside them. Forms of
+            others are taken as well: `prompt` and `completion`, which is a text or, where both are
+            lists of messages, a chat; `instruction`, maybe `input` and `system`, and `output`,
+            which is a chat; `conversations` of `from` and `value`.
 
     Raises InvalidArgument for anything else, and for a chat of several answers to learn.
     """
@@ -116,6 +120,8 @@ def to_samples(value: SampleLike) -> list[pb.Sample]:
         _require_for_all(fields)
     if "teacher_messages" in fields:
         fields["teacher_messages"] = read_turns(fields["teacher_messages"])
+    if "tools" in fields:
+        fields["tools"] = tools("tools", fields["tools"])
     return [_sample(kind, {**fields, "messages": messages}) for messages in answers]
 
 
@@ -146,7 +152,7 @@ def _require_for_all(fields: Mapping[str, Any]) -> None:
 
 def _sample(kind: str, fields: Mapping[str, Any]) -> pb.Sample:
     made, read = _CONTENT[kind]
-    keys = [key for key in (*_KINDS[kind], _TEACHER[kind]) if key in fields]
+    keys = [key for key in (*_KINDS[kind], *_MAY[kind]) if key in fields]
     content: Any = {kind: made(**{key: read(key, fields[key]) for key in keys})}
     sample = pb.Sample(**content)
     if "weight" in fields:

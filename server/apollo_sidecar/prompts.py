@@ -45,7 +45,7 @@ class Prompts(Protocol):
     async def of_text(self, text: str, *, special: bool) -> list[int]:
         """Token ids of a completion's prompt, with the tokenizer's special ones or without."""
 
-    async def of_chat(self, messages: Messages, *, answered: bool) -> Prompt:
+    async def of_chat(self, messages: Messages, tools: Messages, *, answered: bool) -> Prompt:
         """A chat's prompt; `answered`: the last message is the answer, and it is ended."""
 
     async def text_of(self, ids: Sequence[int], *, special: bool) -> str:

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_grpc.v1 import training_pb2
+from apollo_sidecar.chat_messages import EMPTY, learned_of, messages_of, said_of, texts_of, tools_of
 from apollo_sidecar.prompts import Messages, Prompts, RefusedSample
 
 log = logging.getLogger("vllm.apollo")
 CALL_SECONDS = 120.0
-EMPTY = "is empty: nothing to learn"
 NO_TOKENS = "has no tokens; leave it out, or write something else"
 ENDS_WITHIN = (
     "has a token within it that ends an answer: vLLM would stop there. Leave it out, or send tokens"
@@ -109,7 +109,7 @@ class SampleTokens:
         plain: Messages = [{"role": role, "content": text} for role, text in TURNS]
         parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in plain]
         one, other = [
-            await self._prompts.of_chat(turns, answered=False) for turns in (plain, parts)
+            await self._prompts.of_chat(turns, [], answered=False) for turns in (plain, parts)
         ]
         rendered = await self._prompts.text_of(one.ids, special=True)
         written = [text for _, text in TURNS if _is_written(text, rendered)]
@@ -147,8 +147,9 @@ class SampleTokens:
         if kind == "text" and sample.text.teacher_context:
             ids = await self._prompts.of_text(sample.text.teacher_context, special=True)
         elif kind == "chat" and sample.chat.teacher_messages:
-            turns = _messages(sample.chat.teacher_messages)
-            ids = (await self._prompts.of_chat(turns, answered=False)).ids
+            turns = messages_of(sample.chat.teacher_messages, TEACHERS[kind])
+            tools = tools_of(sample.chat)
+            ids = (await self._prompts.of_chat(turns, tools, answered=False)).ids
         else:
             return []
         if not ids:
@@ -168,18 +169,20 @@ class SampleTokens:
         return context, found
 
     async def _from_chat(self, chat: training_pb2.ChatSample) -> tuple[list[int], list[int]]:
-        messages = _messages(chat.messages)
-        path = _require_answer(messages)
-        answer = messages[-1]["content"]
-        self._refuse_early_end(path, await self._prompts.of_text(answer, special=False))
-        context = await self._prompts.of_chat(messages[:-1], answered=False)
-        whole = await self._prompts.of_chat(messages, answered=True)
+        answer, path = learned_of(chat), f"chat.messages[{len(chat.messages) - 1}]"
+        for field, text in texts_of(answer).items():
+            ids = await self._prompts.of_text(text, special=False)
+            self._refuse_early_end(f"{path}.{field}", ids)
+        messages, tools = messages_of(chat.messages, "chat.messages"), tools_of(chat)
+        context = await self._prompts.of_chat(messages[:-1], tools, answered=False)
+        whole = await self._prompts.of_chat(messages, tools, answered=True)
         rest = _rest(context.text, whole.text)
         found = await self._cut(context.ids, whole.ids, rest)
         if not found:
             raise RefusedSample(RENDERED_OTHERWISE, "chat.messages")
         learned = _up_to_the_end(found, self._prompts.end_ids())
-        if not _is_written(answer, await self._prompts.text_of(learned, special=True)):
+        written = await self._prompts.text_of(learned, special=True)
+        if not all(_is_written(text, written) for text in said_of(answer)):
             raise RefusedSample(NOT_WRITTEN, "chat.messages")
         return context.ids, learned
 
@@ -223,24 +226,6 @@ def _refusals(field: str, read: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "shutdown" in str(error):
             raise Unavailable("vLLM is stopping.", reason="ENGINE_STOPPING") from error
         raise RefusedSample(f"vLLM refuses it: {_told(error)}", read) from error
-
-
-def _messages(turns: Iterable[training_pb2.ChatMessage]) -> Messages:
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
-
-
-def _require_answer(messages: Messages) -> str:
-    """The path of what is learned."""
-    if not messages or messages[-1]["role"] != "assistant":
-        raise RefusedSample(
-            "must end with an assistant message: that is what is learned", "chat.messages"
-        )
-    if len(messages) < 2:
-        raise RefusedSample("needs a message before the assistant's", "chat.messages")
-    path = f"chat.messages[{len(messages) - 1}].content"
-    if not messages[-1]["content"]:
-        raise RefusedSample(EMPTY, path)
-    return path
 
 
 def _rest(context: str | None, whole: str | None) -> str | None:

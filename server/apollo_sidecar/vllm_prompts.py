@@ -8,7 +8,7 @@ and in 0.26 (entrypoints/openai/api_server.py, and the same files of the other f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -59,19 +59,22 @@ class VllmPrompts:
         )
         return list(read["prompt_token_ids"])
 
-    async def of_chat(self, messages: Messages, *, answered: bool) -> Prompt:
+    async def of_chat(self, messages: Messages, tools: Messages, *, answered: bool) -> Prompt:
         """A chat's prompt; `answered`: the last message is the answer, and it is ended."""
         from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 
         service = self._service()
         if getattr(service.online_renderer, "use_harmony", False):
             raise RefusedSample(HARMONY)
-        for message in messages:
-            _require_length(service, message["content"])
+        for text in _texts([messages, tools]):
+            _require_length(service, text)
         # Mistral's own tokenizer writes an answer only as one that goes on, which has no end yet.
         goes_on = answered and getattr(self._tokenizer, "IS_MISTRAL_TOKENIZER", False)
         request = TokenizeChatRequest(
-            messages=messages, add_generation_prompt=not answered, continue_final_message=goes_on
+            messages=messages,
+            tools=tools or None,
+            add_generation_prompt=not answered,
+            continue_final_message=goes_on,
         )
         read = await self._render(service, request)
         end = [self._tokenizer.eos_token_id] if goes_on else []
@@ -85,6 +88,7 @@ class VllmPrompts:
                 default_template=service.chat_template,
                 default_template_content_format=service.chat_template_content_format,
                 default_template_kwargs=service.default_chat_template_kwargs,
+                tool_dicts=request.tools and [tool.model_dump() for tool in request.tools],
                 skip_mm_cache=True,
             )
         except Exception as error:
@@ -119,10 +123,18 @@ class VllmPrompts:
         return frozenset(int(token) for token in ends if token is not None)
 
 
-def _require_length(service: Any, content: Any) -> None:
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in what JSON holds."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def _require_length(service: Any, text: str) -> None:
     """Refuses what no tokenizer can make short enough, before it keeps vLLM's from others."""
     longest = service.model_config.max_model_len
-    text = content if isinstance(content, str) else ""
     if len(text) > longest * service.renderer.tokenizer.max_chars_per_token:
         raise RefusedSample(
             f"has {len(text)} characters, more than {longest} tokens hold; the served model takes "

@@ -190,8 +190,8 @@ def test_what_no_teacher_can_read_is_refused_by_its_own_field(
 class WithParts(PlainPrompts):
     """A vLLM whose parts are not joined: what it makes of a plain text is another prompt."""
 
-    async def of_chat(self, messages: Messages, *, answered: bool) -> Prompt:
-        plain = await super().of_chat(messages, answered=answered)
+    async def of_chat(self, messages: Messages, tools: Messages, *, answered: bool) -> Prompt:
+        plain = await super().of_chat(messages, tools, answered=answered)
         in_parts = isinstance(messages[0]["content"], list)
         return Prompt([*plain.ids, 5], plain.text) if in_parts else plain
 

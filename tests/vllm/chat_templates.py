@@ -15,6 +15,8 @@ EVERY = frozenset({"plain", "system", "turns", "reasoning", "marks", "parts of a
 # Cases of another tokenizer than the served directory's.
 MISTRAL, OTHER = "a tokenizer of Mistral's own", "a tokenizer of another folder"
 BARE, NONE = "no template", "no tokenizer"
+# It thinks and calls as Qwen 3 and Hermes do.
+TOOLED = "qwen 3 with tools"
 TOKENIZERS = (MISTRAL, OTHER, BARE, NONE)
 
 CHATS: dict[str, list[tuple[str, str]]] = {
@@ -56,6 +58,7 @@ class Kind:
         content: of `--chat-template-content-format`.
         ends: whether it writes one of these marks after an answer.
         refused: conversations of which nothing can be learned.
+        tools: whether it shows these, and calls of them.
     """
 
     template: str
@@ -66,6 +69,7 @@ class Kind:
     content: str = "string"
     ends: bool = True
     refused: frozenset[str] = frozenset()
+    tools: bool = False
 
     def end_ids(self) -> set[int]:
         """The tokens that end an answer."""
@@ -235,6 +239,21 @@ KINDS: dict[str, Kind] = {
     "qwen 3 that may think": Kind(
         _THINK + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
         _IM_MARKS,
+    ),
+    TOOLED: Kind(
+        "{% if tools %}{{ '<|im_start|>system\n<tools>' }}{% for tool in tools %}"
+        "{{ '\n' + tool | tojson }}{% endfor %}{{ '\n</tools><|im_end|>\n' }}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'tool' %}"
+        "{{ '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+        "{% else %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.reasoning_content %}"
+        "{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}"
+        '{{ \'<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+        "{{ call.function.arguments | tojson + '}\n</tool_call>' }}{% endfor %}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        _IM_MARKS,
+        tools=True,
     ),
     "parts alone": Kind(_PARTS, content="openai"),
     "parts and marks": Kind(

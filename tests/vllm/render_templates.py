@@ -23,6 +23,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.launchers.render.app_state import init_render_app_state
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from apollo_client import to_sample
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_sidecar.sample_tokens import SampleTokens
@@ -30,6 +31,7 @@ from apollo_sidecar.vllm_prompts import VllmPrompts
 from apollo_trainer.requests.samples import SampleLimits, tokenize_samples
 from examples.byte_model import CHAT_TEMPLATE, byte_tokenizer
 from tests.vllm.chat_templates import BARE, CHATS, KINDS, MISTRAL, OTHER, Kind
+from tests.vllm.tool_chats import TOOL_CHATS
 
 LIMITS = SampleLimits(vocabulary=200_000, max_tokens=2048, max_samples=1)
 TEXTS = {
@@ -95,7 +97,17 @@ async def served(argv: list[str]) -> Any:
     return app
 
 
-async def compared(app: Any) -> dict[str, Any]:
+def chats_of(name: str) -> dict[str, dict[str, Any]]:
+    """What a case is asked about, as bodies of requests."""
+    kind = KINDS.get(name.partition(" by ")[0])
+    plain = {
+        chat: {"messages": [{"role": role, "content": content} for role, content in turns]}
+        for chat, turns in CHATS.items()
+    }
+    return plain | TOOL_CHATS if name == MISTRAL or (kind and kind.tools) else plain
+
+
+async def compared(app: Any, chats: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Of each conversation: what vLLM makes of it, and what is learned of it or why not."""
     tokens = SampleTokens(VllmPrompts(app.state), asyncio.get_running_loop())
     transport = httpx.ASGITransport(app)
@@ -109,13 +121,14 @@ async def compared(app: Any) -> dict[str, Any]:
             answer = (await http.post("/v1/chat/completions/render", json=body)).json()
             return answer.get("token_ids")
 
-        for name, chat in CHATS.items():
-            messages = [{"role": role, "content": content} for role, content in chat]
-            sample = pb.Sample(chat=pb.ChatSample(messages=[pb.ChatMessage(**m) for m in messages]))
-            found[name] = await learned(sample, tokens) | {
-                "prompt": await ask(messages=messages[:-1]),
-                "completion": await render(messages=messages[:-1]),
-                "whole": await ask(messages=messages, add_generation_prompt=False),
+        for name, chat in chats.items():
+            # vLLM shows them all the same; "auto" needs an option.
+            free = {"tool_choice": "none"} if "tools" in chat else {}
+            asked = {**chat, "messages": chat["messages"][:-1]}
+            found[name] = await learned(to_sample(chat), tokens) | {
+                "prompt": await ask(**asked),
+                "completion": await render(**asked, **free),
+                "whole": await ask(**chat, add_generation_prompt=False),
             }
         for context, continuation in TEXTS.items():
             text = pb.TextSample(context=context, continuation=continuation)
@@ -139,7 +152,7 @@ async def main(folder: Path, names: list[str]) -> None:
     for number, name in enumerate(names):
         place = folder / str(number)
         place.mkdir()
-        answers[name] = await compared(await served(arguments(place, name)))
+        answers[name] = await compared(await served(arguments(place, name)), chats_of(name))
     print(json.dumps(answers))
 
 

@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 
 from tests import programs
-from tests.vllm.chat_templates import BARE, CHATS, KINDS, MISTRAL, NONE, OTHER, TOKENIZERS
+from tests.vllm.chat_templates import (
+    BARE,
+    CHATS,
+    KINDS,
+    MISTRAL,
+    NONE,
+    OTHER,
+    TOKENIZERS,
+    TOOLED,
+)
 
 WAYS = ("directory", "file", "file and options")
+IN_TOOLS = f"{TOOLED} by directory"
 # One of each kind that has gone wrong, or was written for another tokenizer.
 SOME = ("llama 3", "gemma", "qwen 3", "parts alone", "drops answers")
 
@@ -49,11 +59,34 @@ def require_equal(found: dict[str, dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return asked(tmp_path_factory.mktemp("rendered"), [*by_each_way(*SOME), *TOKENIZERS])
+    return asked(tmp_path_factory.mktemp("rendered"), [*by_each_way(*SOME), IN_TOOLS, *TOKENIZERS])
 
 
 def test_some_templates_by_each_way_to_start_vllm(found: dict[str, dict[str, Any]]) -> None:
     require_equal({name: found[name] for name in by_each_way(*SOME)})
+
+
+def test_calls_and_thoughts_are_learned_as_the_template_writes_them(
+    found: dict[str, dict[str, Any]],
+) -> None:
+    require_equal({IN_TOOLS: found[IN_TOOLS]})
+    tokenizer = KINDS[TOOLED].tokenizer("")
+
+    def text(chat: str, part: str) -> str:
+        return str(tokenizer.decode(found[IN_TOOLS][chat][part]))
+
+    call = (
+        '<tool_call>\n{"name": "tides", "arguments": {"port": "Lumen, Où", "day": 2}}\n</tool_call>'
+    )
+    thought = "<think>\nAsk the harbour.\n</think>\n\n"
+    assert text("call", "continuation") == f"{call}<|im_end|>"
+    assert text("call with a thought", "continuation") == f"{thought}{call}<|im_end|>"
+    assert text("answer after a call", "continuation") == (
+        "<think>\nIt says 9.\n</think>\n\nAt nine.<|im_end|>"
+    )
+    asked = text("answer after a call", "context")
+    assert f"{thought}{call}" in asked and '<tool_response>\n{"high": 9.0}\n' in asked
+    assert '<tools>\n{"type": "function", "function": {"name": "tides"' in asked
 
 
 @pytest.mark.long
@@ -89,8 +122,12 @@ def test_mistrals_own_renderer_ends_an_answer_as_it_ends_earlier_ones(
     found: dict[str, dict[str, Any]],
 ) -> None:
     answers = found[MISTRAL]
-    assert not [name for name, answer in answers.items() if "refused" in answer]
-    for name, answer in answers.items():
+    refused = {name: answer["refused"] for name, answer in answers.items() if "refused" in answer}
+    # A model of Mistral's that does not think has no tokens for thoughts.
+    assert set(refused) == {"call with a thought", "answer after a call"}
+    assert all("vLLM refuses it" in why for why in refused.values())
+    for name in answers.keys() - refused:
+        answer = answers[name]
         assert answer["context"] == answer.get("completion", answer["prompt"]), name
     learned, earlier = answers["plain"]["continuation"], answers["turns"]["context"]
     begin = len(answers["plain"]["context"])
