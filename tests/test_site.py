@@ -1,4 +1,4 @@
-"""The site: every page is found, every link leads somewhere, every command that is shown exists."""
+"""The site: pages are found and current, links lead somewhere, commands that are shown exist."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 
 from apollo_client.command.app import app
 from apollo_trainer.config import Settings
+from apollo_trainer.environment import OTHERS
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -22,16 +23,16 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *D
 SHOWN = [page for page in PAGES if page.name not in ("LOG.md", "CHANGELOG.md", "found.md")]
 
 
-def built_by() -> ModuleType:
-    """What lays and checks the site."""
-    spec = importlib.util.spec_from_file_location("apollo_site", ROOT / ".ci/site.py")
+def program(path: str) -> ModuleType:
+    """A program that makes pages, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-SITE = built_by()
+SITE = program(".ci/site.py")
 
 
 def in_nav(entry: object) -> list[str]:
@@ -110,6 +111,17 @@ def test_dead_links_and_what_is_loaded_from_elsewhere_are_found(tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize("name", ["reference", "errors_page", "settings_page", "python_page"])
+def test_a_page_that_is_generated_is_current(name: str) -> None:
+    program(f"protos/{name}.py").main(["--check"])
+
+
+def test_the_settings_have_each_variable_of_the_client() -> None:
+    page = (ROOT / "docs/settings.md").read_text()
+    # The benchmarks' own.
+    assert [name for name in OTHERS - {"APOLLO_COMMIT"} if f"`{name}`" not in page] == []
+
+
 def commands(page: Path) -> Iterator[list[str]]:
     """Command lines of a page: after a `$`, and in code within a line."""
     text = page.read_text().replace("\\\n", " ")
@@ -133,6 +145,7 @@ def wrong_options(words: list[str], command: Any) -> list[str]:
     return [] if passed_on else sorted(asked - known)
 
 
+APOLLO = typer.main.get_command(app)
 SERVER = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
@@ -140,7 +153,7 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MUL
 def wrong(words: list[str]) -> list[str]:
     match words:
         case ["apollo", *rest]:
-            return wrong_options(rest, typer.main.get_command(app))
+            return wrong_options(rest, APOLLO)
         case ["apollo-training-server", *rest]:
             asked = {word.replace("--no-", "--") for word in rest if word.startswith("--")}
             return sorted(asked - SERVER - {"--help"})

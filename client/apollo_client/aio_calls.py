@@ -93,7 +93,7 @@ class AsyncRunCalls(AsyncCalls):
     def train_spec(
         self, spec: training_pb2.RunSpec, *, request_id: str | None = None
     ) -> AsyncRunStream:
-        """The same for a spec that the caller built, with all that the contract has."""
+        """Starts a run as `train` does, of a spec that the caller built."""
         return self._follow(train_request(spec, request_id))
 
     async def create_run(

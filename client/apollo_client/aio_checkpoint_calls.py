@@ -23,6 +23,8 @@ class AsyncCheckpointCalls(AsyncCalls):
     of the server; one that failed or was cut off begins anew. With another call it raises
     AlreadyExists.
 
+    `progress` is called with each Operation.Progress.
+
     `expected_weight_version`: raises Aborted, with nothing done, where the live weights have
     another one.
     """

@@ -87,7 +87,7 @@ class RunCalls(Calls):
         return self._follow(train_request(spec, request_id, places), places)
 
     def train_spec(self, spec: training_pb2.RunSpec, *, request_id: str | None = None) -> RunStream:
-        """The same for a spec that the caller built, with all that the contract has."""
+        """Starts a run as `train` does, of a spec that the caller built."""
         return self._follow(train_request(spec, request_id))
 
     def create_run(

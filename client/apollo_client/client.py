@@ -29,8 +29,10 @@ class ApolloClient(RunCalls, SampleCalls, DatasetCalls, CheckpointCalls):
 
     Args:
         address: `unix:PATH` or `host:port`; else $APOLLO_ADDRESS, else the user's own socket.
-        token: of a TCP server; else $APOLLO_TOKEN, else the token in the user's state folder.
-        ca, certificate, key: PEM files for TLS and mTLS.
+        token: of a TCP server; else of $APOLLO_TOKEN_FILE, else $APOLLO_TOKEN, else, on this
+            machine, the state folder's.
+        ca, certificate, key: PEM files for TLS and mTLS; else $APOLLO_CA, $APOLLO_CERTIFICATE and
+            $APOLLO_KEY.
         retry_seconds: for how long a run's events are asked for again when the server goes away,
             as it does when it is restarted, and a stream when too many are open; 0: not at all.
 

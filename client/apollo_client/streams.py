@@ -155,7 +155,7 @@ class RunStream(ResumedStream[training_pb2.RunEvent]):
 
 
 class RunsStream(ResumedStream[training_pb2.WatchRunsResponse]):
-    """The events of all runs with their revisions, none lost and none twice, likewise."""
+    """The events of all runs with their revisions, none lost and none twice, over restarts."""
 
     def __init__(
         self, begin: Begin, stub: Any, resume: RunsResume, endpoint: Endpoint, lifetime: Lifetime
