@@ -35,6 +35,7 @@ Lesson = tuple[list[pb.Sample], Options]
 BASE = "benchmark-base"
 FACTS, NEIGHBOURS = 12, 28
 ANSWER_TOKENS = 12
+WITH, WITHOUT = "with the regression set", "without it"
 
 
 def plain(facts: Sequence[Fact]) -> Lesson:
@@ -93,8 +94,8 @@ def main() -> None:
                 result["rows"] += [bench.row(row, seed) for seed in asked.seeds]
             if asked.edits:
                 result["edits"] = {
-                    kind: bench.edits(asked.edits, keeps=kind == "with the regression set")
-                    for kind in ("with the regression set", "without it")
+                    kind: bench.edits(asked.edits, keeps=kind == WITH)
+                    for kind in asked.edits_kinds
                 }
     path = asked.out or machine.result_path("learning", torch.device("cpu"))
     machine.write_json(path, result)
@@ -108,6 +109,7 @@ def _arguments() -> argparse.Namespace:
     add("--rows", nargs="*", choices=ROWS, default=list(ROWS))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--edits", type=int, default=0, help="facts that are taught one after the other")
+    add("--edits-kinds", nargs="*", choices=(WITH, WITHOUT), default=[WITH, WITHOUT])
     add("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of every row")
     add("--vllm", default="", help="options for vLLM, as one string")
     add("--out", type=Path)

@@ -18,6 +18,7 @@ from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
+from tests.engine_double import EngineDouble
 from tests.waiting import HANG, at_most
 
 Events = Callable[[Any], list[pb.RunEvent]]
@@ -145,6 +146,27 @@ def test_a_state_is_not_used_on_other_weights_until_told(
     assert events[1].started.optimizer_step == 3
     # Told once, it is the state of these weights.
     assert all_events(trainer.submit(optimizer=FAST))[1].started.optimizer_step == 4
+
+
+def test_a_model_that_was_moved_is_said_to_have_a_state_at_its_old_path(
+    attached: Any, model_folder: Path, sidecar_address: str, all_events: Events, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    engine, trainer = attached
+    all_events(trainer.submit(optimizer=FAST))
+    CheckpointJobs(trainer.owner, trainer.board).sync(lambda *_: None).result(HANG)
+    engine.stop()
+    trainer.wait_for(DETACHED)
+    old = trainer.settings.state_dir / "models"
+    (folder,) = old.iterdir()
+    moved = tmp_path / "elsewhere" / model_folder.name
+    moved.parent.mkdir()
+    model_folder.rename(moved)
+    new = EngineDouble(moved, sidecar_address)
+    trainer.wait_for(ATTACHED, new.engine.epoch)
+    new.stop()
+    assert f"{folder} is of a model directory of the same name" in caplog.text
+    assert trainer.status.optimizer_step == 0
 
 
 def test_a_reset_begins_a_state_of_the_weights_that_are_there(

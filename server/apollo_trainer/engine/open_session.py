@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 import os
@@ -73,6 +74,8 @@ def open_session(
     shape = configured = StateShape(settings.rank, settings.variant, settings.rounding)
     if on_disk:
         shape = StateShape(**on_disk[1][SHAPE_KEY])
+    else:
+        _tell_of_other_paths(state_path)
     if shape != configured:
         log.warning(
             "the Apollo state on disk is %s; the settings %s are for new ones", shape, configured
@@ -230,3 +233,16 @@ def _state_path(state_dir: Path, model_directory: str) -> Path:
     resolved = str(directory.resolve() if directory.exists() else directory)
     digest = hashlib.sha256(resolved.encode()).hexdigest()[:12]
     return state_dir / "models" / f"{directory.name}-{digest}" / FILE_NAME
+
+
+def _tell_of_other_paths(state_path: Path) -> None:
+    """Warns where a directory of this name had a state at another path: it may be the same one."""
+    name, _, _ = state_path.parent.name.rpartition("-")
+    states = state_path.parent.parent.glob(f"{glob.escape(name)}-*/{FILE_NAME}")
+    for path in (each for each in states if each.parent.name.rpartition("-")[0] == name):
+        log.warning(
+            "a new optimizer begins at step 0; %s is of a model directory of the same name at "
+            "another path. If that one was moved here, stop this server and rename the folder to "
+            "%s before anything is trained.",
+            path.parent, state_path.parent.name,
+        )  # fmt: skip
