@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import OPTConfig
 
 from apollo_grpc.errors import FailedPrecondition, Unavailable
+from apollo_trainer.weights import liveness
 from apollo_trainer.weights.attach import Checks, attach
 from apollo_trainer.weights.sidecar import Sidecar
 from examples.byte_model import write_model
@@ -160,9 +162,24 @@ def test_what_passes_is_tried_again_and_refuses_nothing(start_engine, sidecar, m
 def test_a_pause_that_ran_out_proves_nothing(start_engine, sidecar):
     engine = start_engine(keeps_copies=("*mlp*",))
     before = engine.model.values()
+    engine.client.on_probe = lambda number: time.sleep(1.0 if number == 1 else 0.0)
     with pytest.raises(Unavailable, match="lease_seconds"):
         attach(sidecar, engine.engine.epoch, checks=Checks(lease_seconds=1e-3))
     assert same_bytes(engine, before)
+
+
+def test_a_pause_is_as_long_as_a_slow_model_needs_it(start_engine, sidecar, monkeypatch):
+    compute = liveness.log_probabilities
+
+    def slowly(model, token_ids):
+        time.sleep(0.1)
+        return compute(model, token_ids)
+
+    monkeypatch.setattr(liveness, "log_probabilities", slowly)
+    engine = start_engine()
+    engine.client.on_probe = lambda number: time.sleep(0.2)
+    found = attach(sidecar, engine.engine.epoch, checks=Checks(lease_seconds=0.05)).liveness
+    assert set(found.proven) == KINDS
 
 
 def test_without_the_probe_nothing_is_paused(start_engine, sidecar):

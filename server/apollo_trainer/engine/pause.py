@@ -7,8 +7,8 @@ import time
 import uuid
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
-from apollo_trainer.weights.attach import LONGEST_LEASE_SECONDS
 from apollo_trainer.weights.attachment import Attachment
+from apollo_trainer.weights.liveness import LONGEST_LEASE_SECONDS
 from apollo_trainer.weights.sidecar import Sidecar
 
 RENEWALS_PER_LEASE = 3

@@ -25,7 +25,7 @@ from apollo_trainer.weights.fixed_values import (
     fix_parameters,
 )
 from apollo_trainer.weights.live_model import fill_with_views, meta_model
-from apollo_trainer.weights.liveness import Probed, probe_liveness
+from apollo_trainer.weights.liveness import LONGEST_LEASE_SECONDS, Probed, probe_liveness
 from apollo_trainer.weights.mapping import map_buffers
 from apollo_trainer.weights.producer import Producer
 from apollo_trainer.weights.row_order import reorder_outputs
@@ -41,8 +41,6 @@ from apollo_trainer.weights.verify import (
 )
 
 log = logging.getLogger(__name__)
-# The sidecar grants no longer lease.
-LONGEST_LEASE_SECONDS = 60.0
 RESUMED_POLL_SECONDS = 0.1
 
 

@@ -50,6 +50,10 @@ FAR = 10.0
 # Rows of each tensor, and noise in units of its values: as little as shows it, then more.
 STRENGTHS = ((4, 2.0), (16, 4.0), (64, 8.0), (256, 16.0))
 POLL_SECONDS = 5e-4
+# What both sides take for a change, and the noise of the model, in scores of the training model.
+SCORES_OF_A_CHANGE = 10
+# The sidecar grants no longer lease.
+LONGEST_LEASE_SECONDS = 60.0
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # Somebody else paused vLLM, or scored with it, meanwhile: another attempt may find it free.
 _PASSING = {"LEASE_HELD", "LEASE_ENDED", "SCORE_FIRST"}
@@ -81,8 +85,9 @@ class Probed:
         mappings: of the buffers that they lie in.
         token_ids: what both sides scored last.
         allowed: how far apart rounding brought their scores, as `verify.allowed`.
-        lease_seconds: that one change and both scores of it may take; vLLM goes on by itself,
-            with the bytes put back, so long after this process was killed.
+        lease_seconds: that one change and both scores of it may take, or more where the model is
+            slow; vLLM goes on by itself, with the bytes put back, so long after this process was
+            killed.
     """
 
     epoch: str
@@ -122,8 +127,11 @@ class _Probe:
         self._sidecar, self._probed = sidecar, probed
         self._dtype = weights_dtype(probed.model)
         self._parameters = dict(probed.model.named_parameters())
+        began = time.monotonic()
         with RowsRead() as read:
             self._before = self._ours()
+        needed = SCORES_OF_A_CHANGE * (time.monotonic() - began)
+        self._lease_seconds = min(max(probed.lease_seconds, needed), LONGEST_LEASE_SECONDS)
         head = probed.model.get_output_embeddings()
         if head is not None:
             # Only the rows of scored tokens are sure to move their scores.
@@ -155,7 +163,7 @@ class _Probe:
             ours, engine = self._both_with(self._changes(views, rows, deviation))
             if time.monotonic() >= self._until:
                 raise Unavailable(
-                    f"The pause of {self._probed.lease_seconds:g} s ran out while vLLM's weights "
+                    f"The pause of {self._lease_seconds:.3g} s ran out while vLLM's weights "
                     "were probed; they are as they were. Is the machine busy, or the setting "
                     "lease_seconds too short for this model?"
                 )
@@ -234,9 +242,9 @@ class _Probe:
     def _engine_with(self, changes: list[pb.WeightChange]) -> torch.Tensor:
         """vLLM's scores [T - 1] with these changes, and with no others."""
         probed = self._probed
-        self._until = time.monotonic() + probed.lease_seconds
+        self._until = time.monotonic() + self._lease_seconds
         scores = self._sidecar.probe(
-            probed.epoch, self._lease_id, probed.lease_seconds, probed.token_ids, changes
+            probed.epoch, self._lease_id, self._lease_seconds, probed.token_ids, changes
         )
         if len(scores) != len(self._before):
             raise refusal("LOGPROBS_DISAGREE", f"vLLM scored {len(scores)} tokens of a probe.")
