@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 3 --durations 20
 export PYTHON
 
-.PHONY: help install demo model test coverage test-all test-vllm soak models reliability check docs protos lock clean
+.PHONY: help install demo model test coverage test-all test-vllm soak models reliability check docs wheel pictures protos lock clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,20 +64,33 @@ check: install ## Lint, types, contract, and that checked-in stubs and calls are
 	$(BIN)/python .ci/check-calls.py
 	$(BIN)/python protos/reference.py --check
 	$(BIN)/python protos/errors_page.py --check
+	$(BIN)/python protos/settings_page.py --check
+	$(BIN)/python protos/python_page.py --check
 
 docs: ## Build the site in build/site/html; warnings and dead links are errors
 	@.ci/site
 
-protos: install ## Generate apollo_grpc's stubs from protos/, the blocking client's calls, two pages of docs/
+wheel: install ## Build sdist and wheel, and try the client alone in empty environments (minutes)
+	@.ci/wheel
+
+pictures: install ## Draw docs/images of the commands and the dashboard (needs Chromium; minutes)
+	@$(BIN)/python -m tests.pictures
+
+protos: install ## Generate apollo_grpc's stubs from protos/, the blocking client's calls, four pages of docs/
 	$(BIN)/buf format --write protos
 	.ci/check-stubs --write
 	$(BIN)/python .ci/check-calls.py --write
 	$(BIN)/python protos/reference.py
 	$(BIN)/python protos/errors_page.py
+	$(BIN)/python protos/settings_page.py
+	$(BIN)/python protos/python_page.py
 
-lock: ## Resolve .ci/lock.txt anew (needs uv)
+lock: ## Resolve .ci/lock.txt and deploy/requirements-cpu.txt anew (needs uv)
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 		--no-emit-index-url --no-emit-package apollo-grpc --overrides .ci/overrides.txt .ci/lock.in -o .ci/lock.txt
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+		--no-emit-index-url --no-emit-package apollo-grpc --overrides .ci/overrides.txt -c .ci/lock.txt \
+		deploy/requirements-cpu.in -o deploy/requirements-cpu.txt
 
 clean: ## Remove what the other targets made
 	rm -rf .venv .venv-protos .venv-docs .venv-vllm-* build .mypy_cache .ruff_cache .pytest_cache

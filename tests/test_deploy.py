@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ DEPLOY = ROOT / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 TRAINER, VLLM = UNITS
 COMPOSE = DEPLOY / "compose.yml"
+CONTAINER = DEPLOY / "Containerfile"
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
 
@@ -120,3 +122,49 @@ def test_the_containers_share_what_they_need_and_nothing_of_the_host() -> None:
 def unfilled(volume: str) -> str:
     """A volume without the text of its variable, which may hold colons."""
     return re.sub(r"\$\{(\w+)[^}]*\}", r"\1", volume)
+
+
+def steps(word: str) -> list[str]:
+    """What follows a word of the container file, a line each with those that continue it."""
+    text = re.sub(r"\\\n\s*", "", re.sub(r"(?m)^#.*\n", "", CONTAINER.read_text()))
+    return re.findall(rf"(?m)^{word} (.*)$", text)
+
+
+def test_the_container_is_made_of_what_is_here_and_of_its_own_stages() -> None:
+    stages = [line.split(" AS ") for line in steps("FROM")]
+    named = {stage[1] for stage in stages[:-1]}
+    choices = dict(line.split("=", 1) for line in steps("ARG"))
+    assert {stage[0] for stage in stages} - named <= {f"${{{name}}}" for name in choices}
+    assert choices["DEVICE"] in named and choices["DEVICE"] == "cpu" and "gpu" in named
+    for line in steps("COPY"):
+        *sources, _ = line.split()
+        if sources[0].startswith("--from="):
+            assert sources[0].removeprefix("--from=") in named
+        else:
+            assert all((ROOT / source).exists() for source in sources), line
+    # What the wheel is made of, and the lock's torch.
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    copied = {line.split()[0] for line in steps("COPY")}
+    assert {p.split("/")[0] for p in wheel["targets"]["wheel"]["packages"]} <= copied
+    assert f"torch={choices['TORCH']}\n" in (ROOT / ".ci" / "install").read_text()
+
+
+def test_the_container_starts_as_nobody_in_particular_and_reports_to_nobody() -> None:
+    assert steps("USER") == ["1000:1000"]
+    (settings,) = [line for line in steps("ENV") if "APOLLO_STATE_DIR" in line]
+    assert {"APOLLO_STATE_DIR=/state", "HF_HUB_OFFLINE=1"} <= set(settings.split())
+    assert unknown_names(variables(settings)) == {}
+    (volumes,), (program,) = steps("VOLUME"), steps("ENTRYPOINT")
+    assert json.loads(volumes) == ["/state", "/cache"]
+    assert json.loads(program)[0] in SCRIPTS
+    (health,) = steps("HEALTHCHECK")
+    assert health.endswith('CMD ["apollo", "status"]')
+
+
+def test_the_containers_packages_are_the_locks() -> None:
+    def pinned(path: str) -> set[str]:
+        return set(re.findall(r"(?m)^(\S+==\S+)", (ROOT / path).read_text()))
+
+    image = pinned("deploy/requirements-cpu.txt")
+    assert image <= pinned(".ci/lock.txt")
+    assert not {name for name in image if re.match(r"pytest|mypy|ruff|torch==|buf", name)}

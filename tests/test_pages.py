@@ -49,3 +49,12 @@ def test_the_ways_are_short() -> None:
     """Seven steps each, from the socket to the weight and to the rename."""
     ways = re.findall(r"## The way of [^\n]*\n(.*?)(?=\n## )", WAYS[1].read_text(), re.DOTALL)
     assert [len(re.findall(r"^\d\. ", way, re.MULTILINE)) for way in ways] == [7, 7]
+
+
+@pytest.mark.parametrize(
+    "picture", sorted((ROOT / "docs" / "images").iterdir()), ids=lambda file: file.name
+)
+def test_a_picture_is_small_shown_and_fetches_nothing(picture: Path) -> None:
+    assert picture.stat().st_size < 150_000
+    assert any(f"images/{picture.name}" in page.read_text() for page in PAGES)
+    assert not re.search(rb"url\(['\"]?http|(?<!xmlns)[ :]href=['\"]http", picture.read_bytes())
