@@ -36,10 +36,15 @@ class AsyncCalls:
     _lifetime: Lifetime
     _retry_seconds: float
 
-    def _stream(self, method: Any, request: Any) -> AsyncStream[Any]:
-        call, patience = partial(self._begin, method, request), Patience(self._retry_seconds)
+    def _stream(
+        self, method: Any, request: Any, patience: type[Patience] = Patience
+    ) -> AsyncStream[Any]:
         return AsyncStream(
-            call, patience, self._endpoint, self._lifetime, lambda response: response
+            partial(self._begin, method, request),
+            patience(self._retry_seconds),
+            self._endpoint,
+            self._lifetime,
+            lambda response: response,
         )
 
     def _begin(self, method: Any, request: Any, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from apollo_client.aio_calls import AsyncCalls
 from apollo_client.aio_streams import AsyncStream
 from apollo_client.connection import Told, message
 from apollo_client.fields import put
+from apollo_client.resume import OperationEndurance
 from apollo_grpc.v1 import checkpoint_pb2 as pb
 from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 
@@ -18,7 +20,9 @@ from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 class AsyncCheckpointCalls(AsyncCalls):
     """What is done about the disk.
 
-    Each call is an operation, which goes on when its caller leaves. `request_id`: the same call
+    Each call is an operation, which goes on when its caller leaves. A call whose server goes away
+    is made again once it is back, for `retry_seconds`, and has the result of what was begun; what
+    a kill cut off begins anew. `request_id`: the same call
     with the same id, of whomever, follows the first one and has its result, also after a restart
     of the server; one that failed or was cut off begins anew. With another call it raises
     AlreadyExists.
@@ -239,9 +243,13 @@ class AsyncCheckpointCalls(AsyncCalls):
         return pb.CancelState.Name(answer.state).removeprefix("CANCEL_STATE_")
 
     async def _result(self, method: Any, request: Any, progress: Told | None) -> Any:
-        """The last message's result of a stream that tells its progress before."""
+        """The last message's result of a stream that tells its progress before.
+
+        Its id lets it go on with a server that was started again.
+        """
         result = None
-        async for response in self._stream(method, request):
+        request.request_id = request.request_id or uuid.uuid4().hex
+        async for response in self._stream(method, request, OperationEndurance):
             kind = response.WhichOneof("update")
             if kind == "progress":
                 if progress:

@@ -36,9 +36,16 @@ class Calls:
     _lifetime: Lifetime
     _retry_seconds: float
 
-    def _stream(self, method: Any, request: Any) -> Stream[Any]:
-        call, patience = partial(self._begin, method, request), Patience(self._retry_seconds)
-        return Stream(call, patience, self._endpoint, self._lifetime, lambda response: response)
+    def _stream(
+        self, method: Any, request: Any, patience: type[Patience] = Patience
+    ) -> Stream[Any]:
+        return Stream(
+            partial(self._begin, method, request),
+            patience(self._retry_seconds),
+            self._endpoint,
+            self._lifetime,
+            lambda response: response,
+        )
 
     def _begin(self, method: Any, request: Any, **options: Any) -> Any:
         raise NotImplementedError

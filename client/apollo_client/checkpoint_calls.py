@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from apollo_client.calls import Calls
 from apollo_client.connection import Told, message
 from apollo_client.fields import put
+from apollo_client.resume import OperationEndurance
 from apollo_client.streams import Stream
 from apollo_grpc.v1 import checkpoint_pb2 as pb
 from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
@@ -18,7 +20,9 @@ from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 class CheckpointCalls(Calls):
     """What is done about the disk.
 
-    Each call is an operation, which goes on when its caller leaves. `request_id`: the same call
+    Each call is an operation, which goes on when its caller leaves. A call whose server goes away
+    is made again once it is back, for `retry_seconds`, and has the result of what was begun; what
+    a kill cut off begins anew. `request_id`: the same call
     with the same id, of whomever, follows the first one and has its result, also after a restart
     of the server; one that failed or was cut off begins anew. With another call it raises
     AlreadyExists.
@@ -231,9 +235,13 @@ class CheckpointCalls(Calls):
         return pb.CancelState.Name(answer.state).removeprefix("CANCEL_STATE_")
 
     def _result(self, method: Any, request: Any, progress: Told | None) -> Any:
-        """The last message's result of a stream that tells its progress before."""
+        """The last message's result of a stream that tells its progress before.
+
+        Its id lets it go on with a server that was started again.
+        """
         result = None
-        for response in self._stream(method, request):
+        request.request_id = request.request_id or uuid.uuid4().hex
+        for response in self._stream(method, request, OperationEndurance):
             kind = response.WhichOneof("update")
             if kind == "progress":
                 if progress:

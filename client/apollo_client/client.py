@@ -33,8 +33,9 @@ class ApolloClient(RunCalls, SampleCalls, DatasetCalls, CheckpointCalls):
             machine, the state folder's.
         ca, certificate, key: PEM files for TLS and mTLS; else $APOLLO_CA, $APOLLO_CERTIFICATE and
             $APOLLO_KEY.
-        retry_seconds: for how long a run's events are asked for again when the server goes away,
-            as it does when it is restarted, and a stream when too many are open; 0: not at all.
+        retry_seconds: for how long a run's events, or an operation's result, are asked for again
+            when the server goes away, as it does when it is restarted, and a stream when too many
+            are open; 0: not at all.
 
     Belongs to the process that made it: FailedPrecondition in a forked one, and once it is closed.
     Every method raises `ApolloError`, never `grpc.RpcError`: `Unavailable` when no server or no

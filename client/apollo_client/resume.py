@@ -17,6 +17,7 @@ from apollo_grpc.v1 import training_pb2 as pb
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 2.0
 UNREACHABLE, STOPPING = "SERVER_UNREACHABLE", "SERVER_STOPPING"
+_NOT_ATTACHED = "ENGINE_NOT_ATTACHED"
 # How grpc says that the request never left.
 _NOT_SENT = "failed to connect"
 
@@ -74,6 +75,20 @@ class Endurance(Patience):
             return True
         cause: Any = error.metadata.get("cause", "")
         return error.reason == UNREACHABLE and _NOT_SENT not in cause
+
+
+class OperationEndurance(Endurance):
+    """Endurance with a server that goes away, and comes back before it has attached vLLM again.
+
+    What an engine refuses is the call's own end: another one may have weights of another day.
+    """
+
+    def _is_passing(self, error: ApolloError) -> bool:
+        """Whether the call, which has an id, can go on where it was."""
+        if error.reason == _NOT_ATTACHED:
+            return self._broken_at is not None
+        gone = error.retry_seconds > 0 or error.reason in (UNREACHABLE, STOPPING)
+        return gone and super()._is_passing(error)
 
 
 class Resume(Endurance):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -13,7 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apollo_client.resume import LONGEST_WAIT_SECONDS, Patience, Resume, RunsResume
+from apollo_client import ApolloClient
+from apollo_client.resume import (
+    LONGEST_WAIT_SECONDS,
+    OperationEndurance,
+    Patience,
+    Resume,
+    RunsResume,
+)
 from apollo_grpc.errors import (
     Aborted,
     DataLoss,
@@ -23,10 +31,14 @@ from apollo_grpc.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from apollo_grpc.v1 import checkpoint_pb2 as cp
 from apollo_grpc.v1 import training_pb2 as pb
 from tests.server_process import ServerProcess, served
+from tests.services.test_operations import hold_flushes, in_state
 
 SAMPLE = ("The sea is", " deep.")
+# How long a killed server is away; five seconds were tried by hand.
+AWAY_SECONDS = float(os.environ.get("AWAY_SECONDS", "0.5"))
 LOST = Unavailable("gone", reason="SERVER_UNREACHABLE", metadata={"cause": "Socket closed"})
 REFUSED = Unavailable(
     "none", reason="SERVER_UNREACHABLE", metadata={"cause": "failed to connect to all addresses"}
@@ -173,7 +185,7 @@ def test_a_reader_reads_on_when_the_server_is_back(
     def end_and_start() -> None:
         server_process.wait_for_steps(3)
         server_process.end(number)
-        time.sleep(0.5)
+        time.sleep(AWAY_SECONDS)
         server_process.start()
 
     killer = threading.Thread(target=end_and_start)
@@ -197,7 +209,7 @@ def test_a_result_has_every_step_also_of_a_run_that_lost_its_server(
     def end_and_start() -> None:
         server_process.wait_for_steps(3)
         server_process.end(signal.SIGKILL)
-        time.sleep(0.5)
+        time.sleep(AWAY_SECONDS)
         server_process.start()
 
     killer = threading.Thread(target=end_and_start)
@@ -210,3 +222,48 @@ def test_a_result_has_every_step_also_of_a_run_that_lost_its_server(
     with pytest.raises(Aborted) as raised:
         result.raise_for_failure()
     assert raised.value.reason == "INTERRUPTED"
+
+
+@pytest.mark.parametrize("call", ["sync", "restore"])
+def test_an_operation_has_its_result_when_the_server_is_back(
+    connect, model_folder: Path, tmp_path: Path, call: str
+) -> None:
+    held = tmp_path / "held"
+    with (
+        served(model_folder, hold_flushes, HELD=str(held), APOLLO_LEASE_SECONDS="1") as server,
+        ApolloClient(server.address) as other,
+    ):
+        client = connect(server.address)
+        client.call("create_snapshot", "one")
+        client.train([SAMPLE])
+        held.touch()
+        told: list[str] = []
+
+        def end_and_start() -> None:
+            told.append(in_state(other, "running").operation_id)
+            server.end(signal.SIGKILL)
+            held.unlink()
+            time.sleep(AWAY_SECONDS)
+            server.start()
+
+        killer = threading.Thread(target=end_and_start)
+        killer.start()
+        result = client.call(call, *(["one"] if call == "restore" else []))
+        killer.join()
+        ended = other.operation(told[0])
+        assert ended.state == cp.OPERATION_STATE_SUCCEEDED
+        assert getattr(ended, call) == result
+
+
+def test_an_operation_that_no_engine_takes_is_not_asked_for_again() -> None:
+    patience = OperationEndurance(60.0)
+    with pytest.raises(Unavailable):
+        patience.wait_after(NO_ENGINE)
+    patience.heard()
+    assert patience.wait_after(LOST) > 0
+    assert patience.wait_after(NO_ENGINE) > 0
+    patience.heard()
+    with pytest.raises(Unavailable):
+        patience.wait_after(NO_ENGINE)
+    with pytest.raises(Unavailable):
+        patience.wait_after(Unavailable("vLLM is gone", reason="ENGINE_LOST"))

@@ -85,7 +85,7 @@ def test_begun_by_one_listed_watched_and_cancelled_by_another_and_kept_over_a_ki
     held = tmp_path / "held"
     with (
         served(model_folder, hold_flushes, HELD=str(held)) as server,
-        ApolloClient(server.address) as one,
+        ApolloClient(server.address, retry_seconds=0) as one,
         ApolloClient(server.address) as other,
     ):
         held.touch()
