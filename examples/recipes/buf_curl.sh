@@ -6,7 +6,10 @@
 # Over TCP: for buf, `-H "authorization: Bearer $TOKEN" --reflect-header "authorization: Bearer $TOKEN"`
 # and http://HOST:PORT/... instead of the socket; for grpcurl the same -H, and HOST:PORT.
 set -eu
-SOCKET=${1:-$HOME/.local/state/apollo/training.sock}
+FOLDER=${APOLLO_STATE_DIR:-${XDG_STATE_HOME:-$HOME/.local/state}/apollo}
+SOCKET=${1:-$FOLDER/training.sock}
+# Neither tool says that nobody is there.
+[ -S "$SOCKET" ] || { echo "no training server listens at $SOCKET: apollo up MODEL" >&2; exit 1; }
 
 with_buf() {
   buf curl --protocol grpc --http2-prior-knowledge --unix-socket "$SOCKET" \
