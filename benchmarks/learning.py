@@ -94,8 +94,7 @@ def main() -> None:
                 result["rows"] += [bench.row(row, seed) for seed in asked.seeds]
             if asked.edits:
                 result["edits"] = {
-                    kind: bench.edits(asked.edits, keeps=kind == WITH)
-                    for kind in asked.edits_kinds
+                    kind: bench.edits(asked.edits, keeps=kind == WITH) for kind in asked.edits_kinds
                 }
     path = asked.out or machine.result_path("learning", torch.device("cpu"))
     machine.write_json(path, result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -16,6 +17,8 @@ from apollo_grpc.v1 import checkpoint_pb2, dataset_pb2, status_pb2, training_pb2
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
 ATTACHED = status_pb2.ATTACHMENT_STATE_ATTACHED
 MIB = 2**20
+# A request id that nobody chose, and nobody looks for.
+_MADE_BY_A_CLIENT = re.compile(r"[0-9a-f]{32}")
 
 
 def to_json(message: Message) -> str:
@@ -137,7 +140,7 @@ def operation_line(operation: checkpoint_pb2.Operation) -> str:
     if operation.HasField("progress") and not operation.HasField("end_time"):
         progress = operation.progress
         line += f"  {progress.bytes_done:,} of {progress.bytes_total:,} bytes"
-    if operation.request_id:
+    if operation.request_id and not _MADE_BY_A_CLIENT.fullmatch(operation.request_id):
         line += f"  request id {shown(operation.request_id)}"
     return f"{line}  {operation.failure.reason}" if operation.HasField("failure") else line
 
