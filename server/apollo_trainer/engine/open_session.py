@@ -40,7 +40,6 @@ from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import StepPolicy, take_step
 from apollo_trainer.training.twin import twin_of
 from apollo_trainer.weights.attachment import Attachment
-from apollo_trainer.weights.fingerprint import fingerprint
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.verify import probe_tokens
 
@@ -118,7 +117,7 @@ def _compare(session: Session, state: StateOf) -> None:
     attachment = session.attachment
     session.from_disk, session.covered = True, state.covered
     session.on_disk = state.epoch == attachment.epoch
-    if state.fingerprint and state.fingerprint == fingerprint(attachment.parameters()):
+    if state.fingerprint and state.fingerprint == attachment.fingerprint():
         # A restore that was cut off had then not begun to write, or was whole and saved.
         session.checkpoints.end_restore()
     elif session.on_disk and not state.fingerprint:

@@ -37,7 +37,6 @@ from apollo_trainer.training.options import OptimizerOptions, StateShape
 from apollo_trainer.training.out_of_memory import OutOfMemory
 from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.weights.attachment import Attachment
-from apollo_trainer.weights.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 # Of a session, what an engine that comes back finds as it was.
@@ -210,7 +209,7 @@ class Session:
         """
         tensors, description = self.optimizer.named_state()
         self.saves, self.captured_step = self.saves + 1, self.optimizer.step_count
-        found = "" if running else fingerprint(self.attachment.parameters())
+        found = "" if running else self.attachment.fingerprint()
         weights = StateOf(self.attachment.epoch, found, self.saves, self.covered)
         running_path = self.state_path.with_name(RUNNING_FILE_NAME)
         return CapturedState(

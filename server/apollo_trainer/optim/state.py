@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from apollo_grpc.region import Region
 from apollo_trainer.optim import named_state
 from apollo_trainer.optim.options import CHOICES, Compat, Variant, check_group
 from apollo_trainer.optim.parameters import Slot, named, new_state, sort_out
 from apollo_trainer.optim.rounding import RoundingMode
+from apollo_trainer.parallel.ranks import Ranks
 
 
 class StatefulOptimizer(Optimizer):
@@ -33,11 +36,14 @@ class StatefulOptimizer(Optimizer):
         variant: Variant,
         rounding: RoundingMode,
         compat: Compat | None,
+        regions: Mapping[str, Region],
+        ranks: Ranks,
     ) -> None:
         self.seed = seed
         self.variant: Variant = variant
         self.rounding: RoundingMode = rounding
         self.compat: Compat | None = compat
+        self.regions, self.ranks = regions, ranks
         self.step_count = self.weights = 0
         self._slots: list[Slot] = []
         self._skipped_before = 0
@@ -55,8 +61,11 @@ class StatefulOptimizer(Optimizer):
         rank = param_group.get("rank", self.defaults["rank"])
         pairs = named(param_group["params"], len(self._slots))
         new, ties = sort_out(
-            pairs, self._slots, len(self.param_groups), rank=rank, mode=self.rounding
-        )
+            pairs, self._slots, len(self.param_groups), rank=rank, mode=self.rounding,
+            regions=self.regions,
+        )  # fmt: skip
+        if self.compat is not None and any(slot.cut is not None for slot in new):
+            raise ValueError(f"compat={self.compat!r} has no steps of ranks together.")
         super().add_param_group(
             {
                 **param_group,
@@ -66,7 +75,7 @@ class StatefulOptimizer(Optimizer):
         )
         for slot in new:
             slot.set_seed(self.seed)
-            self.weights += slot.param.numel()
+            self.weights += math.prod(slot.root)
             self.state[slot.param] = new_state(slot, self.rounding)
         self._slots += new
         for tensor, slot in ties:

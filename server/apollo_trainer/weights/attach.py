@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from apollo_trainer.weights.fixed_values import (
     fix_parameters,
 )
 from apollo_trainer.weights.live_model import fill_with_views, meta_model
+from apollo_trainer.weights.live_view import LiveView, check_views, require_all_views
 from apollo_trainer.weights.liveness import Probed, probe_liveness
 from apollo_trainer.weights.mapping import map_buffers
 from apollo_trainer.weights.producer import Producer
@@ -145,9 +145,9 @@ def _mapped(
     manifest: pb.WeightManifest,
     epoch: str,
     traced: Callable[[MapReport], None],
-) -> tuple[Attachment, dict[str, manifests.LiveView]]:
+) -> tuple[Attachment, dict[str, LiveView]]:
     """The weights as a model's parameters, none of their values read; and vLLM's view of each."""
-    regions = manifests.check_manifest(manifest, epoch)
+    spans = manifests.check_manifest(manifest, epoch)
     # Before the trace: whoever answers that was the same process all the while.
     producer = Producer(manifest.worker_pid, manifest.worker_pid_namespace)
     generation = SharedGeneration(manifest.generation_page)
@@ -163,15 +163,17 @@ def _mapped(
     derived = derived_parameters(plan, {each.name for each in answer.refused if each.computed})
     traced(MapReport(type(model).__name__, len(plan.roots), len(answer.views), derived))
     refused = {each.name: each.reason for each in answer.refused if each.name not in derived}
-    _require_all_views(refused, len(plan.roots))
+    require_all_views(refused, len(plan.roots))
     plan = fix_parameters(model, plan, derived)
-    views = manifests.check_views(list(answer.views), regions, plan.roots)
+    ranks = manifest.tensor_parallel_rank, manifest.tensor_parallel_size
+    views = check_views(list(answer.views), spans, plan.roots, *ranks)
     # Only now: what is refused above was never mapped.
     mappings = map_buffers(manifest.buffers)
     tensors = {name: mappings[live.buffer_id].view(live) for name, live in views.items()}
     fill_with_views(model, plan, tensors)
     fill_fixed_values(model, plan, Path(manifest.model), derived)
-    plan = reorder_outputs(model, plan, views)
+    regions = {name: view.region for name, view in views.items()}
+    reorder_outputs(model, plan, regions)
     attachment = Attachment(
         manifest.epoch,
         manifest.model,
@@ -182,27 +184,13 @@ def _mapped(
         mappings,
         producer,
         derived,
+        regions=regions,
         generation=generation,
         found_generation=manifest.generation,
         vllm_version=manifest.vllm_version,
     )
     _require_no_copies(attachment)
     return attachment, views
-
-
-def _require_all_views(refused: dict[str, str], total: int) -> None:
-    """The commonest reason stands for all: a user reads one cause, and mends one at a time."""
-    if not refused:
-        return
-    causes = Counter(refused.values())
-    ((cause, _),) = causes.most_common(1)
-    others = f" (one of {len(causes)} reasons)" if len(causes) > 1 else ""
-    raise manifests.refusal(
-        "PARAMETER_REFUSED",
-        f"{len(refused)} of {total} parameters are no views of vLLM's weights, because "
-        f"{manifests.shortened(cause)}{others}: {manifests.named(refused)}.",
-        refused,
-    )
 
 
 def _scores_when_resumed(sidecar: Sidecar, epoch: str, tokens: list[int]) -> list[float]:

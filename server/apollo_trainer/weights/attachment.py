@@ -10,9 +10,11 @@ import torch
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.generation import FIRST, SharedGeneration
+from apollo_grpc.region import Region
+from apollo_trainer.parallel.ranks import ALONE, Ranks
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
-from apollo_trainer.weights.fingerprint import sample
+from apollo_trainer.weights.fingerprint import fingerprint, sample
 from apollo_trainer.weights.liveness import Liveness
 from apollo_trainer.weights.mapping import Mapping, MemoryUse, measure
 from apollo_trainer.weights.producer import Producer
@@ -37,6 +39,8 @@ class Attachment:
         plan: how parameters make checkpoint tensors.
         derived: parameters that vLLM computes other values of; they are buffers here.
         producer: the process that owns the memory.
+        regions: which part of each parameter this rank has.
+        ranks: that train this engine's model together.
         computed_by: a sentence on who computes what of the model, or what is slow; may be empty.
         logprob_difference: between both sides when attached, in nats.
         allowed: how far apart rounding brings right scores, as `verify.allowed`; as last measured.
@@ -57,6 +61,8 @@ class Attachment:
     mappings: dict[int, Mapping]
     producer: Producer
     derived: list[str] = field(default_factory=list)
+    regions: dict[str, Region] = field(default_factory=dict)
+    ranks: Ranks = ALONE
     computed_by: str = ""
     logprob_difference: float = 0.0
     allowed: torch.Tensor = field(default_factory=lambda: torch.tensor(FLOOR_NATS))
@@ -118,7 +124,11 @@ class Attachment:
 
     def checkpoint(self) -> CheckpointReader:
         """The live weights by the names of the model directory."""
-        return CheckpointReader(self.plan, self.parameters())
+        return CheckpointReader(self.plan, self.parameters(), self.regions, self.ranks)
+
+    def fingerprint(self) -> str:
+        """The digest of all weights."""
+        return fingerprint(self.parameters(), self.regions, self.ranks)
 
     def synchronize(self) -> None:
         """Waits until every write has arrived: before that vLLM must not go on."""

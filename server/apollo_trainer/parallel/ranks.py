@@ -1,0 +1,51 @@
+"""The processes that train one model together: torch.distributed, or one process alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """The trainer's ranks. Each calls the same methods in the same order, or all wait.
+
+    Args:
+        group: of torch.distributed; None for a process alone, which waits for nobody.
+
+    Attributes:
+        rank: this process, from 0.
+        size: how many there are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self._group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    def sum(self, *tensors: Tensor) -> None:
+        """Puts the sum over ranks into each tensor; the same bits on every rank."""
+        for dtype in {tensor.dtype for tensor in tensors} if self.size > 1 else ():
+            same = [tensor for tensor in tensors if tensor.dtype == dtype]
+            whole = torch.cat([tensor.reshape(-1) for tensor in same])
+            dist.all_reduce(whole, group=self._group)
+            parts = torch.split(whole, [tensor.numel() for tensor in same])
+            for tensor, summed in zip(same, parts, strict=True):
+                tensor.copy_(summed.view(tensor.shape))
+
+    def largest(self, tensor: Tensor) -> None:
+        """Puts the largest over ranks into each element."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group)
+
+    def norms(self, own: Tensor) -> Tensor:
+        """Norms of all ranks' parts together, from those of each part: float, any shape."""
+        if self.size == 1:
+            return own
+        # Infinite where a square is, as it is where the norm of one rank's part overflows.
+        squares = own.to(torch.float64).square()
+        self.sum(squares)
+        return squares.sqrt().to(own.dtype)
+
+
+ALONE = Ranks()
