@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from apollo_trainer.parallel.ranks import Ranks
 def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
     """What `work(ranks, *args)` returned on each rank; tensors, and plain values around them."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (folder, work, args), nprocs=2)
+        # Both are forks of one process, that has imported everything once.
+        get_context("forkserver").set_forkserver_preload([__name__, work.__module__])
+        mp.start_processes(_run, (folder, work, args), nprocs=2, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in (0, 1)]
 
 

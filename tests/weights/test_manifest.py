@@ -336,10 +336,10 @@ def test_incomplete_handles_of_gpu_memory_are_refused(spoil):
     assert of_manifest(manifest) == "MANIFEST_INVALID"
 
 
-@pytest.mark.parametrize("size", [0, 2, -1])
-def test_several_workers_are_refused_with_the_flag(size):
+@pytest.mark.parametrize(("rank", "size"), [(0, 0), (0, 2), (0, -1), (1, 1)])
+def test_another_worker_than_that_of_this_rank_is_refused(rank, size):
     manifest = good_manifest()
-    manifest.tensor_parallel_size = size
+    manifest.tensor_parallel_rank, manifest.tensor_parallel_size = rank, size
     assert of_manifest(manifest) == "TENSOR_PARALLEL_UNSUPPORTED"
 
 

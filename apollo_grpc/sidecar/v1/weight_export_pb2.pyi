@@ -60,9 +60,15 @@ global___PauseMode = PauseMode
 class GetWeightManifestRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    TENSOR_PARALLEL_RANK_FIELD_NUMBER: builtins.int
+    tensor_parallel_rank: builtins.int
+    """Of the worker whose weights are asked for."""
     def __init__(
         self,
+        *,
+        tensor_parallel_rank: builtins.int = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["tensor_parallel_rank", b"tensor_parallel_rank"]) -> None: ...
 
 global___GetWeightManifestRequest = GetWeightManifestRequest
 

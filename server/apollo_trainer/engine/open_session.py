@@ -29,6 +29,7 @@ from apollo_trainer.engine.model_checkpoints import ModelCheckpoints
 from apollo_trainer.engine.pace import sharing_of
 from apollo_trainer.engine.session import KeptState, Session, new_optimizer, weights_are_others
 from apollo_trainer.optim import Apollo
+from apollo_trainer.parallel.vocabulary import vocabulary_size
 from apollo_trainer.requests.samples import SampleLimits, why_refused
 from apollo_trainer.training.captured import CapturedPasses
 from apollo_trainer.training.context_check import require_frozen_context
@@ -80,7 +81,9 @@ def open_session(
     if on_disk:
         _restore(optimizer, state_path, *on_disk)
     embedding = attachment.model.get_input_embeddings().weight
-    limits = SampleLimits(embedding.shape[0], attachment.max_model_len, settings.max_samples)
+    limits = SampleLimits(
+        vocabulary_size(attachment.model), attachment.max_model_len, settings.max_samples
+    )
     checkpoints = ModelCheckpoints(attachment, state_path.parent, settings)
     optimizer.before_param_write = checkpoints.watch
     passes = twin = None

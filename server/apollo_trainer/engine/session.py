@@ -275,6 +275,8 @@ def new_optimizer(attachment: Attachment, shape: StateShape, settings: Settings)
             variant=shape.variant,
             rounding=shape.rounding,
             seed=settings.seed,
+            regions=attachment.regions,
+            ranks=attachment.ranks,
         )
     except ValueError as error:
         raise FailedPrecondition(

@@ -38,6 +38,14 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group)
 
+    def first(self, own: list[float]) -> list[float]:
+        """What the first rank has, of as many numbers as each of them."""
+        if self.size == 1:
+            return own
+        told = torch.tensor(own if self.rank == 0 else [0.0] * len(own), dtype=torch.float64)
+        self.sum(told)
+        return told.tolist()
+
     def norms(self, own: Tensor) -> Tensor:
         """Norms of all ranks' parts together, from those of each part: float, any shape."""
         if self.size == 1:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from apollo_trainer.parallel.vocabulary import vocabulary_of
 from apollo_trainer.training.batch import MicroBatch
 from apollo_trainer.training.evaluate import of_each
 from apollo_trainer.training.frozen_context import FrozenContexts, batch_logits
@@ -39,8 +40,14 @@ def top_tokens(
 
 def _told(model: Any, k: int, batch: MicroBatch, contexts: FrozenContexts) -> list[TopTokens]:
     # As the student's are made: under the same weights they differ by nothing.
-    log_probs = F.log_softmax(batch_logits(model, batch, contexts).float(), 2)
-    top = log_probs.topk(min(k, log_probs.shape[2]), 2)
-    ids, values = top.indices.to("cpu", torch.int32), top.values.cpu()
+    logits, vocabulary = batch_logits(model, batch, contexts).float(), vocabulary_of(model)
+    if vocabulary is None:
+        log_probs = F.log_softmax(logits, 2)
+        found, places = log_probs.topk(min(k, log_probs.shape[2]), 2)
+    else:
+        rows = logits.flatten(0, 1)
+        found, places = vocabulary.top(rows - vocabulary.log_sum_exp(rows), k)
+        found, places = (each.view(*logits.shape[:2], -1) for each in (found, places))
+    ids, values = places.to("cpu", torch.int32), found.cpu()
     lengths = [len(sample.continuation_ids) for sample in batch.samples]
     return [TopTokens(ids[n, :t].clone(), values[n, :t].clone()) for n, t in enumerate(lengths)]

@@ -14,6 +14,7 @@ import torch
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.region import reach
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
+from apollo_trainer.parallel.ranks import ALONE, Ranks
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -72,21 +73,25 @@ def shortened(cause: str) -> str:
     return sentence if len(sentence) <= MAX_CAUSE else f"{sentence[: MAX_CAUSE - 3]}..."
 
 
-def check_manifest(manifest: pb.WeightManifest, epoch: str) -> dict[str, Span]:
+def check_manifest(
+    manifest: pb.WeightManifest, epoch: str, ranks: Ranks = ALONE
+) -> dict[str, Span]:
     """Where each tensor of vLLM's lies, in a manifest that this version can map.
 
     Args:
         epoch: of the engine process that was found.
+        ranks: of which this one maps the memory of the worker of its rank.
 
     Raises FailedPrecondition for a manifest of another process, or one that contradicts itself.
     """
     if not manifest.epoch or manifest.epoch != epoch:
         raise refusal("EPOCH_CHANGED", "The sidecar's manifest is of another engine process.")
-    if manifest.tensor_parallel_size != 1:
+    if (manifest.tensor_parallel_rank, manifest.tensor_parallel_size) != (ranks.rank, ranks.size):
         raise refusal(
             "TENSOR_PARALLEL_UNSUPPORTED",
-            f"vLLM runs with tensor parallel size {manifest.tensor_parallel_size}; this version "
-            "trains models on one worker. Serve with --tensor-parallel-size 1.",
+            f"vLLM runs with tensor parallel size {manifest.tensor_parallel_size}, and trainer "
+            f"rank {ranks.rank} of {ranks.size} has none of its workers. Serve with "
+            "--tensor-parallel-size 1.",
         )
     ids = [buffer.buffer_id for buffer in manifest.buffers]
     if not ids or len(set(ids)) != len(ids):
