@@ -146,9 +146,7 @@ def test_ten_steps_are_those_of_one_process(case):
         assert told == pytest.approx(alone["trained"][2], rel=1e-4)
         for name, own in weights.items():
             close(own, part_of(alone["trained"][0][name], regions[rank][name]), msg=name)
-        same = {k: v for k, v in state.items() if v.shape == alone["trained"][1][k].shape}
-        assert len(same) > len(state) // 3
-        for key, own in same.items():
+        for key, own in state.items():
             close(own, alone["trained"][1][key], msg=key)
 
 

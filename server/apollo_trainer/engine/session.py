@@ -146,6 +146,7 @@ class Session:
 
     def new_optimizer(self, shape: StateShape) -> Apollo:
         """Makes an optimizer without history for the live weights."""
+        self.attachment.ranks.tell("optimizer", shape=vars(shape), state="")
         optimizer = new_optimizer(self.attachment, shape, self.settings)
         optimizer.before_param_write = self.checkpoints.watch
         return optimizer
@@ -250,7 +251,9 @@ class Session:
             self.captured_step = -1
 
     def keep(self) -> KeptState | None:
-        """Returns the state in memory, apart from the engine's; None in the middle of a step."""
+        """Returns the state in memory, apart from the engine's; None where that has no whole."""
+        if self.attachment.ranks.size > 1:
+            return None  # The other ranks end with the engine, or have ended.
         try:
             tensors, description = self.optimizer.named_state()
         except RuntimeError:

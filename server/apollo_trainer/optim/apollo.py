@@ -229,13 +229,16 @@ class Apollo(StatefulOptimizer):
         prepared = self._take_prepared(gradients, settings)
         for device in prepared.on_cuda:
             self._stepper(device).begin(self.step_count + 1, settings)
+        self.ranks.agree(lambda: self._announce(prepared))
+        self.wrote = bool(prepared.works)
+        self._write(prepared, settings, change)
+        self._end(change)
+
+    def _announce(self, prepared: paths.PreparedStep) -> None:
         if self._slots:
             self.before_write()
         for slot, _, _ in prepared.works:
             self.before_param_write(slot.param)
-        self.wrote = bool(prepared.works)
-        self._write(prepared, settings, change)
-        self._end(change)
 
     def _write(
         self, prepared: paths.PreparedStep, settings: list[StepSettings], change: Change | None

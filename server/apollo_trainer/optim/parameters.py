@@ -64,6 +64,20 @@ class Slot:
         cut = [k - len(self.root) for k, (own, all_of_it) in enumerate(sides) if own != all_of_it]
         return cut[0] if cut else None
 
+    def region_of(self, part: str) -> Region:
+        """Which part of the whole state of the parameter this rank's tensor `part` is."""
+        root, runs = self.root, self.region.runs
+        if part == "low" or (part in "mv" and self.rank is None):
+            return self.region
+        if self.rank is None:
+            return Region.whole_of(())
+        if part in "mv":
+            root = (*root[:-2], self.rank, root[self.large])
+            runs = (*runs[:-2], ((0, self.rank),), runs[self.large])
+        else:
+            root, runs = root[:-2], runs[:-2]
+        return Region(root, runs, self.region.replica)
+
     @cached_property
     def lines(self) -> Lines | None:
         """The numbers of its elements in the whole; None where it is the whole."""

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Tell = Callable[..., None]
+
+
+class RankRefused(Exception):
+    """Another rank did not go on, and says why."""
 
 
 class Ranks:
@@ -12,14 +22,22 @@ class Ranks:
 
     Args:
         group: of torch.distributed; None for a process alone, which waits for nobody.
+        tell: on the first rank, has all others do something, by its name, and what it takes.
+        give_up: on the first rank, ends all others.
 
     Attributes:
         rank: this process, from 0.
         size: how many there are.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None):
-        self._group = group
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        tell: Tell = lambda do, **how: None,
+        give_up: Callable[[], None] = lambda: None,
+    ):
+        self._group, self.tell, self._give_up = group, tell, give_up
+        self._agreed: BaseException | None = None
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
 
@@ -37,6 +55,50 @@ class Ranks:
         """Puts the largest over ranks into each element."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group)
+
+    def agree(self, act: Callable[[], None]) -> None:
+        """Does something on this rank, and goes on if no rank failed at it.
+
+        Raises what `act` raised, or RankRefused where another rank's did.
+        """
+        if self.size == 1:
+            act()
+            return
+        error: BaseException | None = None
+        try:
+            act()
+        except BaseException as raised:
+            error = raised
+        failed = torch.tensor(int(error is not None))
+        self.sum(failed)
+        self._agreed = error
+        if error is not None:
+            raise error
+        if int(failed):
+            self._agreed = RankRefused()
+            raise self._agreed
+
+    @contextmanager
+    def telling(
+        self,
+        do: str,
+        how: Callable[[], dict[str, Any]],
+        alike: tuple[type[BaseException], ...] = (),
+    ) -> Iterator[None]:
+        """Around what all ranks do; where one rank alone breaks off, no rank can go on.
+
+        Args:
+            how: what it takes; asked for where there are other ranks.
+            alike: errors that come up on all ranks.
+        """
+        if self.size > 1:
+            self.tell(do, **how())
+        try:
+            yield
+        except BaseException as error:
+            if error is not self._agreed and not isinstance(error, alike):
+                self._give_up()
+            raise
 
     def first(self, own: list[float]) -> list[float]:
         """What the first rank has, of as many numbers as each of them."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apollo_grpc.region import Region
 from apollo_trainer.parallel.collectives import summed
-from apollo_trainer.parallel.ranks import Ranks
+from apollo_trainer.parallel.ranks import ALONE, Ranks
 
 # Stands for -inf where it is subtracted from itself.
 _LOWEST = torch.finfo(torch.float32).min
@@ -105,3 +105,16 @@ def everywhere(model: Any, said: bool) -> bool:
     against = torch.tensor(int(not said), device=model.device)
     divided.ranks.sum(against)
     return not int(against)
+
+
+def log_probs_of(model: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    """The log-probability of each row's target: [N, 1], of a model's logits [N, V], float32."""
+    if (divided := vocabulary_of(model)) is None:
+        return torch.log_softmax(logits, -1).gather(1, targets)
+    return divided.pick(logits, targets) - divided.log_sum_exp(logits)
+
+
+def ranks_of(model: Any) -> Ranks:
+    """Those that compute with a model together."""
+    divided = vocabulary_of(model)
+    return ALONE if divided is None else divided.ranks

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from apollo_trainer.parallel.vocabulary import vocabulary_of
+from apollo_trainer.parallel.vocabulary import ranks_of, vocabulary_of
 from apollo_trainer.training.batch import MicroBatch
 from apollo_trainer.training.evaluate import of_each
 from apollo_trainer.training.frozen_context import FrozenContexts, batch_logits
+from apollo_trainer.training.plain import of_samples
 from apollo_trainer.training.samples import TokenizedSample, TopTokens
-from apollo_trainer.training.step import TOKEN_BUDGET
+from apollo_trainer.training.step_policy import TOKEN_BUDGET
 
 
 def top_tokens(
@@ -35,7 +36,12 @@ def top_tokens(
     Raises OutOfMemory, and what `before_batch`, called before each micro-batch, raises.
     """
     read = [replace(s, context_ids=s.teacher_context_ids or s.context_ids) for s in samples]
-    return of_each(model, read, partial(_told, model, k), token_budget, before_batch)
+
+    def told() -> dict[str, Any]:
+        return {"samples": of_samples(samples), "k": k, "token_budget": token_budget}
+
+    with ranks_of(model).telling("top", told):
+        return of_each(model, read, partial(_told, model, k), token_budget, before_batch)
 
 
 def _told(model: Any, k: int, batch: MicroBatch, contexts: FrozenContexts) -> list[TopTokens]:

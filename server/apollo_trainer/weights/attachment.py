@@ -45,6 +45,7 @@ class Attachment:
         logprob_difference: between both sides when attached, in nats.
         allowed: how far apart rounding brings right scores, as `verify.allowed`; as last measured.
         liveness: what a probe found; None where none was made.
+        rank_ended: which of the trainer's ranks ended, in a sentence; empty where none did.
         generation: how often others changed the weights; None where nobody tells.
         found_generation: that of the manifest.
         vllm_version: empty where the sidecar does not tell.
@@ -69,6 +70,7 @@ class Attachment:
     liveness: Liveness | None = None
     lost: threading.Event = field(default_factory=threading.Event)
     not_live: str = ""
+    rank_ended: str = ""
     generation: SharedGeneration | None = None
     found_generation: int = FIRST
     vllm_version: str = ""
@@ -118,6 +120,15 @@ class Attachment:
         if self.changed_by_others and not self.gone:
             raise FailedPrecondition(CHANGED_BY_OTHERS, reason="WEIGHTS_CHANGED")
 
+    def require_one_rank(self) -> None:
+        """Raises FailedPrecondition where ranks divide the weights."""
+        if self.ranks.size > 1:
+            raise FailedPrecondition(
+                "Snapshots and undo are of models on one worker in this version. Nothing was "
+                "changed. Sync or export the model, or serve it with --tensor-parallel-size 1.",
+                reason="TENSOR_PARALLEL_UNSUPPORTED",
+            )
+
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The live parameters by name, tied ones once."""
         return dict(self.model.named_parameters())
@@ -128,6 +139,7 @@ class Attachment:
 
     def fingerprint(self) -> str:
         """The digest of all weights."""
+        self.ranks.tell("fingerprint")
         return fingerprint(self.parameters(), self.regions, self.ranks)
 
     def synchronize(self) -> None:

@@ -43,7 +43,10 @@ class CheckpointReader:
 
     def _whole(self, root: str) -> torch.Tensor:
         own, region = self._parameters[root].detach(), self._regions.get(root)
-        return own if region is None else gathered(own, region, self._ranks)
+        if region is None or region.whole:
+            return own
+        self._ranks.tell("read", root=root)
+        return gathered(own, region, self._ranks)
 
     def parameter(self, name: str) -> torch.nn.Parameter | None:
         """The live parameter whose values `read` returns, or a part of them."""

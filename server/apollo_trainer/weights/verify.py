@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from apollo_trainer.parallel.vocabulary import vocabulary_of, vocabulary_size
+from apollo_trainer.parallel.vocabulary import log_probs_of, vocabulary_size
 from apollo_trainer.weights.manifest import refusal
 from apollo_trainer.weights.widened import WIDER, Widened
 
@@ -62,17 +62,13 @@ def probe_tokens(model: Any, max_model_len: int) -> list[int]:
 def log_probabilities(model: Any, token_ids: list[int]) -> torch.Tensor:
     """The model's log-probability of each token after the first: [T - 1], fp32, CPU, in nats."""
     ids = torch.tensor([token_ids], device=model.device)
-    logits, vocabulary = model(ids, use_cache=False).logits[0, :-1], vocabulary_of(model)
+    logits = model(ids, use_cache=False).logits[0, :-1]
     scores = []
     # In fp32 and all at once, a long probe would take gigabytes at a large vocabulary.
     for start in range(0, len(logits), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
         targets = ids[0, 1:][rows, None]
-        some = logits[rows].float()
-        if vocabulary is not None:
-            scores.append(vocabulary.pick(some, targets) - vocabulary.log_sum_exp(some))
-            continue
-        scores.append(torch.log_softmax(some, -1).gather(1, targets))
+        scores.append(log_probs_of(model, logits[rows].float(), targets))
     return torch.cat(scores)[:, 0].float().cpu()
 
 
