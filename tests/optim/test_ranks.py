@@ -191,6 +191,28 @@ def test_what_all_ranks_have_stays_the_same_bit_for_bit(found, case):
             assert torch.equal(first[1][f"{part}.{name}"], second[1][f"{part}.{name}"])
 
 
+def test_the_state_of_two_ranks_is_loaded_by_one_bit_for_bit(found):
+    (_, tensors, _, _), options = found[0][0]["dense"], {"rank": 8, "impl": "reference"}
+    weights = [(n, values(n, r[0].root, 99)) for n, r in REGIONS.items()]
+    optimizer = Apollo(weights, **options)
+    optimizer.load_named_state(tensors, optimizer.named_state()[1])
+    for key, tensor in optimizer.named_state()[0].items():
+        assert torch.equal(tensor, tensors[key]), key
+
+
+def test_a_part_of_the_state_of_one_is_loaded_by_a_rank_bit_for_bit(found):
+    tensors = found[1]["dense"][1]
+    for rank in (0, 1):
+        regions = {name: each[rank] for name, each in REGIONS.items()}
+        weights = {n: torch.zeros(r.shape) for n, r in regions.items()}
+        optimizer = Apollo(list(weights.items()), rank=8, regions=regions)
+        optimizer.load_named_state(tensors, optimizer.named_state()[1])
+        for slot in optimizer._slots:
+            for part, own in optimizer.state[slot.param].items():
+                whole = tensors[f"{part}.{slot.name}"]
+                assert torch.equal(own, part_of(whole, slot.region_of(part))), (slot.name, part)
+
+
 def test_the_draws_have_the_same_bits(found):
     together, alone = found
     moved = 0
