@@ -23,6 +23,7 @@ ROOMS = [
     "apollo_trainer.logs",
     "apollo_trainer.config",
     "apollo_trainer.ledger",
+    "apollo_trainer.parallel",
     "apollo_trainer.weights",
     "apollo_trainer.optim",
     "apollo_trainer.training",

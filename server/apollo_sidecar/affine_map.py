@@ -1,24 +1,30 @@
 """Solves for the one strided view that a set of recorded copies amounts to, by exact integers.
 
-A training parameter of shape S is cut by vLLM's loader into copies. Each copy pairs a strided
-region of the parameter with a strided region of the live weights. The parameter is a view of the
-live weights when there are a base and strides T with
+A training parameter of shape S is cut by vLLM's loader into copies. Each copy pairs a strided part
+of the parameter with a strided part of the live weights. What is copied is a view of the live
+weights when it is a region, each of whose dimensions k has some of the parameter's indices in some
+order, and there are a base and strides T with
 
-    live address of element i  =  base + sum_k i_k * T_k      for every element i of the parameter,
+    live address of element i  =  base + sum_k i_k * T_k      for every element i of the region,
 
 and the copies cover every element exactly once. Both are proved here, not sampled: copies are
-turned into boxes of index space, whose volumes must add up to the parameter's and which must not
-overlap. What cannot be proved is refused with the reason.
+turned into boxes of index space, whose volumes must add up to the region's and which must not
+overlap. What cannot be proved is refused with the reason. That the region is all of the parameter,
+or that those of several workers are together, is proved by who reads the answer.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 
-Shape = tuple[int, ...]
+from apollo_grpc.region import Region, Runs, Shape, contiguous_strides
+
+_NO_STRIDES = "its pieces lie at places that one set of strides cannot express"
 
 
 class NotAView(Exception):
@@ -52,15 +58,11 @@ class Box:
 
 @dataclass(frozen=True)
 class View:
-    """base + sum(index * stride), in elements of the live weights."""
+    """A region at base + sum(index * stride), in elements of the live weights."""
 
+    region: Region
     base: int
     stride: Shape
-
-
-def contiguous_strides(shape: Shape) -> Shape:
-    """Row-major strides of a shape, in elements."""
-    return tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
 
 
 def to_box(
@@ -115,54 +117,111 @@ def _merge(pieces: list[tuple[int, int, int]]) -> tuple[int, int | None]:
 
 
 def solve(shape: Shape, boxes: list[Box]) -> View:
-    """The view that all boxes agree on, proved to cover the shape exactly once.
+    """The view that all boxes agree on, proved to cover its region exactly once.
 
     Raises NotAView with the reason where there is none.
     """
-    _prove_covered_once(shape, boxes)
-    steps = [_common_step(boxes, k) for k in range(len(shape))]
-    base = _resolve(shape, boxes, steps)
+    cuts = [_cuts(boxes, k) for k in range(len(shape))]
+    _prove_covered_once(shape, boxes, cuts)
+    base, addresses = _addresses(boxes, cuts)
+    lines = [_line(boxes, k, cuts[k], addresses[k]) for k in range(len(shape))]
+    base += sum(line.lowest for line in lines)
     for box in boxes:
-        offset = sum(s * t for s, t in zip(box.start, steps, strict=True) if t is not None and s)
-        if base + offset != box.address:
-            raise NotAView("its pieces lie at places that one set of strides cannot express")
-    contiguous = contiguous_strides(shape)
-    return View(base, tuple(t if t is not None else contiguous[k] for k, t in enumerate(steps)))
+        if box.address != base + sum(line.place(k, box) for k, line in enumerate(lines)):
+            raise NotAView(_NO_STRIDES)
+    region = Region(shape, tuple(line.runs for line in lines))
+    contiguous = contiguous_strides(region.shape)
+    strides = tuple(line.step or contiguous[k] for k, line in enumerate(lines))
+    return View(region, base, strides)
 
 
-def _prove_covered_once(shape: Shape, boxes: list[Box]) -> None:
+def _cuts(boxes: list[Box], k: int) -> Runs:
+    """The indices along a dimension that boxes have, cut wherever one begins or ends."""
+    sides = {(box.start[k], box.start[k] + box.extent[k]) for box in boxes}
+    edges = sorted(
+        (edge, opens) for side in sides for edge, opens in zip(side, (1, -1), strict=True)
+    )
+    open_now = accumulate(opens for _, opens in edges)
+    spans = zip(pairwise(edge for edge, _ in edges), open_now, strict=False)
+    return tuple((a, b - a) for (a, b), held in spans if held and b > a)
+
+
+def _prove_covered_once(shape: Shape, boxes: list[Box], cuts: list[Runs]) -> None:
     covered, total = sum(math.prod(box.extent) for box in boxes), math.prod(shape)
-    if covered < total:
-        raise NotAView(f"only {covered} of its {total} elements are copied to the live weights")
-    starts = np.array([box.start for box in boxes], dtype=np.int64).reshape(len(boxes), len(shape))
-    ends = starts + np.array([b.extent for b in boxes], dtype=np.int64).reshape(starts.shape)
+    starts, ends = _corners(boxes, len(shape))
     for i in range(len(boxes) - 1):
         apart = (starts[i + 1 :] >= ends[i]) | (ends[i + 1 :] <= starts[i])
         if not apart.any(axis=1).all():
             raise NotAView("some of its elements are copied to more than one place")
+    # Boxes apart, of as many elements as the product of their indices, are that product.
+    if not boxes or covered < math.prod(sum(count for _, count in runs) for runs in cuts):
+        raise NotAView(f"only {covered} of its {total} elements are copied to the live weights")
 
 
-def _common_step(boxes: list[Box], k: int) -> int | None:
-    """The live step along dimension k where copies show one; None where each is one index wide."""
+def _corners(boxes: list[Box], dimensions: int) -> tuple[Any, Any]:
+    """First indices of all boxes, and those after the last: int64 [boxes, dimensions]."""
+    corners = [(box.start, box.extent) for box in boxes]
+    found = np.array(corners, dtype=np.int64).reshape(len(boxes), 2, dimensions)
+    return found[:, 0], found.sum(1)
+
+
+def _addresses(boxes: list[Box], cuts: list[Runs]) -> tuple[int, list[list[int]]]:
+    """The address of the region's first indices; how far each cut along a dimension is from it."""
+    starts, ends = _corners(boxes, len(cuts))
+    first = [runs[0][0] for runs in cuts]
+
+    def address(point: list[int]) -> int:
+        inside = ((starts <= point) & (point < ends)).all(1)
+        box = boxes[int(inside.argmax())]
+        steps = zip(point, box.start, box.steps, strict=True)
+        return box.address + sum((i - start) * (step or 0) for i, start, step in steps)
+
+    base = address(first)
+    return base, [
+        [address([*first[:k], start, *first[k + 1 :]]) - base for start, _ in runs]
+        for k, runs in enumerate(cuts)
+    ]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The indices along one dimension, in the order in which they lie.
+
+    Attributes:
+        step: live elements from one to the next; 0 where there is only one.
+        lowest: how far the first that lies is from the region's first index.
+        order: index of the view by index of the parameter, of each cut.
+    """
+
+    runs: Runs
+    step: int
+    lowest: int
+    order: dict[int, int]
+
+    def place(self, k: int, box: Box) -> int:
+        """Live elements from the first that lies to a box. Raises NotAView for one that is cut."""
+        start, end = box.start[k], box.start[k] + box.extent[k]
+        inside = ((cut, at) for cut, at in self.order.items() if start <= cut < end)
+        if box.extent[k] > 1 and any(at - self.order[start] != cut - start for cut, at in inside):
+            raise NotAView(_NO_STRIDES)
+        return self.order[start] * self.step
+
+
+def _line(boxes: list[Box], k: int, cuts: Runs, addresses: list[int]) -> _Line:
+    lying = sorted((at, *cut) for at, cut in zip(addresses, cuts, strict=True))
     steps = {box.steps[k] for box in boxes if box.steps[k] is not None}
     if len(steps) > 1:
         raise NotAView("its pieces have different strides in the live weights")
-    return steps.pop() if steps else None
-
-
-def _resolve(shape: Shape, boxes: list[Box], steps: list[int | None]) -> int:
-    """Fills in the steps that only the distance between boxes tells, and returns the base.
-
-    The boxes tile the shape, so among those that are one index wide along the unknown dimensions
-    there is one at the origin and one next to it along each of them.
-    """
-    unknown = [k for k, step in enumerate(steps) if step is None and shape[k] > 1]
-    origin: dict[Shape, int] = {}
-    for box in boxes:
-        known = sum(s * (steps[k] or 0) for k, s in enumerate(box.start))
-        origin.setdefault(tuple(box.start[k] for k in unknown), box.address - known)
-    base = origin[tuple(0 for _ in unknown)]
-    for position, k in enumerate(unknown):
-        neighbour = tuple(int(position == other) for other in range(len(unknown)))
-        steps[k] = origin[neighbour] - base
-    return base
+    shown = steps.pop() if steps else None
+    # Where each copy is one index wide, the distance between two neighbours is the step.
+    step = shown if shown is not None else lying[1][0] - lying[0][0] if len(lying) > 1 else 0
+    if step < 0:
+        raise NotAView("it lies backwards in the live weights")
+    if not step and sum(count for _, count in cuts) > 1:
+        raise NotAView(_NO_STRIDES)
+    order, before = dict[int, int](), 0
+    for at, start, count in lying:
+        if at != lying[0][0] + before * step:
+            raise NotAView(_NO_STRIDES)
+        order[start], before = before, before + count
+    return _Line(tuple((start, count) for _, start, count in lying), step, lying[0][0], order)

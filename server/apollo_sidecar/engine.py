@@ -70,7 +70,7 @@ class Engine:
         self.epoch = uuid.uuid4().hex
         self.vllm, self.requests = VllmCalls(client, loop), OwnRequests(client)
         self._version = WeightVersion(self.vllm, weight_version, as_loaded=as_loaded)
-        self._worker_pid = 0
+        self._worker_pids = list[int]()
         # What an API server that ended left in the worker is not known.
         self._probed = not as_loaded
         self.paused, self.hold = False, TrainerHold(self._trainer_left)
@@ -90,22 +90,35 @@ class Engine:
                 reason="EPOCH_CHANGED",
             )
 
-    def manifest(self) -> pb.WeightManifest:
-        """The weights of every worker; one worker in this version."""
-        manifest = pb.WeightManifest.FromString(self.vllm.ask_worker("apollo_manifest"))
-        self._worker_pid = manifest.worker_pid
+    def manifest(self, rank: int = 0) -> pb.WeightManifest:
+        """The weights of one worker. Raises FailedPrecondition where there is none of that rank."""
+        answers = self.vllm.ask_workers("apollo_manifest")
+        manifests = [pb.WeightManifest.FromString(answer) for answer in answers]
+        if not 0 <= rank < len(manifests):
+            raise FailedPrecondition(
+                f"vLLM runs {len(manifests)} workers, and none of rank {rank}.",
+                reason="TENSOR_PARALLEL_UNSUPPORTED",
+            )
+        manifest = manifests[rank]
+        self._worker_pids = [each.worker_pid for each in manifests if each.worker_pid]
         manifest.epoch = self.epoch
         manifest.weight_version = self._version.number
         manifest.vllm_version = self.vllm.version
         manifest.as_loaded = self._version.as_loaded and manifest.generation <= FIRST
-        if manifest.HasField("generation_page"):
-            self._generation = self._generation or SharedGeneration(manifest.generation_page)
+        # Others change the weights of all workers by one call.
+        if manifests[0].HasField("generation_page"):
+            self._generation = self._generation or SharedGeneration(manifests[0].generation_page)
         return manifest
 
     def trace(self, request: pb.TraceCheckpointMapRequest) -> pb.TraceCheckpointMapResponse:
-        """Runs the shadow load in the worker."""
-        answer = self.vllm.ask_worker("apollo_trace", request.SerializeToString())
-        return pb.TraceCheckpointMapResponse.FromString(answer)
+        """Runs the shadow load in the workers."""
+        response, refused = pb.TraceCheckpointMapResponse(epoch=request.epoch), set[str]()
+        for answer in self.vllm.ask_workers("apollo_trace", request.SerializeToString()):
+            found = pb.TraceCheckpointMapResponse.FromString(answer)
+            response.views.extend(found.views)
+            response.refused.extend(each for each in found.refused if each.name not in refused)
+            refused |= {each.name for each in found.refused}
+        return response
 
     def score(self, token_ids: list[int]) -> list[float]:
         """vLLM's log-probability of each token after the first, in nats.
@@ -136,7 +149,7 @@ class Engine:
 
         def ask() -> bytes:
             self._probed = True
-            return self.vllm.ask_worker("apollo_probe", request.SerializeToString())
+            return self.vllm.ask_workers("apollo_probe", request.SerializeToString())[0]
 
         # Bytes that are changed after the lease has ended would be put back by nobody.
         return pb.ProbeWeightsResponse.FromString(self.leases.during(request.lease_id, ask))
@@ -147,7 +160,7 @@ class Engine:
             if not self._probed:
                 return
             try:
-                self.vllm.ask_worker("apollo_put_back")
+                self.vllm.ask_workers("apollo_put_back")
                 self._probed = False
             except ApolloError as error:
                 log.error("apollo: vLLM stays paused. %s", error.message)
@@ -161,7 +174,7 @@ class Engine:
         if mode == NO_PAUSE:
             # One that an earlier lease could not resume would wait for the end of this one.
             self._go_on()
-            self.vllm.ask_worker("apollo_hold")
+            self.vllm.ask_workers("apollo_hold")
             return
         if not self.paused:
             self.vllm.wait_for(self._others.look())
@@ -171,7 +184,7 @@ class Engine:
         kept = "keep" if mode == PROBE else mode
         self.vllm.wait_for(self._others.pause(mode=kept, clear_cache=False))
         # Otherwise the step in flight would read weights that are being written (vLLM 0.26).
-        if self.vllm.ask_worker("apollo_hold") == HELD:
+        if HELD in self.vllm.ask_workers("apollo_hold"):
             # The pause that was found is of a lease whose API server ended.
             self._others.wanted = False
         if mode == PROBE:
@@ -201,7 +214,7 @@ class Engine:
             self._version.tell(updates, reset_caches)
         finally:
             try:
-                self.vllm.ask_worker("apollo_let_go")
+                self.vllm.ask_workers("apollo_let_go")
             finally:
                 self._go_on()
 
@@ -253,7 +266,7 @@ class Engine:
 
     def _responds(self) -> bool:
         """Whether the engine is known to answer; one that decodes is not asked, only watched."""
-        if self._worker_pid and not process_state.runs_with_parent(self._worker_pid):
+        if not all(map(process_state.runs_with_parent, self._worker_pids)):
             return False
         if not (self.paused or self._others.wanted):
             return True

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from apollo_grpc.errors import FailedPrecondition
+from apollo_grpc.region import reach
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_sidecar.generation import GenerationPage
 
@@ -36,8 +37,7 @@ class LiveTensor:
     @property
     def end_bytes(self) -> int:
         """One past the last byte that any element of the tensor occupies."""
-        span = sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) + 1
-        return self.offset_bytes + span * self.dtype.itemsize
+        return self.offset_bytes + reach(self.shape, self.stride) * self.dtype.itemsize
 
 
 class LiveWeights(ABC):

@@ -20,6 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from apollo_grpc.region import reach
+
 # Ops whose result, on a meta tensor, is the same elements in the same order.
 _SAME_ELEMENTS = frozenset({"clone", "_to_copy", "contiguous", "detach_copy", "lift_fresh_copy"})
 _RESHAPES = frozenset({"view", "_unsafe_view"})
@@ -28,7 +30,7 @@ _SCALAR_STEP = 2.0**-40
 
 
 @dataclass(frozen=True)
-class Region:
+class Elements:
     """Elements of a storage: offset + sum(index * stride), in elements of the tensor's dtype."""
 
     storage: int
@@ -37,23 +39,22 @@ class Region:
     stride: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Region:
-        """The region that a tensor views."""
+    def of(cls, tensor: torch.Tensor) -> Elements:
+        """The elements that a tensor views."""
         key = tensor.untyped_storage()._cdata
         return cls(key, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
 
     def bounds(self) -> tuple[int, int]:
-        """First and last element touched, both included; the region must not be empty."""
-        span = sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
-        return self.offset, self.offset + span
+        """First and last element touched, both included; there must be one."""
+        return self.offset, self.offset + reach(self.shape, self.stride) - 1
 
 
 @dataclass(frozen=True)
 class Copy:
     """A recorded copy of a source region onto a live region of the same shape."""
 
-    source: Region
-    target: Region
+    source: Elements
+    target: Elements
     dtype: torch.dtype
 
 
@@ -66,7 +67,7 @@ class OtherWrite:
     """
 
     operator: str
-    target: Region
+    target: Elements
     dtype: torch.dtype
     copies_before: int
     origins: frozenset[int] = frozenset()
@@ -81,7 +82,7 @@ class Numbered:
     """
 
     first: torch.Tensor
-    target: Region
+    target: Elements
     dtype: torch.dtype
 
 
@@ -179,7 +180,7 @@ class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         one = source is not None and source.numel() == target.numel() == 1
         if source is not None and self._is_source(source) and (one or name == "copy_"):
             source = source.view(target.shape) if one else source.expand(target.shape)
-            self.copies.append(Copy(Region.of(source), Region.of(target), target.dtype))
+            self.copies.append(Copy(Elements.of(source), Elements.of(target), target.dtype))
             return
         if source is not None and (numbers := _numbers(source, target)):
             self.numbered.append(numbers)
@@ -187,7 +188,7 @@ class LoaderTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         origins, before = self._origins_of((source, args, kwargs)), len(self.copies)
         for tensor in written:
             self.other_writes.append(
-                OtherWrite(name, Region.of(tensor), tensor.dtype, before, origins)
+                OtherWrite(name, Elements.of(tensor), tensor.dtype, before, origins)
             )
 
     def _copied(self, name: str, args: Any) -> torch.Tensor | None:
@@ -209,7 +210,7 @@ def _numbers(source: torch.Tensor, target: torch.Tensor) -> Numbered | None:
     rows = source.reshape(len(source), -1)
     if not torch.equal(rows, rows[:, :1] + torch.arange(rows.shape[1], device=rows.device)):
         return None
-    return Numbered(rows[:, 0].long().cpu(), Region.of(target), target.dtype)
+    return Numbered(rows[:, 0].long().cpu(), Elements.of(target), target.dtype)
 
 
 def _written_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:

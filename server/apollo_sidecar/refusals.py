@@ -24,7 +24,7 @@ LIVE_EXPERT_BACKENDS = frozenset({"TRITON", "BATCHED_TRITON", "CPU"})
 # Drafts without weights of their own.
 WEIGHTLESS_DRAFTS = frozenset({"ngram", "ngram_gpu", "suffix"})
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+_OTHERWISE_PARALLEL = ("pipeline_parallel_size", "data_parallel_size")
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class _Refusal:
 _REFUSALS = (
     _Refusal(
         "TENSOR_PARALLEL_UNSUPPORTED",
-        lambda c: any(getattr(c.parallel_config, size, 1) != 1 for size in _PARALLEL),
-        "it runs on several workers (--tensor-parallel-size, --pipeline-parallel-size or "
-        "--data-parallel-size); this version trains models on one",
+        lambda c: any(getattr(c.parallel_config, size, 1) != 1 for size in _OTHERWISE_PARALLEL),
+        "its layers or copies of it are on several workers (--pipeline-parallel-size or "
+        "--data-parallel-size); this version trains models that --tensor-parallel-size divides",
     ),
     _Refusal(
         "QUANTIZED",

@@ -37,7 +37,9 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
 
     def GetWeightManifest(self, request: Any, context: Any) -> pb.GetWeightManifestResponse:  # noqa: N802
         """The live weights, as buffers and tensors."""
-        return pb.GetWeightManifestResponse(manifest=self._engine.manifest())
+        return pb.GetWeightManifestResponse(
+            manifest=self._engine.manifest(request.tensor_parallel_rank)
+        )
 
     def TraceCheckpointMap(self, request: Any, context: Any) -> pb.TraceCheckpointMapResponse:  # noqa: N802
         """Where each parameter of the plan lies."""

@@ -102,18 +102,13 @@ class VllmCalls:
                 reason="ENGINE_STOPPING",
             ) from error
 
-    def ask_worker(self, method: str, *args: bytes) -> bytes:
-        """The answer of the only worker.
+    def ask_workers(self, method: str, *args: bytes) -> list[bytes]:
+        """The answers of all workers, by their rank.
 
-        Raises FailedPrecondition where it refuses, or is not the only one, else as `wait_for`.
+        Raises FailedPrecondition where one refuses, else as `wait_for`.
         """
         answers = self.wait_for(self.client.collective_rpc(method, args=args))
-        if len(answers) != 1:
-            raise FailedPrecondition(
-                f"vLLM runs {len(answers)} workers; this version trains models on one.",
-                reason="TENSOR_PARALLEL_UNSUPPORTED",
-            )
-        reason, message, payload = answers[0]
-        if reason:
-            raise FailedPrecondition(message, reason=reason)
-        return bytes(payload)
+        for reason, message, _ in answers:
+            if reason:
+                raise FailedPrecondition(message, reason=reason)
+        return [bytes(payload) for _, _, payload in answers]

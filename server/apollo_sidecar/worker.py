@@ -167,6 +167,8 @@ def _trace(worker: Any, request: bytes) -> tuple[str, str, bytes]:
         return _answer(error)
     parsed = pb.TraceCheckpointMapRequest.FromString(request)
     response = trace_checkpoint_map(worker.model_runner.get_model(), live, parsed)
+    for view in response.views:
+        view.rank = worker.rank
     return _answer(None, response.SerializeToString())
 
 

@@ -34,7 +34,7 @@ def worker(attached: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A process that the engine takes for its worker."""
     engine, _ = attached
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
-    engine.engine._worker_pid = process.pid
+    engine.engine._worker_pids = [process.pid]
     yield process
     process.kill()
     process.wait()

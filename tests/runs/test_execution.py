@@ -15,7 +15,7 @@ from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.apollo_state import FILE_NAME
 from apollo_trainer.engine.state_saver import CapturedState
 from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
-from apollo_trainer.optim import apollo
+from apollo_trainer.optim import together
 
 Events = Callable[[Any], list[pb.RunEvent]]
 FAST = pb.OptimizerConfig(lr=1e-2)
@@ -87,7 +87,7 @@ def test_a_step_that_breaks_halfway_leaves_vllm_at_work_with_its_caches_dropped(
         job.slot.param.add_(1.0)
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(apollo, "step_parameter", write_half)
+    monkeypatch.setattr(together, "step_parameter", write_half)
     finished = finished_of(all_events(trainer.submit(coherence=pb.Coherence(mode=mode))))
     assert finished.failure.reason == "STEP_INCOMPLETE"
     assert "secret" not in finished.failure.message

@@ -153,10 +153,31 @@ def test_a_workers_refusal_arrives_with_its_reason(sidecar):
     assert (error.reason, error.message) == ("WEIGHTS_NOT_SHARED", "no")
 
 
-def test_several_workers_are_refused(sidecar):
-    sidecar.client.workers *= 2
-    error = failure(sidecar.stub.GetWeightManifest, pb.GetWeightManifestRequest(), timeout=HANG)
-    assert error.reason == "TENSOR_PARALLEL_UNSUPPORTED"
+def test_each_of_several_workers_has_its_own_manifest(sidecar):
+    ranks = [pb.WeightManifest(tensor_parallel_rank=r, tensor_parallel_size=2) for r in (0, 1)]
+    sidecar.client.workers = [("", "", each.SerializeToString()) for each in ranks]
+    for rank in (0, 1):
+        request = pb.GetWeightManifestRequest(tensor_parallel_rank=rank)
+        found = sidecar.stub.GetWeightManifest(request, timeout=HANG).manifest
+        assert (found.tensor_parallel_rank, found.epoch) == (rank, sidecar.epoch)
+    for rank in (2, -1):
+        request = pb.GetWeightManifestRequest(tensor_parallel_rank=rank)
+        error = failure(sidecar.stub.GetWeightManifest, request, timeout=HANG)
+        assert error.reason == "TENSOR_PARALLEL_UNSUPPORTED"
+
+
+def test_what_any_worker_says_of_the_plan_is_in_the_answer(sidecar):
+    def answer(rank, refused):
+        found = pb.TraceCheckpointMapResponse(epoch=sidecar.epoch)
+        found.views.add(name="w", rank=rank)
+        found.refused.extend([pb.RefusedParameter(name=name, reason="no") for name in refused])
+        return "", "", found.SerializeToString()
+
+    sidecar.client.workers = [answer(0, ["a"]), answer(1, ["a", "b"])]
+    request = pb.TraceCheckpointMapRequest(epoch=sidecar.epoch)
+    found = sidecar.stub.TraceCheckpointMap(request, timeout=HANG)
+    assert [view.rank for view in found.views] == [0, 1]
+    assert [each.name for each in found.refused] == ["a", "b"]
 
 
 def test_the_plan_reaches_the_worker_unchanged(sidecar):

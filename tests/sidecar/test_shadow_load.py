@@ -66,11 +66,13 @@ def test_one_parameter_cut_into_three_checkpoint_tensors_is_one_view():
     assert torch.equal(traced.tensor("qkv"), traced.module.qkv)
 
 
-def test_a_parameter_whose_parts_vllm_stores_in_another_order_is_refused():
+def test_a_parameter_whose_parts_vllm_stores_in_another_order_is_told_with_that_order():
     rows = [("k", 0, KV), ("q", KV, HEADS), ("v", HEADS + KV, KV)]
     tensors = [(name, "kqv", at * HIDDEN, (n, HIDDEN), None) for name, at, n in rows]
     traced = Traced(FusedQkv(), plan({"kqv": (HEADS + 2 * KV, HIDDEN)}, tensors))
-    assert "one set of strides cannot express" in traced.refused["kqv"]
+    (rows, columns) = traced.views["kqv"].runs
+    assert (list(rows.starts), list(rows.counts)) == ([KV, 0, KV + HEADS], [HEADS, KV, KV])
+    assert (list(columns.starts), list(columns.counts)) == ([0], [HIDDEN])
 
 
 def test_a_bias_is_found_beside_its_weight():
@@ -97,8 +99,8 @@ def test_experts_are_one_view_of_what_vllm_stacks():
     assert torch.equal(traced.tensor("gate_up"), traced.module.w13)
     assert torch.equal(traced.tensor("down"), traced.module.w2)
     missing = Traced(Stacked(), plan(shapes, tensors[:-1]))
-    assert "only 64 of its 96 elements" in missing.refused["down"]
-    assert set(missing.views) == {"gate_up"}
+    assert list(missing.views["down"].runs[0].counts) == [EXPERTS - 1]
+    assert not missing.views["gate_up"].runs
 
 
 def test_a_padded_tied_vocabulary_is_its_first_rows():
@@ -149,7 +151,7 @@ REFUSED = [
     (lambda m, t: m.weight.data.copy_(torch.cat([t[:, 2:], t[:, :2]], 1)), "puts together from it"),
     (lambda m, t: m.weight.data.mul_(t), "values that it computes"),
     (lambda m, t: None, "copies no part of it"),
-    (lambda m, t: m.weight.data[:3].copy_(t[:3]), "only 18 of its 24 elements"),
+    (lambda m, t: [m.weight.data[i, i:].copy_(t[i, i:]) for i in (0, 1)], "only 11 of its 24"),
     (lambda m, t: m.weight.data.copy_(t[0]), "several places"),
     (lambda m, t: [m.weight.data.copy_(t), m.other.data.copy_(t)], "more than one place"),
     (two_places, "spread over several tensors|one set of strides"),
@@ -166,7 +168,6 @@ COMPUTED = {
     "scalar": lambda m, t: m.weight.data.fill_((t[0, 0] * 2).item()),
 }
 COPIED = {
-    "partly": lambda m, t: [m.weight.data[:3].copy_(t[:3]), m.weight.data[3].copy_(-t[3])],
     "one row changed": lambda m, t: m.weight.data.copy_(t)[0].zero_(),
     "every other row changed": lambda m, t: m.weight.data.copy_(t)[::2].mul_(2),
     "twice": lambda m, t: [m.weight.data.copy_(t), m.other.data.copy_(t)],
@@ -188,6 +189,15 @@ def test_a_parameter_that_is_no_view_is_refused_with_the_reason(number):
     traced = Traced(Single(load), plan({"w": (4, 6)}))
     assert traced.views == {}
     assert re.search(reason, traced.refused["w"])
+
+
+def test_what_is_copied_beside_what_is_computed_is_told_as_a_part():
+    def load(module, tensor):
+        module.weight.data[:3].copy_(tensor[:3])
+        module.weight.data[3].copy_(-tensor[3])
+
+    view = Traced(Single(load), plan({"w": (4, 6)})).views["w"]
+    assert (list(view.shape), list(view.runs[0].counts)) == ([3, 6], [3])
 
 
 def test_a_loader_that_rearranges_one_parameter_leaves_the_others_found():

@@ -12,7 +12,7 @@ import torch
 
 import apollo_trainer.training.step as step_module
 from apollo_grpc.errors import Cancelled, FailedPrecondition, Unavailable
-from apollo_trainer.optim import Apollo, apollo
+from apollo_trainer.optim import Apollo, together
 from apollo_trainer.optim.factored import Factored, Gradient
 from apollo_trainer.training.guard import Guard
 from apollo_trainer.training.incomplete import StepIncomplete
@@ -202,7 +202,7 @@ def test_a_write_that_breaks_is_told_as_incomplete_and_the_next_step_works(
         job.slot.param.add_(1.0)
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(apollo, "step_parameter", break_off)
+    monkeypatch.setattr(together, "step_parameter", break_off)
     with pytest.raises(StepIncomplete) as caught:
         take_step(model, optimizer, [ONE])
     assert caught.value.reason == "STEP_INCOMPLETE"

@@ -121,9 +121,12 @@ class Stack:
             *arguments,
             before=before,
             VLLM_PLUGINS=plugins,
-            VLLM_CPU_OMP_THREADS_BIND=str(self._cpu(self._core)),
             VLLM_NO_USAGE_STATS="1",
-            **(self.family.environment | env),
+            **(
+                {"VLLM_CPU_OMP_THREADS_BIND": str(self._cpu(self._core))}
+                | self.family.environment
+                | env
+            ),
         )
 
     def free_port(self) -> int:

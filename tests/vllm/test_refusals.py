@@ -30,7 +30,6 @@ LATENT = {
 }
 REFUSED = {
     "lora": ("LORA_ENABLED", "--enable-lora"),
-    "tensor parallel": ("TENSOR_PARALLEL_UNSUPPORTED", "--tensor-parallel-size"),
     "pipeline parallel": ("TENSOR_PARALLEL_UNSUPPORTED", "--pipeline-parallel-size"),
     "drafts of a model": ("SPECULATIVE_DRAFT", "--speculative-config"),
     "offload": ("WEIGHTS_OFFLOADED", "--cpu-offload-gb"),
@@ -42,6 +41,7 @@ REFUSED = {
 }
 TAKEN = (
     "plain",
+    "tensor parallel",
     "ngram drafts",
     "latent attention",
     "a GPU",

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from apollo_grpc.errors import FailedPrecondition
+from apollo_grpc.region import Region
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
-from apollo_trainer.weights.manifest import LiveView
+from apollo_trainer.weights.live_view import LiveView
 from apollo_trainer.weights.mapping import map_buffer, map_buffers, measure
 from tests.waiting import HANG
 
@@ -49,7 +50,7 @@ class Owner:
         live = LiveView(
             name,
             getattr(torch, tensor.dtype),
-            tuple(tensor.shape),
+            Region.whole_of(tensor.shape),
             tuple(tensor.stride),
             tensor.buffer_id,
             tensor.offset_bytes,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apollo_grpc.region import Region
+from apollo_trainer.parallel.parts import part_of
 from apollo_trainer.weights import fingerprint as module
 from apollo_trainer.weights.fingerprint import BLOCK_WORDS, SAMPLED, fingerprint, sample
 
@@ -61,6 +66,35 @@ def test_where_a_tensor_begins_in_memory_does_not_matter(start):
     moved = torch.zeros(start + 1001, dtype=torch.bfloat16)[start:]
     moved.copy_(tensor)
     assert fingerprint({"w": moved}) == fingerprint({"w": tensor})
+
+
+def product(draw, root):
+    """What two ranks have of a root: some indices of one dimension, the others in another order."""
+    axis = draw(st.integers(0, len(root) - 1))
+    orders = [draw(st.permutations(range(n))) for n in root]
+    cut = draw(st.integers(1, root[axis] - 1))
+    for part in (slice(0, cut), slice(cut, None)):
+        kept = [order[part] if k == axis else order for k, order in enumerate(orders)]
+        yield Region(root, tuple(tuple((i, 1) for i in indices) for indices in kept))
+
+
+@QUICK
+@given(st.sampled_from([(5, 7), (2, 9, 4), (3, 64), (11,)]), st.sampled_from(DTYPES), st.data())
+def test_the_parts_of_two_ranks_add_up_to_the_digest_of_the_whole(root, dtype, data):
+    whole = weights(math.prod(root), dtype).view(root)
+    parts = list(product(data.draw, root))
+    sums = [module._sum(part_of(whole, region), region) for region in parts]
+    assert sum(sums) == module._sum(whole, Region.whole_of(root))
+
+
+def test_long_lines_and_a_second_holder_count_once():
+    root = (3, 2 * BLOCK_WORDS + 5)
+    whole = weights(math.prod(root), torch.bfloat16).view(root)
+    two = [Region(root, (((0, 1),), ((0, root[1]),))), Region(root, (((1, 2),), ((0, root[1]),)))]
+    sums = [
+        module._sum(part_of(whole, region), region) for region in (*two, replace(two[1], replica=1))
+    ]
+    assert sum(sums) == module._sum(whole, Region.whole_of(root))
 
 
 def test_name_shape_and_dtype_matter():

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
+from apollo_trainer.weights.live_view import check_views
 from apollo_trainer.weights.manifest import (
     MAX_ELEMENTS,
-    Region,
+    Span,
     check_manifest,
-    check_views,
     named,
     shortened,
 )
@@ -27,7 +27,7 @@ SIZE = 4096
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def view(name="w", shape=(2, 3), stride=(3, 1), offset=0, dtype="float32", buffer_id=0):
+def view(name="w", shape=(2, 3), stride=(3, 1), offset=0, dtype="float32", buffer_id=0, rank=0):
     return pb.ParameterView(
         name=name,
         shape=shape,
@@ -36,13 +36,22 @@ def view(name="w", shape=(2, 3), stride=(3, 1), offset=0, dtype="float32", buffe
         dtype=dtype,
         buffer_id=buffer_id,
         tensor="t",
+        rank=rank,
     )
+
+
+def in_order(found, rows):
+    """A view whose rows are these of the parameter."""
+    found.runs.add(starts=rows, counts=[1] * len(rows))
+    for size in found.shape[1:]:
+        found.runs.add(starts=[0], counts=[size])
+    return found
 
 
 def whole(size, buffers=(0,)):
     """One tensor a buffer, that fills it; `t` is the first one's name."""
     names = ["t", "u", "v"]
-    return {n: Region(b, 0, size, b) for n, b in zip(names, buffers, strict=False)}
+    return {n: Span(b, 0, size, b) for n, b in zip(names, buffers, strict=False)}
 
 
 def refused(views, expected=None, regions=None):
@@ -68,23 +77,68 @@ def addresses(found):
 
 @pytest.mark.parametrize("rows", [[1, 0], [0, 1]])
 def test_rows_in_another_order_are_kept_with_the_view(rows):
-    found = view()
-    found.rows.extend(rows)
-    assert checked([found])["w"].rows == tuple(rows)
-    assert checked([view()])["w"].rows == ()
+    live = checked([in_order(view(), rows)])["w"]
+    assert live.region.indices(0) == rows
+    assert live.region.whole == (rows == [0, 1])
+    assert checked([view()])["w"].region.whole
 
 
 @pytest.mark.parametrize("rows", [[0], [0, 0], [0, 2], [1, 0, 2], [-1, 0]])
 def test_rows_that_are_no_order_of_the_parameters_are_refused(rows):
-    found = view()
-    found.rows.extend(rows)
-    assert refused([found]) == "MAP_INVALID"
+    assert refused([in_order(view(), rows)], {"w": (2, 3)}) == "MAP_INVALID"
 
 
 def test_a_scalar_has_no_rows():
-    found = view(shape=(), stride=())
-    found.rows.append(0)
+    assert refused([in_order(view(shape=(), stride=()), [0])]) == "MAP_INVALID"
+
+
+def test_an_older_sidecars_order_of_rows_is_not_read_past():
+    found = view()
+    found.rows.extend([1, 0])
     assert refused([found]) == "MAP_INVALID"
+
+
+def of_ranks(*parts):
+    """A parameter [4, 3] in order of its rows, some of them on each rank."""
+    return [
+        in_order(view(shape=(len(rows), 3), rank=rank), rows) for rank, rows in enumerate(parts)
+    ]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_has_its_part_once_all_together_have_everything(rank):
+    parts = of_ranks([0, 1, 2], [3])
+    live = check_views(parts, whole(SIZE), {"w": (4, 3)}, rank, 2)["w"]
+    assert live.region.indices(0) == [[0, 1, 2], [3]][rank]
+    assert (live.shape, live.region.counted) == (((3, 3), (1, 3))[rank], True)
+
+
+def test_what_all_ranks_have_is_counted_on_the_first():
+    parts = of_ranks([0, 1, 2, 3], [0, 1, 2, 3])
+    live = [check_views(parts, whole(SIZE), {"w": (4, 3)}, rank, 2)["w"] for rank in (0, 1)]
+    assert [each.region.counted for each in live] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        (([0, 1], [2]), "only 9 of its 12 elements"),
+        (([0, 1, 2], [2, 3]), "overlap"),
+        (([0, 1, 2, 3], [2, 3]), "overlap"),
+        (([0, 1], [2, 3], [2, 3]), "more ranks than others"),
+    ],
+)
+def test_parts_that_are_not_all_of_it_are_refused_with_the_reason(parts, why):
+    with pytest.raises(FailedPrecondition, match=why) as error:
+        check_views(of_ranks(*parts), whole(SIZE), {"w": (4, 3)}, 0, len(parts))
+    assert error.value.reason == "PARAMETER_REFUSED"
+    assert error.value.tensors.keys() == {"w"}
+
+
+def test_a_rank_without_a_view_is_refused():
+    with pytest.raises(FailedPrecondition) as error:
+        check_views(of_ranks([0, 1, 2, 3]), whole(SIZE), {"w": (4, 3)}, 0, 2)
+    assert error.value.reason == "PARAMETER_UNMAPPED"
 
 
 @st.composite
@@ -282,10 +336,10 @@ def test_incomplete_handles_of_gpu_memory_are_refused(spoil):
     assert of_manifest(manifest) == "MANIFEST_INVALID"
 
 
-@pytest.mark.parametrize("size", [0, 2, -1])
-def test_several_workers_are_refused_with_the_flag(size):
+@pytest.mark.parametrize(("rank", "size"), [(0, 0), (0, 2), (0, -1), (1, 1)])
+def test_another_worker_than_that_of_this_rank_is_refused(rank, size):
     manifest = good_manifest()
-    manifest.tensor_parallel_size = size
+    manifest.tensor_parallel_rank, manifest.tensor_parallel_size = rank, size
     assert of_manifest(manifest) == "TENSOR_PARALLEL_UNSUPPORTED"
 
 
@@ -366,7 +420,7 @@ def test_a_truncated_manifest_is_refused(data):
 
 
 def test_a_view_outside_the_tensor_that_it_names_is_refused():
-    regions = {"t": Region(0, 0, 24, 0), "u": Region(0, 24, 48, 1)}
+    regions = {"t": Span(0, 0, 24, 0), "u": Span(0, 24, 48, 1)}
     assert refused([view(offset=4)], regions=regions) == "MAP_OUT_OF_BOUNDS"
     there = view(offset=24)
     there.tensor = "u"

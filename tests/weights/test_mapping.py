@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from apollo_grpc.errors import FailedPrecondition
+from apollo_grpc.region import Region
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
-from apollo_trainer.weights.manifest import LiveView
+from apollo_trainer.weights.live_view import LiveView
 from apollo_trainer.weights.mapping import map_buffer, measure
 from tests.waiting import HANG
 
@@ -69,7 +70,7 @@ def owner():
 
 
 def live(shape, stride, offset=0):
-    return LiveView("w", torch.float32, shape, stride, 0, offset, "t")
+    return LiveView("w", torch.float32, Region.whole_of(shape), stride, 0, offset, "t")
 
 
 def test_a_view_shows_the_owners_numbers(owner):

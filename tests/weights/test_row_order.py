@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from apollo_grpc.errors import FailedPrecondition
+from apollo_grpc.region import Region
 from apollo_trainer.weights.checkpoint_plan import plan_checkpoint
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from apollo_trainer.weights.live_model import fill_with_views, meta_model
-from apollo_trainer.weights.manifest import LiveView
 from apollo_trainer.weights.row_order import reorder_outputs
 from examples.byte_model import write_model
 
@@ -42,15 +42,16 @@ class Reordered:
         values = {n: p.detach().clone() for n, p in self.original.named_parameters()}
         live = {n: v[list(rows[n])] if n in rows else v for n, v in values.items()}
         fill_with_views(self.model, plan, live)
-        views = {n: view(n, v, rows.get(n, ())) for n, v in live.items()}
-        self.plan = reorder_outputs(self.model, plan, views)
+        self.plan, self.regions = plan, {n: region(v, rows.get(n)) for n, v in live.items()}
+        reorder_outputs(self.model, plan, self.regions)
 
     def reader(self):
-        return CheckpointReader(self.plan, dict(self.model.named_parameters()))
+        return CheckpointReader(self.plan, dict(self.model.named_parameters()), self.regions)
 
 
-def view(name, tensor, rows):
-    return LiveView(name, tensor.dtype, tuple(tensor.shape), tensor.stride(), 0, 0, "t", rows)
+def region(tensor, rows):
+    whole = Region.whole_of(tensor.shape)
+    return Region(whole.root, (tuple((r, 1) for r in rows), *whole.runs[1:])) if rows else whole
 
 
 def logits(model):

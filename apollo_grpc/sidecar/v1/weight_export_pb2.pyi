@@ -60,9 +60,15 @@ global___PauseMode = PauseMode
 class GetWeightManifestRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    TENSOR_PARALLEL_RANK_FIELD_NUMBER: builtins.int
+    tensor_parallel_rank: builtins.int
+    """Of the worker whose weights are asked for."""
     def __init__(
         self,
+        *,
+        tensor_parallel_rank: builtins.int = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["tensor_parallel_rank", b"tensor_parallel_rank"]) -> None: ...
 
 global___GetWeightManifestRequest = GetWeightManifestRequest
 
@@ -395,7 +401,9 @@ global___TraceCheckpointMapResponse = TraceCheckpointMapResponse
 
 @typing.final
 class ParameterView(google.protobuf.message.Message):
-    """Where a training parameter lies within the live weights."""
+    """Where a training parameter, or the part of it that a worker holds, lies within
+    the live weights.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -407,22 +415,32 @@ class ParameterView(google.protobuf.message.Message):
     OFFSET_BYTES_FIELD_NUMBER: builtins.int
     TENSOR_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
+    RUNS_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
     name: builtins.str
     dtype: builtins.str
     buffer_id: builtins.int
     offset_bytes: builtins.int
     tensor: builtins.str
     """vLLM's tensor that the view is cut from."""
+    rank: builtins.int
+    """Tensor parallel rank of the worker in whose memory it lies."""
     @property
-    def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Of the view."""
+
     @property
     def stride(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """In elements."""
 
     @property
     def rows(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Which row of the parameter each row of the view is; empty where they are in
-        order.
+        """No longer sent: `runs` says more."""
+
+    @property
+    def runs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___IndexRuns]:
+        """Which indices of the parameter the view has along each of its dimensions;
+        empty where it has all of them in order.
         """
 
     def __init__(
@@ -436,10 +454,38 @@ class ParameterView(google.protobuf.message.Message):
         offset_bytes: builtins.int = ...,
         tensor: builtins.str = ...,
         rows: collections.abc.Iterable[builtins.int] | None = ...,
+        runs: collections.abc.Iterable[global___IndexRuns] | None = ...,
+        rank: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["buffer_id", b"buffer_id", "dtype", b"dtype", "name", b"name", "offset_bytes", b"offset_bytes", "rows", b"rows", "shape", b"shape", "stride", b"stride", "tensor", b"tensor"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["buffer_id", b"buffer_id", "dtype", b"dtype", "name", b"name", "offset_bytes", b"offset_bytes", "rank", b"rank", "rows", b"rows", "runs", b"runs", "shape", b"shape", "stride", b"stride", "tensor", b"tensor"]) -> None: ...
 
 global___ParameterView = ParameterView
+
+@typing.final
+class IndexRuns(google.protobuf.message.Message):
+    """Indices of a dimension, run after run."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STARTS_FIELD_NUMBER: builtins.int
+    COUNTS_FIELD_NUMBER: builtins.int
+    @property
+    def starts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """First index of each run."""
+
+    @property
+    def counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """How many indices each has."""
+
+    def __init__(
+        self,
+        *,
+        starts: collections.abc.Iterable[builtins.int] | None = ...,
+        counts: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["counts", b"counts", "starts", b"starts"]) -> None: ...
+
+global___IndexRuns = IndexRuns
 
 @typing.final
 class RefusedParameter(google.protobuf.message.Message):

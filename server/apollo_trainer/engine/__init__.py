@@ -5,7 +5,7 @@ from apollo_trainer.engine.engine_watch import EngineWatch, no_engine
 from apollo_trainer.engine.owner import ModelOwner
 from apollo_trainer.engine.pause import EnginePause
 from apollo_trainer.engine.server_info import ServerInfo
-from apollo_trainer.engine.session import Session
+from apollo_trainer.engine.session import Session, new_optimizer
 from apollo_trainer.engine.state_saver import CapturedState, Saved, StateSaver
 from apollo_trainer.engine.status_board import KEPT_EVENTS, StatusBoard
 
@@ -22,6 +22,7 @@ __all__ = [
     "StatusBoard",
     "coherence_of",
     "engine_is_gone",
+    "new_optimizer",
     "no_engine",
     "version_changed",
 ]

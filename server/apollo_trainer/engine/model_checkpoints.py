@@ -89,7 +89,7 @@ class ModelCheckpoints:
         budget, self._weights = settings.undo_mebibytes * MIB, sum(p.nbytes for p in parameters)
         self.ring = UndoRing(budget)
         # Undo copies the weights at every step: a larger model goes without.
-        self._keeps_updates = self._weights <= budget
+        self._keeps_updates = self._weights <= budget and attachment.ranks.size == 1
         if self._keeps_updates:
             self.watch.add(self.ring.before_write)
         self._look_for_one_cut_off()
@@ -109,8 +109,6 @@ class ModelCheckpoints:
                 self._owned.enter_context(owned(self._place))
                 self._is_owner = True
             return self._place
-
-    # --- what training does -----------------------------------------------------------------
 
     @contextmanager
     def recording(self, optimizer: Apollo) -> Iterator[None]:
@@ -149,6 +147,7 @@ class ModelCheckpoints:
 
         Raises ResourceExhausted while another one is at work: each holds a copy of the weights.
         """
+        self._attachment.require_one_rank()
         if self.snapshot_at_work:
             raise ResourceExhausted(
                 "A snapshot is still being written; there is memory for one at a time. This one "
@@ -189,6 +188,7 @@ class ModelCheckpoints:
 
     def load(self, snapshot: str) -> ModelState:
         """Decodes and verifies a snapshot. Raises as `SnapshotStore.load`."""
+        self._attachment.require_one_rank()
         if self._keeps_updates:
             # The ring reads this memory after the restore: it cannot be the next snapshot's.
             return self.store.load(snapshot)
@@ -219,6 +219,7 @@ class ModelCheckpoints:
         """
         # An undo writes only what the last updates wrote: other weights would stay mixed.
         self.poison.require_sound()
+        self._attachment.require_one_rank()
         if not self._keeps_updates:
             raise OutOfRange(
                 f"No updates are kept of this model: its weights take {-(-self._weights // MIB)} "

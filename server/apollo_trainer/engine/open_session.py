@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from apollo_grpc.errors import ApolloError, FailedPrecondition
+from apollo_grpc.errors import ApolloError, FailedPrecondition, Internal, Unavailable
 from apollo_trainer.checkpoints.apollo_state import (
     FILE_NAME,
     OPTIMIZER_KEY,
@@ -27,9 +27,11 @@ from apollo_trainer.checkpoints.apollo_state import (
 )
 from apollo_trainer.config import Settings
 from apollo_trainer.engine.model_checkpoints import ModelCheckpoints
+from apollo_trainer.engine.other_ranks import OtherRanks
 from apollo_trainer.engine.pace import sharing_of
 from apollo_trainer.engine.session import KeptState, Session, new_optimizer, weights_are_others
 from apollo_trainer.optim import Apollo
+from apollo_trainer.parallel.vocabulary import vocabulary_size
 from apollo_trainer.requests.samples import SampleLimits, why_refused
 from apollo_trainer.training.captured import CapturedPasses
 from apollo_trainer.training.context_check import require_frozen_context
@@ -38,10 +40,11 @@ from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.needs import CANNOT, told
 from apollo_trainer.training.options import StateShape
 from apollo_trainer.training.samples import TokenizedSample
-from apollo_trainer.training.step import StepPolicy, take_step
+from apollo_trainer.training.step import take_step
+from apollo_trainer.training.step_policy import StepPolicy
 from apollo_trainer.training.twin import twin_of
+from apollo_trainer.weights.attach import Checks
 from apollo_trainer.weights.attachment import Attachment
-from apollo_trainer.weights.fingerprint import fingerprint
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.verify import probe_tokens
 
@@ -53,13 +56,17 @@ _DIVIDES = 16
 
 
 def open_session(
-    attachment: Attachment, settings: Settings, kept: KeptState | None = None
+    attachment: Attachment,
+    settings: Settings,
+    kept: KeptState | None = None,
+    others: OtherRanks | None = None,
 ) -> Session:
     """Opens the session of a new attachment, with the Apollo state that belongs to its weights.
 
     Args:
         kept: the state of an engine that was lost; used when it is this engine, else the state on
             disk is.
+        others: the other ranks, which do what is done here until now by themselves.
 
     Raises FailedPrecondition when the model cannot learn after a frozen context, or the state on
     disk is unreadable or of another model.
@@ -67,6 +74,8 @@ def open_session(
     require_frozen_context(
         attachment.model, probe_tokens(attachment.model, attachment.max_model_len)
     )
+    if others is not None:
+        others.listen()
     state_path = _state_path(settings.state_dir, attachment.directory)
     came_back = kept is not None and kept.epoch == attachment.epoch
     newest = newest_state(state_path.parent, attachment.epoch)
@@ -80,11 +89,15 @@ def open_session(
         log.warning(
             "the Apollo state on disk is %s; the settings %s are for new ones", shape, configured
         )
+    state = str(newest) if on_disk else ""
+    attachment.ranks.tell("optimizer", shape=vars(shape), state=state)
     optimizer = new_optimizer(attachment, shape, settings)
     if on_disk:
         _restore(optimizer, state_path, *on_disk)
     embedding = attachment.model.get_input_embeddings().weight
-    limits = SampleLimits(embedding.shape[0], attachment.max_model_len, settings.max_samples)
+    limits = SampleLimits(
+        vocabulary_size(attachment.model), attachment.max_model_len, settings.max_samples
+    )
     checkpoints = ModelCheckpoints(attachment, state_path.parent, settings)
     optimizer.before_param_write = checkpoints.watch
     passes = twin = None
@@ -108,6 +121,20 @@ def open_session(
     return session
 
 
+def checks_of(settings: Settings, *, probed: bool) -> Checks:
+    """What an attachment is asked to prove.
+
+    Args:
+        probed: the same engine was shown to be live before.
+    """
+    return Checks(
+        values=settings.check_values,
+        all_values=settings.check_all_values,
+        liveness=settings.probe_weights and not probed,
+        lease_seconds=settings.lease_seconds,
+    )
+
+
 def _twin(model: Any) -> Any | None:
     try:
         return twin_of(model)
@@ -121,7 +148,7 @@ def _compare(session: Session, state: StateOf) -> None:
     attachment = session.attachment
     session.from_disk, session.covered = True, state.covered
     session.on_disk = state.epoch == attachment.epoch
-    if state.fingerprint and state.fingerprint == fingerprint(attachment.parameters()):
+    if state.fingerprint and state.fingerprint == attachment.fingerprint():
         # A restore that was cut off had then not begun to write, or was whole and saved.
         session.checkpoints.end_restore()
     elif session.on_disk and not state.fingerprint:
@@ -246,3 +273,18 @@ def _tell_of_other_paths(state_path: Path) -> None:
             "%s before anything is trained.",
             path.parent, state_path.parent.name,
         )  # fmt: skip
+
+
+def mistake(error: Exception) -> Internal:
+    """What an attachment is refused with that failed by an error of no domain."""
+    return Internal(
+        f"The attachment failed by a mistake of the server's ({type(error).__name__}); its log has "
+        "the details. Nothing was written."
+    )
+
+
+def gone() -> Unavailable:
+    """What ended an attachment that can be tried again."""
+    return Unavailable(
+        "vLLM or a trainer rank went while weights were mapped.", reason="ENGINE_LOST"
+    )

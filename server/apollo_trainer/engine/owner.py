@@ -8,25 +8,29 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from apollo_grpc.errors import ApolloError, FailedPrecondition, Internal, Unavailable
+from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.generation import FIRST
 from apollo_grpc.v1 import status_pb2
 from apollo_trainer.checkpoints.directory import place_under, settle_directory
 from apollo_trainer.config import Settings
 from apollo_trainer.engine.open_session import (
+    checks_of,
     doubt,
+    gone,
     look_ahead,
+    mistake,
     open_session,
     prepare,
     refused_forms,
 )
+from apollo_trainer.engine.other_ranks import OtherRanks
 from apollo_trainer.engine.server_info import model_info
 from apollo_trainer.engine.session import KeptState, Session
 from apollo_trainer.engine.state_saver import StateSaver
 from apollo_trainer.engine.status_board import StatusBoard
 from apollo_trainer.engine.training_thread import TrainingThread
 from apollo_trainer.optim.ahead import compile_ahead
-from apollo_trainer.weights.attach import Checks, attach
+from apollo_trainer.weights.attach import attach
 from apollo_trainer.weights.attachment import CHANGED_BY_OTHERS
 from apollo_trainer.weights.fixed_values import told_derived
 from apollo_trainer.weights.manifest import Refusal
@@ -59,6 +63,7 @@ class ModelOwner(TrainingThread):
         self._found_epoch, self._found_generation, self._attach_queued = "", FIRST, False
         self._probed_epoch = self._changed_epoch = ""
         self._compiling: threading.Thread | None = None
+        self._others = OtherRanks(settings, self._rank_ended)
 
     def session(self) -> Session:
         """Returns the live session. Any thread.
@@ -140,6 +145,13 @@ class ModelOwner(TrainingThread):
         # Its collection holds up every thread: before the lines above, the loss is told late.
         self.do(self._let_go)
 
+    def _rank_ended(self, detail: str) -> None:
+        """A trainer rank is gone: the engine is attached anew. Any thread."""
+        log.error("%s", detail)
+        if session := self._session:
+            session.attachment.rank_ended = detail
+        self.engine_lost(f"{detail} vLLM is attached again by itself.")
+
     def engine_held(self, detail: str) -> None:
         """Shows why an engine is not attached yet; the watch asks for it again. Any thread."""
         self._board.update(
@@ -168,24 +180,28 @@ class ModelOwner(TrainingThread):
         if self.stopping.is_set():
             return
         self._let_go()
+        self._others.end()
         self._board.update(
             lambda status: status.ClearField("weight_map"),
             attachment=status_pb2.ATTACHMENT_STATE_ATTACHING,
             attachment_detail="vLLM was found; its weights are being mapped and verified.",
         )
         try:
-            model, states = Path(self.sidecar.manifest().model), self._settings.checkpoint_dir
-            settle_directory(place_under(model, states))
+            # An engine that was out of sight for a moment is not paused for a probe again.
+            checks = checks_of(self._settings, probed=epoch == self._probed_epoch)
+            manifest, states = self.sidecar.manifest(), self._settings.checkpoint_dir
+            settle_directory(place_under(Path(manifest.model), states))
             attachment = attach(
                 self.sidecar,
                 epoch,
-                checks=self._checks(epoch),
+                checks=checks,
+                ranks=self._others.begin(epoch, manifest, checks),
                 traced=self._board.show_map,
                 prepare=prepare,
             )
             self._probed_epoch = epoch
             self.saver.flush()
-            session = open_session(attachment, self._settings, self._kept)
+            session = open_session(attachment, self._settings, self._kept, self._others)
             if attachment.found_generation > FIRST or epoch == self._changed_epoch:
                 doubt(session)
             self._compiling = threading.Thread(target=compile_ahead, args=[session.optimizer])
@@ -199,12 +215,7 @@ class ModelOwner(TrainingThread):
             return
         except Exception as error:
             log.exception("the attachment failed")
-            self._refuse(
-                Internal(
-                    f"The attachment failed by a mistake of the server's ({type(error).__name__}); "
-                    "its log has the details. Nothing was written."
-                )
-            )
+            self._refuse(mistake(error) if losses == self._losses else gone())
             return
         with self._lock:
             if still_there := losses == self._losses:
@@ -212,19 +223,7 @@ class ModelOwner(TrainingThread):
         if still_there:
             self._show(session)
         else:
-            self._refuse(
-                Unavailable("vLLM went while its weights were mapped.", reason="ENGINE_LOST")
-            )
-
-    def _checks(self, epoch: str) -> Checks:
-        settings = self._settings
-        return Checks(
-            values=settings.check_values,
-            all_values=settings.check_all_values,
-            # An engine that was out of sight for a moment is not paused for it again.
-            liveness=settings.probe_weights and epoch != self._probed_epoch,
-            lease_seconds=settings.lease_seconds,
-        )
+            self._refuse(gone())
 
     def _let_go(self) -> None:
         """Unmaps the memory of a lost engine, which a new one's would be held beside."""
@@ -232,6 +231,7 @@ class ModelOwner(TrainingThread):
         if session is None or session.attachment.alive:
             return
         session.checkpoints.close()
+        self._others.end()
         attachment = session.attachment
         if attachment.not_live or attachment.changed_by_others:
             self._probed_epoch = ""
@@ -253,13 +253,13 @@ class ModelOwner(TrainingThread):
             for name, reason in error.tensors.items():
                 log.error("%s: %s", name, reason)
             self._board.show_refused(error.tensors)
-        gone = isinstance(error, Unavailable)
-        if gone:
+        is_gone = isinstance(error, Unavailable)
+        if is_gone:
             with self._lock:
                 self._found_epoch = ""
         self._board.update(
             attachment=status_pb2.ATTACHMENT_STATE_DETACHED
-            if gone
+            if is_gone
             else status_pb2.ATTACHMENT_STATE_REFUSED,
             attachment_detail=f"{error.message} ({error.reason})",
         )
@@ -276,6 +276,7 @@ class ModelOwner(TrainingThread):
     def stop(self) -> None:
         """Ends the run at work after its step, saves the Apollo state, and joins the threads."""
         self.end(self._save_at_end)
+        self._others.end()
         if self._compiling:
             self._compiling.join()
         self.saver.stop()

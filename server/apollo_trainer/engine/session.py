@@ -37,7 +37,6 @@ from apollo_trainer.training.options import OptimizerOptions, StateShape
 from apollo_trainer.training.out_of_memory import OutOfMemory
 from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.weights.attachment import Attachment
-from apollo_trainer.weights.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 # Of a session, what an engine that comes back finds as it was.
@@ -75,7 +74,7 @@ class Session:
         other_weights: why the state does not belong to the live weights; empty when it does.
         on_disk: whether a state on disk is one that a killed server could go on with.
         captured_step: of the last copy that was taken to be saved; -1 where that is of no use.
-        saves: copies that were taken of this model's state, by this server and those before.
+        saves: copies that were taken of this model's state, by all servers.
         covered: what the live state knows of the ledger's runs.
         came_back: whether the engine was lost from sight, and its state in memory was kept.
         from_disk: whether the ledger may know of steps that the state lacks.
@@ -147,6 +146,7 @@ class Session:
 
     def new_optimizer(self, shape: StateShape) -> Apollo:
         """Makes an optimizer without history for the live weights."""
+        self.attachment.ranks.tell("optimizer", shape=vars(shape), state="")
         optimizer = new_optimizer(self.attachment, shape, self.settings)
         optimizer.before_param_write = self.checkpoints.watch
         return optimizer
@@ -174,6 +174,8 @@ class Session:
     @contextmanager
     def trying(self, options: OptimizerOptions, steps: int = 0) -> Iterator[None]:
         """Begins a dry run as `begin_run` does; afterwards all is as it was."""
+        if options.reset:
+            self.attachment.require_one_rank()
         before, rounding = {name: getattr(self, name) for name in _BEGUN}, self.optimizer.rounding
         groups = [dict(group) for group in self.optimizer.param_groups]
         try:
@@ -196,7 +198,7 @@ class Session:
         return error.with_needs(needed, torch.cuda.mem_get_info()[0])
 
     def step_memory(self) -> StepMemory:
-        """Returns what tells a step's memory; for a session with a twin."""
+        """Returns what tells a step's memory, with a twin."""
         return StepMemory(self.twin, self.shape, self.settings.token_budget)
 
     def capture(self, *, running: bool) -> CapturedState:
@@ -210,7 +212,7 @@ class Session:
         """
         tensors, description = self.optimizer.named_state()
         self.saves, self.captured_step = self.saves + 1, self.optimizer.step_count
-        found = "" if running else fingerprint(self.attachment.parameters())
+        found = "" if running else self.attachment.fingerprint()
         weights = StateOf(self.attachment.epoch, found, self.saves, self.covered)
         running_path = self.state_path.with_name(RUNNING_FILE_NAME)
         return CapturedState(
@@ -232,8 +234,7 @@ class Session:
 
     def is_saved(self) -> bool:
         """Whether the live state is on disk. Reads a header; the saver must be idle."""
-        newest = newest_state(self.state_path.parent, self.attachment.epoch)
-        saves = state_of(newest).saves
+        saves = state_of(newest_state(self.state_path.parent, self.attachment.epoch)).saves
         return (self.captured_step, self.saves) == (self.optimizer.step_count, saves)
 
     def catch_up(self, steps: int, *, in_doubt: bool) -> None:
@@ -251,14 +252,15 @@ class Session:
             self.captured_step = -1
 
     def keep(self) -> KeptState | None:
-        """Returns the state in memory, apart from the engine's; None in the middle of a step."""
+        """Returns the state in memory, apart from the engine's; None where that has no whole."""
         try:
+            self.attachment.require_one_rank()  # The others end with the engine, or have ended.
             tensors, description = self.optimizer.named_state()
-        except RuntimeError:
+        except (RuntimeError, FailedPrecondition):
             return None
         carried = {name: getattr(self, name) for name in _CARRIED}
-        mixed, epoch = self.checkpoints.poison.why, self.attachment.epoch
-        return KeptState(epoch, tensors, self._described(description), carried, mixed)
+        mixed, of = self.checkpoints.poison.why, self._described(description)
+        return KeptState(self.attachment.epoch, tensors, of, carried, mixed)
 
     def _described(self, optimizer: dict[str, Any]) -> dict[str, Any]:
         return {OPTIMIZER_KEY: optimizer, SHAPE_KEY: vars(self.shape)}
@@ -276,6 +278,8 @@ def new_optimizer(attachment: Attachment, shape: StateShape, settings: Settings)
             variant=shape.variant,
             rounding=shape.rounding,
             seed=settings.seed,
+            regions=attachment.regions,
+            ranks=attachment.ranks,
         )
     except ValueError as error:
         raise FailedPrecondition(

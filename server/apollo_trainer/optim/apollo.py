@@ -7,14 +7,14 @@ Algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from apollo_trainer.optim import cpu, cuda, paths
+from apollo_grpc.region import Region
+from apollo_trainer.optim import cpu, paths
 from apollo_trainer.optim.change import Change
 from apollo_trainer.optim.cuda import FusedStepper, Work
 from apollo_trainer.optim.factored import Gradient, norm_of
@@ -29,24 +29,12 @@ from apollo_trainer.optim.options import (
     settings_for,
 )
 from apollo_trainer.optim.parameters import Slot
-from apollo_trainer.optim.reference import Job, step_parameter
+from apollo_trainer.optim.reference import Job
 from apollo_trainer.optim.rounding import Rounding, RoundingMode
 from apollo_trainer.optim.state import StatefulOptimizer
-
-
-@dataclass
-class _PreparedStep:
-    """What a step works with, set aside before it begins.
-
-    Attributes:
-        gradients: that it is prepared for; None for the tensors' own.
-        works: the parameters with a gradient, and by which path each is stepped.
-        on_cuda: what the kernels of each device work with.
-    """
-
-    gradients: Mapping[Tensor, Gradient] | None
-    works: list[tuple[Slot, Gradient, paths.Path]]
-    on_cuda: dict[torch.device, cuda.Prepared]
+from apollo_trainer.optim.together import step_parameters
+from apollo_trainer.parallel.parts import NO_REGIONS
+from apollo_trainer.parallel.ranks import ALONE, Ranks
 
 
 class Apollo(StatefulOptimizer):
@@ -86,6 +74,8 @@ class Apollo(StatefulOptimizer):
             takes 'fused' for those that it can, but on a CPU only from 2^20 weights on.
         compat: 'apollo-torch' reproduces apollo-torch 1.0.3 with its faults. Pass eps=1e-6, its
             default; every parameter must then have a gradient at every step.
+        regions: by name, which part of its parameter each tensor is, where `ranks` divide them.
+        ranks: that step together, each with gradients of the same parameters.
 
     Group entries lr, weight_decay, warmup_steps, warmup_from, betas, eps, scale, proj_refresh,
     norm_growth_limit and those of a schedule ('schedule', 'final_lr_fraction', 'steps_total' from
@@ -129,6 +119,8 @@ class Apollo(StatefulOptimizer):
         seed: int = 0,
         impl: Impl = "auto",
         compat: Compat | None = None,
+        regions: Mapping[str, Region] = NO_REGIONS,
+        ranks: Ranks = ALONE,
     ) -> None:
         check_choices(seed, variant=variant, rounding=rounding, impl=impl, compat=compat)
         defaults = {
@@ -143,11 +135,12 @@ class Apollo(StatefulOptimizer):
         self.before_param_write: Callable[[Tensor], None] = lambda _: None
         self.last_update_norm: Tensor | None = None
         self.last_changed_fraction: Tensor | None = None
-        self._prepared: _PreparedStep | None = None
+        self._prepared: paths.PreparedStep | None = None
         self._steppers: dict[torch.device, FusedStepper] = {}
         super().__init__(
-            params, defaults, seed=seed, variant=variant, rounding=rounding, compat=compat
-        )
+            params, defaults, seed=seed, variant=variant, rounding=rounding, compat=compat,
+            regions=regions, ranks=ranks,
+        )  # fmt: skip
 
     @overload
     def step(
@@ -170,10 +163,8 @@ class Apollo(StatefulOptimizer):
 
         Raises ValueError on an invalid group setting, and then changes nothing.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         self.wrote = False
         self._step(gradients)
         return loss
@@ -188,12 +179,14 @@ class Apollo(StatefulOptimizer):
         self._prepared = None
         prepared = self._prepare(gradients, self._settings())
         squares = [self._steppers[d].squares(each) for d, each in prepared.on_cuda.items()]
-        norms = [norm_of(grad) for _, grad, path in prepared.works if path != "cuda"]
-        squares += [norm.to(torch.float64).square() for norm in norms]
+        for slot, grad, path in prepared.works:
+            if path != "cuda" and slot.region.counted:
+                squares.append(norm_of(grad).to(torch.float64).square())
         self._prepared = prepared
-        if not squares:
-            return torch.zeros((), dtype=torch.float64)
-        return torch.stack([each.to(squares[0].device) for each in squares]).sum().sqrt()
+        squares = squares or [torch.zeros((), dtype=torch.float64)]
+        total = torch.stack([each.to(squares[0].device) for each in squares]).sum()
+        self.ranks.sum(total)
+        return total.sqrt()
 
     def forget(self) -> None:
         """Lets go of what `prepare` holds."""
@@ -206,7 +199,7 @@ class Apollo(StatefulOptimizer):
 
     def _prepare(
         self, gradients: Mapping[Tensor, Gradient] | None, settings: list[StepSettings]
-    ) -> _PreparedStep:
+    ) -> paths.PreparedStep:
         found = [(slot, slot.gradient(gradients)) for slot in self._slots]
         chosen = self.impl, self.compat, self.weights
         works = [(slot, g, paths.path_of(slot, g, *chosen)) for slot, g in found if g is not None]
@@ -219,11 +212,11 @@ class Apollo(StatefulOptimizer):
             device: self._stepper(device).prepare(each, settings, self.rounding, self.measure)
             for device, each in on_cuda.items()
         }
-        return _PreparedStep(gradients, works, kernels)
+        return paths.PreparedStep(gradients, works, kernels)
 
     def _take_prepared(
         self, gradients: Mapping[Tensor, Gradient] | None, settings: list[StepSettings]
-    ) -> _PreparedStep:
+    ) -> paths.PreparedStep:
         prepared, self._prepared = self._prepared, None
         if prepared is not None and gradients is not None and prepared.gradients is gradients:
             return prepared
@@ -236,25 +229,29 @@ class Apollo(StatefulOptimizer):
         prepared = self._take_prepared(gradients, settings)
         for device in prepared.on_cuda:
             self._stepper(device).begin(self.step_count + 1, settings)
-        if self._slots:
-            self.before_write()
-        for slot, _, _ in prepared.works:
-            self.before_param_write(slot.param)
+        self.ranks.agree(lambda: self._announce(prepared))
         self.wrote = bool(prepared.works)
         self._write(prepared, settings, change)
         self._end(change)
 
+    def _announce(self, prepared: paths.PreparedStep) -> None:
+        if self._slots:
+            self.before_write()
+        for slot, _, _ in prepared.works:
+            self.before_param_write(slot.param)
+
     def _write(
-        self, prepared: _PreparedStep, settings: list[StepSettings], change: Change | None
+        self, prepared: paths.PreparedStep, settings: list[StepSettings], change: Change | None
     ) -> None:
-        on_cpu = list[Job]()
+        jobs: dict[paths.Path, list[Job]] = {"cpu": [], "reference": []}
         for slot, grad, path in prepared.works:
-            if path == "cpu":
-                on_cpu.append(self._job(slot, grad, settings, change))
-            elif path == "reference":
-                self._count_skipped(step_parameter(self._job(slot, grad, settings, change)))
-        if on_cpu:
-            self._count_skipped(torch.stack(cpu.step_parameters(on_cpu)).sum())
+            if path != "cuda":
+                counted = change if slot.region.counted else None
+                jobs[path].append(self._job(slot, grad, settings, counted))
+        found = step_parameters(jobs["reference"], self.ranks)
+        found += cpu.step_parameters(jobs["cpu"]) if jobs["cpu"] else []
+        for skipped in found:
+            self._count_skipped(skipped)
         for device, each in prepared.on_cuda.items():
             skipped, changed = self._stepper(device).step(each)
             self._count_skipped(skipped)
@@ -264,9 +261,8 @@ class Apollo(StatefulOptimizer):
     def _end(self, change: Change | None) -> None:
         self.last_update_norm = self.last_changed_fraction = None
         if change is not None:
-            self.last_update_norm = change.norm()
-            elements = sum(slot.param.numel() for slot in self._slots)
-            self.last_changed_fraction = change.fraction(elements)
+            self.last_update_norm, changed = change.totals(self.ranks)
+            self.last_changed_fraction = changed / max(1, self.weights)
         self.step_count += 1
 
     def slowness(self) -> str:
@@ -287,7 +283,7 @@ class Apollo(StatefulOptimizer):
         self, slot: Slot, grad: Gradient, settings: list[StepSettings], change: Change | None
     ) -> Job:
         own = settings[slot.group]
-        rounding = Rounding(self.rounding, slot.rounding_key, own.number)
+        rounding = Rounding(self.rounding, slot.rounding_key, own.number, slot.lines)
         return Job(slot, grad, self.state[slot.param], own, rounding, change)
 
     def _stepper(self, device: torch.device) -> FusedStepper:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apollo_trainer.parallel.ranks import Ranks
+
 _BITS = {4: torch.int32, 2: torch.int16}
 
 
@@ -28,13 +30,11 @@ class Change:
         self._put(self._changed, changed)
         self._put(self._squares, square)
 
-    def norm(self) -> Tensor:
-        """The Euclidean norm of the change: float64, 0-dim."""
-        return self._total(self._squares).sqrt()
-
-    def fraction(self, elements: int) -> Tensor:
-        """The part of `elements` whose bits changed: float64, 0-dim."""
-        return self._total(self._changed) / max(1, elements)
+    def totals(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        """The Euclidean norm of the change, and how many elements changed: float64, 0-dim each."""
+        together = torch.stack([self._total(self._squares), self._total(self._changed)])
+        ranks.sum(together)
+        return together[0].sqrt(), together[1]
 
     @staticmethod
     def _put(sums: dict[torch.device, Tensor], value: Tensor) -> None:

@@ -103,11 +103,12 @@ class Projection:
 
     Args:
         P: float32 [r, m], with m the smaller side.
+        tall: whether the larger side is that of the first factor.
     """
 
-    def __init__(self, factors: Factors, P: Tensor):
+    def __init__(self, factors: Factors, P: Tensor, tall: bool):
         left, right = factors
-        self._A, B = (left, right) if left.shape[1] >= right.shape[1] else (right, left)
+        self._A, B = (left, right) if tall else (right, left)
         self._Q, self._gram = P @ B.mT, B @ B.mT
 
     def project(self, channels: slice, R: Tensor, norms: Tensor) -> None:

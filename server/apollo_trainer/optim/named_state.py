@@ -31,7 +31,7 @@ def tensor_name(part: str, parameter: str) -> str:
 def describe(slot: Slot) -> dict[str, Any]:
     """Shape, dtype and rank of one parameter; None is the rank of plain Adam."""
     dtype = str(slot.param.dtype).removeprefix("torch.")
-    return {"shape": list(slot.param.shape), "dtype": dtype, "rank": slot.rank}
+    return {"shape": list(slot.root), "dtype": dtype, "rank": slot.rank}
 
 
 def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:

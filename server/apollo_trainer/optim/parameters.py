@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apollo_grpc.region import Region
 from apollo_trainer.optim.factored import Factored, Gradient, total
 from apollo_trainer.optim.philox import Key, derive_key
 from apollo_trainer.optim.rounding import RoundingMode
+from apollo_trainer.parallel.parts import NO_REGIONS, Lines
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-Region = tuple[torch.device, torch.dtype, int, tuple[int, ...], tuple[int, ...]]
+Place = tuple[torch.device, torch.dtype, int, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass
 class Slot:
-    """One parameter. `rank` is None where plain Adam serves it; `index` counts from 1.
+    """One parameter, or this rank's part of one. `rank` is None where plain Adam serves it.
 
-    `group` is the position of its parameter group.
+    `index` counts from 1, `group` is the position of its parameter group. What is decided by a
+    shape is decided by that of the whole parameter, `region.root`.
 
     `aliases` are other tensors over the same memory: their gradients are added, and the memory is
     stepped once.
@@ -32,9 +37,51 @@ class Slot:
     index: int
     group: int
     rank: int | None
+    region: Region
     projection_key: Key = (0, 0)
     rounding_key: Key = (0, 0)
     aliases: list[Tensor] = field(default_factory=list)
+
+    @property
+    def root(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        return self.region.root
+
+    @property
+    def tall(self) -> bool:
+        """Whether the larger side of a matrix is its rows; so where both are equal."""
+        return self.root[-2] >= self.root[-1]
+
+    @property
+    def large(self) -> int:
+        """The dimension of a matrix's larger side: -2 or -1; the other is the smaller one's."""
+        return -2 if self.tall else -1
+
+    @property
+    def cut(self) -> int | None:
+        """The dimension along which ranks divide it, from the last, which is -1; None for none."""
+        sides = zip(self.region.shape, self.root, strict=True)
+        cut = [k - len(self.root) for k, (own, all_of_it) in enumerate(sides) if own != all_of_it]
+        return cut[0] if cut else None
+
+    def region_of(self, part: str) -> Region:
+        """Which part of the whole state of the parameter this rank's tensor `part` is."""
+        root, runs = self.root, self.region.runs
+        if part == "low" or (part in "mv" and self.rank is None):
+            return self.region
+        if self.rank is None:
+            return Region.whole_of(())
+        if part in "mv":
+            root = (*root[:-2], self.rank, root[self.large])
+            runs = (*runs[:-2], ((0, self.rank),), runs[self.large])
+        else:
+            root, runs = root[:-2], runs[:-2]
+        return Region(root, runs, self.region.replica)
+
+    @cached_property
+    def lines(self) -> Lines | None:
+        """The numbers of its elements in the whole; None where it is the whole."""
+        return None if self.region.whole else Lines.of(self.region)
 
     def set_seed(self, seed: int) -> None:
         """Derives both keys from the optimizer's seed and the parameter's name."""
@@ -68,13 +115,13 @@ def new_state(slot: Slot, mode: RoundingMode) -> dict[str, Tensor]:
     """Zeroed state of one parameter, on its device.
 
     A matrix [a, b] with rank r has moments m, v [r, max(a, b)], a stack [E, a, b] has them
-    [E, r, max(a, b)], anything else in its own shape; all float32. `step` (int64) counts its
-    updates and `norm` (float32) is the limiter's last norm, both one per matrix. `low` (int16) is
-    the lower half of the weights under split16.
+    [E, r, max(a, b)], of the larger side this rank's part, anything else in its own shape; all
+    float32. `step` (int64) counts its updates and `norm` (float32) is the limiter's last norm, both
+    one per matrix. `low` (int16) is the lower half of the weights under split16.
     """
     p, device = slot.param, slot.param.device
     counts = p.shape[:-2] if slot.rank is not None else torch.Size()
-    shape = p.shape if slot.rank is None else (*counts, slot.rank, max(p.shape[-2:]))
+    shape = p.shape if slot.rank is None else (*counts, slot.rank, p.shape[slot.large])
     state = {
         "m": torch.zeros(shape, dtype=torch.float32, device=device),
         "v": torch.zeros(shape, dtype=torch.float32, device=device),
@@ -87,11 +134,11 @@ def new_state(slot: Slot, mode: RoundingMode) -> dict[str, Tensor]:
     return state
 
 
-def _effective_rank(param: Tensor, rank: int | None) -> int | None:
+def _effective_rank(root: tuple[int, ...], rank: int | None) -> int | None:
     """The rank of a matrix or a stack of matrices [E, a, b] no smaller than it, otherwise None."""
-    if rank is None or param.ndim not in (2, 3) or min(param.shape[-2:]) < rank:
+    if rank is None or len(root) not in (2, 3) or min(root[-2:]) < rank:
         return None
-    return rank if param.numel() else None
+    return rank if math.prod(root) else None
 
 
 def named(params: Iterable[Any], first: int) -> list[tuple[str, Tensor]]:
@@ -112,22 +159,26 @@ def sort_out(
     *,
     rank: int | None,
     mode: RoundingMode,
+    regions: Mapping[str, Region] = NO_REGIONS,
 ) -> tuple[list[Slot], list[tuple[Tensor, Slot]]]:
     """Sorts tensors into new parameters of `group` and into ties with others; registers nothing.
+
+    Args:
+        regions: by name, of the parameters of which this rank has a part.
 
     Raises ValueError naming the tensor that cannot be a parameter beside `slots`.
     """
     new: list[Slot] = []
     ties: list[tuple[Tensor, Slot]] = []
     known = {id(t) for slot in slots for t in (slot.param, *slot.aliases)}
-    regions = {region(slot.param): slot for slot in slots if slot.param.numel()}
+    places = {place(slot.param): slot for slot in slots if slot.param.numel()}
     names = {slot.name for slot in slots}
     for name, tensor in pairs:
         if id(tensor) in known:
             continue
         _check_parameter(name, tensor, mode)
         known.add(id(tensor))
-        tied = regions.get(region(tensor))
+        tied = places.get(place(tensor))
         if tied is not None:
             ties.append((tensor, tied))
             continue
@@ -135,11 +186,26 @@ def sort_out(
             raise ValueError(f"{name}: two parameters have this name.")
         _check_overlap(name, tensor, (*slots, *new))
         index = len(slots) + len(new) + 1
-        new.append(Slot(name, tensor, index, group, _effective_rank(tensor, rank)))
+        region = _region(name, tensor, regions.get(name))
+        new.append(Slot(name, tensor, index, group, _effective_rank(region.root, rank), region))
         names.add(name)
         if tensor.numel():
-            regions[region(tensor)] = new[-1]
+            places[place(tensor)] = new[-1]
     return new, ties
+
+
+def _region(name: str, param: Tensor, region: Region | None) -> Region:
+    """Which part of its parameter a tensor is. Raises ValueError where that cannot be stepped."""
+    if region is None:
+        return Region.whole_of(param.shape)
+    if region.shape != tuple(param.shape):
+        raise ValueError(f"{name}: its region is {region.shape}, and the tensor another shape.")
+    if region.complete:
+        # In another order on every rank: each steps it as it lies.
+        return replace(Region.whole_of(param.shape), replica=region.replica)
+    if sum(own != side for own, side in zip(region.shape, region.root, strict=True)) > 1:
+        raise ValueError(f"{name}: ranks divide it along more than one of its dimensions.")
+    return region
 
 
 def _check_parameter(name: str, param: Tensor, mode: RoundingMode) -> None:
@@ -157,7 +223,7 @@ def _check_parameter(name: str, param: Tensor, mode: RoundingMode) -> None:
         raise ValueError(f"{name}: is an expanded view, whose elements share memory.")
 
 
-def region(param: Tensor) -> Region:
+def place(param: Tensor) -> Place:
     """What two tied tensors have in common: device, dtype, address, shape and strides."""
     sides = [(n, s) for n, s in zip(param.shape, param.stride(), strict=True) if n > 1]
     strides = tuple(s for _, s in sides)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from apollo_trainer.optim import cpu, cuda
 from apollo_trainer.optim.factored import Gradient
@@ -16,6 +18,21 @@ Path = Literal["reference", "cpu", "cuda"]
 # How steps of a kind of parameter are compiled: the path, the device, the dtype and the rank.
 Kind = tuple[Path, torch.device, torch.dtype, int | None]
 _MANY = 0.01  # of all weights: a smaller part that is stepped slowly is not worth a warning
+
+
+@dataclass
+class PreparedStep:
+    """What a step works with, set aside before it begins.
+
+    Attributes:
+        gradients: that it is prepared for; None for the tensors' own.
+        works: the parameters with a gradient, and by which path each is stepped.
+        on_cuda: what the kernels of each device work with.
+    """
+
+    gradients: Mapping[Tensor, Gradient] | None
+    works: list[tuple[Slot, Gradient, Path]]
+    on_cuda: dict[torch.device, cuda.Prepared]
 
 
 def path_of(slot: Slot, grad: Gradient, impl: Impl, compat: Compat | None, weights: int) -> Path:

@@ -56,7 +56,12 @@ def draw_words(key: Key, step: int, first: int, count: int, device: torch.device
 
     The counter of a block is its number in words 0 and 1, and `step` in words 2 and 3.
     """
-    block = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    return _words_of(key, step, torch.arange(first, first + count, device=device))
+
+
+def _words_of(key: Key, step: int, block: Tensor) -> Tensor:
+    """The words of blocks by their numbers, int64 [blocks]: int64 [blocks, 4]."""
+    device = block.device
     upper = torch.full((), step, dtype=torch.int64, device=device)
     counter = (block & MASK32, block >> 32, upper & MASK32, upper >> 32)
     return torch.stack(philox(counter, key), dim=-1)
@@ -70,6 +75,27 @@ def draw_16_bits(key: Key, step: int, first: int, count: int, device: torch.devi
     """
     block, skip = first // 8, first % 8
     words = draw_words(key, step, block, (skip + count + 7) // 8, device)
+    return _as_16_bits(_halves(words)[skip : skip + count])
+
+
+def draw_lines(key: Key, step: int, starts: Tensor, width: int) -> Tensor:
+    """Returns the bits of `draw_16_bits` for `width` elements from each of `starts` on.
+
+    Args:
+        starts: int64 [lines].
+
+    Returns int32 [lines, width].
+    """
+    counted = torch.arange((width + 14) // 8, device=starts.device)
+    words = _words_of(key, step, (starts[:, None] // 8 + counted).flatten())
+    places = starts[:, None] % 8 + torch.arange(width, device=starts.device)
+    return _as_16_bits(_halves(words).view(len(starts), -1).gather(1, places))
+
+
+def _halves(words: Tensor) -> Tensor:
     # Little-endian memory, the only one that torch runs on, has the low half first.
-    halves = words.to(torch.int32).view(torch.int16).flatten()[skip : skip + count]
+    return words.to(torch.int32).view(torch.int16).flatten()
+
+
+def _as_16_bits(halves: Tensor) -> Tensor:
     return halves.to(torch.int32).bitwise_and_(0xFFFF)

@@ -62,8 +62,11 @@ class Preview:
         update_norm, fraction = twin.last_update_norm, twin.last_changed_fraction
         assert update_norm is not None and fraction is not None
         self._updates.append(update_norm)
-        self._changed.append(fraction * param.numel())
-        self._weights.append(torch.linalg.vector_norm(param.detach(), dtype=torch.float64))
+        self._changed.append(fraction * twin.weights)
+        own: Tensor = torch.linalg.vector_norm(param.detach(), dtype=torch.float64)
+        region = self._optimizer.regions.get(self._places[param][1])
+        counted = own if region is None or region.counted else own.zero_()
+        self._weights.append(self._optimizer.ranks.norms(counted))
 
     def _twin(self, param: Tensor, copied: Tensor) -> Apollo:
         """An optimizer of the copied parameter alone, in the state of the real one."""
@@ -76,6 +79,8 @@ class Preview:
             rounding=real.rounding,
             seed=real.seed,
             impl=real.impl,
+            regions=real.regions,
+            ranks=real.ranks,
         )
         for key, tensor in twin.state[copied].items():
             tensor.copy_(real.state[param][key])

@@ -12,7 +12,7 @@ transposes its exact update.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,9 @@ from apollo_trainer.optim.rounding import Rounding
 NORM_FLOOR = 1e-3
 _TILE_CPU = 2**20
 _TILE_DEVICE = 2**24
+# A step of one parameter: what it gives is replaced by its sum over ranks; then whether the
+# gradient was not finite.
+Steps = Generator[list[Tensor], None, Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,44 @@ def step_parameter(job: Job) -> Tensor:
     A gradient is not finite where it holds NaN or infinity, or where its norm overflows float32;
     its matrix, moments and step count then stay as they are.
     """
+    steps = begin(job)
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
+def begin(job: Job) -> Steps:
+    """The step of one parameter, which waits wherever the sums of other ranks are needed."""
     return _step_matrices(job) if job.slot.rank is not None else _step_elements(job)
 
 
-def _step_matrices(job: Job) -> Tensor:
+def _step_matrices(job: Job) -> Steps:
     """Algorithm 1 for a matrix [a, b], or for each matrix of a stack [E, a, b]."""
-    G = _factors_or_stack(job.grad)
-    R, G_norms = _project(G, _projection(job), job.slot.rank or 0, job.grad.shape)
+    G, slot = _factors_or_stack(job.grad), job.slot
+    R, G_norms = _project(G, _projection(job), slot.rank or 0, slot.tall, job.grad.shape)
+    if slot.cut == -3 - slot.large:
+        G_norms.square_()
+        yield [R, G_norms]
+        G_norms.sqrt_()
     m, v = _next_moments(job.settings, job.state["m"], job.state["v"], R)
     step = job.state["step"].view(-1) + 1
-    s = _scaling_factors(job, m, v, step, R)
+    scaled, plain = _channel_norms(job, m, v, step, R)
+    if slot.cut == slot.large and job.settings.variant == "mini":
+        scaled, plain = scaled.square(), plain.square()
+        yield [scaled, plain]
+        scaled, plain = scaled.sqrt(), plain.sqrt()
+    s = scaled / (plain + 1e-8) if job.uncorrected else torch.where(plain == 0, 0.0, scaled / plain)
     X_norm: Tensor = torch.linalg.vector_norm(s * G_norms, dim=-1)
+    reached = (G_norms > 0).any(-1)
+    if slot.cut == slot.large:
+        X_norm, some = X_norm.square(), reached.to(torch.float32)
+        yield [X_norm, some]
+        X_norm, reached = X_norm.sqrt(), some > 0
     finite = X_norm.isfinite()
     # An expert that no token reached has no gradient at all: it keeps its weights and moments.
-    active = finite & (G_norms > 0).any(-1) if job.grad.ndim == 3 else finite
+    active = finite & reached if job.grad.ndim == 3 else finite
     factor, norm = limit(job, X_norm, step)
     state = job.state
     for key, new in (("m", m), ("v", v), ("step", step), ("norm", norm)):
@@ -82,30 +109,31 @@ def _step_matrices(job: Job) -> Tensor:
 
 
 def _projection(job: Job) -> Tensor:
-    slot, window, G = job.slot, job.settings.window, job.grad
-    width = min(G.shape[-2:])
-    rank = slot.rank or 0
+    slot, window, device = job.slot, job.settings.window, job.grad.device
+    width, rank, small = min(slot.root[-2:]), slot.rank or 0, -3 - slot.large
     if job.settings.compat == "apollo-torch":
-        tall = G.shape[-2] >= G.shape[-1]
-        return draw_apollo_torch_projection(slot.index, window, rank, width, tall, G.device)
-    return draw_projection(slot.projection_key, window, rank, width, G.device)
+        return draw_apollo_torch_projection(slot.index, window, rank, width, slot.tall, device)
+    P = draw_projection(slot.projection_key, window, rank, width, device)
+    if slot.region.is_whole(small):
+        return P
+    return P[:, torch.tensor(slot.region.indices(small), device=device)]
 
 
 def _project(
-    G: Tensor | list[Factors], P: Tensor, rank: int, shape: torch.Size
+    G: Tensor | list[Factors], P: Tensor, rank: int, tall: bool, shape: torch.Size
 ) -> tuple[Tensor, Tensor]:
     """Returns R = P G [B, r, n] and the channel norms |G_j| [B, n], reading G [B, a, b] once.
 
     All the matrices of a stack share P: the paper's argument is about one matrix at a time.
     """
-    m, n = sorted(shape[-2:])
+    n, m = shape[-2:] if tall else shape[-2:][::-1]
     R = torch.empty((len(G), rank, n), dtype=torch.float32, device=P.device)
     norms = torch.empty((len(G), n), dtype=torch.float32, device=P.device)
     if isinstance(G, list):
         for b, factors in enumerate(G):
-            Projection(factors, P).project(slice(0, n), R[b], norms[b])
+            Projection(factors, P, tall).project(slice(0, n), R[b], norms[b])
         return R, norms
-    large = G if G.shape[-2] >= G.shape[-1] else G.mT
+    large = G if tall else G.mT
     for b in range(len(G)):
         for rows in row_tiles(n, m, P.device):
             tile = large[b, rows].to(torch.float32, memory_format=torch.contiguous_format)
@@ -139,16 +167,16 @@ def bias_corrections(job: Job, step: Tensor) -> tuple[Tensor, Tensor]:
     return first.to(torch.float32), second.to(torch.float32)
 
 
-def _scaling_factors(job: Job, m: Tensor, v: Tensor, step: Tensor, R: Tensor) -> Tensor:
-    """s [B, n] for variant 'channel', [B, 1] for 'mini': |R~| / |R|, and 0 where R is 0."""
+def _channel_norms(
+    job: Job, m: Tensor, v: Tensor, step: Tensor, R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """|R~| and |R|, [B, n] for variant 'channel' and [B, 1] for 'mini'; s is their quotient."""
     dim = (-2,) if job.settings.variant == "channel" else (-2, -1)
     scaled: Tensor = torch.linalg.vector_norm(_direction(job, m, v, step), dim=dim)
     plain: Tensor = torch.linalg.vector_norm(R, dim=dim)
     if job.settings.variant == "mini":
-        scaled, plain = scaled.unsqueeze(-1), plain.unsqueeze(-1)
-    if job.uncorrected:
-        return scaled / (plain + 1e-8)
-    return torch.where(plain == 0, 0.0, scaled / plain)
+        return scaled.unsqueeze(-1), plain.unsqueeze(-1)
+    return scaled, plain
 
 
 def limit(job: Job, X_norm: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +192,7 @@ def limit(job: Job, X_norm: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         factor = torch.where(step > 1, 1.0 / over, 1.0)
         return factor, X_norm * factor
     else:
-        cap = (previous * growth).clamp_(min=NORM_FLOOR * math.sqrt(math.prod(job.grad.shape[-2:])))
+        cap = (previous * growth).clamp_(min=NORM_FLOOR * math.sqrt(math.prod(job.slot.root[-2:])))
         factor = torch.where(previous > 0, (cap / X_norm).clamp_(max=1.0), 1.0)
     return factor, torch.where(X_norm > 0, X_norm * factor, previous)
 
@@ -172,7 +200,7 @@ def limit(job: Job, X_norm: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
 def rate(job: Job, step: Tensor) -> Tensor:
     """lr * alpha [B]; in compat with the bias corrections that the direction left out."""
     s, rank = job.settings, job.slot.rank
-    lr = s.lr * s.alpha(min(job.grad.shape[-2:]), rank) if rank is not None else s.lr
+    lr = s.lr * s.alpha(min(job.slot.root[-2:]), rank) if rank is not None else s.lr
     if not job.uncorrected:
         return torch.full(step.shape, lr, dtype=torch.float32, device=step.device)
     first, second = bias_corrections(job, step)
@@ -183,7 +211,7 @@ def _write_matrices(job: Job, G: Tensor | list[Factors], factors: Tensor, active
     """Writes W - lr alpha G diag(s) - lr lambda W. `factors` [B, n or 1] hold lr alpha s."""
     W, low = _as_stack(job.slot.param), job.state.get("low")
     count, a, b = W.shape
-    along_rows = factors.shape[-1] > 1 and a >= b
+    along_rows = job.settings.variant == "channel" and job.slot.tall
     for e in range(count):
         for rows in row_tiles(a, b, W.device):
             f = factors[e, rows].unsqueeze(-1) if along_rows else factors[e]
@@ -193,12 +221,17 @@ def _write_matrices(job: Job, G: Tensor | list[Factors], factors: Tensor, active
             _write_tile(job, W[e, rows], half, update, active[e], first)
 
 
-def _step_elements(job: Job) -> Tensor:
+def _step_elements(job: Job) -> Steps:
     """Adam with decoupled decay (AdamW), for every parameter that is not projected."""
     assert isinstance(job.grad, Tensor)
     W, G, m, v = (_as_rows(t) for t in (job.slot.param, job.grad, job.state["m"], job.state["v"]))
     low = _as_rows(job.state["low"]) if "low" in job.state else None
-    finite: Tensor = torch.linalg.vector_norm(G, dtype=torch.float32).isfinite()
+    norm: Tensor = torch.linalg.vector_norm(G, dtype=torch.float32)
+    if job.slot.cut is not None:
+        norm = norm.to(torch.float64).square()
+        yield [norm]
+        norm = norm.sqrt().to(torch.float32)
+    finite = norm.isfinite()
     step = job.state["step"] + 1
     lr, width = rate(job, step), math.prod(G.shape[1:])
     for rows in row_tiles(len(G), width, G.device):

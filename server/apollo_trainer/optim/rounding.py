@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from apollo_trainer.optim.philox import Key, draw_16_bits
+from apollo_trainer.optim.philox import Key, draw_16_bits, draw_lines
+from apollo_trainer.parallel.parts import Lines
 
 RoundingMode = Literal["stochastic", "nearest", "split16"]
 _UPPER = -0x10000  # the upper 16 of 32 bits
@@ -26,11 +27,16 @@ class Rounding:
 
     float32 weights are exact in every mode. NaN and infinity pass; a finite value beyond the
     largest finite one saturates.
+
+    Attributes:
+        lines: the numbers of the elements of a rank's part in the whole parameter, by which they
+            are drawn; None where it has all of it.
     """
 
     mode: RoundingMode
     key: Key
     step: int
+    lines: Lines | None = None
 
     def read(self, stored: Tensor, low: Tensor | None) -> Tensor:
         """Returns the exact weights, float32; `low` is the int16 lower half under split16."""
@@ -50,8 +56,16 @@ class Rounding:
             return split_halves(value)
         if self.mode == "nearest":
             return round_nearest(value, dtype), None
-        bits = draw_16_bits(self.key, self.step, first, value.numel(), value.device)
+        bits = self._bits(first, value.numel(), value.device)
         return round_stochastic(value, dtype, bits.view(value.shape)), None
+
+    def _bits(self, first: int, count: int, device: torch.device) -> Tensor:
+        """16 random bits for elements of what is stepped: int32 [count]."""
+        if self.lines is None:
+            return draw_16_bits(self.key, self.step, first, count, device)
+        pieces = self.lines.pieces(first, count)
+        drawn = (draw_lines(self.key, self.step, starts.to(device), n) for starts, n in pieces)
+        return torch.cat([bits.flatten() for bits in drawn])
 
 
 def round_stochastic(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:

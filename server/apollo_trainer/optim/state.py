@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from apollo_grpc.region import Region
 from apollo_trainer.optim import named_state
 from apollo_trainer.optim.options import CHOICES, Compat, Variant, check_group
 from apollo_trainer.optim.parameters import Slot, named, new_state, sort_out
 from apollo_trainer.optim.rounding import RoundingMode
+from apollo_trainer.parallel.parts import gathered, part_of
+from apollo_trainer.parallel.ranks import Ranks
 
 
 class StatefulOptimizer(Optimizer):
@@ -33,11 +37,14 @@ class StatefulOptimizer(Optimizer):
         variant: Variant,
         rounding: RoundingMode,
         compat: Compat | None,
+        regions: Mapping[str, Region],
+        ranks: Ranks,
     ) -> None:
         self.seed = seed
         self.variant: Variant = variant
         self.rounding: RoundingMode = rounding
         self.compat: Compat | None = compat
+        self.regions, self.ranks = regions, ranks
         self.step_count = self.weights = 0
         self._slots: list[Slot] = []
         self._skipped_before = 0
@@ -55,8 +62,11 @@ class StatefulOptimizer(Optimizer):
         rank = param_group.get("rank", self.defaults["rank"])
         pairs = named(param_group["params"], len(self._slots))
         new, ties = sort_out(
-            pairs, self._slots, len(self.param_groups), rank=rank, mode=self.rounding
-        )
+            pairs, self._slots, len(self.param_groups), rank=rank, mode=self.rounding,
+            regions=self.regions,
+        )  # fmt: skip
+        if self.compat is not None and any(slot.cut is not None for slot in new):
+            raise ValueError(f"compat={self.compat!r} has no steps of ranks together.")
         super().add_param_group(
             {
                 **param_group,
@@ -66,7 +76,7 @@ class StatefulOptimizer(Optimizer):
         )
         for slot in new:
             slot.set_seed(self.seed)
-            self.weights += slot.param.numel()
+            self.weights += math.prod(slot.root)
             self.state[slot.param] = new_state(slot, self.rounding)
         self._slots += new
         for tensor, slot in ties:
@@ -105,7 +115,8 @@ class StatefulOptimizer(Optimizer):
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The state for a file: flat tensors, and metadata that JSON can hold.
 
-        Tensors are the live ones, not copies, called `m.<parameter>`, `v.<parameter>`,
+        Tensors are the live ones, not copies, but for those that ranks divide, which are whole, and
+        all of the same on every rank. They are called `m.<parameter>`, `v.<parameter>`,
         `step.<parameter>`, and where they exist `norm.<parameter>` and `low.<parameter>`.
         """
         meta = {
@@ -115,7 +126,10 @@ class StatefulOptimizer(Optimizer):
             **self._choices(),
             **named_state.contents(self._slots, self.param_groups),
         }
-        return self._named_tensors(), meta
+        self.ranks.tell("state")
+        regions = self._regions_of_state()
+        own = self._named_tensors()
+        return {n: gathered(tensor, regions[n], self.ranks) for n, tensor in own.items()}, meta
 
     def load_named_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Takes over what `named_state` gave: moments, counters, seed and group settings.
@@ -124,10 +138,11 @@ class StatefulOptimizer(Optimizer):
         options; the optimizer is then as it was.
         """
         groups = self.check_named_state(tensors, meta)
+        regions = self._regions_of_state()
         with torch.no_grad():
             for name, tensor in self._named_tensors().items():
                 if tensors[name] is not tensor:
-                    tensor.copy_(tensors[name])
+                    tensor.copy_(part_of(tensors[name], regions[name]))
         for group, settings in zip(self.param_groups, groups, strict=True):
             group.update(settings)
         self.seed, self.step_count = meta["seed"], meta["step_count"]
@@ -142,7 +157,10 @@ class StatefulOptimizer(Optimizer):
         named_state.check_meta(meta, self._choices())
         named_state.check_parameters(meta, self._slots)
         groups = named_state.check_groups(meta, self.param_groups)
-        named_state.check_tensors(tensors, self._named_tensors())
+        regions = self._regions_of_state()
+        own = self._named_tensors().items()
+        wanted = {n: t.new_empty(regions[n].root, device="meta") for n, t in own}
+        named_state.check_tensors(tensors, wanted)
         return groups
 
     def state_dict(self) -> dict[str, Any]:
@@ -156,6 +174,13 @@ class StatefulOptimizer(Optimizer):
     def _choices(self) -> dict[str, Any]:
         """Options that a state is checked against before it is loaded."""
         return {"variant": self.variant, "rounding": self.rounding, "compat": self.compat}
+
+    def _regions_of_state(self) -> dict[str, Region]:
+        return {
+            named_state.tensor_name(part, slot.name): slot.region_of(part)
+            for slot in self._slots
+            for part in self.state[slot.param]
+        }
 
     def _named_tensors(self) -> dict[str, Tensor]:
         return {

@@ -14,7 +14,8 @@ from apollo_trainer.runs.run import Batch, PreparedRun
 from apollo_trainer.training.guard import Unlearned
 from apollo_trainer.training.incomplete import StepIncomplete
 from apollo_trainer.training.out_of_memory import OutOfMemory
-from apollo_trainer.training.step import StepPolicy, StepResult, take_step
+from apollo_trainer.training.step import StepResult, take_step
+from apollo_trainer.training.step_policy import StepPolicy
 from apollo_trainer.weights.sidecar import Sidecar
 
 _FULL_GRADIENTS = {
@@ -112,7 +113,7 @@ class RunSteps:
         except OutOfMemory as error:
             needs = (*batch.samples, *batch.anchors)
             raise self._session.with_needs(error, needs) from error
-        except StepIncomplete as error:
+        except (StepIncomplete, RuntimeError) as error:
             if not attachment.alive:
                 raise self._lost() from error
             raise
@@ -162,6 +163,12 @@ class RunSteps:
 
     def _lost(self) -> ApolloError:
         """Returns why nothing may be written any more."""
+        if why := self._session.attachment.rank_ended:
+            return Unavailable(
+                f"{why} The run ends with {self.written} steps written; send it again once the "
+                "engine is attached again.",
+                reason="ENGINE_LOST",
+            )
         try:
             self._session.attachment.require_live()
         except FailedPrecondition as error:

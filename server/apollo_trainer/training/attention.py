@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from apollo_trainer.parallel.vocabulary import vocabulary_size
 from apollo_trainer.training.apart import (
     Contexts,
     NotApart,
@@ -78,7 +79,7 @@ def _agrees(model: Any) -> bool:
         return grouped_attention(*given, **others)
 
     AttentionInterface.register(NAME, both)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(model)
     ids = torch.arange(1, 9, device=model.device)[None] % vocabulary
     try:
         model(ids, use_cache=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from apollo_trainer.parallel.vocabulary import log_probs_of
 from apollo_trainer.training.loss import continuation_logits
 from apollo_trainer.training.out_of_memory import refusing_out_of_memory
 from apollo_trainer.weights.manifest import refusal
@@ -28,15 +29,15 @@ def require_frozen_context(model: Any, token_ids: list[int]) -> float:
         with refusing_out_of_memory():
             scores = log_probabilities(model, token_ids)
             whole, noise = scores[half - 1 :], noise_of(model, token_ids, scores)
-            logits = continuation_logits(model, context, continuation).float().cpu()
+            logits = continuation_logits(model, context, continuation).float()
+            targets = torch.tensor(continuation, device=logits.device)[:, None]
+            continued = log_probs_of(model, logits, targets)[:, 0].cpu()
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise refusal(
             "CONTEXT_UNSUPPORTED",
             f"transformers' {type(model).__name__} does not read on after a frozen context "
             f"({type(error).__name__}: {error}).",
         ) from error
-    targets = torch.tensor(continuation)[:, None]
-    continued = torch.log_softmax(logits, -1).gather(1, targets)[:, 0]
     apart = (continued - whole).abs()
     if not agree(apart, weights_dtype(model), lambda: noise()[half - 1 :]):
         raise refusal(

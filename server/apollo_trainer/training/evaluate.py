@@ -7,13 +7,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from apollo_trainer.parallel.vocabulary import ranks_of
 from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
 from apollo_trainer.training.frozen_context import FrozenContexts
 from apollo_trainer.training.loss import batch_loss
 from apollo_trainer.training.mixing import mixing_of
 from apollo_trainer.training.out_of_memory import refusing_out_of_memory
+from apollo_trainer.training.plain import of_samples
 from apollo_trainer.training.samples import TokenizedSample
-from apollo_trainer.training.step import TOKEN_BUDGET
+from apollo_trainer.training.step_policy import TOKEN_BUDGET
 
 T = TypeVar("T")
 
@@ -39,7 +41,11 @@ def evaluate(
         sums = batch_loss(model, batch, contexts)[1][0].tolist()
         return [s / sample.learned_tokens for s, sample in zip(sums, batch.samples, strict=True)]
 
-    return of_each(model, samples, losses_of, token_budget, before_batch)
+    def told() -> dict[str, Any]:
+        return {"samples": of_samples(samples), "token_budget": token_budget}
+
+    with ranks_of(model).telling("evaluate", told):
+        return of_each(model, samples, losses_of, token_budget, before_batch)
 
 
 def of_each(
@@ -60,6 +66,6 @@ def of_each(
     found = dict[int, T]()
     with refusing_out_of_memory(batches, token_budget), torch.no_grad():
         for batch in batches:
-            before_batch()
+            ranks_of(model).agree(before_batch)
             found.update(zip(batch.indices, read(batch, contexts), strict=True))
     return [found[index] for index in range(len(samples))]

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from apollo_trainer.optim.parameters import region
+from apollo_trainer.optim.parameters import place
 
 
 def chosen(
@@ -48,10 +48,10 @@ def learning_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     Raises KeyError for a name that the model does not have; nothing is then changed.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
-    learning = {region(named[name]) for name in names}
+    learning = {place(named[name]) for name in names}
     before = {param: param.requires_grad for param in named.values()}
     for param, learned in before.items():
-        param.requires_grad_(learned and region(param) in learning)
+        param.requires_grad_(learned and place(param) in learning)
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from apollo_trainer.parallel.vocabulary import vocabulary_of
 from apollo_trainer.training.batch import MicroBatch
 from apollo_trainer.training.frozen_context import (
     FrozenContexts,
@@ -46,7 +47,7 @@ def batch_loss(
     logits = batch_logits(model, batch, contexts)
     targets = targets_of(batch, batch.learned_width, divisor)
     moved = (None if each is None else each.to(logits.device) for each in targets)
-    return weighed(logits, Targets._make(moved), clip)
+    return weighed(logits, Targets._make(moved), clip, vocabulary_of(model))
 
 
 def targets_of(batch: MicroBatch, width: int, divisor: float) -> Targets:

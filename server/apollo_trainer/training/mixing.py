@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
+from apollo_trainer.parallel.vocabulary import everywhere, vocabulary_size
 from apollo_trainer.training.batch import Mixing, TokenIds, plan_batches
 from apollo_trainer.training.frozen_context import FrozenContexts, batch_logits
 from apollo_trainer.training.loss import continuation_logits
@@ -46,7 +47,7 @@ def mixing_of(model: Any) -> Mixing:
 def _works(model: Any, mixing: Mixing) -> bool:
     if mixing is Mixing.PADDED and not _takes(model, "attention_mask", "position_ids"):
         return False
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(model)
     samples = [
         TokenizedSample(_within(vocabulary, context), _within(vocabulary, continuation))
         for context, continuation in _PROBES[mixing]
@@ -65,7 +66,7 @@ def _works(model: Any, mixing: Mixing) -> bool:
 def _computes(model: Any) -> bool:
     """Whether logits are finite. If not, a try tells nothing, and is made again later."""
     with torch.no_grad():
-        return bool(continuation_logits(model, (1, 2), (3,)).isfinite().all())
+        return everywhere(model, bool(continuation_logits(model, (1, 2), (3,)).isfinite().all()))
 
 
 def _within(vocabulary: int, ids: TokenIds) -> TokenIds:
@@ -91,9 +92,9 @@ def _agrees(model: Any, samples: list[TokenizedSample], mixing: Mixing) -> bool:
     """Whether one forward gives each sample the logits that it has alone."""
     (batch,) = plan_batches(samples, 10**6, mixing)
     together = batch_logits(model, batch, FrozenContexts(model))
+    rows = ((together[n, : len(s.continuation_ids)], s) for n, s in enumerate(batch.samples))
     return all(
-        _same(together[row, : len(s.continuation_ids)], continuation_logits(model, *_ids(s)))
-        for row, s in enumerate(batch.samples)
+        everywhere(model, _same(row, continuation_logits(model, *_ids(s)))) for row, s in rows
     )
 
 

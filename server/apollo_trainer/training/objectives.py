@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from apollo_trainer.parallel.vocabulary import Vocabulary
+
 IGNORED = -100  # nll_loss's own mark: no loss and no gradient
 # Stands for the logarithm of 0 where it is multiplied by a probability of 0.
 _LOWEST = torch.finfo(torch.float32).min
@@ -59,7 +61,9 @@ class Targets(NamedTuple):
     policy: Tensor | None = None
 
 
-def weighed(logits: Tensor, targets: Targets, clip: Clip) -> tuple[Tensor, Tensor]:
+def weighed(
+    logits: Tensor, targets: Targets, clip: Clip, vocabulary: Vocabulary | None = None
+) -> tuple[Tensor, Tensor]:
     """The sum of weight times loss, and sums over each sample's tokens, without weights.
 
     The first is a scalar with gradient. The second is float32 [n, samples], detached: losses in
@@ -68,21 +72,65 @@ def weighed(logits: Tensor, targets: Targets, clip: Clip) -> tuple[Tensor, Tenso
 
     Args:
         logits: [samples, T, V].
+        vocabulary: whose logits they are; None for those of all tokens.
     """
-    losses, figures = _of_tokens(F.log_softmax(logits.flatten(0, 1).float(), 1), targets, clip)
+    rows = logits.flatten(0, 1).float()
+    student = _Whole(rows) if vocabulary is None else _Divided(rows, vocabulary)
+    losses, figures = _of_tokens(student, targets, clip)
     weighted = (losses.view_as(targets.ids) * targets.weights).sum()
     told = torch.stack([losses.detach(), *figures]) if figures else losses.detach()
     return weighted, told.view(-1, *targets.ids.shape).sum(2)
 
 
-def _of_tokens(log_probs: Tensor, targets: Targets, clip: Clip) -> tuple[Tensor, list[Tensor]]:
+class _Whole:
+    """What is said of all tokens, by logits [N, V]."""
+
+    def __init__(self, logits: Tensor):
+        self._log_probs = F.log_softmax(logits, 1)
+
+    def entropies(self, ids: Tensor) -> Tensor:
+        """-ln p of each token; 0 for those IGNORED."""
+        return F.nll_loss(self._log_probs, ids, reduction="none", ignore_index=IGNORED)
+
+    def divergence(self, ids: Tensor, teacher: Tensor) -> Tensor:
+        """As `divergence`."""
+        return divergence(self._log_probs, ids, teacher)
+
+
+class _Divided:
+    """The same where each rank has the logits of some tokens; no rank ever has all of them."""
+
+    def __init__(self, logits: Tensor, vocabulary: Vocabulary):
+        self._logits, self._vocabulary = logits, vocabulary
+        self._all = vocabulary.log_sum_exp(logits)
+
+    def entropies(self, ids: Tensor) -> Tensor:
+        """-ln p of each token; 0 for those IGNORED."""
+        found = self._all - self._vocabulary.pick(self._logits, ids.clamp(min=0)[:, None])
+        return found[:, 0].masked_fill(ids == IGNORED, 0.0)
+
+    def divergence(self, ids: Tensor, teacher: Tensor) -> Tensor:
+        """As `divergence`."""
+        others = self._vocabulary.log_sum_exp(self._vocabulary.without(self._logits, ids))
+        known = self._vocabulary.pick(self._logits, ids)
+        heard = (torch.cat([known, others], 1) - self._all).clamp(min=_LOWEST)
+        left = 1 - teacher.exp().sum(1, keepdim=True)
+        # Where there are no others, what is left to 1 is rounding.
+        left = torch.where(others > -math.inf, left.clamp(min=0), 0.0)
+        said = torch.cat([teacher, left.log()], 1).clamp(min=_LOWEST)
+        return (said.exp() * (said - heard)).sum(1)
+
+
+def _of_tokens(
+    student: _Whole | _Divided, targets: Targets, clip: Clip
+) -> tuple[Tensor, list[Tensor]]:
     """Losses [N] with gradient, and figures [N] beside them."""
     ids = targets.ids.flatten()
-    losses = entropies = F.nll_loss(log_probs, ids, reduction="none", ignore_index=IGNORED)
+    losses = entropies = student.entropies(ids)
     figures: list[Tensor] = []
     if targets.top_ids is not None and targets.top_log_probs is not None:
         teacher = targets.top_log_probs.flatten(0, 1)
-        found = divergence(log_probs, targets.top_ids.flatten(0, 1), teacher)
+        found = student.divergence(targets.top_ids.flatten(0, 1), teacher)
         losses = torch.where(teacher[:, 0] > -math.inf, found, losses)
     if targets.policy is not None:
         advantages, sampler = targets.policy.flatten(1)

@@ -26,45 +26,18 @@ from apollo_trainer.training.captured import CapturedPasses
 from apollo_trainer.training.figures import PolicyFigures, Sums
 from apollo_trainer.training.frozen_context import FrozenContexts
 from apollo_trainer.training.gradients import StepGradients, backward
-from apollo_trainer.training.guard import NO_LIMITS, Guard
+from apollo_trainer.training.guard import LossReached, UpdateRefused
 from apollo_trainer.training.incomplete import telling_incomplete
 from apollo_trainer.training.loss import as_anchors, batch_loss, total_weight
 from apollo_trainer.training.mixing import mixing_of
-from apollo_trainer.training.objectives import DEFAULT_CLIP, Clip
 from apollo_trainer.training.out_of_memory import OutOfMemory, refusing_out_of_memory
+from apollo_trainer.training.plain import of_policy, of_samples, of_settings
 from apollo_trainer.training.samples import TokenizedSample
+from apollo_trainer.training.step_policy import DEFAULT_POLICY, StepPolicy
 
 log = logging.getLogger(__name__)
-TOKEN_BUDGET = 2048
 _MANY = 0.1  # part of the weights whose whole gradients are worth a word
 FullGradients = Literal["", "LONG_STEP"]
-
-
-@dataclass(frozen=True)
-class StepPolicy:
-    """How a step is taken.
-
-    Attributes:
-        token_budget: continuation tokens of one micro-batch, padding included; of context tokens
-            it may hold 16 times as many. A single sample may be larger. Where there is no memory
-            for that many, a step is taken in smaller ones.
-        dry_run: find everything, write nothing.
-        clip: of the ratios of samples with a policy loss.
-        clip_grad_norm: a gradient of a larger norm is scaled down to it before the moments see it;
-            None is no limit.
-        open_tokens: gradients flow through so many of the last tokens of each context too; these
-            count as continuation tokens then.
-    """
-
-    token_budget: int = TOKEN_BUDGET
-    guard: Guard = NO_LIMITS
-    dry_run: bool = False
-    clip: Clip = DEFAULT_CLIP
-    clip_grad_norm: float | None = None
-    open_tokens: int = 0
-
-
-DEFAULT_POLICY = StepPolicy()
 
 
 @dataclass(frozen=True)
@@ -131,7 +104,29 @@ def take_step(
     StepIncomplete. After StepIncomplete part of the step is in the weights; after any other error
     the weights and the optimizer are as before the step.
     """
+    given = anchors
     anchors = as_anchors(samples, anchors, anchor_weight)
+
+    def told() -> dict[str, Any]:
+        return {
+            "samples": of_samples(samples), "policy": of_policy(policy),
+            "anchors": of_samples(given), "anchor_weight": anchor_weight,
+            "settings": of_settings(optimizer),
+        }  # fmt: skip
+
+    with optimizer.ranks.telling("step", told, (UpdateRefused, LossReached)):
+        return _take(model, optimizer, samples, anchors, policy, before_batch, passes)
+
+
+def _take(
+    model: Any,
+    optimizer: Apollo,
+    samples: Sequence[TokenizedSample],
+    anchors: Sequence[TokenizedSample],
+    policy: StepPolicy,
+    before_batch: Callable[[], None],
+    passes: CapturedPasses | None,
+) -> StepResult:
     while True:
         step = None
         try:
@@ -142,7 +137,8 @@ def take_step(
                 # Graphs of other steps held what this one needs.
                 passes = None
                 continue
-            half = _half(step.batches) if step else 0
+            # Another rank may have had memory, and be further.
+            half = _half(step.batches) if step and optimizer.ranks.size == 1 else 0
             if not half:
                 raise
             log.warning("no memory for micro-batches of %d tokens: half are tried", 2 * half)
@@ -211,7 +207,7 @@ class _Step:
     def _pass(self) -> None:
         """Forward and backward over all micro-batches."""
         for batch in self.batches:
-            self.before_batch()
+            self.optimizer.ranks.agree(self.before_batch)
             began = time.perf_counter()
             of_samples = self._replayed(batch)
             self.forward_seconds += time.perf_counter() - began

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,19 @@ import torch
 from apollo_grpc.errors import Unavailable
 from apollo_grpc.generation import SharedGeneration
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
+from apollo_trainer.parallel.ranks import ALONE, Ranks
 from apollo_trainer.weights import manifest as manifests
 from apollo_trainer.weights.attachment import Attachment
 from apollo_trainer.weights.checkpoint_plan import plan_checkpoint
 from apollo_trainer.weights.directory_names import held_names
+from apollo_trainer.weights.divided_model import divide_model
 from apollo_trainer.weights.fixed_values import (
     derived_parameters,
     fill_fixed_values,
     fix_parameters,
 )
 from apollo_trainer.weights.live_model import fill_with_views, meta_model
+from apollo_trainer.weights.live_view import LiveView, check_views, require_all_views
 from apollo_trainer.weights.liveness import LONGEST_LEASE_SECONDS, Probed, probe_liveness
 from apollo_trainer.weights.mapping import map_buffers
 from apollo_trainer.weights.producer import Producer
@@ -83,6 +85,7 @@ def attach(
     epoch: str,
     *,
     checks: Checks = Checks(),
+    ranks: Ranks = ALONE,
     traced: Callable[[MapReport], None] = lambda report: None,
     prepare: Callable[[Any], str] = lambda model: "",
 ) -> Attachment:
@@ -91,19 +94,20 @@ def attach(
     Args:
         epoch: of the engine process that was found.
         checks: which of them are made.
+        ranks: that attach together, one to each of vLLM's workers.
         traced: told what the trace found, before anything is refused for it.
         prepare: given the model before anything is computed with it; what it says is kept.
 
     Raises FailedPrecondition when they may not be trained, Unavailable when the engine is gone.
     """
     began = time.monotonic()
-    manifest = sidecar.manifest()
-    attachment, views = _mapped(sidecar, manifest, epoch, traced)
+    manifest = sidecar.manifest(ranks.rank)
+    attachment, views = _mapped(sidecar, manifest, epoch, ranks, traced)
     log.info("%d parameters are mapped, after %.1f s", len(views), time.monotonic() - began)
     attachment.computed_by = prepare(attachment.model)
     tokens = probe_tokens(attachment.model, attachment.max_model_len)
     # Before any value is read: while a dead server's probe is not put back, some are others.
-    scores = _scores_when_resumed(sidecar, attachment.epoch, tokens)
+    scores = ranks.first(_scores_when_resumed(sidecar, attachment.epoch, tokens))
     compared = 0
     # Once trained, the weights are ahead of the directory, and rightly so.
     if manifest.as_loaded and checks.values:
@@ -112,7 +116,7 @@ def attach(
         log.info("%d values are the directory's, after %.1f s", compared, time.monotonic() - began)
     _verify(attachment, tokens, scores)
     log.info("both score alike, after %.1f s", time.monotonic() - began)
-    if checks.liveness:
+    if checks.liveness and ranks.size == 1:
         probed = Probed(
             attachment.epoch,
             attachment.model,
@@ -142,10 +146,11 @@ def _mapped(
     sidecar: Sidecar,
     manifest: pb.WeightManifest,
     epoch: str,
+    ranks: Ranks,
     traced: Callable[[MapReport], None],
-) -> tuple[Attachment, dict[str, manifests.LiveView]]:
+) -> tuple[Attachment, dict[str, LiveView]]:
     """The weights as a model's parameters, none of their values read; and vLLM's view of each."""
-    regions = manifests.check_manifest(manifest, epoch)
+    spans = manifests.check_manifest(manifest, epoch, ranks)
     # Before the trace: whoever answers that was the same process all the while.
     producer = Producer(manifest.worker_pid, manifest.worker_pid_namespace)
     generation = SharedGeneration(manifest.generation_page)
@@ -161,15 +166,17 @@ def _mapped(
     derived = derived_parameters(plan, {each.name for each in answer.refused if each.computed})
     traced(MapReport(type(model).__name__, len(plan.roots), len(answer.views), derived))
     refused = {each.name: each.reason for each in answer.refused if each.name not in derived}
-    _require_all_views(refused, len(plan.roots))
+    require_all_views(refused, len(plan.roots))
     plan = fix_parameters(model, plan, derived)
-    views = manifests.check_views(list(answer.views), regions, plan.roots)
+    views = check_views(list(answer.views), spans, plan.roots, ranks.rank, ranks.size)
     # Only now: what is refused above was never mapped.
     mappings = map_buffers(manifest.buffers)
     tensors = {name: mappings[live.buffer_id].view(live) for name, live in views.items()}
     fill_with_views(model, plan, tensors)
     fill_fixed_values(model, plan, Path(manifest.model), derived)
-    plan = reorder_outputs(model, plan, views)
+    regions = {name: view.region for name, view in views.items()}
+    reorder_outputs(model, plan, regions)
+    divide_model(model, regions, ranks)
     attachment = Attachment(
         manifest.epoch,
         manifest.model,
@@ -180,27 +187,14 @@ def _mapped(
         mappings,
         producer,
         derived,
+        regions=regions,
+        ranks=ranks,
         generation=generation,
         found_generation=manifest.generation,
         vllm_version=manifest.vllm_version,
     )
     _require_no_copies(attachment)
     return attachment, views
-
-
-def _require_all_views(refused: dict[str, str], total: int) -> None:
-    """The commonest reason stands for all: a user reads one cause, and mends one at a time."""
-    if not refused:
-        return
-    causes = Counter(refused.values())
-    ((cause, _),) = causes.most_common(1)
-    others = f" (one of {len(causes)} reasons)" if len(causes) > 1 else ""
-    raise manifests.refusal(
-        "PARAMETER_REFUSED",
-        f"{len(refused)} of {total} parameters are no views of vLLM's weights, because "
-        f"{manifests.shortened(cause)}{others}: {manifests.named(refused)}.",
-        refused,
-    )
 
 
 def _scores_when_resumed(sidecar: Sidecar, epoch: str, tokens: list[int]) -> list[float]:

@@ -10,9 +10,11 @@ import torch
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.generation import FIRST, SharedGeneration
+from apollo_grpc.region import Region
+from apollo_trainer.parallel.ranks import ALONE, Ranks
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
-from apollo_trainer.weights.fingerprint import sample
+from apollo_trainer.weights.fingerprint import fingerprint, sample
 from apollo_trainer.weights.liveness import Liveness
 from apollo_trainer.weights.mapping import Mapping, MemoryUse, measure
 from apollo_trainer.weights.producer import Producer
@@ -37,10 +39,13 @@ class Attachment:
         plan: how parameters make checkpoint tensors.
         derived: parameters that vLLM computes other values of; they are buffers here.
         producer: the process that owns the memory.
+        regions: which part of each parameter this rank has.
+        ranks: that train this engine's model together.
         computed_by: a sentence on who computes what of the model, or what is slow; may be empty.
         logprob_difference: between both sides when attached, in nats.
         allowed: how far apart rounding brings right scores, as `verify.allowed`; as last measured.
         liveness: what a probe found; None where none was made.
+        rank_ended: which of the trainer's ranks ended, in a sentence; empty where none did.
         generation: how often others changed the weights; None where nobody tells.
         found_generation: that of the manifest.
         vllm_version: empty where the sidecar does not tell.
@@ -57,12 +62,15 @@ class Attachment:
     mappings: dict[int, Mapping]
     producer: Producer
     derived: list[str] = field(default_factory=list)
+    regions: dict[str, Region] = field(default_factory=dict)
+    ranks: Ranks = ALONE
     computed_by: str = ""
     logprob_difference: float = 0.0
     allowed: torch.Tensor = field(default_factory=lambda: torch.tensor(FLOOR_NATS))
     liveness: Liveness | None = None
     lost: threading.Event = field(default_factory=threading.Event)
     not_live: str = ""
+    rank_ended: str = ""
     generation: SharedGeneration | None = None
     found_generation: int = FIRST
     vllm_version: str = ""
@@ -112,13 +120,28 @@ class Attachment:
         if self.changed_by_others and not self.gone:
             raise FailedPrecondition(CHANGED_BY_OTHERS, reason="WEIGHTS_CHANGED")
 
+    def require_one_rank(self) -> None:
+        """Raises FailedPrecondition where ranks divide the weights."""
+        if self.ranks.size > 1:
+            raise FailedPrecondition(
+                "Snapshots, undo and dry runs of a new optimizer state are of models on one worker "
+                "in this version. Nothing was changed. Sync or export the model, or serve it with "
+                "--tensor-parallel-size 1.",
+                reason="TENSOR_PARALLEL_UNSUPPORTED",
+            )
+
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The live parameters by name, tied ones once."""
         return dict(self.model.named_parameters())
 
     def checkpoint(self) -> CheckpointReader:
         """The live weights by the names of the model directory."""
-        return CheckpointReader(self.plan, self.parameters())
+        return CheckpointReader(self.plan, self.parameters(), self.regions, self.ranks)
+
+    def fingerprint(self) -> str:
+        """The digest of all weights."""
+        self.ranks.tell("fingerprint")
+        return fingerprint(self.parameters(), self.regions, self.ranks)
 
     def synchronize(self) -> None:
         """Waits until every write has arrived: before that vLLM must not go on."""

@@ -41,7 +41,6 @@ class CheckpointPlan:
         tied: second checkpoint name of a parameter to the parameter.
         fixed: checkpoint name of each persistent buffer to the buffer's; those are not trained.
         untrained: names of the directory's other tensors, which nobody reads or writes.
-        places: of parameters whose rows vLLM keeps in another order, where each row lies: int64.
     """
 
     roots: dict[str, tuple[int, ...]]
@@ -49,7 +48,6 @@ class CheckpointPlan:
     tensors: tuple[CheckpointTensor, ...]
     fixed: dict[str, str] = field(default_factory=dict)
     untrained: tuple[str, ...] = ()
-    places: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def parts(self) -> str:
         """Which part of the directory is trained, in a sentence; empty where all of it is."""
@@ -72,9 +70,7 @@ class CheckpointPlan:
 
     def read(self, tensor: CheckpointTensor, parameter: torch.Tensor) -> torch.Tensor:
         """A checkpoint tensor's values out of its parameter; a copy where the layout differs."""
-        places = self.places.get(tensor.root)
-        parameter = parameter.detach() if places is None else parameter.detach()[places]
-        flat = parameter.contiguous().view(-1)
+        flat = parameter.detach().contiguous().view(-1)
         # as_strided counts from the start of the storage, which is that of all live weights.
         start = int(flat.storage_offset()) + tensor.offset
         return flat.as_strided(tensor.shape, tensor.stride, start).contiguous()

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from apollo_grpc.region import Region
+from apollo_trainer.parallel.parts import NO_REGIONS, gathered
+from apollo_trainer.parallel.ranks import ALONE, Ranks
 from apollo_trainer.weights.checkpoint_plan import CheckpointPlan
 
 
 class CheckpointReader:
-    """Checkpoint tensors by name, read from the live parameters."""
+    """Checkpoint tensors by name, read from the live parameters.
 
-    def __init__(self, plan: CheckpointPlan, parameters: dict[str, torch.nn.Parameter]):
+    Args:
+        regions: of the parameters of which this rank has a part; `read` is then every rank's call.
+    """
+
+    def __init__(
+        self,
+        plan: CheckpointPlan,
+        parameters: dict[str, torch.nn.Parameter],
+        regions: Mapping[str, Region] = NO_REGIONS,
+        ranks: Ranks = ALONE,
+    ):
         self._plan, self._parameters = plan, parameters
+        self._regions, self._ranks = regions, ranks
         self._planned = {tensor.name: tensor for tensor in plan.tensors}
 
     def names(self) -> list[str]:
@@ -21,9 +37,16 @@ class CheckpointReader:
     def read(self, name: str) -> torch.Tensor | None:
         """The live values, contiguous; None for a name that belongs to no parameter."""
         if planned := self._planned.get(name):
-            return self._plan.read(planned, self._parameters[planned.root])
+            return self._plan.read(planned, self._whole(planned.root))
         root = self._plan.tied.get(name)
-        return self._parameters[root].detach().contiguous() if root else None
+        return self._whole(root).contiguous() if root else None
+
+    def _whole(self, root: str) -> torch.Tensor:
+        own, region = self._parameters[root].detach(), self._regions.get(root)
+        if region is None or region.whole:
+            return own
+        self._ranks.tell("read", root=root)
+        return gathered(own, region, self._ranks)
 
     def parameter(self, name: str) -> torch.nn.Parameter | None:
         """The live parameter whose values `read` returns, or a part of them."""
@@ -45,7 +68,10 @@ class CheckpointReader:
             dtype = self._parameters[planned.root].dtype
             return torch.empty(planned.shape, dtype=dtype, device="meta")
         root = self._plan.tied.get(name)
-        return torch.empty_like(self._parameters[root], device="meta") if root else None
+        if root is None:
+            return None
+        dtype = self._parameters[root].dtype
+        return torch.empty(self._plan.roots[root], dtype=dtype, device="meta")
 
     def missing_from(self, names: set[str]) -> list[str]:
         """Checkpoint tensors that no file of the directory holds, under any tied name."""

@@ -13,6 +13,10 @@ from collections.abc import Mapping
 
 import torch
 
+from apollo_grpc.region import Region
+from apollo_trainer.parallel.parts import NO_REGIONS, Lines
+from apollo_trainer.parallel.ranks import ALONE, Ranks
+
 BLOCK_WORDS = 65536
 _WORD_BYTES = 8
 SAMPLED = 256
@@ -22,17 +26,25 @@ _KEY_STEP, _BLOCK_STEP = 0x1E3779B97F4A7C15, 0x632BE5AB
 
 
 @torch.no_grad()
-def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
+def fingerprint(
+    parameters: Mapping[str, torch.Tensor],
+    regions: Mapping[str, Region] = NO_REGIONS,
+    ranks: Ranks = ALONE,
+) -> str:
     """The digest, in hexadecimal: of names, dtypes, shapes and bits, in row-major order.
+
+    It is that of the whole parameters, however many ranks hold them; all of them call it.
 
     Args:
         parameters: each one once.
+        regions: of those of which this rank has a part.
     """
-    sums = [(name, tensor, _sum(tensor)) for name, tensor in sorted(parameters.items())]
+    ordered = [(n, t, regions.get(n) or Region.whole_of(t.shape)) for n, t in parameters.items()]
+    ordered.sort(key=lambda each: each[0])
+    sums = _read([_sum(tensor, region) for _, tensor, region in ordered], ranks)
     digest = hashlib.sha256()
-    # One wait for the device, not one a parameter.
-    for (name, tensor, _), value in zip(sums, _read([s for _, _, s in sums]), strict=True):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {value}\n".encode())
+    for (name, tensor, region), value in zip(ordered, sums, strict=True):
+        digest.update(f"{name} {tensor.dtype} {region.root} {value}\n".encode())
     return digest.hexdigest()
 
 
@@ -58,13 +70,44 @@ def _spread(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.take(places).view(torch.uint8)
 
 
-def _read(sums: list[torch.Tensor]) -> list[int]:
-    return torch.stack(sums).tolist() if sums else []
+def _read(sums: list[torch.Tensor], ranks: Ranks) -> list[int]:
+    if not sums:
+        return []
+    # One wait for the device, not one a parameter.
+    together = torch.stack(sums)
+    ranks.sum(together)
+    return together.tolist()
 
 
-def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    """int64, 0-dim, on the tensor's device; wraps around."""
-    words = _words(tensor.detach().contiguous().view(-1))
+def _sum(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+    """Of this rank's part: int64, 0-dim, on the tensor's device; wraps around."""
+    flat = tensor.detach().contiguous().view(-1)
+    if region.whole:
+        return _sum_of_all(flat)
+    if not region.counted:
+        return torch.zeros((), dtype=torch.int64, device=flat.device)
+    return _sum_of_lines(flat, Lines.of(region))
+
+
+def _sum_of_lines(flat: torch.Tensor, lines: Lines) -> torch.Tensor:
+    """Each word as if its elements that are not of the line were zero: it is a sum of them."""
+    keys, device, in_word = _keys(flat.device), flat.device, _WORD_BYTES // flat.element_size()
+    total, first = torch.zeros((), dtype=torch.int64, device=device), 0
+    for starts, width in lines.pieces(0, flat.numel()):
+        count, begin = len(starts), starts.to(device)[:, None]
+        words = -(-(in_word - 1 + width) // in_word)
+        padded = flat.new_zeros(count, words * in_word)
+        places = begin % in_word + torch.arange(width, device=device)
+        padded.scatter_(1, places, flat[first : first + count * width].view(count, width))
+        numbers = begin // in_word + torch.arange(words, device=device)
+        of_block = numbers // BLOCK_WORDS * _BLOCK_STEP * 2 + 1
+        total += (padded.view(torch.int64) * keys[numbers % BLOCK_WORDS] * of_block).sum()
+        first += count * width
+    return total
+
+
+def _sum_of_all(flat: torch.Tensor) -> torch.Tensor:
+    words = _words(flat)
     keys = _keys(words.device)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     chunk = _BLOCKS.get(words.device.type, 1) * BLOCK_WORDS

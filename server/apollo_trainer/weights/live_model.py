@@ -72,7 +72,10 @@ def fill_with_views(model: Any, plan: CheckpointPlan, views: dict[str, torch.Ten
     parameters = {name: torch.nn.Parameter(view) for name, view in views.items()}
     tied = tied_parameters(model)
     parameters |= {name: parameters[first] for name, first in tied.items() if first in parameters}
-    model.load_state_dict(parameters, strict=False, assign=True)
+    for name, parameter in parameters.items():
+        # A rank's part is of another shape than the parameter that it takes the place of.
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, parameter)
     model.tie_weights()
     _give_buffers_memory(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -32,7 +32,8 @@ from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_trainer.weights import mapping
 from apollo_trainer.weights.checkpoint_reader import same_bytes
-from apollo_trainer.weights.manifest import LiveView, refusal
+from apollo_trainer.weights.live_view import LiveView
+from apollo_trainer.weights.manifest import refusal
 from apollo_trainer.weights.probed_bytes import RowsRead, change_of, read_bytes
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.verify import (

@@ -14,7 +14,8 @@ from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.generation import open_memfd
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_trainer.weights.cuda_mapping import device_index, open_ipc_handle, own_segments
-from apollo_trainer.weights.manifest import LiveView, refusal
+from apollo_trainer.weights.live_view import LiveView
+from apollo_trainer.weights.manifest import refusal
 
 MAPS = Path("/proc/self/maps")
 Ranges = list[tuple[int, int]]

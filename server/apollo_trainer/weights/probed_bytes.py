@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
-from apollo_trainer.weights.manifest import LiveView
+from apollo_trainer.weights.live_view import LiveView
 from apollo_trainer.weights.mapping import Mapping
 
 SEED = 20412

@@ -62,11 +62,10 @@ class Sidecar:
                 self._channel, self._stub = self._connect()
         old.close()
 
-    def manifest(self) -> pb.WeightManifest:
-        """Describes the live weights."""
-        answer: pb.GetWeightManifestResponse = self._call(
-            "GetWeightManifest", pb.GetWeightManifestRequest()
-        )
+    def manifest(self, rank: int = 0) -> pb.WeightManifest:
+        """Describes the live weights of one of vLLM's workers."""
+        request = pb.GetWeightManifestRequest(tensor_parallel_rank=rank)
+        answer: pb.GetWeightManifestResponse = self._call("GetWeightManifest", request)
         return answer.manifest
 
     def trace(self, request: pb.TraceCheckpointMapRequest) -> pb.TraceCheckpointMapResponse:

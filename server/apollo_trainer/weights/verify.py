@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from apollo_trainer.parallel.vocabulary import log_probs_of, vocabulary_size
 from apollo_trainer.weights.manifest import refusal
 from apollo_trainer.weights.widened import WIDER, Widened
 
@@ -49,7 +50,7 @@ Noise = Callable[[], torch.Tensor]
 
 def probe_tokens(model: Any, max_model_len: int) -> list[int]:
     """Tokens to score: seeded, spread over the vocabulary, longer than a short sliding window."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(model)
     window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
     wanted = max(PROBE_TOKENS, window + PAST_WINDOW if window <= MAX_PROBED_WINDOW else 0)
     generator = torch.Generator().manual_seed(PROBE_SEED)
@@ -67,7 +68,7 @@ def log_probabilities(model: Any, token_ids: list[int]) -> torch.Tensor:
     for start in range(0, len(logits), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
         targets = ids[0, 1:][rows, None]
-        scores.append(torch.log_softmax(logits[rows].float(), -1).gather(1, targets))
+        scores.append(log_probs_of(model, logits[rows].float(), targets))
     return torch.cat(scores)[:, 0].float().cpu()
 
 

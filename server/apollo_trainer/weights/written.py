@@ -44,6 +44,7 @@ def require_written_is_live(
     tokens = [*trained[:RUN_TOKENS], *probe_tokens(model, length)][: max(2, length - 1)]
     with ThreadPoolExecutor(1) as other:
         asked = other.submit(sidecar.score, attachment.epoch, tokens, SCORE_SECONDS)
+        attachment.ranks.tell("score", tokens=tokens)
         ours = log_probabilities(model, tokens)
         engine = torch.tensor(asked.result())
     compared = ours.isfinite()
@@ -55,6 +56,7 @@ def require_written_is_live(
     # a difference that was not there before.
     if (found <= attachment.allowed).all():
         return
+    attachment.ranks.tell("noise", tokens=tokens)
     noisier = allowed(noise_of(model, tokens, ours)()[compared], dtype)
     if (found <= noisier).all():
         attachment.allowed = torch.maximum(attachment.allowed, noisier)

@@ -15,10 +15,11 @@ class Product:
 
     def __init__(self, grad: Factored) -> None:
         self._matrices = list(grad.matrices())
+        self._tall = grad.shape[-2] >= grad.shape[-1]
 
     def projections(self, P: Tensor) -> list[Projection]:
         """The projection of each matrix by P, float32 [r, m]."""
-        return [Projection(factors, P) for factors in self._matrices]
+        return [Projection(factors, P, self._tall) for factors in self._matrices]
 
     def rows(self, tile: Tile) -> Rows:
         """Some rows as bit patterns of float32, in memory of this thread."""

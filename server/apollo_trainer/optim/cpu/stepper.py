@@ -30,6 +30,7 @@ def fits(slot: Slot, grad: Gradient) -> bool:
     """Whether the loops take this parameter; the reference path takes all others."""
     p = slot.param
     on_cpu = p.device.type == "cpu" and grad.device.type == "cpu"
+    on_cpu = on_cpu and slot.region.whole
     return on_cpu and p.dtype in BITS and grad.dtype in BITS and _loops() is not None
 
 

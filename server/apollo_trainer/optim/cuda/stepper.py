@@ -67,7 +67,7 @@ def fits(slot: Slot, grad: Gradient) -> bool:
     p = slot.param
     if triton is None or not (p.is_cuda or INTERPRETED):
         return False
-    if p.dtype not in W_DTYPES or grad.dtype not in G_DTYPES:
+    if not slot.region.whole or p.dtype not in W_DTYPES or grad.dtype not in G_DTYPES:
         return False
     if isinstance(grad, Factored):
         return slot.rank is not None and _factors_fit(grad)

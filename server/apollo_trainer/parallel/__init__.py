@@ -1,0 +1,1 @@
+"""The processes that train one model together, and which part of it each one has."""

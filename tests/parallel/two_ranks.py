@@ -1,0 +1,36 @@
+"""Two processes joined by gloo over a file, and what each of them returned."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from apollo_trainer.parallel.ranks import Ranks
+
+
+def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `work(ranks, *args)` returned on each rank; tensors, and plain values around them."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Both are forks of one process, that has imported everything once.
+        get_context("forkserver").set_forkserver_preload([__name__, work.__module__])
+        mp.start_processes(_run, (folder, work, args), nprocs=2, start_method="forkserver")
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in (0, 1)]
+
+
+def _run(rank: int, folder: str, work: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    # Its own addresses: the host's name may lead nowhere.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        torch.save(work(Ranks(dist.group.WORLD), *args), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,134 @@
+"""The training server with vLLM on two workers: it starts a rank beside each, and watches them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from apollo_grpc.errors import ApolloError
+from apollo_grpc.v1 import status_pb2
+from apollo_grpc.v1 import training_pb2 as pb
+from apollo_trainer.weights.sidecar import Sidecar
+from tests.vllm.conftest import Stack
+
+pytestmark = pytest.mark.vllm
+IDS = [(7 * i + 3) % 259 for i in range(150)]
+SAMPLES = [
+    {"context_ids": [5, 17, 200, 250, 9], "continuation_ids": [258, 3, 170, 40]},
+    {"context_ids": [161, 2], "continuation_ids": [99, 159, 160]},
+]
+STEPS = {"epochs": 5, "lr": 3e-3, "samples_per_step": 2, "min_loss": 0}
+SOON = 2.0
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: Any) -> Iterator[Stack]:
+    stack = Stack(tmp_path_factory.mktemp("s"), "qwen3")
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": f"{stack._cpu(0)}|{stack._cpu(1)}"}
+    stack._start_server()
+    stack.start_vllm("--tensor-parallel-size", "2", **threads)
+    try:
+        stack.wait_attached()
+        yield stack
+    finally:
+        stack.end("server")
+        stack.end("vllm")
+
+
+def follower(stack: Stack) -> int:
+    """The process of the second rank."""
+    assert stack.server
+    pid = stack.server.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    children += [
+        c for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()
+    ]
+    (found,) = {
+        int(c)
+        for c in children
+        if b"apollo_trainer.follow" in Path(f"/proc/{c}/cmdline").read_bytes()
+    }
+    return found
+
+
+def train(stack: Stack, **options: Any) -> list[float]:
+    """The losses of a run's steps."""
+    *events, last = stack.client.train(SAMPLES, **(STEPS | options))
+    assert last.finished.state == pb.RUN_STATE_SUCCEEDED, last
+    return [event.step.loss for event in events if event.HasField("step")]
+
+
+def test_a_run_lowers_the_loss_and_vllm_answers_with_it(stack: Stack) -> None:
+    before = stack.engine_logprobs(IDS)
+    losses = train(stack)
+    assert len(losses) == 5
+    assert losses[-1] < 0.8 * losses[0]
+    moved = (stack.engine_logprobs(IDS) - before).abs().max()
+    assert moved > 0.1
+
+
+def test_a_sync_writes_whole_tensors_that_a_model_computes_with(stack: Stack) -> None:
+    stack.client.sync()
+    engine = stack.engine_logprobs(IDS)
+    said = stack.directory_logits(IDS)[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+    assert (said - engine).abs().max() < stack.family.tolerance_nats
+    assert (
+        load_file(next(stack.model.glob("*.safetensors")))["model.embed_tokens.weight"].shape[0]
+        == 259
+    )
+
+
+def test_a_snapshot_is_refused_with_what_to_do(stack: Stack) -> None:
+    with pytest.raises(ApolloError, match="tensor-parallel-size 1") as error:
+        stack.client.create_snapshot("one")
+    assert error.value.reason == "TENSOR_PARALLEL_UNSUPPORTED"
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_the_engine_is_attached_again(stack: Stack) -> None:
+    killed, events = 0.0, []
+    for event in stack.client.train(SAMPLES, **(STEPS | {"epochs": 5000})):
+        events.append(event)
+        if event.HasField("step") and not killed:
+            os.kill(follower(stack), signal.SIGKILL)
+            killed = time.monotonic()
+    assert time.monotonic() - killed < SOON
+    finished = events[-1].finished
+    assert (finished.state, finished.failure.reason) == (pb.RUN_STATE_FAILED, "ENGINE_LOST")
+    assert "rank 1 ended (signal 9)" in finished.failure.message
+
+    def attached() -> bool:
+        return stack.client.status().attachment == status_pb2.ATTACHMENT_STATE_ATTACHED
+
+    stack.wait_for(attached, "the attachment")
+    assert len(train(stack, accept_other_weights=True)) == 5
+
+
+def test_a_state_that_was_saved_is_gone_on_with_after_a_restart(stack: Stack) -> None:
+    steps = stack.client.status().optimizer_step
+    assert steps
+    stack.end("server")
+    stack._start_server()
+    stack.wait_attached()
+    assert stack.client.status().optimizer_step == steps
+    assert len(train(stack)) == 5
+
+
+def test_a_worker_of_vllm_that_is_killed_ends_the_run_with_a_reason(stack: Stack) -> None:
+    killed, events = 0.0, []
+    for event in stack.client.train(SAMPLES, **(STEPS | {"epochs": 5000})):
+        events.append(event)
+        if event.HasField("step") and not killed:
+            os.kill(Sidecar(f"unix:{stack.state}/sidecar.sock").manifest(1).worker_pid, 9)
+            killed = time.monotonic()
+    finished = events[-1].finished
+    assert (finished.state, finished.failure.reason) == (pb.RUN_STATE_FAILED, "ENGINE_LOST")
+    detached = status_pb2.ATTACHMENT_STATE_DETACHED
+    stack.wait_for(lambda: stack.client.status().attachment == detached, "the detachment")
