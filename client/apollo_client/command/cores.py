@@ -9,10 +9,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 @dataclass(frozen=True)
 class Cores:
-    """Two parts of this machine's cores, without a core in common."""
+    """Two parts of this machine's cores; the trainer's are the engine's too where these are few."""
 
     engine: tuple[int, ...]
     trainer: tuple[int, ...]
+
+    def bound(self, workers: int) -> str:
+        """The cores of each of vLLM's workers, as VLLM_CPU_OMP_THREADS_BIND takes them."""
+        parts = (self.engine[worker::workers] for worker in range(workers))
+        return "|".join(",".join(map(str, part or self.engine[:1])) for part in parts)
 
 
 def engine_on_cpu() -> bool:
@@ -27,8 +32,10 @@ def engine_on_cpu() -> bool:
     return True
 
 
-def split_cores() -> Cores | None:
-    """Half of the cores each; None on a GPU engine, or where there is one core only.
+def split_cores(workers: int = 1) -> Cores | None:
+    """Half of the cores each, but one at least for each of vLLM's workers.
+
+    None on a GPU engine, or where there is one core only.
 
     Both would otherwise start a thread on every core, and threads that spin while they wait
     starve the other side.
@@ -37,4 +44,5 @@ def split_cores() -> Cores | None:
         return None
     cores = sorted(os.sched_getaffinity(0))
     half = len(cores) // 2
-    return Cores(tuple(cores[:-half]), tuple(cores[-half:])) if half else None
+    engine = cores[: max(len(cores) - half, workers)]
+    return Cores(tuple(engine), tuple(cores[-half:])) if half else None

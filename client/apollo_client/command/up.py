@@ -19,7 +19,7 @@ from apollo_client.command.gpu_sharing import GpuSharing, shared_gpu
 from apollo_client.command.http_address import answers, url, why_not_free
 from apollo_client.command.model_folder import model_folder, why_not_servable
 from apollo_client.command.outcome import REFUSED, WRONG_INPUT, fail, reported_errors
-from apollo_client.command.vllm_options import told
+from apollo_client.command.vllm_options import told, workers
 from apollo_client.connection import find_server
 from apollo_grpc.locations import private_folder, sidecar_address, state_folder
 
@@ -120,10 +120,10 @@ def vllm_child(
         settings: environment variables of its own.
     """
     environment = os.environ | {"VLLM_PLUGINS": _NAME, "APOLLO_SIDECAR": sidecar} | settings
-    cores = split_cores()
+    count = workers(arguments)
+    cores = split_cores(count)
     if cores:
-        bind = ",".join(str(core) for core in cores.engine)
-        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind)
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores.bound(count))
     served = ["--model", str(model.absolute()), "--host", host, "--port", str(port)]
     scheme = "https" if told(arguments, "--ssl-certfile") else "http"
     apart = told(arguments, "--uds")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+_WORKERS = re.compile(r"(?:--tensor-parallel-size|-tp)[=: ]+(\d+)")
 _OPTION = re.compile(r"--[\w-]+|-O|-\w+")
 _CONFIG = re.compile(r"--config[= ](\S+)")
 
@@ -15,6 +16,13 @@ def told(arguments: Sequence[str], *options: str) -> bool:
     said = [argument.replace("_", "-") for argument in arguments if argument.startswith("-")]
     said += [f"--{line}" for line in _config_lines(arguments)]
     return any(match[0] in options for each in said if (match := _OPTION.match(each)))
+
+
+def workers(arguments: Sequence[str]) -> int:
+    """How many workers vLLM is told to divide each layer over."""
+    said = " ".join([*arguments, *(f"--{line}" for line in _config_lines(arguments))])
+    found = _WORKERS.search(said.replace("_", "-"))
+    return int(found[1]) if found else 1
 
 
 def _config_lines(arguments: Sequence[str]) -> list[str]:

@@ -269,7 +269,7 @@ class ModelOwner(TrainingThread):
         session.checkpoints.look()
         for warning in filter(None, (slow, session.checkpoints.not_synced)):
             log.warning("%s", warning)
-        derived, live = told_derived(attachment.derived), str(attachment.liveness or "")
+        derived, live = told_derived(attachment.derived), attachment.told_liveness()
         session.found = " ".join(filter(None, (attachment.plan.parts(), derived, live, slow)))
         self._board.show_attached(session)
 

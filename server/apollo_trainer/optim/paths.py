@@ -75,11 +75,17 @@ def slowness(slots: Sequence[Slot], impl: Impl, compat: Compat | None, weights: 
     count = sum(slot.param.numel() for slot in slow)
     if count < weights * _MANY:
         return ""
-    kinds = sorted({f"{s.param.dtype} on {s.param.device.type}" for s in slow})
+    kinds = sorted({_kind(slot) for slot in slow})
     return (
         f"Steps are slow: {count} of {weights} weights are stepped by plain torch, because no "
         f"kernel or compiled loop here takes {', '.join(kinds)}."
     )
+
+
+def _kind(slot: Slot) -> str:
+    if not slot.region.whole:
+        return "parts of a matrix that several workers have"
+    return f"{slot.param.dtype} on {slot.param.device.type}"
 
 
 def compiled_kinds(

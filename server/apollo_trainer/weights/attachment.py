@@ -148,6 +148,15 @@ class Attachment:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
 
+    def told_liveness(self) -> str:
+        """For the status: what a probe saw of vLLM, or that there was none."""
+        if self.liveness is None and self.ranks.size > 1:
+            return (
+                "On several workers no weight is probed: that vLLM computes with what is written "
+                "is known by its scores alone."
+            )
+        return str(self.liveness or "")
+
     def memory(self) -> MemoryUse:
         """Where the parameters lie, measured now."""
         return measure(list(self.parameters().values()), self.mappings.values())
