@@ -67,8 +67,7 @@ def train(stack: Stack, **options: Any) -> list[float]:
 
 
 def test_a_run_lowers_the_loss_and_vllm_answers_with_it(stack: Stack) -> None:
-    detail = stack.client.status().attachment_detail
-    assert "no weight is probed" in detail and "parts of a matrix" in detail
+    assert "no weight is probed" in stack.client.status().attachment_detail
     before = stack.engine_logprobs(IDS)
     losses = train(stack)
     assert len(losses) == 5
