@@ -27,9 +27,9 @@ KILLS = 20
 
 def die_in_a_step() -> None:
     """In the server's process: it dies by SIGKILL when two parameters of a step are written."""
-    from apollo_trainer.optim import apollo
+    from apollo_trainer.optim import together
 
-    step_parameter, written = apollo.step_parameter, list[Any]()
+    step_parameter, written = together.step_parameter, list[Any]()
 
     def killed(job: Any) -> Any:
         if len(written) == 2:
@@ -37,7 +37,7 @@ def die_in_a_step() -> None:
         written.append(job)
         return step_parameter(job)
 
-    apollo.step_parameter = killed
+    together.step_parameter = killed
 
 
 def die_in_a_probe() -> None:
