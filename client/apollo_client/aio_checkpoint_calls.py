@@ -20,12 +20,10 @@ from apollo_grpc.v1.checkpoint_pb2_grpc import CheckpointServiceStub
 class AsyncCheckpointCalls(AsyncCalls):
     """What is done about the disk.
 
-    Each call is an operation, which goes on when its caller leaves. A call whose server goes away
-    is made again once it is back, for `retry_seconds`, and has the result of what was begun; what
-    a kill cut off begins anew. `request_id`: the same call
+    Each call is an operation, which goes on when its caller leaves. `request_id`: the same call
     with the same id, of whomever, follows the first one and has its result, also after a restart
     of the server; one that failed or was cut off begins anew. With another call it raises
-    AlreadyExists.
+    AlreadyExists. A call whose server goes away is made again with its id, for `retry_seconds`.
 
     `progress` is called with each Operation.Progress.
 

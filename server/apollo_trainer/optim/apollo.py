@@ -248,10 +248,10 @@ class Apollo(StatefulOptimizer):
             if path != "cuda":
                 counted = change if slot.region.counted else None
                 jobs[path].append(self._job(slot, grad, settings, counted))
-        found = step_parameters(jobs["reference"], self.ranks)
-        found += cpu.step_parameters(jobs["cpu"]) if jobs["cpu"] else []
-        for skipped in found:
+        for skipped in step_parameters(jobs["reference"], self.ranks):
             self._count_skipped(skipped)
+        if jobs["cpu"]:
+            self._count_skipped(torch.stack(cpu.step_parameters(jobs["cpu"])).sum())
         for device, each in prepared.on_cuda.items():
             skipped, changed = self._stepper(device).step(each)
             self._count_skipped(skipped)
