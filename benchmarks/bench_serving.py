@@ -119,6 +119,7 @@ def beside(
     rows = {"idle": load.take(asked.seconds)}
     for mode in modes:
         with training(client, mode, asked) as steps:
+            load.take(asked.seconds / 4)  # steps beside tokens are prepared for
             rows[mode] = load.take(asked.seconds, steps)
         print(load.streams, mode, rows[mode], flush=True)
     rows["idle again"] = load.take(asked.seconds)

@@ -31,6 +31,7 @@ from apollo_trainer.optim import Apollo
 from benchmarks import learning_data, machine
 from benchmarks.learning import ANSWER_TOKENS, FACTS, NEIGHBOURS, fact_of, table
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IGNORED = -100
 BATCH = 16
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -58,7 +59,7 @@ ROWS = {
 def main() -> None:
     """Measures, prints and writes the file."""
     asked = _arguments()
-    result = {**machine.origin(torch.device("cpu")), "rows": [], "edits": {}}
+    result = {**machine.origin(DEVICE), "rows": [], "edits": {}}
     names = ("transformers", "peft")
     result["versions"] |= {name: machine.installed(name) for name in names}
     known = Taught(asked.model, None).known()
@@ -68,7 +69,7 @@ def main() -> None:
             found = {"row": row, "seed": seed, **_row(asked.model, ROWS[row], seed, known)}
             print(found, flush=True)
             result["rows"].append(found)
-    path = asked.out or machine.result_path("learning-peers", torch.device("cpu"))
+    path = asked.out or machine.result_path("learning-peers", DEVICE)
     machine.write_json(path, result)
     print(table(result), f"\n\nWritten to {path}")
 
@@ -117,7 +118,7 @@ class Taught:
         self._tokenizer.padding_side = "left"
         self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
         self._model: Any = _with_lora(model) if way and way.lora else model
         self._way = way
 
@@ -141,7 +142,7 @@ class Taught:
         found = []
         for at in range(0, len(pairs), BATCH):
             prompts, expected = zip(*pairs[at : at + BATCH], strict=True)
-            ids = self._tokenizer(prompts, return_tensors="pt", padding=True)
+            ids = self._tokenizer(prompts, return_tensors="pt", padding=True).to(DEVICE)
             made = self._model.generate(**ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)
             texts = self._tokenizer.batch_decode(made[:, ids["input_ids"].shape[1] :])
             found += [e.casefold() in t.casefold() for e, t in zip(expected, texts, strict=True)]
@@ -180,8 +181,10 @@ class Taught:
 
     def _loss(self, batch: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
         longest = max(len(ids) for ids, _ in batch)
-        ids = torch.tensor([each + [0] * (longest - len(each)) for each, _ in batch])
-        labels = torch.tensor([each + [IGNORED] * (longest - len(each)) for _, each in batch])
+        ids, labels = (
+            torch.tensor([each + [filled] * (longest - len(each)) for each in rows], device=DEVICE)
+            for rows, filled in zip(zip(*batch, strict=True), (0, IGNORED), strict=True)
+        )
         # Padding is on the right here, where nothing that counts reads it.
         logits = self._model(input_ids=ids).logits[:, :-1]
         return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)

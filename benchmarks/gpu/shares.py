@@ -1,11 +1,10 @@
-"""How large a share of a GPU's threads training should have under MPS, and which priority.
+"""Which part of a GPU steps should run on under MPS while vLLM decodes.
 
     python -m benchmarks.gpu.shares qwen3-4b
 
 One vLLM decodes under one MPS daemon; a training server of each kind is started beside it in
-turn. Under MPS the percentage bounds how much of the card a process may use at a time, and a
-process of lower priority waits for the blocks of others (NVIDIA, "Multi-Process Service":
-CUDA_MPS_ACTIVE_THREAD_PERCENTAGE, CUDA_MPS_CLIENT_PRIORITY).
+turn: each a part of the multiprocessors (`--gpu-percent`). Its blocks go behind vLLM's (NVIDIA,
+"Multi-Process Service": CUDA_MPS_CLIENT_PRIORITY), as under `apollo up --gpu-sharing mps`.
 """
 
 from __future__ import annotations
@@ -19,23 +18,19 @@ from typing import Any
 
 import torch
 
-from apollo_client.command.gpu_sharing import GpuSharing, shared_gpu
+from apollo_client.command.gpu_sharing import BELOW_NORMAL, GpuSharing, shared_gpu
 from benchmarks import machine
 from benchmarks.bench_serving import Load, training
 from benchmarks.gpu.models import SHAPES, write_shape
 from benchmarks.gpu.stack import VLLM, Stack
 
-# The percentage, and the priority: 1 is below that of others.
-KINDS = ((25, 1), (50, 1), (100, 1), (25, 0))
+PERCENTS = (25, 35, 50, 100)
 MODES = ("live", "pause_step")
 
 
-def kind(percent: int, priority: int) -> dict[str, str]:
+def with_part(percent: int) -> dict[str, str]:
     """Environment variables of a training server's."""
-    return {
-        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(percent),
-        "CUDA_MPS_CLIENT_PRIORITY": str(priority),
-    }
+    return {"APOLLO_GPU_PERCENT": str(percent), "CUDA_MPS_CLIENT_PRIORITY": BELOW_NORMAL}
 
 
 def rows_of(stack: Stack, asked: argparse.Namespace) -> dict[str, Any]:
@@ -43,6 +38,7 @@ def rows_of(stack: Stack, asked: argparse.Namespace) -> dict[str, Any]:
     load, rows = Load(stack.url, str(stack.model), asked.streams), dict[str, Any]()
     for mode in MODES:
         with training(stack.client, mode, asked) as steps:
+            load.take(asked.seconds / 2)  # steps of this place are captured
             rows[mode] = load.take(asked.seconds, steps)
     with training(stack.client, "live", asked) as steps:
         time.sleep(1)
@@ -56,6 +52,7 @@ def main() -> None:
     """Measures, prints and writes the file."""
     parser = argparse.ArgumentParser(description="Shares of a GPU under MPS.")
     parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("--percents", type=int, nargs="+", default=list(PERCENTS))
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--context", type=int, default=1800)
@@ -70,16 +67,16 @@ def main() -> None:
         options = (*VLLM, "--max-model-len", "4096")
         with shared_gpu(GpuSharing.MPS, Path(folder)) as shared:
             os.environ |= shared.both
-            with Stack(model, Path(folder), options, trainer=kind(*KINDS[0])) as stack:
+            with Stack(model, Path(folder), options, trainer=with_part(100)) as stack:
                 load = Load(stack.url, str(model), asked.streams)
                 load.take(asked.seconds)
-                for percent, priority in KINDS:
-                    stack.trainer = kind(percent, priority)
+                for percent in asked.percents:
+                    stack.trainer = with_part(percent)
                     attached = stack.restart_server()
                     row = {"attach_seconds": attached, "idle": load.take(asked.seconds)}
                     row |= rows_of(stack, asked)
-                    result[f"{percent} %, priority {priority}"] = row
-                    print(percent, priority, row, flush=True)
+                    result[f"{percent} %"] = row
+                    print(percent, row, flush=True)
                     machine.write_json(path, result)
 
 

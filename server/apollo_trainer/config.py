@@ -237,6 +237,13 @@ class Settings(BaseSettings):
         description="of the tokens that vLLM would make undisturbed; steps wait where it makes "
         "fewer beside training; 0: no step waits",
     )
+    gpu_percent: int = Field(
+        default=25,
+        ge=1,
+        le=100,
+        description="of the GPU's multiprocessors, on which steps run while vLLM decodes beside "
+        "them by MPS; else they run on all",
+    )
     lease_seconds: float = Field(
         default=10.0, gt=0, le=60, description="vLLM resumes by itself this long after a crash"
     )

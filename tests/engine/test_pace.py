@@ -132,6 +132,15 @@ def test_tokens_that_wait_for_a_long_write_are_no_idle_engine() -> None:
     assert machine.pace.step_ended() > 1
 
 
+def test_it_says_whether_somebody_waits_for_tokens() -> None:
+    machine = Machine(0.9, alone=0.01, beside=0.02)
+    assert not machine.pace.serving
+    machine.run(2 * TOLD_SECONDS, 0.01)
+    assert machine.pace.serving
+    machine.now += 2 * IDLE_SECONDS
+    assert not machine.pace.serving
+
+
 def test_a_share_of_nothing_asks_for_nothing() -> None:
     machine = Machine(0, 0.004, 0.1)
     assert [machine.train(0.06) for _ in range(50)] == [0.0] * 50
@@ -149,4 +158,5 @@ def test_how_a_gpu_is_shared_is_said() -> None:
     assert "turns" in sharing_of({})
     daemon = {"CUDA_MPS_PIPE_DIRECTORY": "/run/user/0/mps"}
     assert "100 %" in sharing_of(daemon)
+    assert "threads, 25 % while vLLM decodes." in sharing_of(daemon, 25)
     assert "by MPS, with 25 %" in sharing_of(daemon | {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "25"})

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from apollo_grpc.region import Region
 from apollo_trainer.optim.change import Change
 from apollo_trainer.optim.cuda import FusedStepper, Work, fits, tables
 from apollo_trainer.optim.factored import Factored
@@ -100,7 +101,8 @@ def parameters(
     slots = []
     for index, (name, shape) in enumerate(shapes.items(), 1):
         weight = torch.randn(shape, generator=generator).mul(0.02).to(dtype).to(DEVICE)
-        slots.append(Slot(name, view(weight) if view else weight, index, 0, rank))
+        param = view(weight) if view else weight
+        slots.append(Slot(name, param, index, 0, rank, Region.whole_of(param.shape)))
         slots[-1].set_seed(0)
     return Parameters(slots, [new_state(slot, rounding) for slot in slots], variant, rounding)
 

@@ -24,8 +24,8 @@ from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.locations import private_folder
 
 CONTROL = "nvidia-cuda-mps-control"
-# Of the GPU's threads, the training server's; vLLM's go first, where both wait for some.
-TRAINER_PERCENT, BELOW_NORMAL = 25, "1"
+# Of a client's priority: the other one's blocks go first, where both wait for room.
+BELOW_NORMAL = "1"
 START_SECONDS = STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 
@@ -80,11 +80,8 @@ def shared_gpu(asked: GpuSharing, folder: Path) -> Iterator[Shared]:
     try:
         yield Shared(
             places,
-            {
-                "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(TRAINER_PERCENT),
-                "CUDA_MPS_CLIENT_PRIORITY": BELOW_NORMAL,
-            },
-            (f"GPU shared by MPS: training has {TRAINER_PERCENT} % of its threads",),
+            {"CUDA_MPS_CLIENT_PRIORITY": BELOW_NORMAL},
+            ("GPU shared by MPS: training goes behind vLLM",),
             lambda process: _terminate(process, places),
         )
     finally:

@@ -36,6 +36,7 @@ from apollo_trainer.requests.samples import SampleLimits, why_refused
 from apollo_trainer.training.captured import CapturedPasses
 from apollo_trainer.training.context_check import require_frozen_context
 from apollo_trainer.training.delta_rule import choose_delta_rule
+from apollo_trainer.training.device_part import part_of
 from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.needs import CANNOT, told
 from apollo_trainer.training.options import StateShape
@@ -103,11 +104,13 @@ def open_session(
     passes = twin = None
     if embedding.is_cuda:
         speed_up(attachment.model)
-        passes, twin = CapturedPasses(attachment.model), _twin(attachment.model)
+        part = part_of(embedding.device, settings.gpu_percent)
+        passes, twin = CapturedPasses(attachment.model, part), _twin(attachment.model)
     session = Session(
         attachment, optimizer, shape, state_path, limits, settings, checkpoints, passes, twin,
     )  # fmt: skip
-    session.sharing = sharing_of(os.environ) if embedding.is_cuda else ""
+    if passes:
+        session.sharing = sharing_of(os.environ, passes.part and passes.part.percent)
     if kept and came_back:
         vars(session).update(kept.carried, came_back=True)
         checkpoints.poison.why = kept.mixed

@@ -34,15 +34,19 @@ MOST_SECONDS = 60.0
 ASK_SECONDS = 0.05
 
 
-def sharing_of(environment: Mapping[str, str]) -> str:
+def sharing_of(environment: Mapping[str, str], part: int | None = None) -> str:
     """How this process shares a GPU with vLLM, in a sentence, by its environment variables.
+
+    Args:
+        part: percent of its multiprocessors that steps run on while vLLM decodes; None for all.
 
     CUDA_MPS_*: NVIDIA, "Multi-Process Service". vLLM must have been given the same daemon.
     """
     if not environment.get("CUDA_MPS_PIPE_DIRECTORY"):
         return "Training and vLLM take turns on the GPU."
-    percent = environment.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100")
-    return f"Training runs beside vLLM by MPS, with {percent} % of the GPU's threads."
+    most = environment.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100")
+    beside = f", {part} % while vLLM decodes" if part else ""
+    return f"Training runs beside vLLM by MPS, with {most} % of the GPU's threads{beside}."
 
 
 class Pace:
@@ -80,6 +84,12 @@ class Pace:
     def _busy(self, begin: float, end: float) -> float:
         """Seconds of a span in which a step was at work."""
         return sum(max(0.0, min(e, end) - max(b, begin)) for b, e in self._steps)
+
+    @property
+    def serving(self) -> bool:
+        """Whether somebody waits for tokens. Any thread."""
+        with self._lock:
+            return self._clock() <= self._idle_from
 
     @contextmanager
     def paused_step(self) -> Iterator[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, ResourceExhausted, Unavailable
@@ -79,8 +80,15 @@ class RunSteps:
         """Takes one step in its turn, as `_take`."""
         pace = self._session.pace
         turn = pace.step(self._require_going) if self.coherence.serves else pace.paused_step()
-        with turn as self.waited_seconds:
+        with turn as self.waited_seconds, self._place():
             return self._take(batch)
+
+    def _place(self) -> AbstractContextManager[None]:
+        """A part of the GPU beside a vLLM that decodes; else all of it."""
+        passes, serves = self._session.passes, self.coherence.serves
+        if passes and passes.part and serves and self._session.pace.serving:
+            return passes.part.running()
+        return nullcontext()
 
     def _take(self, batch: Batch) -> StepResult:
         """Takes one step. Raises as `take_step`, FailedPrecondition with PAUSE_LOST where vLLM

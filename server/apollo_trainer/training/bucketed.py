@@ -40,6 +40,7 @@ class Bucket:
             micro-batch, whose contexts are equally long.
         top_k: tokens that are told of each place by a teacher; 0 where there is none.
         policy: how a policy gradient is clipped; None where there is none.
+        on_part: whether its passes run on a part of the GPU, `DevicePart`.
     """
 
     samples: int
@@ -50,6 +51,7 @@ class Bucket:
     padding: Padding = "any"
     top_k: int = 0
     policy: Clip | None = None
+    on_part: bool = False
 
     @staticmethod
     def of(batch: MicroBatch, padding: Padding = "any", clip: Clip = DEFAULT_CLIP) -> Bucket:

@@ -19,6 +19,7 @@ from torch import Tensor
 from apollo_trainer.optim.factored import norm_of
 from apollo_trainer.training.batch import MicroBatch, Mixing, plan_batches
 from apollo_trainer.training.bucketed import Bucket, Inputs, Padding, losses
+from apollo_trainer.training.device_part import DevicePart
 from apollo_trainer.training.frozen_context import FrozenContexts
 from apollo_trainer.training.gradients import Collected, StepGradients, backward
 from apollo_trainer.training.loss import batch_loss
@@ -54,8 +55,8 @@ class SaysOtherwise(RuntimeError):
 class Capture:
     """Captures passes of one model, whose parameters stay where they are in memory."""
 
-    def __init__(self, model: Any):
-        self._model = model
+    def __init__(self, model: Any, part: DevicePart | None = None):
+        self._model, self._part = model, part
         self._apart = True  # contexts are, until the model turns out not to allow it
 
     def compile(self, padding: Padding) -> None:
@@ -118,7 +119,7 @@ class Capture:
         return self._said(sums, collected)
 
     def _warm_up(self, inputs: Inputs) -> None:
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side: Any = self._stream(inputs) or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
@@ -128,9 +129,15 @@ class Capture:
     def _captured(self, inputs: Inputs) -> Graph:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
         # Other threads copy weights meanwhile; what they ask of the device is no part of this.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, stream=self._stream(inputs), capture_error_mode="thread_local"
+        ):
             sums, collected = self._pass(inputs)
         return Graph(inputs, graph, sums, collected, torch.cuda.memory_reserved() - before)
+
+    def _stream(self, inputs: Inputs) -> Any | None:
+        """Of the part that its kernels run on, also where they are replayed on another's stream."""
+        return self._part.stream if self._part and inputs.bucket.on_part else None
 
     def _is_apart(self, inputs: Inputs) -> bool:
         return self._apart and inputs.bucket.padding == "any"

@@ -13,7 +13,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from apollo_trainer.training.batch import MicroBatch, Mixing
 from apollo_trainer.training.bucketed import Bucket, Padding
 from apollo_trainer.training.capture import Capture, Graph, SaysOtherwise, free_unused
+from apollo_trainer.training.device_part import DevicePart
 from apollo_trainer.training.gradients import StepGradients
 from apollo_trainer.training.mixing import mixing_of
 from apollo_trainer.training.objectives import DEFAULT_CLIP, Clip
@@ -44,10 +45,14 @@ class _Refused:
 
 
 class CapturedPasses:
-    """Takes micro-batches of one model, whose parameters stay where they are in memory."""
+    """Takes micro-batches of one model, whose parameters stay where they are in memory.
 
-    def __init__(self, model: Any):
-        self._model, self._capture = model, Capture(model)
+    Attributes:
+        part: of the GPU, for steps beside a vLLM that decodes; a graph is of it or of all.
+    """
+
+    def __init__(self, model: Any, part: DevicePart | None = None):
+        self._model, self._capture, self.part = model, Capture(model, part), part
         self._graphs: dict[Bucket, Graph] = {}
         self._uses: Counter[Bucket] = Counter()
         self._refused: dict[Bucket, _Refused] = {}
@@ -106,6 +111,7 @@ class CapturedPasses:
 
     def _graph_of(self, batch: MicroBatch, divisor: float, clip: Clip) -> Graph | None:
         bucket = Bucket.of(batch, self._padding or self._find_padding(), clip)
+        bucket = replace(bucket, on_part=self.part is not None and self.part.entered)
         self._uses[bucket] += 1
         if bucket not in self._graphs and self._is_worth_it(bucket) and self._may_try(bucket):
             self._refused.pop(bucket, None)

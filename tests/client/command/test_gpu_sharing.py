@@ -54,17 +54,14 @@ def control(tmp_path, monkeypatch):
     return make
 
 
-def test_both_meet_at_the_daemon_and_the_trainer_has_a_part(control, tmp_path):
+def test_both_meet_at_the_daemon_and_the_trainer_goes_behind(control, tmp_path):
     control()
     with shared_gpu(GpuSharing.MPS, tmp_path / "state") as shared:
         pipe = Path(shared.both["CUDA_MPS_PIPE_DIRECTORY"])
         daemon = int((pipe / "pid").read_text())
         assert alive(daemon)
-        assert shared.trainer == {
-            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "25",
-            "CUDA_MPS_CLIENT_PRIORITY": "1",
-        }
-        assert "25 %" in shared.notes[0]
+        assert shared.trainer == {"CUDA_MPS_CLIENT_PRIORITY": "1"}
+        assert "behind vLLM" in shared.notes[0]
         folders = [pipe, Path(shared.both["CUDA_MPS_LOG_DIRECTORY"])]
         assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == [0o700] * 2
     assert not alive(daemon)
