@@ -89,7 +89,7 @@ def test_steps_on_the_part_and_on_all_lose_what_they_lose_without(make_model, pa
     for passes_of in (lambda model: None, lambda model: CapturedPasses(model, part)):
         model = make_model("qwen3").to(DEVICE)
         passes, optimizer = passes_of(model), Apollo(model.named_parameters(), rank=8, lr=1e-3)
-        places = [nullcontext, part.running if passes else nullcontext]
+        places = [nullcontext, part.running if passes is not None else nullcontext]
         found = []
         for number in range(40):
             with places[number // 4 % 2]():

@@ -109,7 +109,7 @@ def open_session(
     session = Session(
         attachment, optimizer, shape, state_path, limits, settings, checkpoints, passes, twin,
     )  # fmt: skip
-    if passes:
+    if passes is not None:
         session.sharing = sharing_of(os.environ, passes.part and passes.part.percent)
     if kept and came_back:
         vars(session).update(kept.carried, came_back=True)

@@ -65,6 +65,7 @@ class RunSteps:
             run.context_gradient_tokens,
         )  # fmt: skip
         self._anchor_weight = run.anchor_options.weight
+        self._part = session.passes.part if session.passes is not None else None
         self._unlearned = Unlearned(run.samples, guard)
         self.written, self._writing, self.waited_seconds = 0, False, 0.0
 
@@ -85,10 +86,8 @@ class RunSteps:
 
     def _place(self) -> AbstractContextManager[None]:
         """A part of the GPU beside a vLLM that decodes; else all of it."""
-        passes, serves = self._session.passes, self.coherence.serves
-        if passes and passes.part and serves and self._session.pace.serving:
-            return passes.part.running()
-        return nullcontext()
+        beside = self.coherence.serves and self._session.pace.serving
+        return self._part.running() if self._part and beside else nullcontext()
 
     def _take(self, batch: Batch) -> StepResult:
         """Takes one step. Raises as `take_step`, FailedPrecondition with PAUSE_LOST where vLLM
@@ -144,6 +143,8 @@ class RunSteps:
             self.coherence.before_write()
         except ApolloError as error:
             raise self._not_writable(error) from error
+        if self._part and self.coherence.stops:
+            self._part.leave()
         if not self._session.attachment.alive:
             # Somebody changed them before the lease began, which refuses that.
             raise self._lost()

@@ -32,27 +32,35 @@ class DevicePart:
     """
 
     def __init__(self, device: torch.device, percent: int):
-        from torch.cuda.green_contexts import GreenContext
+        from torch.cuda import green_contexts
 
         self.percent, self.entered = percent, False
+        self._outer: Any = None
         have = torch.cuda.get_device_properties(device).multi_processor_count
         wanted = max(1, have * percent // 100)
+        green: Any = green_contexts.GreenContext
         # Kept: its streams end with it.
-        self._context: Any = GreenContext.create(num_sms=wanted, device_id=device.index or 0)
-        self.stream: Any = self._context.Stream()
+        self._context = green.create(num_sms=wanted, device_id=device.index or 0)
+        self.stream = self._context.Stream()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """What is launched within it runs on this part, after what was launched before."""
-        outer = torch.cuda.current_stream()
-        self.stream.wait_stream(outer)
+        """What is launched within it runs on this part, after what was launched before it."""
+        self._outer = torch.cuda.current_stream()
+        self.stream.wait_stream(self._outer)
         self.entered = True
         try:
             with torch.cuda.stream(self.stream):
                 yield
         finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """What is launched from here on runs on all, within `running` too."""
+        if self.entered:
             self.entered = False
-            outer.wait_stream(self.stream)
+            self._outer.wait_stream(self.stream)
+            torch.cuda.set_stream(self._outer)
 
 
 def part_of(
