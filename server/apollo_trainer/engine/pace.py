@@ -23,8 +23,10 @@ FEW = 16
 STEPS = 64
 # Nobody waits for tokens when none has come for so long, and for so many times the last one took.
 IDLE_SECONDS, IDLE_TIMES = 0.6, 4
-# A wait while it is not known how fast tokens come without training, to learn it; and for how long
-# what was learned counts where no step waits, and nothing more is learned.
+# The shortest wait: the sidecar tells of an iteration when its tokens are out, which may be the
+# next one's time, and many iterations beside no step make little of that. It is also the wait while
+# it is not known how fast tokens come without training; and for how long what was learned counts
+# where no step waits, and nothing more is learned.
 LOOK_SECONDS, KNOWN_SECONDS = 0.1, 30.0
 # Times beside steps and without must differ in share for the two to be told apart.
 LEAST_DETERMINANT = 0.01
@@ -67,6 +69,7 @@ class Pace:
         self._idle_from = self._turn = self._served_from = -math.inf
         # What steps take of vLLM's tokens, and until when that is known.
         self._known = (0.0, -math.inf)
+        self._owed = 0.0  # seconds that steps did not wait yet
 
     def tokens(self, iterations: Iterable[tuple[float, float]]) -> None:
         """What the sidecar told: when each iteration ended, and the seconds it took. Any thread.
@@ -132,6 +135,7 @@ class Pace:
             self._steps.append((began, now))
             # Before the step: within it vLLM may have waited for the write.
             if not self._share or began > self._idle_from:
+                self._owed = 0.0
                 return 0.0
             if (slowed := self._slowed()) is not None:
                 self._known = slowed, now + KNOWN_SECONDS
@@ -139,7 +143,9 @@ class Pace:
         if now > until:
             return LOOK_SECONDS
         duty = max(LEAST_DUTY, (1 - self._share) / slowed) if slowed > 0 else 1.0
-        return min(MOST_SECONDS, max(0.0, (now - began) * (1 / duty - 1)))
+        owed = self._owed + max(0.0, (now - began) * (1 / duty - 1))
+        self._owed = owed if owed < LOOK_SECONDS else 0.0
+        return 0.0 if self._owed else min(MOST_SECONDS, owed)
 
     def _slowed(self) -> float | None:
         """1 - t0 / t1: the part of its tokens that vLLM loses beside a step; None if unknown."""
