@@ -101,7 +101,7 @@ def open_session(
     )
     checkpoints = ModelCheckpoints(attachment, state_path.parent, settings)
     optimizer.before_param_write = checkpoints.watch
-    passes = twin = None
+    passes = twin = part = None
     if embedding.is_cuda:
         speed_up(attachment.model)
         part = part_of(embedding.device, settings.gpu_percent)
@@ -110,7 +110,7 @@ def open_session(
         attachment, optimizer, shape, state_path, limits, settings, checkpoints, passes, twin,
     )  # fmt: skip
     if passes is not None:
-        session.sharing = sharing_of(os.environ, passes.part and passes.part.percent)
+        session.sharing = sharing_of(os.environ, part.percent if part else None)
     if kept and came_back:
         vars(session).update(kept.carried, came_back=True)
         checkpoints.poison.why = kept.mixed

@@ -13,7 +13,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from apollo_trainer.training.device_part import DevicePart
 
 # Iterations that count: some seconds of a fast engine's.
 KEPT = 512
@@ -57,10 +59,16 @@ class Pace:
     Args:
         share: of the tokens that vLLM would make undisturbed; 0 asks for nothing.
         clock: CLOCK_MONOTONIC, as the sidecar's.
+        part: of the GPU, for what runs beside a vLLM that decodes; None where it is not divided.
     """
 
-    def __init__(self, share: float, clock: Callable[[], float] = time.monotonic):
-        self._share, self._clock = share, clock
+    def __init__(
+        self,
+        share: float,
+        clock: Callable[[], float] = time.monotonic,
+        part: DevicePart | None = None,
+    ):
+        self._share, self._clock, self.part = share, clock, part
         self._lock = threading.Lock()
         # When each began and ended; the one at work ends some day.
         self._steps: deque[tuple[float, float]] = deque(maxlen=STEPS)
@@ -93,6 +101,10 @@ class Pace:
         """Whether somebody waits for tokens. Any thread."""
         with self._lock:
             return self._clock() <= self._idle_from
+
+    def place(self) -> AbstractContextManager[None]:
+        """Has passes run on the part while somebody waits for tokens. Training thread."""
+        return self.part.running() if self.part and self.serving else nullcontext()
 
     @contextmanager
     def paused_step(self) -> Iterator[float]:

@@ -136,7 +136,8 @@ class Evaluation:
 
     def _top(self, samples: Sequence[TokenizedSample], k: int) -> list[TopTokens]:
         budget, model = self._session.settings.token_budget, self._session.attachment.model
-        return top_tokens(model, samples, k, budget, self._require_going)
+        with self._session.pace.place():
+            return top_tokens(model, samples, k, budget, self._require_going)
 
     def _tell(
         self, step: int, anchors: Sequence[float] = (), *, after_training: bool = False
@@ -160,7 +161,8 @@ class Evaluation:
     ) -> Sequence[float]:
         """Of each sample, in nats a token."""
         budget, model = self._session.settings.token_budget, self._session.attachment.model
-        return evaluate(model, samples, budget, self._require_going, own_loss=own_loss)
+        with self._session.pace.place():
+            return evaluate(model, samples, budget, self._require_going, own_loss=own_loss)
 
 
 def _anchor(question: Question) -> TokenizedSample:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, ResourceExhausted, Unavailable
@@ -65,7 +64,6 @@ class RunSteps:
             run.context_gradient_tokens,
         )  # fmt: skip
         self._anchor_weight = run.anchor_options.weight
-        self._part = session.passes.part if session.passes is not None else None
         self._unlearned = Unlearned(run.samples, guard)
         self.written, self._writing, self.waited_seconds = 0, False, 0.0
 
@@ -80,14 +78,11 @@ class RunSteps:
     def take(self, batch: Batch) -> StepResult:
         """Takes one step in its turn, as `_take`."""
         pace = self._session.pace
-        turn = pace.step(self._require_going) if self.coherence.serves else pace.paused_step()
-        with turn as self.waited_seconds, self._place():
+        if not self.coherence.serves:
+            with pace.paused_step() as self.waited_seconds:
+                return self._take(batch)
+        with pace.step(self._require_going) as self.waited_seconds, pace.place():
             return self._take(batch)
-
-    def _place(self) -> AbstractContextManager[None]:
-        """A part of the GPU beside a vLLM that decodes; else all of it."""
-        beside = self.coherence.serves and self._session.pace.serving
-        return self._part.running() if self._part and beside else nullcontext()
 
     def _take(self, batch: Batch) -> StepResult:
         """Takes one step. Raises as `take_step`, FailedPrecondition with PAUSE_LOST where vLLM
@@ -143,8 +138,8 @@ class RunSteps:
             self.coherence.before_write()
         except ApolloError as error:
             raise self._not_writable(error) from error
-        if self._part and self.coherence.stops:
-            self._part.leave()
+        if (part := self._session.pace.part) and self.coherence.stops:
+            part.leave()
         if not self._session.attachment.alive:
             # Somebody changed them before the lease began, which refuses that.
             raise self._lost()
