@@ -188,7 +188,8 @@ def test_a_capture_that_finds_no_memory(make_model: Make, case: Case) -> None:
         with NoMemory(trained.optimizer, number, number) as memory, suppress(OutOfMemory):
             again = trained.step(DRY_RUN)
             where = f"allocation {number}, {memory.phases}"
-            if number:
+            # Later ones have fewer: what was uploaded, or compiled, stays.
+            if memory.phases:
                 assert (again.loss_sum, again.grad_norm) == (plain.loss_sum, plain.grad_norm), where
         if number:
             told = trained.passes.refusal
