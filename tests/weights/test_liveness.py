@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -125,6 +126,31 @@ def test_a_matrix_that_no_score_depends_on_is_refused(start_engine, model_folder
     assert refused.value.reason == "LIVENESS_UNPROVEN"
     assert "gate_proj" in refused.value.message
     assert "--no-probe-weights" in refused.value.message
+
+
+def little_of_gates(engine):
+    """What comes through an MLP is small beside rounding, whatever its gates are."""
+    with torch.no_grad():
+        for layer in engine.model.module.model.layers:
+            layer.mlp.up_proj.weight.mul_(3e-4)
+
+
+def test_a_matrix_that_does_little_is_proven_by_larger_changes(start_engine, sidecar, monkeypatch):
+    engine = start_engine(dtype=torch.bfloat16)
+    little_of_gates(engine)
+    found = attach(sidecar, engine.engine.epoch, checks=Checks(values=False)).liveness
+    assert set(found.proven) == KINDS
+    monkeypatch.setattr(liveness, "LAST_STRENGTHS", ())
+    with pytest.raises(FailedPrecondition, match=r"_proj\.weight moves the model's"):
+        attach(sidecar, engine.engine.epoch, checks=Checks(values=False))
+
+
+def test_a_copy_of_a_matrix_that_does_little_is_refused(start_engine, sidecar):
+    gates = f"{LAYERS}mlp.gate_proj.weight"
+    engine = start_engine(dtype=torch.bfloat16, keeps_copies=(gates,))
+    little_of_gates(engine)
+    with pytest.raises(FailedPrecondition, match=f"written into {re.escape(gates)}:"):
+        attach(sidecar, engine.engine.epoch, checks=Checks(values=False))
 
 
 def test_few_bytes_are_changed(start_engine, probe, monkeypatch):
