@@ -12,8 +12,10 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,29 +27,47 @@ ROUNDS = 3
 
 
 class Server:
-    """vLLM's API server as a child process; ends when left."""
+    """vLLM's API server as a child process; ends when left.
 
-    def __init__(self, model: Path, device: torch.device, folder: Path, plugin: bool):
+    Args:
+        options: vLLM's.
+        others: environment variables.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        device: torch.device,
+        folder: Path,
+        plugin: bool,
+        options: Sequence[str] = ("--max-model-len", "512"),
+        others: Mapping[str, str] = MappingProxyType({}),
+    ):
         self._model = model
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self._port = int(probe.getsockname()[1])
-        environment = os.environ | {
-            "APOLLO_STATE_DIR": str(folder / "state"),
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-        }
+            port = int(probe.getsockname()[1])
+        self.url = f"http://127.0.0.1:{port}"
+        environment = (
+            os.environ
+            | others
+            | {
+                "APOLLO_STATE_DIR": str(folder / "state"),
+                "HF_HUB_OFFLINE": "1",
+                "VLLM_NO_USAGE_STATS": "1",
+            }
+        )
         environment.pop("VLLM_PLUGINS", None)
         if plugin:
             environment["VLLM_PLUGINS"] = "apollo"
         if device.type == "cpu":
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        served = ["--model", str(model), "--host", "127.0.0.1", "--port", str(self._port)]
+        served = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *served]
         self.log = folder / "vllm.log"
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, "--max-model-len", "512"],
+                [*command, *options],
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -58,7 +78,7 @@ class Server:
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=5):
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return self
             except OSError:
                 if self._process.poll() is not None or time.monotonic() > deadline:
@@ -85,7 +105,7 @@ class Server:
             "ignore_eos": True,
         }
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self._port}/v1/completions",
+            f"{self.url}/v1/completions",
             json.dumps(body).encode(),
             {"content-type": "application/json"},
         )

@@ -12,19 +12,13 @@ benchmarks/results/.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib
 import json
-import os
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +26,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import machine
+from benchmarks.bench_serving import Load
+from benchmarks.decoding import Server
 from benchmarks.gpu import plain
 from benchmarks.gpu.bench_step import samples, used_gb
 from benchmarks.gpu.models import SHAPES, write_shape
-from benchmarks.gpu.stack import ENGINE, START_SECONDS, VLLM
+from benchmarks.gpu.stack import VLLM
 
 CHANGES = 11
 TRANSFER = ("--weight-transfer-config", json.dumps({"backend": "ipc"}))
@@ -58,23 +54,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="two-copies-", dir="/dev/shm") as folder:
         model = write_shape(asked.shape, Path(folder) / "model", seed=1)
         torch.cuda.empty_cache()
-        result |= measured(model, Path(folder), asked)
+        result |= measured(model, device, Path(folder), asked)
     path = asked.out or machine.result_path(f"two_copies-{asked.shape}", device)
     machine.write_json(path, result)
     print(json.dumps(result, indent=1))
 
 
-def measured(model: Path, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
+def measured(
+    model: Path, device: torch.device, folder: Path, asked: argparse.Namespace
+) -> dict[str, Any]:
     """Milliseconds from a step's beginning to a token with it; memory; what a restart takes."""
     began = time.monotonic()
-    with engine(model, folder) as url:
+    options = (*VLLM, *TRANSFER)
+    with Server(model, device, folder, plugin=False, options=options, others=ALLOWED) as vllm:
         found: dict[str, Any] = {"restart": {"start_seconds": time.monotonic() - began}}
         alone = used_gb()
         copy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).cuda().eval()
         optimizer = plain.contenders.apollo_torch(rank=64).make(dict(copy.named_parameters()))
-        send = transfer(url, copy)
+        send, load = transfer(vllm.url, copy), Load(f"{vllm.url}/v1/completions", str(model), 1)
         sample = samples(asked.context, asked.learned, 1, seed=7)[0]
-        rows = [changed(url, model, send, lambda: step(copy, optimizer, sample))
+        rows = [changed(load, send, lambda: step(copy, optimizer, sample))
                 for _ in range(CHANGES)]  # fmt: skip
         found["second copy"] = {
             name: statistics.median(row[name] for row in rows) for name in rows[0]
@@ -92,15 +91,14 @@ def step(copy: Any, optimizer: Any, sample: dict[str, list[int]]) -> None:
     torch.cuda.synchronize()
 
 
-def changed(url: str, model: Path, send: Any, learn: Any) -> dict[str, float]:
+def changed(load: Load, send: Callable[[], None], learn: Callable[[], None]) -> dict[str, float]:
     """Milliseconds of the step, of the transfer, and of all until a token is there."""
     began = time.monotonic()
     learn()
     learned = time.monotonic()
     send()
     sent = time.monotonic()
-    body = {"model": str(model), "prompt": [3, 4, 5], "max_tokens": 1, "temperature": 0}
-    post(f"{url}/v1/completions", body)
+    asyncio.run(load.one_token())
     return {
         "step_ms": 1e3 * (learned - began),
         "transfer_ms": 1e3 * (sent - learned),
@@ -108,7 +106,7 @@ def changed(url: str, model: Path, send: Any, learn: Any) -> dict[str, float]:
     }
 
 
-def transfer(url: str, copy: Any) -> Any:
+def transfer(url: str, copy: Any) -> Callable[[], None]:
     """What hands the copy's weights to vLLM."""
     base = importlib.import_module("vllm.distributed.weight_transfer.base")
     ipc = importlib.import_module("vllm.distributed.weight_transfer.ipc_engine")
@@ -118,52 +116,8 @@ def transfer(url: str, copy: Any) -> Any:
         client=clients.HTTPVLLMWeightSyncClient(url),
         source=base.ModuleSource(copy),
     )
-    return begun.send_weights
-
-
-@contextmanager
-def engine(model: Path, folder: Path) -> Iterator[str]:
-    """vLLM without the product; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    options = ("--model", str(model), "--port", str(port), "--host", "127.0.0.1", *VLLM, *TRANSFER)
-    with (folder / "vllm.log").open("wb") as log:
-        vllm = subprocess.Popen(
-            [sys.executable, "-m", ENGINE, *options],
-            env=os.environ | ALLOWED | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not healthy(url):
-            if vllm.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"not ready:\n{(folder / 'vllm.log').read_text()[-4000:]}")
-            time.sleep(0.5)
-        yield url
-    finally:
-        os.killpg(vllm.pid, signal.SIGTERM)
-        vllm.wait(60)
-
-
-def healthy(url: str) -> bool:
-    """Whether vLLM answers."""
-    with suppress(OSError):
-        urllib.request.urlopen(f"{url}/health", timeout=5).close()
-        return True
-    return False
-
-
-def post(url: str, body: dict[str, Any]) -> None:
-    """Has vLLM answer."""
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        answer.read()
+    send: Callable[[], None] = begun.send_weights
+    return send
 
 
 if __name__ == "__main__":

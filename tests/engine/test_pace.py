@@ -54,6 +54,15 @@ class Machine:
             self.pace.tokens(self._untold)
             self._told_at, self._untold = self.now, []
 
+    def train_on(self, seconds: float) -> None:
+        """Steps of so many seconds until their pace is found; then `begin`, and 100 more."""
+        self.run(1.0, self._alone)
+        for _ in range(200):
+            self.train(seconds)
+        self.begin()
+        for _ in range(100):
+            self.train(seconds)
+
     def train(self, seconds: float) -> float:
         """One step, and the wait after it, which is returned."""
         self.pace.step_begins()
@@ -85,24 +94,14 @@ def test_vllm_keeps_its_share(share: float, alone: float, slower: float, step: f
 def test_training_takes_what_the_share_leaves() -> None:
     """Tokens half as fast, a tenth of them to give: a step works a fifth of the time."""
     machine = Machine(0.9, 0.004, 0.008)
-    machine.run(1.0, 0.004)
-    for _ in range(200):
-        machine.train(0.06)
-    machine.begin()
-    for _ in range(100):
-        machine.train(0.06)
+    machine.train_on(0.06)
     assert machine.steps * 0.06 / (machine.now - machine.began) == pytest.approx(0.2, rel=0.1)
 
 
 def test_iterations_that_are_told_late_hide_nothing() -> None:
     """By two of them: vLLM computes the next ones while it hands out tokens."""
     machine = Machine(0.9, 0.004, 0.0046, late=0.009)
-    machine.run(1.0, 0.004)
-    for _ in range(200):
-        machine.train(0.06)
-    machine.begin()
-    for _ in range(100):
-        machine.train(0.06)
+    machine.train_on(0.06)
     assert machine.share >= 0.885
 
 

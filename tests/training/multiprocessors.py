@@ -6,11 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def write_place(seen):
-    """PTX ISA, "Special Registers: %smid"; each program works long enough to be beside others."""
+    """PTX ISA, "Special Registers: %smid"."""
     place = tl.inline_asm_elementwise(
         "mov.u32 $0, %smid;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
     )
-    spent = tl.program_id(0)
-    for _ in range(2000):
-        spent = (spent * 1103515245 + 12345) % 2147483647
-    tl.store(seen + tl.program_id(0), place + (spent & 0))
+    tl.store(seen + tl.program_id(0), place)

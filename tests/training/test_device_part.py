@@ -89,10 +89,10 @@ def test_steps_on_the_part_and_on_all_lose_what_they_lose_without(make_model, pa
     for passes_of in (lambda model: None, lambda model: CapturedPasses(model, part)):
         model = make_model("qwen3").to(DEVICE)
         passes, optimizer = passes_of(model), Apollo(model.named_parameters(), rank=8, lr=1e-3)
-        places = [nullcontext, part.running if passes is not None else nullcontext]
+        turns = [nullcontext, part.running if passes is not None else nullcontext]
         found = []
         for number in range(40):
-            with places[number // 4 % 2]():
+            with turns[number // 4 % 2]():
                 found.append(take_step(model, optimizer, [SAMPLE], passes=passes).loss)
         losses.append(found)
     assert len(passes) == 2 and not passes.refusal

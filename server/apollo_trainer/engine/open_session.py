@@ -109,7 +109,8 @@ def open_session(
     session = Session(
         attachment, optimizer, shape, state_path, limits, settings, checkpoints, passes, twin,
     )  # fmt: skip
-    if passes is not None:
+    if embedding.is_cuda:
+        session.pace.part = part
         session.sharing = sharing_of(os.environ, part.percent if part else None)
     if kept and came_back:
         vars(session).update(kept.carried, came_back=True)

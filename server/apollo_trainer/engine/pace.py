@@ -59,16 +59,14 @@ class Pace:
     Args:
         share: of the tokens that vLLM would make undisturbed; 0 asks for nothing.
         clock: CLOCK_MONOTONIC, as the sidecar's.
+
+    Attributes:
         part: of the GPU, for what runs beside a vLLM that decodes; None where it is not divided.
     """
 
-    def __init__(
-        self,
-        share: float,
-        clock: Callable[[], float] = time.monotonic,
-        part: DevicePart | None = None,
-    ):
-        self._share, self._clock, self.part = share, clock, part
+    def __init__(self, share: float, clock: Callable[[], float] = time.monotonic):
+        self._share, self._clock = share, clock
+        self.part: DevicePart | None = None
         self._lock = threading.Lock()
         # When each began and ended; the one at work ends some day.
         self._steps: deque[tuple[float, float]] = deque(maxlen=STEPS)

@@ -118,7 +118,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.weight_version = self.attachment.weight_version
-        self.pace = Pace(self.settings.serving_share, part=getattr(self.passes, "part", None))
+        self.pace = Pace(self.settings.serving_share)
 
     def count_version(self, version: int) -> None:
         """Raises the weight version to that of the sidecar; never lowers it. Any thread."""

@@ -47,12 +47,12 @@ class _Refused:
 class CapturedPasses:
     """Takes micro-batches of one model, whose parameters stay where they are in memory.
 
-    Attributes:
+    Args:
         part: of the GPU, for steps beside a vLLM that decodes; a graph is of it or of all.
     """
 
     def __init__(self, model: Any, part: DevicePart | None = None):
-        self._model, self._capture, self.part = model, Capture(model, part), part
+        self._model, self._capture, self._part = model, Capture(model, part), part
         self._graphs: dict[Bucket, Graph] = {}
         self._uses: Counter[Bucket] = Counter()
         self._refused: dict[Bucket, _Refused] = {}
@@ -111,7 +111,7 @@ class CapturedPasses:
 
     def _graph_of(self, batch: MicroBatch, divisor: float, clip: Clip) -> Graph | None:
         bucket = Bucket.of(batch, self._padding or self._find_padding(), clip)
-        bucket = replace(bucket, on_part=self.part is not None and self.part.entered)
+        bucket = replace(bucket, on_part=self._part is not None and self._part.entered)
         self._uses[bucket] += 1
         if bucket not in self._graphs and self._is_worth_it(bucket) and self._may_try(bucket):
             self._refused.pop(bucket, None)
