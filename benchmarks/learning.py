@@ -176,6 +176,7 @@ class Bench:
             options |= {"regression_set": keeps, "accept_if": accept}
             *_, last = self._client.train(samples, **options)
             states.append(pb.RunState.Name(last.finished.state).removeprefix("RUN_STATE_"))
+            print(f"{fact.prompt}{fact.answer}: {states[-1]}", time.monotonic() - began, flush=True)
         seconds = time.monotonic() - began
         asked: Any = lesson(facts)[1]["probes"]
         passed = {result.name for result in self._asked(asked) if result.passed}

@@ -30,7 +30,7 @@ from benchmarks import machine
 from benchmarks.bench_serving import Load
 from benchmarks.gpu.models import OPTIONS, SHAPES, write_shape
 from benchmarks.gpu.prove import tokens
-from benchmarks.gpu.stack import VLLM, Stack
+from benchmarks.gpu.stack import SMALL, VLLM, Stack
 
 STREAMS, FEW_STEPS = 4, 3
 ENDLESS: dict[str, Any] = {
@@ -41,7 +41,7 @@ ENDLESS: dict[str, Any] = {
 }
 BEFORE_SECONDS, AFTER_SECONDS, RANDOM_SECONDS = 0.5, 1.5, 0.25
 SAMPLE = {"context_ids": tokens(256, 1), "continuation_ids": tokens(64, 2)}
-QUICK = ("--enforce-eager",)  # A vLLM starts again for each of its kills.
+QUICK = (*SMALL, "--enforce-eager")  # A vLLM starts again for each of its kills.
 
 
 class Training(threading.Thread):
@@ -141,7 +141,7 @@ def kill_engine(stack: Stack, draw: random.Random) -> dict[str, Any]:
 
 def killed(shape: str, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """All rows of one way of sharing."""
-    draw = random.Random(20_412)
+    draw = random.Random(asked.seed)
     model = write_shape(shape, folder / "model", seed=1)
     rows: dict[str, Any] = {"trainer": [], "vllm": []}
     with shared_gpu(asked.sharing, folder) as shared:
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--sharing", type=GpuSharing, default=GpuSharing.TIME)
     parser.add_argument("--trainers", type=int, default=50)
     parser.add_argument("--engines", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=20_412)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     device = torch.device("cuda")

@@ -122,8 +122,7 @@ OPTIONS = {
     "qwen3.5-1b-tower": ("--skip-mm-profiling", *DELTA_NET),
     "qwen3.5-27b": (
         *("--language-model-only", *DELTA_NET),
-        *("--gpu-memory-utilization", "0.6", "--kv-cache-memory-bytes", str(16 * 2**30)),
-        "--enforce-eager",
+        *("--gpu-memory-utilization", "0.6", "--enforce-eager"),
     ),
 }
 # What stands for an image or a video in a text, and where its id stands in the config.

@@ -31,7 +31,7 @@ from apollo_trainer.weights.verify import log_probabilities
 from apollo_trainer.weights.written import require_written_is_live
 from benchmarks import machine
 from benchmarks.gpu.models import OPTIONS, SHAPES, VOCABULARY, write_shape
-from benchmarks.gpu.stack import VLLM, Stack
+from benchmarks.gpu.stack import SMALL, VLLM, Stack
 
 SEED = 20412
 EPOCHS = 30
@@ -39,8 +39,6 @@ LEARNING_RATE = 2e-4
 CONTEXT, CONTINUATION = 64, 32
 ENDLESS_EPOCHS = 100_000
 CHECKS = 6
-# Said in bytes, vLLM does not mind what others on the card take or give back meanwhile.
-KV_CACHE = ("--kv-cache-memory-bytes", str(4 * 2**30), "--gpu-memory-utilization", "0.1")
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -155,7 +153,7 @@ def prove(shape: str, folder: Path) -> dict[str, Any]:
     context, continuation = tokens(CONTEXT, 1), tokens(CONTINUATION, 2)
     sample = {"context_ids": context, "continuation_ids": continuation}
     prompts = {"trained": context + continuation, "other": tokens(200, 3)}
-    options = (*VLLM, *KV_CACHE, *OPTIONS.get(shape, ()))
+    options = (*VLLM, *SMALL, *OPTIONS.get(shape, ()))
     with Stack(model, folder, options) as stack:
         result["seconds_to_ready"] = round(time.perf_counter() - written, 1)
         result["seconds_to_write_model"] = round(written - began, 1)

@@ -23,8 +23,14 @@ from apollo_grpc.v1 import status_pb2
 START_SECONDS = 560
 SERVER, ENGINE = "apollo_trainer.main", "vllm.entrypoints.openai.api_server"
 PLUGIN = {"VLLM_PLUGINS": "apollo"}
-# Room for the training server on the same card.
-VLLM = ("--max-model-len", "1024", "--gpu-memory-utilization", "0.35", "--moe-backend", "triton")
+# Room for the training server on the same card. With a size that is told, vLLM does not fail where
+# others on the card free memory while it looks at what is left.
+VLLM = (
+    *("--max-model-len", "1024", "--moe-backend", "triton"),
+    *("--gpu-memory-utilization", "0.35", "--kv-cache-memory-bytes", str(16 * 2**30)),
+)
+# After those of `VLLM`: several on one card.
+SMALL = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(4 * 2**30))
 # What vLLM's log says of how it computes.
 SAID = re.compile(
     r"(torch\.compile took [^\n]{0,60}|Capturing CUDA graphs \(\w+\)(?=: 100%)|apollo: \d[^\n]*"
