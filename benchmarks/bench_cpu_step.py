@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from apollo_trainer.optim import Apollo
+from apollo_trainer.training.narrow_products import widen_narrow_products
 from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import take_step
 
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    widen_narrow_products()
     result = {**origin(torch.device("cpu")), **measured(asked)}
     result["versions"]["transformers"] = installed("transformers")
     path = asked.out or result_path("bench_cpu_step", torch.device("cpu"))

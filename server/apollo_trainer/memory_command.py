@@ -15,6 +15,7 @@ import torch
 
 from apollo_grpc.errors import ApolloError, InvalidArgument
 from apollo_trainer.config import Settings, read_settings
+from apollo_trainer.training.delta_rule import choose_delta_rule
 from apollo_trainer.training.memory import StepMemory
 from apollo_trainer.training.needs import CANNOT, StepShape, gigabytes
 from apollo_trainer.training.options import StateShape
@@ -69,7 +70,9 @@ def memory_of(directory: Path, shape: StepShape, total: int | None, settings: Se
     by values.
     """
     state = StateShape(settings.rank, settings.variant, settings.rounding)
-    memory = StepMemory(twin_of_directory(directory), state, settings.token_budget)
+    twin = twin_of_directory(directory)
+    choose_delta_rule(twin, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    memory = StepMemory(twin, state, settings.token_budget)
     step = memory.step_bytes(shape.of_samples())
     share = None
     if total is not None:

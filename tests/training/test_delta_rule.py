@@ -6,15 +6,21 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_next import modeling_qwen3_next as file
 
+from apollo_trainer.config import read_settings
+from apollo_trainer.memory_command import memory_of
 from apollo_trainer.training.delta_rule import NAME, choose_delta_rule
 from apollo_trainer.training.loss import continuation_loss
+from apollo_trainer.training.needs import StepShape
 from apollo_trainer.training.samples import TokenizedSample
+from tests.training.conftest import CONFIGS
 
 Make = Callable[[str], Any]
 SAMPLE = TokenizedSample(tuple(range(1, 40)), (140, 2, 77))
@@ -98,6 +104,17 @@ def test_numbers_of_32_bits_are_left_to_plain_torch(make_model: Make, library: L
     library.calls = 0
     loss_of(model)
     assert library.calls == 0
+
+
+@pytest.mark.parametrize("library", ["no gradients"], indirect=True)
+def test_what_a_step_needs_is_known_where_a_kernel_has_no_gradients(
+    library: Library, tmp_path: Path
+) -> None:
+    config = CONFIGS["qwen3_next"]()
+    # Without experts, whose passes go by values.
+    config.mlp_only_layers = list(range(config.num_hidden_layers))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert memory_of(tmp_path, StepShape.parse("20+10"), None, read_settings([])).step_bytes > 0
 
 
 class TooLarge(Exception):

@@ -38,6 +38,7 @@ from apollo_trainer.training.context_check import require_frozen_context
 from apollo_trainer.training.delta_rule import choose_delta_rule
 from apollo_trainer.training.device_part import part_of
 from apollo_trainer.training.faster import speed_up
+from apollo_trainer.training.narrow_products import widen_narrow_products
 from apollo_trainer.training.needs import CANNOT, told
 from apollo_trainer.training.options import StateShape
 from apollo_trainer.training.samples import TokenizedSample
@@ -190,8 +191,11 @@ def refused_forms(sidecar: Sidecar) -> str:
 
 
 def prepare(model: Any) -> str:
-    """Has a GPU compute a model's parts by what is right there; a sentence on it, or empty."""
-    return choose_delta_rule(model) if model.device.type == "cuda" else ""
+    """Has a device compute a model's parts by what is right there; a sentence on it, or empty."""
+    if model.device.type == "cuda":
+        return choose_delta_rule(model)
+    widen_narrow_products()
+    return ""
 
 
 def look_ahead(session: Session, compiling: Thread) -> None:

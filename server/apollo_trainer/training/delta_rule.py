@@ -26,15 +26,18 @@ _NOISE = 0.02
 _NARROW = (torch.bfloat16, torch.float16)
 
 
-def choose_delta_rule(model: Any) -> str:
+def choose_delta_rule(model: Any, device: torch.device | None = None) -> str:
     """Has a model's files use what is right; returns a sentence on it, empty where there is none.
 
     The sentence says what is slow, or who computes what. Call it before anything is computed with
     the model: transformers takes the library's kernel wherever there is one.
+
+    Args:
+        device: where it is tried; the model's own, unless that has no memory, as of a twin.
     """
     files = {type(module).__module__ for module in model.modules()}
     found = [sys.modules[name] for name in sorted(files) if hasattr(sys.modules[name], NAME)]
-    told = {_choose(file, model.device) for file in found}
+    told = {_choose(file, device or model.device) for file in found}
     return " ".join(sorted(told))
 
 
