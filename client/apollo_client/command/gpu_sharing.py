@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -28,6 +28,14 @@ CONTROL = "nvidia-cuda-mps-control"
 BELOW_NORMAL = "1"
 START_SECONDS = STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.05
+_PIPE, _LOG = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+# CUDA's driver alone, which needs no second: whether a context can be had (CUDA Driver API).
+_CLIENT = """
+import ctypes, sys
+driver, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+sys.exit(bool(driver.cuInit(0) or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)))
+"""
 
 
 class GpuSharing(StrEnum):
@@ -57,68 +65,98 @@ class Shared:
 
 @contextmanager
 def shared_gpu(asked: GpuSharing, folder: Path) -> Iterator[Shared]:
-    """Runs an MPS daemon within it where that was asked for; by turns needs nothing.
+    """Runs an MPS daemon within it; by turns needs nothing.
 
-    AUTO is by turns: what a kill of one program does to the other under MPS is not measured yet.
+    AUTO is by MPS, and by turns where there is none or it takes no client, which a note says. A
+    daemon that the environment names is used as it is.
 
     Args:
         folder: the daemon's folders are made in it, for this user alone.
 
-    Raises FailedPrecondition where there is no MPS here, or its daemon does not start.
+    Raises FailedPrecondition where MPS was asked for, and there is none here, or its daemon does
+    not start or takes no client.
     """
-    if asked is not GpuSharing.MPS:
+    if asked is GpuSharing.TIME or (asked is GpuSharing.AUTO and engine_on_cpu()):
         yield Shared()
         return
-    if engine_on_cpu() or shutil.which(CONTROL) is None:
-        raise FailedPrecondition(
-            f"--gpu-sharing mps needs an NVIDIA GPU and {CONTROL}, which comes with its driver. "
-            "Nothing was started. --gpu-sharing time needs neither.",
-            reason="MPS_NOT_FOUND",
-        )
-    places = _folders(folder)
-    daemon = _start(places)
+    if asked is GpuSharing.AUTO and _PIPE in os.environ:
+        yield _by_mps({}, f"GPU shared by the MPS daemon of {os.environ[_PIPE]}")
+        return
     try:
-        yield Shared(
-            places,
-            {"CUDA_MPS_CLIENT_PRIORITY": BELOW_NORMAL},
-            ("GPU shared by MPS: training goes behind vLLM",),
-            lambda process: _terminate(process, places),
-        )
+        daemon, places = _start(folder)
+    except FailedPrecondition as error:
+        if asked is GpuSharing.MPS:
+            raise
+        yield Shared(notes=(f"GPU shared by turns. {error.message}",))
+        return
+    try:
+        yield _by_mps(places, "GPU shared by MPS")
     finally:
         _stop(daemon, places)
+
+
+def _by_mps(places: dict[str, str], note: str) -> Shared:
+    behind = {"CUDA_MPS_CLIENT_PRIORITY": BELOW_NORMAL}
+    note += ": training goes behind vLLM"
+    return Shared(places, behind, (note,), lambda process: _terminate(process, places))
 
 
 def _folders(folder: Path) -> dict[str, str]:
     """One pair a process: a daemon that ended badly may leave its own unusable."""
     own = private_folder(folder / f"mps-{os.getpid()}")
-    return {
-        "CUDA_MPS_PIPE_DIRECTORY": str(private_folder(own / "pipe")),
-        "CUDA_MPS_LOG_DIRECTORY": str(private_folder(own / "log")),
-    }
+    return {_PIPE: str(private_folder(own / "pipe")), _LOG: str(private_folder(own / "log"))}
 
 
-def _start(places: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Returns once it takes clients. It ends with this process, whatever ends that."""
-    command = [sys.executable, launch.__file__, str(os.getpid()), "", CONTROL, "-f"]
+def _start(folder: Path) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
+    """Returns once it has taken a client. It ends with this process, whatever ends that."""
+    if engine_on_cpu() or shutil.which(CONTROL) is None:
+        raise FailedPrecondition(
+            f"MPS needs an NVIDIA GPU and {CONTROL}, which comes with its driver; "
+            "--gpu-sharing time needs neither.",
+            reason="MPS_NOT_FOUND",
+        )
+    places = _folders(folder)
     daemon = subprocess.Popen(
-        command,
-        env=os.environ | places,
+        [sys.executable, launch.__file__, str(os.getpid()), "", CONTROL, "-f"],
+        env=_environment(places),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    if not _serves(daemon, places) or not _takes_a_client(places):
+        _stop(daemon, places)
+        raise FailedPrecondition(
+            f"The MPS daemon did not start; its log is in {places[_LOG]}. "
+            "--gpu-sharing time does without it.",
+            reason="MPS_NOT_STARTED",
+        )
+    return daemon, places
+
+
+def _environment(places: dict[str, str]) -> dict[str, str]:
+    """A daemon that sees some GPUs counts them anew, and its clients then by its count."""
+    return {name: value for name, value in os.environ.items() if name != _VISIBLE} | places
+
+
+def _serves(daemon: subprocess.Popen[bytes], places: dict[str, str]) -> bool:
     deadline = time.monotonic() + START_SECONDS
-    while not (Path(places["CUDA_MPS_PIPE_DIRECTORY"]) / "control").exists():
+    while not (Path(places[_PIPE]) / "control").exists():
         if daemon.poll() is not None or time.monotonic() > deadline:
-            _stop(daemon, places)
-            raise FailedPrecondition(
-                f"The MPS daemon did not start; its log is in {places['CUDA_MPS_LOG_DIRECTORY']}. "
-                "Nothing else was started. --gpu-sharing time does without it.",
-                reason="MPS_NOT_STARTED",
-            )
+            return False
         time.sleep(_POLL_SECONDS)
-    return daemon
+    return True
+
+
+def _takes_a_client(places: dict[str, str]) -> bool:
+    """Tried before anything else would fail by it, as in containers that keep both apart."""
+    command = [sys.executable, "-c", _CLIENT]
+    with suppress(subprocess.TimeoutExpired):
+        ran = subprocess.run(
+            command, env=os.environ | places, capture_output=True, timeout=START_SECONDS
+        )
+        return ran.returncode == 0
+    return False
 
 
 def _terminate(process: int, places: dict[str, str]) -> None:

@@ -37,7 +37,9 @@ def command(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Its port.")] = 8000,
     gpu_sharing: Annotated[
         GpuSharing,
-        typer.Option(help="Both programs on one GPU: by turns (time), or side by side (mps)."),
+        typer.Option(
+            help="Both programs on one GPU: side by side (mps), by turns (time), or as can be."
+        ),
     ] = GpuSharing.AUTO,
 ) -> None:
     """Serve MODEL with vLLM and train it: starts both, ends both on Ctrl-C.

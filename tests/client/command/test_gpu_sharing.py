@@ -38,28 +38,43 @@ else:
     os.kill(int((pipe / "pid").read_text()), signal.SIGTERM)
 """
 
+CLIENT = """
+import os, pathlib
+assert (pathlib.Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"]) / "control").exists()
+assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+"""
+
 
 @pytest.fixture
 def control(tmp_path, monkeypatch):
     """Puts the program on the path; says what its daemon does before it serves."""
 
-    def make(daemon: str = "pass") -> None:
+    def make(daemon: str = "pass", client: str = "") -> None:
         program = tmp_path / "bin" / CONTROL
         program.parent.mkdir()
         program.write_text(DAEMON.format(python=sys.executable, daemon=daemon))
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
         monkeypatch.setattr(gpu_sharing, "engine_on_cpu", lambda: False)
+        monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+        # As CUDA's driver does, a client looks for the daemon and for its own GPU.
+        monkeypatch.setattr(gpu_sharing, "_CLIENT", client or CLIENT)
 
     return make
 
 
-def test_both_meet_at_the_daemon_and_the_trainer_goes_behind(control, tmp_path):
-    control()
-    with shared_gpu(GpuSharing.MPS, tmp_path / "state") as shared:
+BY_MPS = pytest.mark.parametrize("asked", [GpuSharing.AUTO, GpuSharing.MPS])
+
+
+@BY_MPS
+def test_both_meet_at_the_daemon_and_the_trainer_goes_behind(control, tmp_path, asked):
+    control("(pipe / 'sees').write_text(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))")
+    with shared_gpu(asked, tmp_path / "state") as shared:
         pipe = Path(shared.both["CUDA_MPS_PIPE_DIRECTORY"])
         daemon = int((pipe / "pid").read_text())
         assert alive(daemon)
+        assert (pipe / "sees").read_text() == "all"
         assert shared.trainer == {"CUDA_MPS_CLIENT_PRIORITY": "1"}
         assert "behind vLLM" in shared.notes[0]
         folders = [pipe, Path(shared.both["CUDA_MPS_LOG_DIRECTORY"])]
@@ -75,15 +90,31 @@ def test_who_has_to_be_killed_is_taken_off_the_gpu_before(control, tmp_path):
     assert told.splitlines() == ["terminate_client 11 4321", "terminate_client 12 4321"]
 
 
-@pytest.mark.parametrize("asked", [GpuSharing.AUTO, GpuSharing.TIME])
-def test_by_turns_nothing_is_started(control, tmp_path, asked):
+def test_by_turns_nothing_is_started(control, tmp_path):
     control("(pipe / 'started').touch()")
-    with shared_gpu(asked, tmp_path / "state") as shared:
+    with shared_gpu(GpuSharing.TIME, tmp_path / "state") as shared:
         assert (shared.both, shared.trainer, shared.notes) == ({}, {}, ())
     assert not (tmp_path / "state").exists()
 
 
-def test_a_machine_without_mps_is_told_before_anything_starts(tmp_path, monkeypatch):
+def test_a_model_on_the_cpu_needs_no_daemon_and_no_word(control, tmp_path, monkeypatch):
+    control()
+    monkeypatch.setattr(gpu_sharing, "engine_on_cpu", lambda: True)
+    with shared_gpu(GpuSharing.AUTO, tmp_path / "state") as shared:
+        assert (shared.both, shared.notes) == ({}, ())
+
+
+def test_a_daemon_that_is_there_is_used(control, tmp_path, monkeypatch):
+    control()
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/run/mps")
+    with shared_gpu(GpuSharing.AUTO, tmp_path / "state") as shared:
+        assert (shared.both, list(shared.trainer)) == ({}, ["CUDA_MPS_CLIENT_PRIORITY"])
+        assert "the MPS daemon of /run/mps" in shared.notes[0]
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_machine_without_mps_goes_by_turns_or_is_told(control, tmp_path, monkeypatch):
+    control()
     monkeypatch.setenv("PATH", str(tmp_path))
     with (
         pytest.raises(FailedPrecondition, match="--gpu-sharing time needs neither") as raised,
@@ -91,10 +122,29 @@ def test_a_machine_without_mps_is_told_before_anything_starts(tmp_path, monkeypa
     ):
         pass
     assert raised.value.reason == "MPS_NOT_FOUND"
+    with shared_gpu(GpuSharing.AUTO, tmp_path / "state") as shared:
+        assert (shared.both, shared.trainer) == ({}, {})
+        assert shared.notes[0].startswith("GPU shared by turns. MPS needs")
 
 
-def test_a_daemon_that_does_not_start_is_told_with_its_log(control, tmp_path):
-    control("sys.exit(3)")
+@pytest.mark.parametrize(
+    ("daemon", "client"),
+    [
+        ("sys.exit(3)", ""),
+        ("pass", "import sys; sys.exit(1)"),
+        ("pass", "import time; time.sleep(99)"),
+    ],
+)
+def test_a_daemon_without_clients_is_told_with_its_log(
+    control, tmp_path, monkeypatch, daemon, client
+):
+    monkeypatch.setattr(gpu_sharing, "START_SECONDS", 1.0)
+    control(daemon, client)
+    with shared_gpu(GpuSharing.AUTO, tmp_path / "state") as shared:
+        assert (shared.both, shared.trainer) == ({}, {})
+        assert "The MPS daemon did not start" in shared.notes[0]
+    (pid,) = (tmp_path / "state").glob("mps-*/pipe/pid")
+    assert not alive(int(pid.read_text()))
     with (
         pytest.raises(FailedPrecondition, match=r"its log is in .*/log") as raised,
         shared_gpu(GpuSharing.MPS, tmp_path / "state"),
@@ -117,6 +167,7 @@ def test_the_daemon_ends_with_a_killed_command(control, tmp_path):
         import pathlib, signal
         from apollo_client.command import gpu_sharing
         gpu_sharing.engine_on_cpu = lambda: False
+        gpu_sharing._CLIENT = "pass"
         folder = pathlib.Path({str(tmp_path / "state")!r})
         with gpu_sharing.shared_gpu(gpu_sharing.GpuSharing.MPS, folder) as shared:
             print(shared.both["CUDA_MPS_PIPE_DIRECTORY"], flush=True)
