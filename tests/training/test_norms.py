@@ -16,8 +16,17 @@ from apollo_trainer.training.samples import TokenizedSample
 
 Make = Callable[[str], Any]
 SAMPLE = TokenizedSample((3, 50, 7, 99), (140, 2, 77))
-# Layers have two, those of Qwen3 two more for queries and keys; Gemma's add one to the weight.
-COUNTS = {"qwen3": 9, "mistral": 5, "mixtral": 5, "gpt2": 0, "opt": 0, "gemma2": 0}
+# Layers have two, those of Qwen3 two more for queries and keys, those of Gemma 2 two more around. The
+# weights of the last two are kept less one.
+COUNTS = {
+    "qwen3": 9,
+    "mistral": 5,
+    "mixtral": 5,
+    "gpt2": 0,
+    "opt": 0,
+    "gemma2": 17,
+    "qwen3_next": 7,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

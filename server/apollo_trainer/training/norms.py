@@ -7,6 +7,7 @@ their names.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,24 +27,38 @@ _ROUNDING = 2.0**-7
 @torch.no_grad()
 def fuse_norms(model: Any) -> int:
     """Lets a model's RMS norms compute by one kernel; returns how many there are."""
-    found = [(module, _eps(module)) for module in model.modules() if _is_rms_norm(module)]
-    for module, eps in found:
-        module.forward = partial(_instead_of, module, module.forward, eps)
+    tried = [(module, _kind(module)) for module in model.modules()]
+    found = [(module, kind) for module, kind in tried if kind is not None]
+    for module, kind in found:
+        module.forward = partial(_instead_of, module, module.forward, kind)
     return len(found)
 
 
-def _instead_of(
-    module: Any, own: Any, eps: float | None, x: Tensor, *rest: Any, **named: Any
-) -> Any:
+@dataclass(frozen=True)
+class _Kind:
+    """What a norm multiplies by its weight: x / sqrt(mean(x^2) + eps).
+
+    Attributes:
+        added: to the weight; Gemma's and Qwen3.5's weights are kept less one.
+    """
+
+    eps: float
+    added: float
+
+
+def _instead_of(module: Any, own: Any, kind: _Kind, x: Tensor, *rest: Any, **named: Any) -> Any:
     """Some norms are given a gate as well."""
-    return own(x, *rest, **named) if rest or named else _fused(module, eps, x)
+    return own(x, *rest, **named) if rest or named else _fused(module, kind, x)
 
 
-def _fused(module: Any, eps: float | None, x: Tensor) -> Tensor:
+def _fused(module: Any, kind: _Kind, x: Tensor) -> Tensor:
     weight = module.weight
-    if x.is_cuda and eps is not None and rms_norm is not None and rms_norm.fits(x, weight):
-        return rms_norm.rms_norm(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight, eps)
+    if x.is_cuda and rms_norm is not None and rms_norm.fits(x, weight):
+        return rms_norm.rms_norm(x, weight, kind.eps, kind.added)
+    if not kind.added:
+        return F.rms_norm(x, weight.shape, weight, kind.eps)
+    whole = weight.float() + kind.added
+    return F.rms_norm(x.float(), weight.shape, whole, kind.eps).to(x.dtype)
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -51,19 +66,27 @@ def _eps(module: nn.Module) -> float | None:
     return next((eps for eps in given if isinstance(eps, float)), None)
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
+def _kind(module: nn.Module) -> _Kind | None:
+    """None where it is no RMS norm."""
     own = list(module.parameters())
     weight, eps = getattr(module, "weight", None), _eps(module)
     if len(own) != 1 or own[0] is not weight or own[0].ndim != 1 or eps is None:
-        return False
+        return None
+    kinds = [_Kind(eps, added) for added in (0.0, 1.0)]
+    return next((kind for kind in kinds if _computes(module, kind)), None)
+
+
+def _computes(module: nn.Module, kind: _Kind) -> bool:
+    """Whether the module says what its kind does, of usual numbers and of those as small as eps."""
+    (weight,) = module.parameters()
     draw = torch.Generator().manual_seed(0)
-    for size in (1.0, eps**0.5):
-        x = torch.randn(4, len(own[0]), generator=draw).mul(size).to(own[0])
+    for size in (1.0, kind.eps**0.5):
+        x = torch.randn(4, len(weight), generator=draw).mul(size).to(weight)
         try:
             said = module(x)
         except (TypeError, RuntimeError, ValueError, AttributeError):
             return False
-        fused = _fused(module, eps, x)
+        fused = _fused(module, kind, x)
         if not isinstance(said, Tensor) or said.dtype != x.dtype or said.shape != x.shape:
             return False
         if ((said - fused).abs() > _ROUNDING * fused.abs() + 1e-12).any():

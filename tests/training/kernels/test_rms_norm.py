@@ -39,18 +39,21 @@ def close(one: torch.Tensor, other: torch.Tensor, noise: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("added", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(1, 8), (3, 5, 128), (2, 700, 16), (300, 2560), (7, 100)])
-def test_norms_and_their_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_norms_and_their_gradients(
+    shape: tuple[int, ...], added: float, dtype: torch.dtype
+) -> None:
     torch.manual_seed(1)
     x, dy = (torch.randn(shape).to(DEVICE, dtype) for _ in range(2))
     weight = torch.randn(shape[-1]).to(DEVICE, dtype)
     found = []
     for function, as_is in (
         (rms_norm, dtype),
-        (lambda x, w, e: F.rms_norm(x, w.shape, w, e), None),
+        (lambda x, w, e, a: F.rms_norm(x, w.shape, w + a, e), None),
     ):
         leaves = [t.to(as_is or torch.float64).requires_grad_() for t in (x, weight)]
-        result = function(*leaves, 1e-6)
+        result = function(*leaves, 1e-6, added)
         found.append([result, *torch.autograd.grad(result, leaves, dy.to(result.dtype))])
     for one, other in zip(*found, strict=True):
         close(one, other, NOISE[dtype])

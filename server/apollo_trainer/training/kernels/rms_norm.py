@@ -1,4 +1,4 @@
-"""RMS norms on CUDA: y = w x / sqrt(mean(x^2) + eps), and the gradients of both.
+"""RMS norms on CUDA: y = (w + added) x / sqrt(mean(x^2) + eps), and the gradients of w and x.
 
 torch's kernel gives each row a block of threads, which is most of a GPU left idle where rows are
 heads of 128. Root mean squares are found anew on the way back, so that nothing but x is kept.
@@ -22,25 +22,25 @@ _COLUMNS = 32
 
 
 @triton.jit
-def norm_forward(X, W, OUT, rows, size, eps, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def norm_forward(X, W, OUT, rows, size, eps, added, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Rows [rows, size], without gaps."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     i = tl.arange(0, BLOCK)
     mask = (r < rows)[:, None] & (i < size)[None, :]
     at = r[:, None] * size + i[None, :]
     x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
-    w = tl.load(W + i, mask=i < size, other=0.0).to(tl.float32)
+    w = tl.load(W + i, mask=i < size, other=0.0).to(tl.float32) + added
     scale = tl.rsqrt(tl.sum(x * x, 1) / size + eps)
     tl.store(OUT + at, (x * scale[:, None] * w[None, :]).to(OUT.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def norm_backward(
-    X, W, DY, DX, PARTS, rows, size, eps, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
+    X, W, DY, DX, PARTS, rows, size, eps, added, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """DX, and each program's sum of the weight's gradient: float32 [programs, size]."""
     i = tl.arange(0, BLOCK)
-    w = tl.load(W + i, mask=i < size, other=0.0).to(tl.float32)
+    w = tl.load(W + i, mask=i < size, other=0.0).to(tl.float32) + added
     of_weight = tl.zeros((BLOCK,), tl.float32)
     step = tl.num_programs(0) * BLOCK_ROWS
     for first in range(tl.program_id(0) * BLOCK_ROWS, rows, step):
@@ -69,9 +69,9 @@ def norm_sum(PARTS, OUT, count, size, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
     tl.store(OUT + i, total.to(OUT.dtype.element_ty), mask=i < size)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, added: float = 0.0) -> Tensor:
     """x [..., size] and its weight [size], of float dtypes; the result is of x's."""
-    result: Tensor = _Norm.apply(x, weight, eps)
+    result: Tensor = _Norm.apply(x, weight, eps, added)
     return result
 
 
@@ -89,13 +89,14 @@ def _tile(rows: int, size: int) -> tuple[int, dict[str, int]]:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, added: float) -> Tensor:
         x, size = x.contiguous(), weight.numel()
         rows, out = x.numel() // size, torch.empty_like(x)
         of_rows, launch = _tile(rows, size)
-        norm_forward[(triton.cdiv(rows, of_rows),)](x, weight, out, rows, size, eps, **launch)
+        given = (rows, size, eps, added)
+        norm_forward[(triton.cdiv(rows, of_rows),)](x, weight, out, *given, **launch)
         ctx.save_for_backward(x, weight)
-        ctx.eps = eps
+        ctx.eps, ctx.added = eps, added
         return out
 
     @staticmethod
@@ -106,8 +107,9 @@ class _Norm(torch.autograd.Function):
         of_rows, launch = _tile(rows, size)
         programs = min(_PROGRAMS, triton.cdiv(rows, of_rows))
         parts = torch.empty(programs, size, device=x.device)
-        norm_backward[(programs,)](x, weight, dy, dx, parts, rows, size, ctx.eps, **launch)
+        given = (rows, size, ctx.eps, ctx.added)
+        norm_backward[(programs,)](x, weight, dy, dx, parts, *given, **launch)
         norm_sum[(triton.cdiv(size, _COLUMNS),)](
             parts, of_weight, programs, size, BLOCK=64, COLUMNS=_COLUMNS
         )
-        return dx, of_weight, None
+        return dx, of_weight, None, None
