@@ -16,8 +16,8 @@ from apollo_trainer.training.samples import TokenizedSample
 
 Make = Callable[[str], Any]
 SAMPLE = TokenizedSample((3, 50, 7, 99), (140, 2, 77))
-# Layers have two, those of Qwen3 two more for queries and keys, those of Gemma 2 two more around. The
-# weights of the last two are kept less one.
+# Layers have two, those of Qwen3 two more for queries and keys, those of Gemma 2 two more around.
+# The weights of the last two families are kept less one.
 COUNTS = {
     "qwen3": 9,
     "mistral": 5,

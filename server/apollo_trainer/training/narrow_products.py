@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ PART_ELEMENTS = 1 << 18
 
 
 @functools.cache
-def widen_narrow_products() -> torch.library.Library | None:
-    """Has torch compute them so in this process, for good; None where the CPU has instructions.
+def widen_narrow_products() -> Any:
+    """Has torch compute them so in this process, for good; None where the CPU can by itself.
 
     Rounding is the only difference, and there is less of it.
     """
@@ -29,12 +30,12 @@ def widen_narrow_products() -> torch.library.Library | None:
     if not slow:
         return None
     log.info("this CPU multiplies no 16-bit floats: torch is made to do it in float32")
-    library = torch.library.Library("aten", "IMPL")
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # That torch's own is overridden.
         library.impl("mm", functools.partial(_mm, slow), "CPU")
         library.impl("addmm", functools.partial(_addmm, slow), "CPU")
-    return library
+    return library  # It is undone when nobody holds it.
 
 
 def _fast() -> dict[torch.dtype, bool]:
@@ -82,7 +83,7 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
         return _by_terms(wide, right)
     out = wide.new_empty(len(wide), columns)
     size = max(1, PART_ELEMENTS // max(1, inner))
-    for part, into in zip(right.split(size, 1), out.split(size, 1), strict=True):
+    for part, into in zip(*(torch.split(each, size, 1) for each in (right, out)), strict=True):
         into.copy_(torch.mm(wide, part.float()))
     return out
 
@@ -91,6 +92,6 @@ def _by_terms(wide: Tensor, right: Tensor) -> Tensor:
     """The sum of products of a part of the inner dimension."""
     out = wide.new_zeros(len(wide), right.shape[1])
     size = max(1, PART_ELEMENTS // max(1, right.shape[1]))
-    for mine, part in zip(wide.split(size, 1), right.split(size), strict=True):
+    for mine, part in zip(torch.split(wide, size, 1), torch.split(right, size), strict=True):
         out.addmm_(mine, part.float())
     return out
