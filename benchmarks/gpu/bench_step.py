@@ -57,28 +57,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     device = torch.device("cuda")
+    asked.out = asked.out or machine.result_path(f"bench_step-{asked.shape}", device)
     result = {**machine.origin(device), "shape": asked.shape, "steps": STEPS - WARM_UP}
     result["versions"]["vllm"] = machine.installed("vllm")
     with tempfile.TemporaryDirectory(prefix="bench-step-", dir="/dev/shm") as folder:
         model = write_shape(asked.shape, Path(folder) / "model", seed=1)
         torch.cuda.empty_cache()
         others = OPTIONS.get(asked.shape, ())
-        result["product"] = product(model, Path(folder), asked, others)
+        result["product"] = {}
+        product(model, Path(folder), asked, others, result)
         if not asked.no_plain:
             alone = [case for case in asked.cases if CASES[case][2] == 1]
             result["plain"] = plain(model, {c: samples(*CASES[c], seed=7)[0] for c in alone})
-    path = asked.out or machine.result_path(f"bench_step-{asked.shape}", device)
-    machine.write_json(path, result)
+    machine.write_json(asked.out, result)
     print(json.dumps(result, indent=1))
 
 
 def product(
-    model: Path, folder: Path, asked: argparse.Namespace, others: tuple[str, ...]
-) -> dict[str, Any]:
-    """Through the training server, beside vLLM."""
+    model: Path,
+    folder: Path,
+    asked: argparse.Namespace,
+    others: tuple[str, ...],
+    result: dict[str, Any],
+) -> None:
+    """Through the training server, beside vLLM; what is known is written with each row."""
     options = (*stack.VLLM, "--max-model-len", str(MAX_MODEL_LEN), *others)
+    rows: dict[str, Any] = result["product"].setdefault("cases", {})
     with Stack(model, folder, options) as running:
-        rows = dict[str, Any]()
         for number, case in enumerate(asked.cases):
             # Each case's memory is its own; compiled kernels are there from the second on.
             attach = {"attach_seconds": running.restart_server()} if number else {}
@@ -90,10 +95,12 @@ def product(
             }
             rows[case] = {**steps_of(run, case), **memory, **attach, **start_of(run)}
             print(case, rows[case], flush=True)
-        saved = saved_in(running.client, model) if asked.saved else {}
+            machine.write_json(asked.out, result)
         words = ("kernels", "graph", " GB", "attention")
-        said = [line for line in running.server_log() if any(word in line for word in words)]
-        return {"cases": rows, **saved, "log": said}
+        log = [line for line in running.server_log() if any(word in line for word in words)]
+        result["product"]["log"] = log
+        if asked.saved:
+            result["product"] |= saved_in(running.client, model)
 
 
 def saved_in(client: ApolloClient, model: Path) -> dict[str, Any]:
