@@ -10,6 +10,7 @@ import fcntl
 import os
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -100,6 +101,7 @@ def main() -> None:
     demo.FOLDER, demo.STATE = Path("build/pictures"), state_folder() / "pictures"
     # While others use the machine it takes minutes.
     demo.START_SECONDS = 900.0
+    shutil.rmtree(demo.STATE, ignore_errors=True)  # Runs of another time would be seen.
     model = demo.prepare()
     os.chdir(demo.FOLDER)
     demo.FOLDER = Path()

@@ -106,7 +106,9 @@ class Page:
             self.told.append(str(event["params"]["exceptionDetails"]))
 
     def open(self, url: str) -> None:
+        """Returns once all of it is there: at first a document has no body to be asked about."""
         self.call("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete'")
 
     def value(self, script: str) -> Any:
         """What a script comes to, awaited."""

@@ -60,6 +60,12 @@ CONTROLS = """[...document.querySelectorAll(
   "a[href], button, input, select, textarea, summary, [tabindex='0']"
 )].map((found) => [...document.querySelectorAll("*")].indexOf(found))"""
 
+# What of the charts' words would lie outside of their pictures.
+CUT = """[...document.querySelectorAll("svg text")].filter((each) => {
+  const { x, width } = each.getBBox();
+  return x < 0 || x + width > each.ownerSVGElement.viewBox.baseVal.width;
+}).map((each) => each.textContent)"""
+
 
 def test_runs_probes_engine_and_snapshots_are_shown(shown: Any) -> None:
     page, _, _, (first, last) = shown
@@ -72,6 +78,8 @@ def test_runs_probes_engine_and_snapshots_are_shown(shown: Any) -> None:
     assert page.value(text("probed")) == f"of run {last[:8]}"
     assert "capital" in probed and "keep" in probed and " Port Lumen".strip() in probed
     assert page.value("document.querySelectorAll('#loss path.curve').length") >= 2
+    assert page.value("document.querySelectorAll('#loss svg text').length") >= 4
+    assert page.value(CUT) == []
     told = page.value("document.querySelector('#loss svg').ariaLabel")
     assert last[:8] in told and "at step 20" in told
 

@@ -1,7 +1,7 @@
 // Curves over steps as plain SVG; the arrow keys and the pointer move a cursor that tells values.
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 560, HEIGHT = 240, LEFT = 52, RIGHT = 10, TOP = 8, BOTTOM = 24;
+const WIDTH = 560, HEIGHT = 240, LEFT = 52, RIGHT = 22, TOP = 8, BOTTOM = 24;
 // A curve has at most so many points drawn: the least and the greatest of each stretch.
 const STRETCHES = 280;
 
