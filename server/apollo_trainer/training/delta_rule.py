@@ -1,8 +1,9 @@
-"""Gated delta rules: a library's kernel where it is right, transformers' own code where it is not.
+"""Gated delta rules: a library's kernel where it is right, plain torch where it is not.
 
 flash-linear-attention's forward passes are some ten times as fast as the code that transformers
 has for every device; its backward passes refuse some releases of Triton on some GPUs, as wrong.
-Contexts have no backward pass. Which of both a model is given is found by trying them.
+Contexts have no backward pass. Plain torch is `gated_delta.py`. What a model is given is found by
+trying it beside transformers' code, which stays where neither says the same.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from apollo_trainer.training.gated_delta import gated_delta_rule
 
 log = logging.getLogger(__name__)
 NAME, _LIBRARY = "torch_chunk_gated_delta_rule", "fla"
@@ -44,12 +47,14 @@ def choose_delta_rule(model: Any, device: torch.device | None = None) -> str:
 def _choose(file: ModuleType, device: torch.device) -> str:
     current = getattr(file, NAME)
     kernel, own = getattr(current, "kernel", current), inspect.unwrap(current)
+    plain = gated_delta_rule if all(_works(gated_delta_rule, own, device)) else own
     if importlib.util.find_spec(_LIBRARY) is None or kernel is own:
+        setattr(file, NAME, _either(own, kernel, plain, reads=False, learns=False))
         return (
             "Linear attention runs by plain torch, and slower: there is no flash-linear-attention."
         )
     learns, reads = _works(kernel, own, device)
-    setattr(file, NAME, _either(kernel, own, reads=reads, learns=learns))
+    setattr(file, NAME, _either(own, kernel, plain, reads=reads, learns=learns))
     if learns:
         return ""
     if reads:
@@ -59,8 +64,8 @@ def _choose(file: ModuleType, device: torch.device) -> str:
     return "Linear attention runs by plain torch, and slower: flash-linear-attention is wrong here."
 
 
-def _either(kernel: Any, own: Any, *, reads: bool, learns: bool) -> Any:
-    """The kernel where it is right: for what is read, and for what is learned."""
+def _either(own: Any, kernel: Any, plain: Any, *, reads: bool, learns: bool) -> Any:
+    """In `own`'s place the kernel where it is right, for what is read or learned; else plain."""
 
     @functools.wraps(own)
     def rule(query: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +73,7 @@ def _either(kernel: Any, own: Any, *, reads: bool, learns: bool) -> Any:
         wanted = any(isinstance(each, Tensor) and each.requires_grad for each in given)
         right = learns if wanted and torch.is_grad_enabled() else reads
         uses = right and query.dtype in _NARROW
-        return (kernel if uses else own)(query, *args, **kwargs)
+        return (kernel if uses else plain)(query, *args, **kwargs)
 
     rule.kernel = kernel  # type: ignore[attr-defined]
     return rule
@@ -93,16 +98,16 @@ def _works(kernel: Any, own: Any, device: torch.device) -> tuple[bool, bool]:
 
 
 def _tried(rule: Any, device: torch.device, *, gradients: bool = True) -> list[Tensor]:
-    """The result and the last state of two chunks and a half, and gradients of all inputs."""
+    """The result and the last state of four chunks and a half, and gradients of all inputs."""
     draw = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         made = torch.randn(*shape, generator=draw).to(device, dtype)
         return made.requires_grad_(gradients)
 
-    query, key, value = (drawn(1, 160, 4, 64) for _ in range(3))
-    g = drawn(1, 160, 4, dtype=torch.float32)
-    beta, state = drawn(1, 160, 4), drawn(1, 4, 64, 64, dtype=torch.float32)
+    query, key, value = (drawn(1, 288, 4, 64) for _ in range(3))
+    g = drawn(1, 288, 4, dtype=torch.float32)
+    beta, state = drawn(1, 288, 4), drawn(1, 4, 64, 64, dtype=torch.float32)
     leaves = [query, key, value, g, beta, state]
     how = {"initial_state": state, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
     decay = -torch.nn.functional.softplus(g)
