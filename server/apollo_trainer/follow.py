@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
+from apollo_grpc.errors import DataLoss
 from apollo_trainer import logs
 from apollo_trainer.checkpoints.apollo_state import OPTIMIZER_KEY, load_state
+from apollo_trainer.checkpoints.snapshots import restore_part
 from apollo_trainer.config import Settings
 from apollo_trainer.engine import new_optimizer
 from apollo_trainer.optim import Apollo
@@ -41,7 +43,7 @@ from apollo_trainer.weights.verify import log_probabilities, noise_of, probe_tok
 log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 # What comes up on all ranks, or is told by the one that it came up on.
-_ALIKE = (RankRefused, UpdateRefused, LossReached)
+_ALIKE = (RankRefused, UpdateRefused, LossReached, DataLoss)
 
 
 class Follower:
@@ -99,6 +101,11 @@ class Follower:
     def do_fingerprint(self) -> None:
         """Adds its part of the weights' digest."""
         self._attachment.fingerprint()
+
+    def do_put(self, description: dict[str, Any]) -> None:
+        """Makes its part of a snapshot the live one."""
+        assert self._optimizer is not None
+        restore_part(description, self._attachment.parameters(), self._optimizer)
 
     def do_read(self, root: str) -> None:
         """Gives its part of a parameter."""

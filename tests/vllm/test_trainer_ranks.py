@@ -87,9 +87,33 @@ def test_a_sync_writes_whole_tensors_that_a_model_computes_with(stack: Stack) ->
     )
 
 
-def test_a_snapshot_is_refused_with_what_to_do(stack: Stack) -> None:
+def test_a_snapshot_brings_back_weights_and_moments_of_all_ranks(stack: Stack) -> None:
+    client = stack.client
+    client.create_snapshot("one")
+    before, step = stack.engine_logprobs(IDS), client.status().optimizer_step
+    losses = train(stack)
+    assert not torch.equal(stack.engine_logprobs(IDS), before)
+    client.restore("one")
+    assert torch.equal(stack.engine_logprobs(IDS), before)
+    assert client.status().optimizer_step == step
+    assert train(stack) == losses
+
+
+def test_a_run_that_is_not_accepted_is_taken_back_on_all_ranks(stack: Stack) -> None:
+    before, step = stack.engine_logprobs(IDS), stack.client.status().optimizer_step
+    tokens = pb.TokenSample(context_ids=[5, 17], continuation_ids=[77, 7, 77, 7])
+    probe = pb.Probe(sample=pb.Sample(tokens=tokens), check=pb.PROBE_CHECK_EXACT)
+    *_, last = stack.client.train(
+        SAMPLES, **STEPS, probes=[probe], accept_if={"max_failed": 0, "max_lost": 0}
+    )
+    assert last.finished.state == pb.RUN_STATE_REJECTED
+    assert torch.equal(stack.engine_logprobs(IDS), before)
+    assert stack.client.status().optimizer_step == step
+
+
+def test_an_undo_is_refused_with_what_to_do(stack: Stack) -> None:
     with pytest.raises(ApolloError, match="tensor-parallel-size 1") as error:
-        stack.client.create_snapshot("one")
+        stack.client.undo(1)
     assert error.value.reason == "TENSOR_PARALLEL_UNSUPPORTED"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from apollo_trainer.checkpoints.directory import (
     sync_directory,
     why_not_synced,
 )
-from apollo_trainer.checkpoints.disk import durable_bytes, flush_folder
+from apollo_trainer.checkpoints.disk import Mark
 from apollo_trainer.checkpoints.host_memory import HostBuffers
 from apollo_trainer.checkpoints.snapshots import (
     ModelState,
@@ -35,6 +34,7 @@ from apollo_trainer.checkpoints.snapshots import (
     UndoRing,
     WriteVersions,
     WriteWatch,
+    of_all_ranks,
     restore,
 )
 from apollo_trainer.config import Settings
@@ -63,8 +63,8 @@ class ModelCheckpoints:
     """
 
     def __init__(self, attachment: Attachment, folder: Path, settings: Settings):
-        self._attachment, self._folder, self._settings = attachment, folder, settings
-        self._mark = folder / CUT_OFF
+        self._attachment, self._settings = attachment, settings
+        self._mark = Mark(folder / CUT_OFF)
         self.watch, self.poison = WriteWatch(), Poison()
         self._versions, self._spare = WriteVersions(), Spare(keeps=settings.sync_keeps_previous)
         self.watch.add(self._versions.before_write)
@@ -141,13 +141,14 @@ class ModelCheckpoints:
     ) -> Future[SnapshotInfo]:
         """Begins a snapshot of this moment, between two steps; it is copied while they go on.
 
+        What ranks divide is copied before this returns.
+
         Args:
             extra: kept with the state; what JSON can hold.
             name: the user's; without one it is automatic.
 
         Raises ResourceExhausted while another one is at work: each holds a copy of the weights.
         """
-        self._attachment.require_one_rank()
         if self.snapshot_at_work:
             raise ResourceExhausted(
                 "A snapshot is still being written; there is memory for one at a time. This one "
@@ -155,6 +156,10 @@ class ModelCheckpoints:
                 reason="SNAPSHOT_AT_WORK",
             )
         _ = self.place
+        if self._attachment.ranks.size > 1:
+            state = of_all_ranks(self._attachment.checkpoint(), optimizer, extra)
+            self._snapshot = self._writer.submit(self.store.create, state, name, progress)
+            return self._snapshot
         copying = SnapshotCopy(self._attachment.parameters(), optimizer, extra, self._memory)
         self.watch.add(copying.before_write)
         self._snapshot = self._writer.submit(copying.start().write_to, self.store, name, progress)
@@ -188,8 +193,7 @@ class ModelCheckpoints:
 
     def load(self, snapshot: str) -> ModelState:
         """Decodes and verifies a snapshot. Raises as `SnapshotStore.load`."""
-        self._attachment.require_one_rank()
-        if self._keeps_updates:
+        if self._keeps_updates or self._attachment.ranks.size > 1:
             # The ring reads this memory after the restore: it cannot be the next snapshot's.
             return self.store.load(snapshot)
         return self.store.load(snapshot, self._memory.take)
@@ -206,7 +210,7 @@ class ModelCheckpoints:
         keep = self.ring.add if self._keeps_updates else None
         with self._at_work(paused):
             old = restore(state, self._attachment.parameters(), optimizer, keep, self.poison)
-        if not self._keeps_updates:
+        if not self._keeps_updates and self._attachment.ranks.size == 1:
             self._memory.keep_only(*old.parameters.values(), *old.moments.values())
 
     def undo(self, count: int, optimizer: Apollo, paused: Pausing) -> None:
@@ -233,7 +237,7 @@ class ModelCheckpoints:
     @contextmanager
     def _at_work(self, paused: Pausing) -> Iterator[None]:
         """Marks a restore on disk until `end_restore`: before, weights and state are not of one."""
-        was_there = self._mark.exists()
+        was_there = self._mark.exists
         try:
             self._write_mark()
         except OSError as error:
@@ -248,15 +252,14 @@ class ModelCheckpoints:
         except BaseException:
             # The old weights are back, and their Apollo state is on disk.
             if not (was_there or self.poison.why):
-                self._remove_mark()
+                self._mark.remove()
             raise
 
     def end_restore(self) -> str:
         """Removes the mark: weights and the state on disk belong together. Returns why it stays."""
         self.poison.why = ""
         try:
-            if self._mark.exists():
-                self._remove_mark()
+            self._mark.remove()
         except OSError as error:
             return error.strerror or str(error)
         return ""
@@ -267,15 +270,12 @@ class ModelCheckpoints:
         self._write_mark()
 
     def _look_for_one_cut_off(self) -> None:
-        if not self._mark.exists():
+        if not self._mark.exists:
             return
-        try:
-            epoch = json.loads(self._mark.read_bytes())["epoch"]
-        except (ValueError, KeyError, TypeError):
-            epoch = self._attachment.epoch
-        if epoch != self._attachment.epoch:
+        own = self._attachment.epoch
+        if self._mark.read().get("epoch", own) != own:
             # The mixed weights went with their engine.
-            self._remove_mark()
+            self._mark.remove()
             return
         self.poison.why = (
             "the training server ended in a restore or an undo, before weights and Apollo state "
@@ -283,12 +283,7 @@ class ModelCheckpoints:
         )
 
     def _write_mark(self) -> None:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        durable_bytes(self._mark, json.dumps({"epoch": self._attachment.epoch}).encode())
-
-    def _remove_mark(self) -> None:
-        self._mark.unlink(missing_ok=True)
-        flush_folder(self._folder)
+        self._mark.write({"epoch": self._attachment.epoch})
 
     def close(self) -> None:
         """Ends the threads, once what they write is on disk, and releases the directory."""

@@ -273,9 +273,9 @@ class Apollo(StatefulOptimizer):
         """What has to be compiled before its parameters can be stepped."""
         return paths.compiled_kinds(self._slots, self.impl, self.compat, self.weights)
 
-    def load_named_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Takes over what `named_state` gave. Raises ValueError, and then changes nothing."""
-        super().load_named_state(tensors, meta)
+    def adopt(self, meta: Mapping[str, Any]) -> None:
+        """Takes over counters, seed and group settings of metadata that was checked."""
+        super().adopt(meta)
         # Their tables hold keys of the old seed.
         self._steppers.clear()
 

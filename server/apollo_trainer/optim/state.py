@@ -110,7 +110,7 @@ class StatefulOptimizer(Optimizer):
 
     def state_size_bytes(self) -> int:
         """Bytes of all state tensors; the same from construction on."""
-        return sum(t.nbytes for t in self._named_tensors().values())
+        return sum(t.nbytes for t in self.named_tensors().values())
 
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The state for a file: flat tensors, and metadata that JSON can hold.
@@ -119,17 +119,21 @@ class StatefulOptimizer(Optimizer):
         all of the same on every rank. They are called `m.<parameter>`, `v.<parameter>`,
         `step.<parameter>`, and where they exist `norm.<parameter>` and `low.<parameter>`.
         """
-        meta = {
+        meta = self.description()
+        self.ranks.tell("state")
+        regions = self.state_regions()
+        own = self.named_tensors()
+        return {n: gathered(tensor, regions[n], self.ranks) for n, tensor in own.items()}, meta
+
+    def description(self) -> dict[str, Any]:
+        """The metadata of `named_state`; the same on every rank."""
+        return {
             "seed": self.seed,
             "step_count": self.step_count,
             "skipped_nonfinite": self.skipped_nonfinite,
             **self._choices(),
             **named_state.contents(self._slots, self.param_groups),
         }
-        self.ranks.tell("state")
-        regions = self._regions_of_state()
-        own = self._named_tensors()
-        return {n: gathered(tensor, regions[n], self.ranks) for n, tensor in own.items()}, meta
 
     def load_named_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Takes over what `named_state` gave: moments, counters, seed and group settings.
@@ -137,12 +141,17 @@ class StatefulOptimizer(Optimizer):
         Raises ValueError naming the parameter where the state is of another model or of other
         options; the optimizer is then as it was.
         """
-        groups = self.check_named_state(tensors, meta)
-        regions = self._regions_of_state()
+        self.check_named_state(tensors, meta)
+        regions = self.state_regions()
         with torch.no_grad():
-            for name, tensor in self._named_tensors().items():
+            for name, tensor in self.named_tensors().items():
                 if tensors[name] is not tensor:
                     tensor.copy_(part_of(tensors[name], regions[name]))
+        self.adopt(meta)
+
+    def adopt(self, meta: Mapping[str, Any]) -> None:
+        """Takes over counters, seed and group settings of metadata that was checked."""
+        groups = named_state.check_groups(meta, self.param_groups)
         for group, settings in zip(self.param_groups, groups, strict=True):
             group.update(settings)
         self.seed, self.step_count = meta["seed"], meta["step_count"]
@@ -150,18 +159,15 @@ class StatefulOptimizer(Optimizer):
         for slot in self._slots:
             slot.set_seed(self.seed)
 
-    def check_named_state(
-        self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
-    ) -> list[dict[str, Any]]:
-        """The settings of each group; raises as `load_named_state` does, and changes nothing."""
+    def check_named_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Raises as `load_named_state` does, and changes nothing."""
         named_state.check_meta(meta, self._choices())
         named_state.check_parameters(meta, self._slots)
-        groups = named_state.check_groups(meta, self.param_groups)
-        regions = self._regions_of_state()
-        own = self._named_tensors().items()
+        named_state.check_groups(meta, self.param_groups)
+        regions = self.state_regions()
+        own = self.named_tensors().items()
         wanted = {n: t.new_empty(regions[n].root, device="meta") for n, t in own}
         named_state.check_tensors(tensors, wanted)
-        return groups
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and scalars: `torch.load(weights_only=True)` reads it back."""
@@ -175,14 +181,16 @@ class StatefulOptimizer(Optimizer):
         """Options that a state is checked against before it is loaded."""
         return {"variant": self.variant, "rounding": self.rounding, "compat": self.compat}
 
-    def _regions_of_state(self) -> dict[str, Region]:
+    def state_regions(self) -> dict[str, Region]:
+        """Which part of the whole each tensor of `named_tensors` is."""
         return {
             named_state.tensor_name(part, slot.name): slot.region_of(part)
             for slot in self._slots
             for part in self.state[slot.param]
         }
 
-    def _named_tensors(self) -> dict[str, Tensor]:
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The live state tensors of this rank, by the names that `named_state` has."""
         return {
             named_state.tensor_name(part, slot.name): tensor
             for slot in self._slots

@@ -76,6 +76,19 @@ def gathered(own: Tensor, region: Region, ranks: Ranks) -> Tensor:
     return whole
 
 
+def handed_out(whole: Tensor | None, like: Tensor, region: Region, ranks: Ranks) -> Tensor:
+    """A rank's part of what the first rank has whole; every rank calls it.
+
+    Args:
+        whole: on the CPU, contiguous; its values are lost. None on the other ranks.
+        like: a tensor of the same dtype.
+    """
+    if whole is None:
+        whole = torch.zeros(region.root, dtype=like.dtype)
+    ranks.sum(whole.view(-1).view(torch.uint8))
+    return part_of(whole, region)
+
+
 def part_of(whole: Tensor, region: Region) -> Tensor:
     """A rank's part, out of the whole; the whole itself where it is that."""
     if region.whole:

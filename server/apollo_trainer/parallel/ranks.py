@@ -16,6 +16,9 @@ Tell = Callable[..., None]
 class RankRefused(Exception):
     """Another rank did not go on, and says why."""
 
+    def __str__(self) -> str:
+        return "another trainer rank failed, and its log has why"
+
 
 class Ranks:
     """The trainer's ranks. Each calls the same methods in the same order, or all wait.

@@ -7,7 +7,6 @@ it is attached to the same engine.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as NotYet
@@ -20,7 +19,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 from apollo_grpc.errors import ApolloError, FailedPrecondition, NotFound
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.checkpoints.apollo_state import Covered
-from apollo_trainer.checkpoints.disk import durable_bytes, flush_folder
+from apollo_trainer.checkpoints.disk import Mark
 from apollo_trainer.engine import ModelOwner, Session, StatusBoard
 from apollo_trainer.operations import Job, Restore, Restored
 
@@ -46,7 +45,7 @@ class WayBack:
     ):
         self._session, self._owner, self._board = session, owner, board
         self._run_id, self._require_going = run_id, require_going
-        self._mark = _Mark(session.state_path.parent)
+        self._mark = Mark(session.state_path.with_name(MARK))
         self._snapshot = ""
 
     def begin(self) -> None:
@@ -84,10 +83,11 @@ class WayBack:
 
         Raises as a restore does; the next server tries again then.
         """
-        self._mark.write(self._contents(finished, taken_back=False))
+        told = self._contents(finished, taken_back=False)
+        self._mark.write(told)
         if not self._session.attachment.alive:
             return None
-        restored = _restore(self._session, self._owner, self._board, self._mark.contents)
+        restored = _restore(self._session, self._owner, self._board, told)
         self._mark.write(self._contents(finished, taken_back=True))
         return restored
 
@@ -110,46 +110,24 @@ class WayBack:
         }
 
 
-class _Mark:
-    def __init__(self, folder: Path):
-        self._path = folder / MARK
-        self.contents: dict[str, Any] = {}
-
-    def write(self, contents: dict[str, Any]) -> None:
-        self.contents = contents
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        durable_bytes(self._path, json.dumps(contents).encode())
-
-    def read(self) -> bool:
-        """Whether there is one that can be read."""
-        try:
-            self.contents = json.loads(self._path.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return False
-        return isinstance(self.contents, dict) and "run" in self.contents
-
-    def remove(self) -> None:
-        if self._path.exists():
-            self._path.unlink()
-            flush_folder(self._path.parent)
-
-
-def _marks(state_dir: Path) -> Iterator[_Mark]:
-    """Those of all models that can be read."""
-    marks = (_Mark(path.parent) for path in state_dir.glob(f"models/*/{MARK}"))
-    return (mark for mark in marks if mark.read())
+def _marks(state_dir: Path) -> Iterator[tuple[Mark, dict[str, Any]]]:
+    """Those of all models that can be read, and what they say."""
+    marks = [Mark(path) for path in state_dir.glob(f"models/*/{MARK}")]
+    return ((mark, told) for mark in marks if "run" in (told := mark.read()))
 
 
 def ends_in(state_dir: Path) -> dict[str, pb.RunEvent.Finished]:
     """How runs end that a killed server left with a way back, by their ids."""
-    contents = (mark.contents for mark in _marks(state_dir))
-    return {each["run"]: ParseDict(each["finished"], pb.RunEvent.Finished()) for each in contents}
+    return {
+        told["run"]: ParseDict(told["finished"], pb.RunEvent.Finished())
+        for _, told in _marks(state_dir)
+    }
 
 
 def settle(state_dir: Path, run_id: str) -> None:
     """The ledger has the end of a run: the mark of one that was taken back is not needed."""
-    for mark in _marks(state_dir):
-        if (mark.contents["run"], mark.contents["taken_back"]) == (run_id, True):
+    for mark, told in _marks(state_dir):
+        if (told["run"], told["taken_back"]) == (run_id, True):
             mark.remove()
 
 
@@ -158,30 +136,31 @@ def finish(session: Session, owner: ModelOwner, board: StatusBoard) -> bool:
 
     Training thread, with a new session, before any run.
     """
-    mark = _Mark(session.state_path.parent)
-    if not mark.read():
+    mark = Mark(session.state_path.with_name(MARK))
+    told = mark.read()
+    if "run" not in told:
         return False
     # The steps of another engine's run went with it.
-    left = mark.contents["epoch"] == session.attachment.epoch and not mark.contents["taken_back"]
+    left = told["epoch"] == session.attachment.epoch and not told["taken_back"]
     try:
         if left:
-            _restore(session, owner, board, mark.contents)
-        _delete(session, mark.contents["snapshot"])
+            _restore(session, owner, board, told)
+        _delete(session, told["snapshot"])
     except (ApolloError, OSError) as error:
-        log.error("run %s was not taken back: %s", mark.contents["run"], error)
-        why = f"run {mark.contents['run']} was to be taken back, and that failed ({error})."
+        log.error("run %s was not taken back: %s", told["run"], error)
+        why = f"run {told['run']} was to be taken back, and that failed ({error})."
         session.checkpoints.doubt(why)
     mark.remove()
     return left
 
 
 def _restore(
-    session: Session, owner: ModelOwner, board: StatusBoard, mark: dict[str, Any]
+    session: Session, owner: ModelOwner, board: StatusBoard, told: dict[str, Any]
 ) -> Restored:
     # The state that is saved then knows of no step of the run.
-    session.covered = Covered(mark["run"], 0)
+    session.covered = Covered(told["run"], 0)
     restored = Restore(session, owner, board, None).snapshot(
-        mark["snapshot"], Job[Restored](lambda *_: None)
+        told["snapshot"], Job[Restored](lambda *_: None)
     )
     session.from_disk = session.moved = False
     return restored

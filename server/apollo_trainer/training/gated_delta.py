@@ -51,11 +51,10 @@ def gated_delta_rule(
         else initial_state.float()
     )
     outputs = []
-    for block in zip(
-        *(torch.split(each, BLOCK, 2) for each in (queries, keys, values, decays, rates)),
-        strict=True,
-    ):
-        output, state = _block(*block, state)
+    for begin in range(0, queries.shape[2], BLOCK):
+        tokens = slice(begin, begin + BLOCK)
+        q, k, v, d, r = (x[:, :, tokens] for x in (queries, keys, values, decays, rates))
+        output, state = _block(q, k, v, d, r, state)
         outputs.append(output)
     result = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
     result = result.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)

@@ -124,9 +124,9 @@ class Attachment:
         """Raises FailedPrecondition where ranks divide the weights."""
         if self.ranks.size > 1:
             raise FailedPrecondition(
-                "Snapshots, undo and dry runs of a new optimizer state are of models on one worker "
-                "in this version. Nothing was changed. Sync or export the model, or serve it with "
-                "--tensor-parallel-size 1.",
+                "Undo, snapshots of another kind of optimizer state, and dry runs that begin a "
+                "new one are of models on one worker in this version. Nothing was changed. Restore "
+                "a snapshot of this kind, or serve the model with --tensor-parallel-size 1.",
                 reason="TENSOR_PARALLEL_UNSUPPORTED",
             )
 

@@ -37,11 +37,16 @@ class CheckpointReader:
     def read(self, name: str) -> torch.Tensor | None:
         """The live values, contiguous; None for a name that belongs to no parameter."""
         if planned := self._planned.get(name):
-            return self._plan.read(planned, self._whole(planned.root))
+            return self._plan.read(planned, self.whole(planned.root))
         root = self._plan.tied.get(name)
-        return self._whole(root).contiguous() if root else None
+        return self.whole(root).contiguous() if root else None
 
-    def _whole(self, root: str) -> torch.Tensor:
+    def roots(self) -> list[str]:
+        """The parameters' names, tied ones once."""
+        return list(self._parameters)
+
+    def whole(self, root: str) -> torch.Tensor:
+        """A parameter with the parts of all ranks; the live one itself where this rank has all."""
         own, region = self._parameters[root].detach(), self._regions.get(root)
         if region is None or region.whole:
             return own

@@ -20,6 +20,7 @@ from apollo_trainer.checkpoints.disk.durable import (
     write_new,
 )
 from apollo_trainer.checkpoints.disk.file_ops import CANNOT_EXCHANGE, FILES, FileOps
+from apollo_trainer.checkpoints.disk.mark import Mark
 from apollo_trainer.checkpoints.disk.shard_header import (
     DTYPES,
     ShardHeader,
@@ -52,6 +53,7 @@ __all__ = [
     "PIECE",
     "TEMPORARY",
     "FileOps",
+    "Mark",
     "RunningDigest",
     "ShardHeader",
     "StoreFolder",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from apollo_trainer.checkpoints.disk import digest
 from apollo_trainer.optim import Apollo
 from apollo_trainer.optim.named_state import tensor_name
+from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 
 
 @dataclass
@@ -36,6 +38,17 @@ class ModelState:
         if name not in self.digests:
             self.digests[name] = digest(self.parameters[name])
         return self.digests[name]
+
+
+def of_all_ranks(reader: CheckpointReader, optimizer: Apollo, extra: dict[str, Any]) -> ModelState:
+    """The model of ranks that each have a part, copied before this returns."""
+    moments, description = optimizer.named_state()
+    return ModelState(
+        {name: to_host(reader.whole(name)) for name in reader.roots()},
+        {name: to_host(tensor) for name, tensor in moments.items()},
+        copy.deepcopy(description),
+        copy.deepcopy(extra),
+    )
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from apollo_grpc.errors import DataLoss, FailedPrecondition, Internal
+from apollo_grpc.region import Region
 from apollo_trainer.checkpoints.disk import in_batches, spread, threads_for
 from apollo_trainer.checkpoints.snapshots.model_state import ModelState, moments_of
 from apollo_trainer.checkpoints.snapshots.value_exchange import Exchange
 from apollo_trainer.optim import Apollo
+from apollo_trainer.parallel.parts import handed_out
 
 
 class PoisonedError(DataLoss):
@@ -66,7 +68,8 @@ def restore(
     in its memory, is the state that was live before.
 
     Args:
-        state: decoded and verified; its digests verify the live weights.
+        state: decoded and verified; its digests verify the live weights. Where ranks divide the
+            model: on the first rank, which has the others call `restore_part`.
         parameters: the live ones, by the same names; moments of others stay as they are.
         keep: is called with the old and the new state after a success, to undo the restore.
         poison: is set where the rollback failed, and cleared by a success.
@@ -74,25 +77,71 @@ def restore(
     Raises FailedPrecondition where the state is of another model (nothing was touched), DataLoss
     where writing failed and the old state was put back, PoisonedError where that failed too.
     """
-    poison = poison or Poison()
+    poison, ranks = poison or Poison(), optimizer.ranks
     _require_fitting(state, parameters, optimizer)
+    if ranks.size == 1:
+        return _put(state, parameters, optimizer, keep, poison)
+    with ranks.telling("put", lambda: {"description": state.description}, (DataLoss,)):
+        part = _part(state, state.description, parameters, optimizer)
+        return _put(part, parameters, optimizer, keep, poison)
+
+
+@torch.no_grad()
+def restore_part(
+    description: dict[str, Any], parameters: Mapping[str, Tensor], optimizer: Apollo
+) -> None:
+    """A further rank's share of `restore`. Raises DataLoss where a rank could not write its own."""
+    part = _part(None, description, parameters, optimizer)
+    _put(part, parameters, optimizer, None, Poison())
+
+
+def _part(
+    whole: ModelState | None,
+    description: dict[str, Any],
+    parameters: Mapping[str, Tensor],
+    optimizer: Apollo,
+) -> ModelState:
+    """What of a state is this rank's, handed out by the first, which alone has it."""
+    ranks, regions = optimizer.ranks, optimizer.regions
+    part = ModelState({}, {}, description)
+    for name, live in parameters.items():
+        region = regions.get(name) or Region.whole_of(live.shape)
+        given = None if whole is None else whole.parameters.pop(name)
+        part.parameters[name] = handed_out(given, live, region, ranks)
+    regions_of_state = optimizer.state_regions()
+    for name, live in optimizer.named_tensors().items():
+        given = None if whole is None else whole.moments.pop(name)
+        part.moments[name] = handed_out(given, live, regions_of_state[name], ranks)
+    return part
+
+
+def _put(
+    state: ModelState,
+    parameters: Mapping[str, Tensor],
+    optimizer: Apollo,
+    keep: Callable[[ModelState, ModelState], object] | None,
+    poison: Poison,
+) -> ModelState:
     wanted = {name: state.digest(name) for name in parameters}
-    live, description = optimizer.named_state()
     moments = {
         name: tensor
         for of, parameter in parameters.items()
         for name, tensor in moments_of(optimizer, of, parameter).items()
     }
-    old = ModelState(state.parameters, state.moments, copy.deepcopy(description))
+    description = copy.deepcopy(optimizer.description())
+    old = ModelState(state.parameters, state.moments, description)
     exchange = Exchange()
-    try:
+
+    def write() -> None:
         for parameter in parameters.values():
             optimizer.before_param_write(parameter)
         _exchange_all(exchange, parameters, moments, state, wanted)
-        # Its tensors hold the state already; what remains are counters, seed and settings.
-        optimizer.load_named_state(live, state.description)
+        optimizer.adopt(state.description)
+
+    try:
+        optimizer.ranks.agree(write)
     except BaseException as error:
-        _roll_back(exchange, live, old.description, optimizer, poison, error)
+        _roll_back(exchange, old.description, optimizer, poison, error)
         if not isinstance(error, Exception):
             raise
         raise DataLoss(
@@ -115,8 +164,9 @@ def _require_fitting(
             odd = min(state.parameters.keys() ^ parameters.keys())
             raise ValueError(f"parameter {odd!r} is not in both")
         for name, live in parameters.items():
-            there = state.parameters[name]
-            if there.shape != live.shape or there.dtype != live.dtype:
+            there, region = state.parameters[name], optimizer.regions.get(name)
+            shape = live.shape if region is None else torch.Size(region.root)
+            if there.shape != shape or there.dtype != live.dtype:
                 raise ValueError(f"{name!r} is {there.dtype} {list(there.shape)} there")
         optimizer.check_named_state(state.moments, state.description)
     except ValueError as error:
@@ -149,15 +199,17 @@ def _exchange_all(
 
 def _roll_back(
     exchange: Exchange,
-    live: Mapping[str, Tensor],
     description: Mapping[str, Any],
     optimizer: Apollo,
     poison: Poison,
     error: BaseException,
 ) -> None:
-    try:
+    def take_back() -> None:
         exchange.take_back()
-        optimizer.load_named_state(live, description)
+        optimizer.adopt(description)
+
+    try:
+        optimizer.ranks.agree(take_back)
     except BaseException as second:
         poison.why = f"a restore failed ({error}), and so did putting them back ({second})."
         raise PoisonedError(
