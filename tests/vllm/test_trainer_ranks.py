@@ -18,6 +18,7 @@ from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.weights.sidecar import Sidecar
 from tests.vllm.conftest import Stack
+from tests.waiting import alive
 
 pytestmark = pytest.mark.vllm
 IDS = [(7 * i + 3) % 259 for i in range(150)]
@@ -32,15 +33,19 @@ SOON = 2.0
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: Any) -> Iterator[Stack]:
     stack = Stack(tmp_path_factory.mktemp("s"), "qwen3")
-    threads = {"VLLM_CPU_OMP_THREADS_BIND": f"{stack._cpu(0)}|{stack._cpu(1)}"}
     stack._start_server()
-    stack.start_vllm("--tensor-parallel-size", "2", **threads)
+    start_vllm(stack)
     try:
         stack.wait_attached()
         yield stack
     finally:
         stack.end("server")
         stack.end("vllm")
+
+
+def start_vllm(stack: Stack) -> None:
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": f"{stack._cpu(0)}|{stack._cpu(1)}"}
+    stack.start_vllm("--tensor-parallel-size", "2", **threads)
 
 
 def follower(stack: Stack) -> int:
@@ -146,14 +151,37 @@ def test_a_state_that_was_saved_is_gone_on_with_after_a_restart(stack: Stack) ->
     assert len(train(stack)) == 5
 
 
-def test_a_worker_of_vllm_that_is_killed_ends_the_run_with_a_reason(stack: Stack) -> None:
+def test_the_first_rank_is_killed_and_the_other_ends_with_it(stack: Stack) -> None:
+    events = stack.client.train(SAMPLES, **(STEPS | {"epochs": 5000}))
+    next(event for event in events if event.HasField("step"))
+    other = follower(stack)
+    assert stack.server
+    stack.server.kill()
+    stack.wait_for(lambda: not alive(other), "the other rank's end")
+    stack.end("server")
+    stack._start_server()
+    stack.wait_attached()
+    *_, last = events
+    assert last.finished.state == pb.RUN_STATE_FAILED
+    assert len(train(stack, accept_other_weights=True)) == 5
+
+
+@pytest.mark.parametrize("worker", [1, pytest.param(0, marks=pytest.mark.long)])
+def test_a_worker_of_vllm_that_is_killed_ends_the_run_with_a_reason(
+    stack: Stack, worker: int
+) -> None:
+    detached = status_pb2.ATTACHMENT_STATE_DETACHED
+    if stack.client.status().attachment == detached:
+        stack.end("vllm")
+        start_vllm(stack)
+        stack.wait_attached()
     killed, events = 0.0, []
-    for event in stack.client.train(SAMPLES, **(STEPS | {"epochs": 5000})):
+    options = STEPS | {"epochs": 5000, "accept_other_weights": True}
+    for event in stack.client.train(SAMPLES, **options):
         events.append(event)
         if event.HasField("step") and not killed:
-            os.kill(Sidecar(f"unix:{stack.state}/sidecar.sock").manifest(1).worker_pid, 9)
+            os.kill(Sidecar(f"unix:{stack.state}/sidecar.sock").manifest(worker).worker_pid, 9)
             killed = time.monotonic()
     finished = events[-1].finished
     assert (finished.state, finished.failure.reason) == (pb.RUN_STATE_FAILED, "ENGINE_LOST")
-    detached = status_pb2.ATTACHMENT_STATE_DETACHED
     stack.wait_for(lambda: stack.client.status().attachment == detached, "the detachment")
