@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from apollo_client import read_samples, run_spec
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
+from tests.programs import untraced
 
 RECORDS = [{"prompt": f"{n} and 1 is", "completion": f" {n + 1}."} for n in range(5)]
 ASKED = [{"question": r["prompt"], "answer": r["completion"], "id": "x"} for r in RECORDS]
@@ -150,6 +152,9 @@ def test_both_clients_take_a_file_wherever_samples_are_taken(connect, server, tm
 def test_the_client_is_imported_without_what_few_need() -> None:
     """What it costs is told by what it brings: the wire alone, and no terminal or tables."""
     code = "import sys, apollo_client; print(*{name.partition('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Tracing it would import more.
+    environment = untraced(os.environ)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     heavy = {"torch", "numpy", "pandas", "pyarrow", "datasets", "typer", "rich", "html", "vllm"}
     assert not heavy & set(done.stdout.split())
