@@ -23,7 +23,7 @@ from apollo_trainer import logs
 from apollo_trainer.checkpoints.apollo_state import OPTIMIZER_KEY, load_state
 from apollo_trainer.checkpoints.snapshots import restore_part
 from apollo_trainer.config import Settings
-from apollo_trainer.engine import new_optimizer
+from apollo_trainer.engine import new_optimizer, prepare
 from apollo_trainer.optim import Apollo
 from apollo_trainer.parallel.followers import READY, join
 from apollo_trainer.parallel.parts import gathered
@@ -113,6 +113,16 @@ class Follower:
         gathered(own, self._attachment.regions[root], self._attachment.ranks)
 
 
+def attached(begin: dict[str, Any], settings: Settings) -> Attachment:
+    """Attaches as the first rank does, with a model that computes by the same products.
+
+    What all ranks have whole is stepped by each: other roundings on one of them would part it.
+    """
+    ranks = Ranks(join(Path(begin["meet"]), begin["rank"], begin["size"]))
+    sidecar, checks = Sidecar(settings.sidecar), Checks(**begin["checks"])
+    return attach(sidecar, begin["epoch"], checks=checks, ranks=ranks, prepare=prepare)
+
+
 def main() -> None:
     """Attaches, and does what it is told until its standard input ends."""
     # It is of no use without the server, however that ended.
@@ -121,9 +131,7 @@ def main() -> None:
     settings = Settings.model_validate(begin["settings"])
     logs.begin(settings.log_format, settings.log_level)
     print(READY, flush=True)
-    ranks = Ranks(join(Path(begin["meet"]), begin["rank"], begin["size"]))
-    sidecar, checks = Sidecar(settings.sidecar), Checks(**begin["checks"])
-    attachment = attach(sidecar, begin["epoch"], checks=checks, ranks=ranks)
+    attachment = attached(begin, settings)
     tokens = probe_tokens(attachment.model, attachment.max_model_len)
     require_frozen_context(attachment.model, tokens)
     follower = Follower(attachment, settings)

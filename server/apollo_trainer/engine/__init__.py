@@ -2,6 +2,7 @@
 
 from apollo_trainer.engine.coherence import coherence_of, engine_is_gone, version_changed
 from apollo_trainer.engine.engine_watch import EngineWatch, no_engine
+from apollo_trainer.engine.open_session import prepare
 from apollo_trainer.engine.owner import ModelOwner
 from apollo_trainer.engine.pause import EnginePause
 from apollo_trainer.engine.server_info import ServerInfo
@@ -24,5 +25,6 @@ __all__ = [
     "engine_is_gone",
     "new_optimizer",
     "no_engine",
+    "prepare",
     "version_changed",
 ]
