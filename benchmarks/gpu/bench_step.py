@@ -64,7 +64,6 @@ def main() -> None:
         model = write_shape(asked.shape, Path(folder) / "model", seed=1)
         torch.cuda.empty_cache()
         others = OPTIONS.get(asked.shape, ())
-        result["product"] = {}
         product(model, Path(folder), asked, others, result)
         if not asked.no_plain:
             alone = [case for case in asked.cases if CASES[case][2] == 1]
@@ -82,7 +81,8 @@ def product(
 ) -> None:
     """Through the training server, beside vLLM; what is known is written with each row."""
     options = (*stack.VLLM, "--max-model-len", str(MAX_MODEL_LEN), *others)
-    rows: dict[str, Any] = result["product"].setdefault("cases", {})
+    rows: dict[str, Any] = {}
+    result["product"] = {"cases": rows}
     with Stack(model, folder, options) as running:
         for number, case in enumerate(asked.cases):
             # Each case's memory is its own; compiled kernels are there from the second on.
