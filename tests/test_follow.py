@@ -1,4 +1,4 @@
-"""A trainer rank beside the server's own; with real workers it is in `vllm/test_trainer_ranks.py`."""
+"""A trainer rank beside the server's own; with real workers: `vllm/test_trainer_ranks.py`."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def shared_gpu(asked: GpuSharing, folder: Path) -> Iterator[Shared]:
         daemon, places = _start(folder)
     except FailedPrecondition as error:
         if asked is GpuSharing.MPS:
-            raise
+            said = f"{error.message} Nothing was started."
+            raise FailedPrecondition(said, reason=error.reason) from error
         yield Shared(notes=(f"GPU shared by turns. {error.message}",))
         return
     try:

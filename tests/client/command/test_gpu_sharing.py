@@ -122,6 +122,7 @@ def test_a_machine_without_mps_goes_by_turns_or_is_told(control, tmp_path, monke
     ):
         pass
     assert raised.value.reason == "MPS_NOT_FOUND"
+    assert "Nothing was started." in raised.value.message
     with shared_gpu(GpuSharing.AUTO, tmp_path / "state") as shared:
         assert (shared.both, shared.trainer) == ({}, {})
         assert shared.notes[0].startswith("GPU shared by turns. MPS needs")
@@ -151,6 +152,7 @@ def test_a_daemon_without_clients_is_told_with_its_log(
     ):
         pass
     assert raised.value.reason == "MPS_NOT_STARTED"
+    assert "Nothing was started." in raised.value.message
 
 
 def test_a_daemon_that_does_not_quit_is_killed(control, tmp_path, monkeypatch):
