@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from apollo_trainer.optim import Apollo
 from apollo_trainer.optim.ahead import compile_ahead
 from apollo_trainer.training.captured import CapturedPasses
+from apollo_trainer.training.delta_rule import choose_delta_rule
 from apollo_trainer.training.faster import speed_up
 from apollo_trainer.training.samples import TokenizedSample
 from apollo_trainer.training.step import take_step
@@ -38,8 +39,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1800)
     parser.add_argument("--learned", type=int, default=200)
     parser.add_argument("--samples", type=int, default=1, help="of one step, all as long")
+    parser.add_argument("--layers", type=int, help="so many of the shape's layers")
     asked = parser.parse_args()
-    model = made(asked.shape)
+    model = made(asked.shape, asked.layers)
+    print(choose_delta_rule(model))
     before = torch.cuda.memory_reserved()
     optimizer = Apollo(model.named_parameters(), lr=1e-6)
     optimizer.measure = True
@@ -55,11 +58,15 @@ def main() -> None:
         print(f"{ms:7.2f} ms {count:6.0f}  {kernel}")
 
 
-def made(shape: str) -> Any:
+def made(shape: str, layers: int | None) -> Any:
     """A model of random weights on the GPU, in bfloat16."""
     torch.manual_seed(1)
     with torch.device("cuda"):
         config = SHAPES[shape]().get_text_config()
+        if layers is not None:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 

@@ -17,7 +17,7 @@ from apollo_trainer.training.samples import TokenizedSample
 Make = Callable[[str], Any]
 SAMPLE = TokenizedSample((3, 50, 7, 99), (140, 2, 77))
 # Layers have two, those of Qwen3 two more for queries and keys, those of Gemma 2 two more around.
-# The weights of the last two families are kept less one.
+# The weights of the last two families are kept less one; one norm of the last is always gated.
 COUNTS = {
     "qwen3": 9,
     "mistral": 5,
@@ -25,7 +25,7 @@ COUNTS = {
     "gpt2": 0,
     "opt": 0,
     "gemma2": 17,
-    "qwen3_next": 7,
+    "qwen3_next": 8,
 }
 
 
@@ -92,3 +92,21 @@ def test_a_norm_that_is_given_a_gate_takes_it() -> None:
     torch.testing.assert_close(fused(x), plain(x))
     torch.testing.assert_close(fused(x, gate), plain(x, gate))
     torch.testing.assert_close(fused(x, gate=gate), plain(x, gate))
+
+
+class GatedAfter(Gated):
+    """An RMS norm that is never without a gate, which it multiplies by, as Qwen3.5's."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) * nn.functional.silu(gate)
+
+
+def test_a_norm_that_is_never_without_a_gate_is_fused_with_it() -> None:
+    torch.manual_seed(0)
+    (x, gate), plain = torch.randn(2, 3, 8), GatedAfter()
+    fused = copy.deepcopy(plain)
+    assert fuse_norms(fused) == 1
+    torch.testing.assert_close(fused(x, gate), plain(x, gate))
+    torch.testing.assert_close(fused(x, gate=gate), plain(x, gate))
+    with pytest.raises(TypeError):
+        fused(x)

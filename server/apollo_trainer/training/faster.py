@@ -20,15 +20,18 @@ def speed_up(model: Any) -> None:
 
     Kernels are compiled here, not in a run; that takes seconds unless an earlier process did it.
     """
-    norms, grouped, gated, rotary = fuse_norms(model), use_grouped_attention(model), 0, False
+    norms, grouped, gated = fuse_norms(model), use_grouped_attention(model), 0
+    rotary = convolutions = False
     with suppress(ImportError):
+        from apollo_trainer.training.kernels.causal_conv import fuse_conv
         from apollo_trainer.training.kernels.gated import fuse_gated
         from apollo_trainer.training.kernels.rotary import fuse_rotary
 
         gated, rotary = fuse_gated(model), fuse_rotary(model) > 0
+        convolutions = fuse_conv(model) > 0
     if model.device.type == "cuda":
         Capture(model).compile("any" if mixing_of(model) is Mixing.PADDED else "none")
     log.info(
-        "kernels: %d RMS norms, %d gated MLPs, rotary %s, grouped attention %s",
-        norms, gated, rotary, grouped,
+        "kernels: %d RMS norms, %d gated MLPs, rotary %s, convolutions %s, grouped attention %s",
+        norms, gated, rotary, convolutions, grouped,
     )  # fmt: skip

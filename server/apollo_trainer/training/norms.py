@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 try:
-    from apollo_trainer.training.kernels import rms_norm
+    from apollo_trainer.training.kernels import gated, rms_norm
 except ImportError:  # no Triton
-    rms_norm = None  # type: ignore[assignment]
+    gated = rms_norm = None  # type: ignore[assignment]
 
 # Two roundings to bfloat16 apart, where one of them rounds once.
 _ROUNDING = 2.0**-7
@@ -40,19 +40,32 @@ class _Kind:
 
     Attributes:
         added: to the weight; Gemma's and Qwen3.5's weights are kept less one.
+        gated: the norm is never without a gate, and its result is times silu(gate).
     """
 
     eps: float
     added: float
+    gated: bool = False
 
 
 def _instead_of(module: Any, own: Any, kind: _Kind, x: Tensor, *rest: Any, **named: Any) -> Any:
     """Some norms are given a gate as well."""
-    return own(x, *rest, **named) if rest or named else _fused(module, kind, x)
+    given = (*rest, *named.values())
+    if len(given) != kind.gated or set(named) - {"gate"}:
+        return own(x, *rest, **named)
+    return _fused(module, kind, x, *given)
 
 
-def _fused(module: Any, kind: _Kind, x: Tensor) -> Tensor:
-    weight = module.weight
+def _fused(module: Any, kind: _Kind, x: Tensor, gate: Tensor | None = None) -> Tensor:
+    normal = _normal(module.weight, kind, x)
+    if gate is None:
+        return normal
+    if gated is not None and x.is_cuda and gate.dtype == x.dtype and gate.shape == x.shape:
+        return gated.gated_product(gate, normal)
+    return (normal * F.silu(gate.float())).to(x.dtype)
+
+
+def _normal(weight: Tensor, kind: _Kind, x: Tensor) -> Tensor:
     if x.is_cuda and rms_norm is not None and rms_norm.fits(x, weight):
         return rms_norm.rms_norm(x, weight, kind.eps, kind.added)
     if not kind.added:
@@ -72,7 +85,7 @@ def _kind(module: nn.Module) -> _Kind | None:
     weight, eps = getattr(module, "weight", None), _eps(module)
     if len(own) != 1 or own[0] is not weight or own[0].ndim != 1 or eps is None:
         return None
-    kinds = [_Kind(eps, added) for added in (0.0, 1.0)]
+    kinds = [_Kind(eps, added, gated) for gated in (False, True) for added in (0.0, 1.0)]
     return next((kind for kind in kinds if _computes(module, kind)), None)
 
 
@@ -81,12 +94,15 @@ def _computes(module: nn.Module, kind: _Kind) -> bool:
     (weight,) = module.parameters()
     draw = torch.Generator().manual_seed(0)
     for size in (1.0, kind.eps**0.5):
-        x = torch.randn(4, len(weight), generator=draw).mul(size).to(weight)
+        x, *gates = (
+            torch.randn(4, len(weight), generator=draw).mul(factor).to(weight)
+            for factor in (size, 1.0)[: 1 + kind.gated]
+        )
         try:
-            said = module(x)
+            said = module(x, *gates)
         except (TypeError, RuntimeError, ValueError, AttributeError):
             return False
-        fused = _fused(module, kind, x)
+        fused = _fused(module, kind, x, *gates)
         if not isinstance(said, Tensor) or said.dtype != x.dtype or said.shape != x.shape:
             return False
         if ((said - fused).abs() > _ROUNDING * fused.abs() + 1e-12).any():

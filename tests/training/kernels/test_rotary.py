@@ -17,7 +17,8 @@ Make = Callable[[str], Any]
 SAMPLE = TokenizedSample((3, 50, 7, 99), (140, 2, 77))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2", "qwen3_moe"])
+# Of Qwen3-Next's heads a part is turned.
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2", "qwen3_moe", "qwen3_next"])
 def test_losses_and_gradients_are_the_same(
     make_model: Make, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,4 +51,4 @@ def test_what_turns_neighbours_or_has_no_rotation_is_left_alone(make_model: Make
 
         return turned(q), turned(k)
 
-    assert not _agrees(neighbours, torch.device("cuda"))
+    assert not _agrees(neighbours, torch.device("cuda"), size=12)

@@ -42,6 +42,12 @@ def gate_backward(GATE, UP, DY, OF_GATE, OF_UP, count, BLOCK: tl.constexpr):
     tl.store(OF_UP + i, (dy * gate * part).to(OF_UP.dtype.element_ty), mask=i < count)
 
 
+def gated_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of one shape and dtype."""
+    result: Tensor = _Gated.apply(gate, up)
+    return result
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -74,7 +80,7 @@ def _instead_of(module: Any, own: Any, x: Tensor, *rest: Any, **named: Any) -> A
 
 
 def _fused(module: Any, x: Tensor) -> Tensor:
-    return module.down_proj(_Gated.apply(module.gate_proj(x), module.up_proj(x)))
+    return module.down_proj(gated_product(module.gate_proj(x), module.up_proj(x)))
 
 
 def _is_gated(module: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Rotary positions as one kernel each way, where transformers launches ten.
 
 Of Qwen3's 58 forward kernels in a layer ten rotate queries and keys. What a model's own function
-says is compared first; one that rotates otherwise, or a part alone, is left as it is.
+says is compared first; one that rotates otherwise is left as it is. Where there are fewer cosines
+than a head is long, those that have none are copied.
 """
 
 # Triton reads the source of its functions, with its own types; mypy's rules do not apply to them.
@@ -22,9 +23,10 @@ _HEADS = 8  # that a program turns at once
 
 @triton.jit
 def rotate(X, OUT, COS, SIN, heads, width, x_b, x_h, x_s, o_b, o_h, o_s, c_b, c_s,
-           HALF: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr,
-           BACK: tl.constexpr):  # fmt: skip
-    """One place of one row: [heads, 2 HALF] turned by its cosines and sines, or turned back."""
+           HALF: tl.constexpr, PADDED: tl.constexpr, REST: tl.constexpr, REST_PADDED: tl.constexpr,
+           HEADS: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
+    """One place of one row: [heads, 2 HALF] turned by its cosines and sines, or turned back; what
+    is beyond, [heads, REST], as it is."""
     b, s = tl.program_id(0).to(tl.int64) // width, tl.program_id(0).to(tl.int64) % width
     i = tl.arange(0, PADDED)
     inside = i < HALF
@@ -46,6 +48,12 @@ def rotate(X, OUT, COS, SIN, heads, width, x_b, x_h, x_s, o_b, o_h, o_s, c_b, c_
         out = OUT + b * o_b + s * o_s + h[:, None] * o_h + i[None, :]
         tl.store(out, y1.to(OUT.dtype.element_ty), mask=mask)
         tl.store(out + HALF, y2.to(OUT.dtype.element_ty), mask=mask)
+        if REST > 0:
+            r = tl.arange(0, REST_PADDED)
+            kept = (h < heads)[:, None] & (r < REST)[None, :]
+            x = X + b * x_b + s * x_s + h[:, None] * x_h + r[None, :] + 2 * HALF
+            out = OUT + b * o_b + s * o_s + h[:, None] * o_h + r[None, :] + 2 * HALF
+            tl.store(out, tl.load(x, mask=kept, other=0.0), mask=kept)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
@@ -54,9 +62,11 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     # As the projections leave it: places first, then heads.
     out = torch.empty(rows, width, heads, size, dtype=x.dtype, device=x.device).transpose(1, 2)
     shared = 0 if len(cos) == 1 else cos.stride(0)
+    half, rest = cos.shape[-1] // 2, size - cos.shape[-1]
     rotate[(rows * width,)](
         x, out, cos, sin, heads, width, *x.stride()[:3], *out.stride()[:3], shared, cos.stride(1),
-        HALF=size // 2, PADDED=triton.next_power_of_2(size // 2), HEADS=_HEADS, BACK=back,
+        HALF=half, PADDED=triton.next_power_of_2(half),
+        REST=rest, REST_PADDED=triton.next_power_of_2(max(1, rest)), HEADS=_HEADS, BACK=back,
     )  # fmt: skip
     return out
 
@@ -82,15 +92,16 @@ def fuse_rotary(model: Any) -> int:
         own = getattr(file, _NAME)
         if getattr(own, "fused", False):
             replaced += 1
-        elif _agrees(own, model.device):
-            setattr(file, _NAME, _instead_of(own))
+        elif _agrees(own, model.device, size=12):
+            setattr(file, _NAME, _instead_of(own, parts=_agrees(own, model.device, size=20)))
             replaced += 1
     return replaced
 
 
-def _instead_of(own: Any) -> Any:
+def _instead_of(own: Any, *, parts: bool) -> Any:
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
-        if rest or named or not _fits(q, k, cos, sin):
+        fits = _fits(q, k, cos, sin) and (parts or q.shape[-1] == cos.shape[-1])
+        if rest or named or not fits:
             return own(q, k, cos, sin, *rest, **named)
         return _Rotary.apply(q, k, cos, sin)
 
@@ -103,17 +114,18 @@ def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return (
         q.is_cuda and q.ndim == k.ndim == 4 and cos.ndim == sin.ndim == 3
         and cos.shape == sin.shape and cos.stride() == sin.stride() and cos.stride(-1) == 1
-        and q.shape[-1] == k.shape[-1] == cos.shape[-1] and cos.shape[-1] % 2 == 0
+        and q.shape[-1] == k.shape[-1] >= cos.shape[-1] and cos.shape[-1] % 2 == 0
         and q.shape[2] == k.shape[2] == cos.shape[1] and len(cos) in rows and len(k) == len(q)
         and q.dtype == k.dtype and not cos.requires_grad
     )  # fmt: skip
 
 
 @torch.no_grad()
-def _agrees(own: Any, device: torch.device) -> bool:
-    """Whether a function turns halves, as the kernel does; asked with values that tell."""
+def _agrees(own: Any, device: torch.device, size: int) -> bool:
+    """Whether a function turns halves, as the kernel does, the 12 first of heads of this size;
+    asked with values that tell."""
     draw = torch.Generator(device).manual_seed(0)
-    q, k = (torch.randn(2, heads, 3, 12, generator=draw, device=device) for heads in (4, 2))
+    q, k = (torch.randn(2, heads, 3, size, generator=draw, device=device) for heads in (4, 2))
     cos, sin = (torch.randn(2, 3, 12, generator=draw, device=device) for _ in range(2))
     try:
         said = own(q, k, cos, sin)
