@@ -26,6 +26,8 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from apollo_trainer.training.delta_rule import choose_delta_rule
+
 # Wider than the default, so that losses differ by more than rounding does.
 SHARED = {"vocab_size": 259, "initializer_range": 0.2, "eos_token_id": 0, "bos_token_id": None}
 ATTENTION = {
@@ -157,6 +159,9 @@ def make_model() -> Callable[[str], Any]:
 
     def make(family: str) -> Any:
         torch.manual_seed(3)
-        return AutoModelForCausalLM.from_config(CONFIGS[family]()).float().eval()
+        model = AutoModelForCausalLM.from_config(CONFIGS[family]()).float().eval()
+        # Where flash-linear-attention is installed, transformers takes it, right or not.
+        choose_delta_rule(model)
+        return model
 
     return make
