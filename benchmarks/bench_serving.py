@@ -57,9 +57,11 @@ def main() -> None:
         path = asked.out or machine.result_path("bench_serving", device)
         result["sharing"] = {}
         for sharing in asked.sharing:
-            rows = measured(model, Path(folder) / sharing, sharing, asked)
-            result["sharing"][sharing] = rows
-            machine.write_json(path, result)
+            rows = result["sharing"][sharing] = dict[str, Any]()
+            for name, row in measured(model, Path(folder) / sharing, sharing, asked):
+                rows[name] = row
+                print(name, row, flush=True)
+                machine.write_json(path, result)
     print(table(result), f"\n\nWritten to {path}")
 
 
@@ -92,40 +94,41 @@ def _model(asked: argparse.Namespace, folder: Path) -> Path:
 
 def measured(
     model: Path, folder: Path, sharing: str, asked: argparse.Namespace
-) -> dict[str, dict[str, Any]]:
-    """A row for each mode, and those without training and without streams."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A row for each mode, and those without training and without streams, as they are taken."""
     first, *others = asked.streams
     with serving(model, folder, sharing, asked.vllm.split()) as (client, url):
         load = Load(url, str(model), first)
-        rows = beside(client, load, asked, asked.modes)
+        yield from beside(client, load, asked, asked.modes)
         with training(client, "default", asked) as steps:
             began, before = time.monotonic(), len(steps)
             time.sleep(asked.seconds)
             alone = (len(steps) - before) / (time.monotonic() - began)
-        rows["training alone"] = {"steps_per_second": alone}
-        rows["Train to a changed token"] = changed_token(client, load, asked)
+        yield "training alone", {"steps_per_second": alone}
+        yield "Train to a changed token", changed_token(client, load, asked)
         for streams in others:
-            few = beside(client, Load(url, str(model), streams), asked, ["default"])
-            rows |= {f"{name}, {streams} streams": row for name, row in few.items()}
+            for name, row in beside(client, Load(url, str(model), streams), asked, ["default"]):
+                yield f"{name}, {streams} streams", row
         print(sharing, client.status().attachment_detail, flush=True)
-    return rows
 
 
 def beside(
     client: ApolloClient, load: Load, asked: argparse.Namespace, modes: list[str]
-) -> dict[str, dict[str, Any]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """A row for each mode of training while streams decode, between two without training."""
     load.take(asked.seconds / 2)
-    rows = {"idle": load.take(asked.seconds)}
+    idle = load.take(asked.seconds)
+    yield "idle", _shared(idle, idle)
     for mode in modes:
         with training(client, mode, asked) as steps:
             load.take(asked.seconds / 4)  # steps beside tokens are prepared for
-            rows[mode] = load.take(asked.seconds, steps)
-        print(load.streams, mode, rows[mode], flush=True)
-    rows["idle again"] = load.take(asked.seconds)
-    for row in rows.values():
-        row["share"] = row["tokens_per_second"] / rows["idle"]["tokens_per_second"]
-    return rows
+            row = load.take(asked.seconds, steps)
+        yield mode, _shared(row, idle)
+    yield "idle again", _shared(load.take(asked.seconds), idle)
+
+
+def _shared(row: dict[str, Any], idle: dict[str, Any]) -> dict[str, Any]:
+    return row | {"share": row["tokens_per_second"] / idle["tokens_per_second"]}
 
 
 def changed_token(client: ApolloClient, load: Load, asked: argparse.Namespace) -> dict[str, float]:
@@ -236,7 +239,8 @@ class Load:
         gaps = sorted(self._gaps)
         row = {"tokens_per_second": len(gaps) / taken}
         for name, part in (("p50_ms", 0.5), ("p99_ms", 0.99), ("longest_ms", 1.0)):
-            row[name] = 1e3 * gaps[int(part * (len(gaps) - 1))]
+            # All waited where a run that pauses vLLM lasts longer than this row.
+            row[name] = 1e3 * (gaps[int(part * (len(gaps) - 1))] if gaps else taken)
         if steps is not None:
             row["steps_per_second"] = (len(steps) - before) / taken
             for name in ("wait", "forward", "backward", "optimizer", "pause"):
