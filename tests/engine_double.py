@@ -143,11 +143,15 @@ class ClientDouble:
         elif method == "apollo_put_back":
             self.changed.put_back()
             return [("", "", b"")]
+        elif method == "apollo_change":
+            request = pb.ProbeWeightsRequest.FromString(args[0])
+            self.changed.change(self._model.live, request.changes)
+            return [("", "", b"")]
         elif method == "apollo_probe":
             answer = self._probe(pb.ProbeWeightsRequest.FromString(args[0]))
         else:
-            request = pb.TraceCheckpointMapRequest.FromString(args[0])
-            answer = trace_checkpoint_map(self._model, self._model.live, request)
+            traced = pb.TraceCheckpointMapRequest.FromString(args[0])
+            answer = trace_checkpoint_map(self._model, self._model.live, traced)
         return [("", "", answer.SerializeToString())]
 
     def begin(self, method: str) -> None:
@@ -156,7 +160,6 @@ class ClientDouble:
 
     def _probe(self, request: pb.ProbeWeightsRequest) -> pb.ProbeWeightsResponse:
         self._probes += 1
-        self.changed.change(self._model.live, request.changes)
         self.on_probe(self._probes)
         return pb.ProbeWeightsResponse(logprobs=self._model.score(list(request.token_ids)))
 

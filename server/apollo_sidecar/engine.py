@@ -148,8 +148,10 @@ class Engine:
         self.leases.acquire(request.lease_id, seconds, PROBE)
 
         def ask() -> bytes:
-            self._probed = True
-            return self.vllm.ask_workers("apollo_probe", request.SerializeToString())[0]
+            self._probed, payload = True, request.SerializeToString()
+            # All of them first: in a pass, the others would wait for one that had refused.
+            self.vllm.ask_workers("apollo_change", payload)
+            return self.vllm.ask_workers("apollo_probe", payload)[0]
 
         # Bytes that are changed after the lease has ended would be put back by nobody.
         return pb.ProbeWeightsResponse.FromString(self.leases.during(request.lease_id, ask))

@@ -52,6 +52,7 @@ def install(worker_base: Any) -> None:
     worker_base.WorkerBase.apollo_trace = _trace
     worker_base.WorkerBase.apollo_hold = _hold
     worker_base.WorkerBase.apollo_let_go = _let_go
+    worker_base.WorkerBase.apollo_change = _change
     worker_base.WorkerBase.apollo_probe = _probe
     worker_base.WorkerBase.apollo_put_back = _put_back
     guard(worker_base.WorkerWrapperBase)
@@ -200,17 +201,25 @@ def _changed_bytes(worker: Any) -> ChangedBytes:
     return changed
 
 
-def _probe(worker: Any, request: bytes) -> tuple[str, str, bytes]:
-    """Changes bytes and scores the prompt that was scored last; what was changed stays so."""
+def _change(worker: Any, request: bytes) -> tuple[str, str, bytes]:
+    """Changes the bytes of this worker that a probe names; what was changed stays so."""
     asked = pb.ProbeWeightsRequest.FromString(request)
     batch: OwnBatch | None = getattr(worker, _BATCH, None)
     if batch is None or batch.token_ids != list(asked.token_ids):
         why = "Another prompt than the probe's was scored last. Score it, then probe again."
         return _answer(FailedPrecondition(why, reason="SCORE_FIRST"))
+    own = [change for change in asked.changes if change.rank == worker.rank]
     try:
-        _changed_bytes(worker).change(_live_weights(worker), asked.changes)
-        _synchronize(worker)
-        scores = batch.run(worker)
+        _changed_bytes(worker).change(_live_weights(worker), own)
+    except ApolloError as error:
+        return _answer(error)
+    return _synchronize(worker)
+
+
+def _probe(worker: Any, request: bytes) -> tuple[str, str, bytes]:
+    """Scores the prompt that was scored last, with the weights as they are."""
+    try:
+        scores = getattr(worker, _BATCH).run(worker)
     except ApolloError as error:
         return _answer(error)
     except Exception as error:

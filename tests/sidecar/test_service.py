@@ -337,12 +337,12 @@ def test_a_probe_pauses_once_and_puts_its_bytes_back_before_vllm_goes_on(sidecar
     sidecar.probe()
     sidecar.probe()
     assert sidecar.client.asked[:3] == BEGUN
-    assert methods(sidecar)[3:] == ["apollo_probe", "apollo_probe"]
+    assert methods(sidecar)[3:] == ["apollo_change", "apollo_probe"] * 2
     sidecar.resume()
-    assert methods(sidecar)[5:] == ["apollo_put_back", "apollo_let_go", "resume"]
+    assert methods(sidecar)[7:] == ["apollo_put_back", "apollo_let_go", "resume"]
     sidecar.pause("b")
     sidecar.resume("b")
-    assert "apollo_put_back" not in methods(sidecar)[7:], "there is nothing to put back"
+    assert "apollo_put_back" not in methods(sidecar)[9:], "there is nothing to put back"
 
 
 def test_a_probe_writes_nothing_that_stays(sidecar):
@@ -355,9 +355,9 @@ def test_a_probe_writes_nothing_that_stays(sidecar):
 def test_a_probe_whose_holder_is_gone_is_undone_when_its_lease_runs_out(sidecar, wait):
     sidecar.probe(lease=duration_pb2.Duration(nanos=100_000_000))
     wait(lambda: not sidecar.engine.leases.active, "the end of the lease")
-    assert methods(sidecar)[4:] == ["apollo_put_back", "reset", "apollo_let_go", "resume"]
+    assert methods(sidecar)[5:] == ["apollo_put_back", "reset", "apollo_let_go", "resume"]
     assert failure(sidecar.probe).reason == "LEASE_ENDED"
-    assert "apollo_probe" not in methods(sidecar)[5:]
+    assert "apollo_probe" not in methods(sidecar)[6:]
 
 
 def test_vllm_stays_paused_with_weights_that_could_not_be_put_back(sidecar):
@@ -377,7 +377,7 @@ def test_a_put_back_that_fails_once_is_tried_again(sidecar):
 
     sidecar.client.collective_rpc = answer
     sidecar.resume()
-    assert methods(sidecar)[4:] == ["apollo_put_back", "apollo_put_back", "apollo_let_go", "resume"]
+    assert methods(sidecar)[5:] == ["apollo_put_back", "apollo_put_back", "apollo_let_go", "resume"]
 
 
 def test_a_probe_beside_another_lease_is_refused(sidecar):

@@ -57,6 +57,28 @@ class _Copying:
         return F.linear(x, weight if self._copy is None else self._copy, bias)
 
 
+def copy_linear_weights_of_one_worker() -> None:
+    """The second of two computes with copies, from the first computation on."""
+    from apollo_sidecar import cpu_live
+
+    keep = cpu_live._keep_linear_weights
+
+    def keep_on_the_first() -> None:
+        from vllm.model_executor.layers import utils
+
+        keep()
+        kept = utils.dispatch_cpu_unquantized_gemm
+
+        def dispatch(layer: Any, remove_weight: bool) -> None:
+            kept(layer, remove_weight)
+            if torch.distributed.get_rank() == 1:
+                layer.cpu_linear = _Copying(Path("/"))
+
+        utils.dispatch_cpu_unquantized_gemm = dispatch
+
+    cpu_live._keep_linear_weights = keep_on_the_first
+
+
 def copy_latents() -> None:
     """As backends of latent attention do that pack what they decode with."""
     from vllm.model_executor.layers.attention import mla_attention

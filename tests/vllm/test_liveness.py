@@ -8,7 +8,12 @@ import torch
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from tests.vllm.conftest import Stack
-from tests.vllm.packing import COPY_WHEN, copy_linear_weights_later, pack_linear_weights
+from tests.vllm.packing import (
+    COPY_WHEN,
+    copy_linear_weights_later,
+    copy_linear_weights_of_one_worker,
+    pack_linear_weights,
+)
 from tests.vllm.proof import prompt
 
 pytestmark = pytest.mark.vllm
@@ -24,8 +29,14 @@ def stack(tmp_path):
 
 
 @pytest.mark.long
-def test_packed_linear_weights_are_refused_by_name_and_left_as_they_were(stack):
-    stack.start_vllm(before=pack_linear_weights)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_copied_linear_weights_are_refused_by_name_and_left_as_they_were(stack, workers):
+    if workers == 1:
+        stack.start_vllm(before=pack_linear_weights)
+    else:
+        threads = {"VLLM_CPU_OMP_THREADS_BIND": f"{stack._cpu(0)}|{stack._cpu(1)}"}
+        how = ("--tensor-parallel-size", "2")
+        stack.start_vllm(*how, before=copy_linear_weights_of_one_worker, **threads)
     stack.wait_serving()
     ids = prompt(40, seed=1)
     before = stack.engine_logprobs(ids)

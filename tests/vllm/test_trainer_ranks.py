@@ -72,7 +72,8 @@ def train(stack: Stack, **options: Any) -> list[float]:
 
 
 def test_a_run_lowers_the_loss_and_vllm_answers_with_it(stack: Stack) -> None:
-    assert "no weight is probed" in stack.client.status().attachment_detail
+    detail = stack.client.status().attachment_detail
+    assert "seen to compute with what is written, in 10 kinds of weight" in detail
     before = stack.engine_logprobs(IDS)
     losses = train(stack)
     assert len(losses) == 5

@@ -49,7 +49,7 @@ def beside_vllm(ranks: Ranks, address: str) -> dict[str, Any]:
     """One rank: attaches, trains in vLLM's pause, and scores before and after."""
     sidecar = Sidecar(address)
     epoch = sidecar.manifest(ranks.rank).epoch
-    attachment = attach(sidecar, epoch, checks=Checks(all_values=True, liveness=False), ranks=ranks)
+    attachment = attach(sidecar, epoch, checks=Checks(all_values=True), ranks=ranks)
     model, before = attachment.model, log_probabilities(attachment.model, IDS)
     digest = attachment.fingerprint()
     if ranks.rank == 0:

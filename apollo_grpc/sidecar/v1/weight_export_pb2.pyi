@@ -846,6 +846,7 @@ class WeightChange(google.protobuf.message.Message):
     ELEMENTS_FIELD_NUMBER: builtins.int
     DEVIATION_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
     tensor: builtins.str
     """By vLLM's name."""
     elements: builtins.int
@@ -854,6 +855,8 @@ class WeightChange(google.protobuf.message.Message):
     """Standard deviation of the noise."""
     seed: builtins.int
     """Of the noise."""
+    rank: builtins.int
+    """Of the worker whose tensor it is."""
     @property
     def offset_bytes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Where each run begins within the tensor's buffer."""
@@ -866,8 +869,9 @@ class WeightChange(google.protobuf.message.Message):
         elements: builtins.int = ...,
         deviation: builtins.float = ...,
         seed: builtins.int = ...,
+        rank: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["deviation", b"deviation", "elements", b"elements", "offset_bytes", b"offset_bytes", "seed", b"seed", "tensor", b"tensor"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deviation", b"deviation", "elements", b"elements", "offset_bytes", b"offset_bytes", "rank", b"rank", "seed", b"seed", "tensor", b"tensor"]) -> None: ...
 
 global___WeightChange = WeightChange
 

@@ -26,8 +26,18 @@ from apollo_trainer.weights.fixed_values import (
     fix_parameters,
 )
 from apollo_trainer.weights.live_model import fill_with_views, meta_model
-from apollo_trainer.weights.live_view import LiveView, check_views, require_all_views
-from apollo_trainer.weights.liveness import LONGEST_LEASE_SECONDS, Probed, probe_liveness
+from apollo_trainer.weights.live_view import (
+    LiveView,
+    check_views,
+    require_all_views,
+    views_of_others,
+)
+from apollo_trainer.weights.liveness import (
+    LONGEST_LEASE_SECONDS,
+    Probed,
+    follow_probe,
+    probe_liveness,
+)
 from apollo_trainer.weights.mapping import map_buffers
 from apollo_trainer.weights.producer import Producer
 from apollo_trainer.weights.row_order import reorder_outputs
@@ -103,7 +113,9 @@ def attach(
     began = time.monotonic()
     manifest = sidecar.manifest(ranks.rank)
     attachment, views = _mapped(sidecar, manifest, epoch, ranks, traced)
-    log.info("%d parameters are mapped, after %.1f s", len(views), time.monotonic() - began)
+    log.info(
+        "%d parameters are mapped, after %.1f s", len(attachment.regions), time.monotonic() - began
+    )
     attachment.computed_by = prepare(attachment.model)
     tokens = probe_tokens(attachment.model, attachment.max_model_len)
     # Before any value is read: while a dead server's probe is not put back, some are others.
@@ -116,7 +128,7 @@ def attach(
         log.info("%d values are the directory's, after %.1f s", compared, time.monotonic() - began)
     _verify(attachment, tokens, scores)
     log.info("both score alike, after %.1f s", time.monotonic() - began)
-    if checks.liveness and ranks.size == 1:
+    if checks.liveness:
         probed = Probed(
             attachment.epoch,
             attachment.model,
@@ -125,14 +137,18 @@ def attach(
             tokens,
             attachment.allowed,
             checks.lease_seconds,
+            ranks,
         )
-        attachment.liveness = probe_liveness(sidecar, probed)
+        if ranks.rank == 0:
+            attachment.liveness = probe_liveness(sidecar, probed)
+        else:
+            follow_probe(probed)
     attachment.remember()
     log.info(
         "attached to %s: %d parameters, %d values compared with the directory, "
         "log-probabilities within %.2g nats, %d kinds of tensor seen to be live in %.2f s, %.2f s",
         manifest.model,
-        len(views),
+        len(attachment.regions),
         compared,
         attachment.logprob_difference,
         len(attachment.liveness.proven) if attachment.liveness else 0,
@@ -148,8 +164,9 @@ def _mapped(
     epoch: str,
     ranks: Ranks,
     traced: Callable[[MapReport], None],
-) -> tuple[Attachment, dict[str, LiveView]]:
-    """The weights as a model's parameters, none of their values read; and vLLM's view of each."""
+) -> tuple[Attachment, list[LiveView]]:
+    """The weights as a model's parameters, none of their values read; and vLLM's views of all,
+    this rank's first."""
     spans = manifests.check_manifest(manifest, epoch, ranks)
     # Before the trace: whoever answers that was the same process all the while.
     producer = Producer(manifest.worker_pid, manifest.worker_pid_namespace)
@@ -164,7 +181,8 @@ def _mapped(
     plan = plan_checkpoint(model, held_names(Path(manifest.model)))
     answer = sidecar.trace(plan.request(manifest.epoch))
     derived = derived_parameters(plan, {each.name for each in answer.refused if each.computed})
-    traced(MapReport(type(model).__name__, len(plan.roots), len(answer.views), derived))
+    found = {view.name for view in answer.views}
+    traced(MapReport(type(model).__name__, len(plan.roots), len(found), derived))
     refused = {each.name: each.reason for each in answer.refused if each.name not in derived}
     require_all_views(refused, len(plan.roots))
     plan = fix_parameters(model, plan, derived)
@@ -194,7 +212,8 @@ def _mapped(
         vllm_version=manifest.vllm_version,
     )
     _require_no_copies(attachment)
-    return attachment, views
+    others = views_of_others(list(answer.views), plan.roots, ranks.rank, ranks.size)
+    return attachment, [*views.values(), *others]
 
 
 def _scores_when_resumed(sidecar: Sidecar, epoch: str, tokens: list[int]) -> list[float]:

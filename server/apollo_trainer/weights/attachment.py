@@ -150,11 +150,6 @@ class Attachment:
 
     def told_liveness(self) -> str:
         """For the status: what a probe saw of vLLM, or that there was none."""
-        if self.liveness is None and self.ranks.size > 1:
-            return (
-                "On several workers no weight is probed: that vLLM computes with what is written "
-                "is known by its scores alone."
-            )
         return str(self.liveness or "")
 
     def memory(self) -> MemoryUse:

@@ -29,6 +29,7 @@ class LiveView:
     Attributes:
         region: which part of the parameter it is.
         tensor: vLLM's tensor that holds it.
+        rank: of the worker whose tensor that is.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LiveView:
     buffer_id: int
     offset_bytes: int
     tensor: str
+    rank: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,9 +79,23 @@ def check_views(
     for view in views:
         if view.rank == rank:
             region = regions[view.name][rank]
-            checked[view.name] = _check_view(view, region, spans.get(view.tensor))
+            checked[view.name] = _require_within(_live(view, region), spans.get(view.tensor))
     _require_disjoint(list(checked.values()))
     return checked
+
+
+def views_of_others(
+    views: Sequence[pb.ParameterView],
+    expected: dict[str, tuple[int, ...]],
+    rank: int,
+    ranks: int,
+) -> list[LiveView]:
+    """The other ranks' views, as `check_views` takes them; their workers know their own bounds.
+
+    Raises FailedPrecondition that names the parameter.
+    """
+    regions = _regions(views, expected, ranks)
+    return [_live(view, regions[view.name][view.rank]) for view in views if view.rank != rank]
 
 
 def _regions(
@@ -106,7 +122,7 @@ def _regions(
     return proved
 
 
-def _check_view(view: pb.ParameterView, region: Region, span: Span | None) -> LiveView:
+def _live(view: pb.ParameterView, region: Region) -> LiveView:
     stride = tuple(view.stride)
     if view.dtype not in DTYPES:
         raise refusal(
@@ -122,15 +138,20 @@ def _check_view(view: pb.ParameterView, region: Region, span: Span | None) -> Li
         view.buffer_id,
         view.offset_bytes,
         view.tensor,
+        view.rank,
     )
     if not all(0 <= s < MAX_ELEMENTS for s in stride) or not 0 < live.numel < MAX_ELEMENTS:
         raise refusal("MAP_INVALID", f"The sidecar maps {view.name} with impossible strides.")
+    return live
+
+
+def _require_within(live: LiveView, span: Span | None) -> LiveView:
     if span is None or live.offset_bytes % live.dtype.itemsize or not _within(live, span):
         raise refusal(
-            "MAP_OUT_OF_BOUNDS", f"The sidecar maps {view.name} outside the tensor it names."
+            "MAP_OUT_OF_BOUNDS", f"The sidecar maps {live.name} outside the tensor it names."
         )
     if _overlaps_itself(live):
-        raise refusal("MAP_OVERLAPS", f"Elements of {view.name} share memory with each other.")
+        raise refusal("MAP_OVERLAPS", f"Elements of {live.name} share memory with each other.")
     return live
 
 

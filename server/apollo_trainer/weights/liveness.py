@@ -20,7 +20,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ import torch
 
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
+from apollo_trainer.parallel.ranks import ALONE, Ranks
 from apollo_trainer.weights import mapping
 from apollo_trainer.weights.checkpoint_reader import same_bytes
 from apollo_trainer.weights.live_view import LiveView
@@ -59,6 +60,8 @@ SCORES_OF_A_CHANGE = 10
 # The sidecar grants no longer lease.
 LONGEST_LEASE_SECONDS = 60.0
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+# What the first rank has all ranks do, with the same weights each.
+_END, _SCORE, _ROUND = 0.0, 1.0, 2.0
 # Somebody else paused vLLM, or scored with it, meanwhile: another attempt may find it free.
 _PASSING = {"LEASE_HELD", "LEASE_ENDED", "SCORE_FIRST"}
 
@@ -85,38 +88,56 @@ class Probed:
     """What a probe needs of an attachment.
 
     Attributes:
-        views: of the parameters of `model`, by name.
-        mappings: of the buffers that they lie in.
+        views: of the parameters of `model`, this rank's first, and of the other ranks' parts.
+        mappings: of the buffers that this rank's lie in.
         token_ids: what both sides scored last.
         allowed: how far apart rounding brought their scores, as `verify.allowed`.
         lease_seconds: that one change and both scores of it may take, or more where the model is
             slow; vLLM goes on by itself, with the bytes put back, so long after this process was
             killed.
+        ranks: that divide the weights.
     """
 
     epoch: str
     model: Any
-    views: Mapping[str, LiveView]
+    views: Sequence[LiveView]
     mappings: Mapping[int, mapping.Mapping]
     token_ids: list[int]
     allowed: torch.Tensor
     lease_seconds: float
+    ranks: Ranks = ALONE
 
 
 def probe_liveness(sidecar: Sidecar, probed: Probed) -> Liveness:
     """Probes every kind, vLLM paused meanwhile; the weights are as before at the end.
 
+    On the first rank; the others call `follow_probe`. A kind is changed in all of them at once.
+
     Raises FailedPrecondition that names a kind which is not live, or of which it cannot be told;
     Unavailable where vLLM was paused or asked by others.
     """
     began, found = time.monotonic(), Liveness()
-    probe = _Probe(sidecar, probed)
-    with probe.lease():
-        for kind, views in _kinds(probed.views.values()).items():
-            (found.proven if probe.is_proven(kind, views) else found.unproven).append(kind)
-        probe.require_put_back()
+    try:
+        probe = _Probe(sidecar, probed)
+        with probe.lease():
+            for kind, views in _kinds(probed.views).items():
+                (found.proven if probe.is_proven(kind, views) else found.unproven).append(kind)
+            probe.require_put_back()
+    finally:
+        with suppress(RuntimeError):  # a rank has ended
+            probed.ranks.first([_END])
     found.seconds = time.monotonic() - began
     return found
+
+
+def follow_probe(probed: Probed) -> None:
+    """Computes on another rank what the first one's probe asks for."""
+    while (asked := probed.ranks.first([_END])[0]) != _END:
+        ours = torch.zeros(len(probed.token_ids) - 1)
+        if asked == _SCORE:
+            log_probabilities(probed.model, probed.token_ids)
+        else:
+            noise_of(probed.model, probed.token_ids, ours)()
 
 
 def _kinds(views: Iterable[LiveView]) -> dict[str, list[LiveView]]:
@@ -140,7 +161,10 @@ class _Probe:
         if head is not None:
             # Only the rows of scored tokens are sure to move their scores.
             read.rows.setdefault(head.weight.data_ptr(), set()).update(probed.token_ids)
-        self._rows_read = read.rows
+        self._rows_read: dict[str, set[int]] = {
+            name: read.rows.get(parameter.data_ptr(), set())
+            for name, parameter in self._parameters.items()
+        }
         self._lease_id, self._until = uuid.uuid4().hex, 0.0
         self._touched: list[tuple[LiveView, pb.WeightChange, torch.Tensor]] = []
 
@@ -218,6 +242,7 @@ class _Probe:
         yield torch.tensor(FLOOR_NATS)
         yield self._probed.allowed
         # Of the weights as they are changed now: noise in them may have made the model noisier.
+        self._probed.ranks.first([_ROUND])
         yield allowed(noise_of(self._probed.model, self._probed.token_ids, ours)(), self._dtype)
 
     def require_put_back(self) -> None:
@@ -234,6 +259,7 @@ class _Probe:
     # --- both sides -------------------------------------------------------------------------
 
     def _ours(self) -> torch.Tensor:
+        self._probed.ranks.first([_SCORE])
         return log_probabilities(self._probed.model, self._probed.token_ids)
 
     def _both_with(self, changes: list[pb.WeightChange]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,11 +285,19 @@ class _Probe:
     def _changes(self, views: list[LiveView], rows: int, deviation: float) -> list[pb.WeightChange]:
         changes = []
         for view in views:
-            parameter = self._parameters[view.name]
-            read = self._rows_read.get(parameter.data_ptr())
-            changes.append(change_of(view, parameter, rows, deviation, read))
-            self._touched.append((view, changes[-1], self._read(view, changes[-1])))
+            read = self._rows_of(view)
+            changes.append(change_of(view, self._parameters[view.name], rows, deviation, read))
+            if view.rank == self._probed.ranks.rank:
+                self._touched.append((view, changes[-1], self._read(view, changes[-1])))
         return changes
+
+    def _rows_of(self, view: LiveView) -> set[int]:
+        """Of a table, those that the scores depend on, by their places in this view."""
+        read = self._rows_read[view.name]
+        if not read or view.region.is_whole(0):
+            return read
+        tokens = set(self._probed.token_ids)
+        return {place for place, row in enumerate(view.region.indices(0)) if row in tokens}
 
     def _read(self, view: LiveView, change: pb.WeightChange) -> torch.Tensor:
         return read_bytes(self._probed.mappings[view.buffer_id], view.dtype, change)

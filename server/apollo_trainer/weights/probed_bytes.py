@@ -39,23 +39,25 @@ class RowsRead(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def change_of(
-    view: LiveView, parameter: torch.Tensor, rows: int, deviation: float, read: set[int] | None
+    view: LiveView, parameter: torch.Tensor, rows: int, deviation: float, read: set[int]
 ) -> pb.WeightChange:
     """Noise in some rows of a parameter, or in all of those that were read of a table.
 
     Args:
+        parameter: its values, or those of another rank's part of it.
         rows: how many of a matrix; a quarter of that of each in a stack of them, as experts are.
         deviation: of the noise, in units of the parameter's values.
     """
     draw = random.Random(f"{SEED}/{view.name}/{rows}")
     size = float(parameter.detach()[:8].float().square().mean().sqrt())
-    starts, elements = _runs(view, rows, draw, sorted(read or ()))
+    starts, elements = _runs(view, rows, draw, sorted(read))
     return pb.WeightChange(
         tensor=view.tensor,
         offset_bytes=starts,
         elements=elements,
         deviation=deviation * max(size, LEAST_DEVIATION),
         seed=draw.getrandbits(31),
+        rank=view.rank,
     )
 
 
