@@ -12,18 +12,18 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from apollo_grpc.errors import DataLoss
+from apollo_grpc.errors import DataLoss, FailedPrecondition, OutOfRange
 from apollo_trainer import logs
 from apollo_trainer.checkpoints.apollo_state import OPTIMIZER_KEY, load_state
 from apollo_trainer.checkpoints.snapshots import restore_part
 from apollo_trainer.config import Settings
-from apollo_trainer.engine import new_optimizer, prepare
+from apollo_trainer.engine import new_optimizer, prepare, undo_of
 from apollo_trainer.optim import Apollo
 from apollo_trainer.parallel.followers import READY, join
 from apollo_trainer.parallel.parts import gathered
@@ -53,6 +53,7 @@ class Follower:
         self._attachment, self._settings = attachment, settings
         self._model = attachment.model
         self._optimizer: Apollo | None = None
+        self._ring, self._keeps_updates = undo_of(attachment, settings)
 
     def do(self, told: dict[str, Any]) -> None:
         """Does what a line of the server's says."""
@@ -63,6 +64,9 @@ class Follower:
     def do_optimizer(self, shape: dict[str, Any], state: str) -> None:
         """Begins with a new state, or with that of a file."""
         self._optimizer = new_optimizer(self._attachment, StateShape(**shape), self._settings)
+        self._ring.clear()
+        if self._keeps_updates:
+            self._optimizer.before_param_write = self._ring.before_write
         if state and (found := load_state(Path(state))):
             tensors, description = found
             self._optimizer.load_named_state(tensors, description[OPTIMIZER_KEY])
@@ -75,7 +79,19 @@ class Follower:
         apply_settings(self._optimizer, settings)
         how = to_samples(samples), to_policy(policy)
         more: dict[str, Any] = {"anchors": to_samples(anchors), "anchor_weight": anchor_weight}
-        take_step(self._model, self._optimizer, *how, **more)
+        with self._recording(self._optimizer):
+            take_step(self._model, self._optimizer, *how, **more)
+
+    def _recording(self, optimizer: Apollo) -> AbstractContextManager[None]:
+        if not self._keeps_updates:
+            return nullcontext()
+        return self._ring.recording(self._attachment.parameters(), optimizer)
+
+    def do_undo(self, count: int) -> None:
+        """Takes its part of the last updates back."""
+        assert self._optimizer is not None
+        with suppress(OutOfRange, FailedPrecondition):  # on all ranks
+            self._ring.undo(count, self._attachment.parameters(), self._optimizer)
 
     def do_evaluate(self, samples: Any, token_budget: int) -> None:
         """Evaluates samples by the loss that they have."""
@@ -105,7 +121,9 @@ class Follower:
     def do_put(self, description: dict[str, Any]) -> None:
         """Makes its part of a snapshot the live one."""
         assert self._optimizer is not None
-        restore_part(description, self._attachment.parameters(), self._optimizer)
+        self._ring.settle()
+        keep = self._ring.add if self._keeps_updates else None
+        restore_part(description, self._attachment.parameters(), self._optimizer, keep)
 
     def do_read(self, root: str) -> None:
         """Gives its part of a parameter."""

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apollo_grpc.errors import ApolloError
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
 from apollo_trainer.weights.sidecar import Sidecar
@@ -117,10 +116,21 @@ def test_a_run_that_is_not_accepted_is_taken_back_on_all_ranks(stack: Stack) -> 
     assert stack.client.status().optimizer_step == step
 
 
-def test_an_undo_is_refused_with_what_to_do(stack: Stack) -> None:
-    with pytest.raises(ApolloError, match="tensor-parallel-size 1") as error:
-        stack.client.undo(1)
-    assert error.value.reason == "TENSOR_PARALLEL_UNSUPPORTED"
+def test_updates_are_taken_back_on_all_ranks(stack: Stack) -> None:
+    before, step = stack.engine_logprobs(IDS), stack.client.status().optimizer_step
+    losses = train(stack)
+    stack.client.undo(5)
+    assert torch.equal(stack.engine_logprobs(IDS), before)
+    assert stack.client.status().optimizer_step == step
+    assert train(stack) == losses
+
+
+def test_what_is_not_done_on_several_workers_is_refused_with_what_to_do(stack: Stack) -> None:
+    before = stack.engine_logprobs(IDS)
+    *_, last = stack.client.train(SAMPLES, **STEPS, dry_run=True, reset_optimizer=True)
+    assert last.finished.failure.reason == "TENSOR_PARALLEL_UNSUPPORTED"
+    assert "tensor-parallel-size 1" in last.finished.failure.message
+    assert torch.equal(stack.engine_logprobs(IDS), before)
 
 
 def test_a_rank_that_is_killed_ends_the_run_and_the_engine_is_attached_again(stack: Stack) -> None:

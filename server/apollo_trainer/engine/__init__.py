@@ -2,6 +2,7 @@
 
 from apollo_trainer.engine.coherence import coherence_of, engine_is_gone, version_changed
 from apollo_trainer.engine.engine_watch import EngineWatch, no_engine
+from apollo_trainer.engine.model_checkpoints import undo_of
 from apollo_trainer.engine.open_session import prepare
 from apollo_trainer.engine.owner import ModelOwner
 from apollo_trainer.engine.pause import EnginePause
@@ -26,5 +27,6 @@ __all__ = [
     "new_optimizer",
     "no_engine",
     "prepare",
+    "undo_of",
     "version_changed",
 ]

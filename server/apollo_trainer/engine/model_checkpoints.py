@@ -86,10 +86,7 @@ class ModelCheckpoints:
         )
         self._writer = ThreadPoolExecutor(1, "snapshot-writer")
         self._snapshot: Future[SnapshotInfo] | None = None
-        budget, self._weights = settings.undo_mebibytes * MIB, sum(p.nbytes for p in parameters)
-        self.ring = UndoRing(budget)
-        # Undo copies the weights at every step: a larger model goes without.
-        self._keeps_updates = self._weights <= budget and attachment.ranks.size == 1
+        self.ring, self._keeps_updates = undo_of(attachment, settings)
         if self._keeps_updates:
             self.watch.add(self.ring.before_write)
         self._look_for_one_cut_off()
@@ -116,12 +113,8 @@ class ModelCheckpoints:
         if not self._keeps_updates:
             yield
             return
-        parameters = self._attachment.parameters()
-        self.ring.begin(parameters, optimizer)
-        try:
+        with self.ring.recording(self._attachment.parameters(), optimizer):
             yield
-        finally:
-            self.ring.end(parameters)
 
     def forget_updates(self) -> None:
         """Drops all updates: they belong to an optimizer that is no more."""
@@ -223,10 +216,10 @@ class ModelCheckpoints:
         """
         # An undo writes only what the last updates wrote: other weights would stay mixed.
         self.poison.require_sound()
-        self._attachment.require_one_rank()
         if not self._keeps_updates:
+            weights = self._attachment.whole_bytes()
             raise OutOfRange(
-                f"No updates are kept of this model: its weights take {-(-self._weights // MIB)} "
+                f"No updates are kept of this model: its weights take {-(-weights // MIB)} "
                 f"MiB, and undo_mebibytes is {self._settings.undo_mebibytes}. Nothing was changed. "
                 "Restore a snapshot, or start the training server with a larger --undo-mebibytes.",
                 reason="UNDO_OFF",
@@ -293,3 +286,10 @@ class ModelCheckpoints:
         with self._owning:
             self._closed = True
             self._owned.close()
+
+
+def undo_of(attachment: Attachment, settings: Settings) -> tuple[UndoRing, bool]:
+    """Where one rank keeps its part of updates, and whether it does: the same on all of them."""
+    budget = settings.undo_mebibytes * MIB
+    # Undo copies the weights at every step: a larger model goes without.
+    return UndoRing(budget // attachment.ranks.size), attachment.whole_bytes() <= budget

@@ -59,6 +59,12 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group)
 
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+        told = torch.tensor(-number)
+        self.largest(told)
+        return -int(told)
+
     def agree(self, act: Callable[[], None]) -> None:
         """Does something on this rank, and goes on if no rank failed at it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,7 +125,7 @@ class Attachment:
         """Raises FailedPrecondition where ranks divide the weights."""
         if self.ranks.size > 1:
             raise FailedPrecondition(
-                "Undo, snapshots of another kind of optimizer state, and dry runs that begin a "
+                "Snapshots of another kind of optimizer state, and dry runs that begin a "
                 "new one are of models on one worker in this version. Nothing was changed. Restore "
                 "a snapshot of this kind, or serve the model with --tensor-parallel-size 1.",
                 reason="TENSOR_PARALLEL_UNSUPPORTED",
@@ -133,6 +134,12 @@ class Attachment:
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The live parameters by name, tied ones once."""
         return dict(self.model.named_parameters())
+
+    def whole_bytes(self) -> int:
+        """Bytes of the parameters, the parts of all ranks together."""
+        sizes = {name: math.prod(region.root) for name, region in self.regions.items()}
+        own = self.parameters().items()
+        return sum(sizes.get(name, p.numel()) * p.element_size() for name, p in own)
 
     def checkpoint(self) -> CheckpointReader:
         """The live weights by the names of the model directory."""

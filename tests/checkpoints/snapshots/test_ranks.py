@@ -7,14 +7,20 @@ from typing import Any, cast
 import pytest
 import torch
 
-from apollo_grpc.errors import DataLoss
+from apollo_grpc.errors import ApolloError, DataLoss
 from apollo_grpc.region import Region
-from apollo_trainer.checkpoints.snapshots import ModelState, Poison, of_all_ranks, restore
+from apollo_trainer.checkpoints.snapshots import (
+    ModelState,
+    Poison,
+    UndoRing,
+    of_all_ranks,
+    restore,
+)
 from apollo_trainer.checkpoints.snapshots.restoring import PoisonedError, restore_part
 from apollo_trainer.checkpoints.snapshots.value_exchange import Exchange
 from apollo_trainer.optim import Apollo
 from apollo_trainer.parallel.parts import gathered, part_of
-from apollo_trainer.parallel.ranks import ALONE, Ranks
+from apollo_trainer.parallel.ranks import ALONE, RankRefused, Ranks
 from apollo_trainer.weights.checkpoint_reader import CheckpointReader
 from tests.optim.test_ranks import REGIONS, gradient, values
 from tests.parallel.two_ranks import on_two_ranks
@@ -158,3 +164,39 @@ def test_what_one_rank_cannot_write_all_take_back_or_the_weights_are_mixed(
     assert first[1]
     assert second[1] or taking_back_fails
     assert ("another trainer rank failed" in first[2]) == taking_back_fails
+
+
+def undone(ranks: Ranks, changed_on: int | None) -> Any:
+    """Three updates, of which two are taken back, and what became of a third."""
+    torch.set_num_threads(1)
+    model, ring, told = Model(ranks), UndoRing(2**20), list[str]()
+    model.optimizer.before_param_write = ring.before_write
+    seen = []
+    for _ in range(3):
+        with ring.recording(model.weights, model.optimizer):
+            model.step()
+        seen.append(copied(model.seen()))
+    if ranks.rank == changed_on:
+        next(iter(model.weights.values())).mul_(2)
+    for count in (4, 2, 2, 1):
+        try:
+            ring.undo(count, model.weights, model.optimizer)
+            told.append("")
+        except (ApolloError, RankRefused) as error:
+            told.append(getattr(error, "reason", ""))
+        seen.append(copied(model.seen()))
+    ring.stop()
+    return seen, told
+
+
+def test_updates_are_taken_back_by_all_ranks_or_by_none() -> None:
+    for seen, told in on_two_ranks(undone, None):
+        one, two, three, *after = seen
+        assert told == ["UNDO_OUT_OF_RANGE", "", "UNDO_OUT_OF_RANGE", ""]
+        assert same(after[0], three) and same(after[1], one) and same(after[2], one)
+        assert after[3]["step_count"] == 0
+        assert not same(two, one)
+    for rank, (seen, told) in enumerate(on_two_ranks(undone, 1)):
+        assert told == ["UNDO_OUT_OF_RANGE", "UNDO_STALE", "UNDO_STALE", "UNDO_STALE"]
+        assert all(same(each, seen[3]) for each in seen[4:])
+        assert same(seen[3], seen[2]) == (rank == 0)

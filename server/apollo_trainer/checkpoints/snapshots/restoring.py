@@ -88,11 +88,28 @@ def restore(
 
 @torch.no_grad()
 def restore_part(
-    description: dict[str, Any], parameters: Mapping[str, Tensor], optimizer: Apollo
+    description: dict[str, Any],
+    parameters: Mapping[str, Tensor],
+    optimizer: Apollo,
+    keep: Callable[[ModelState, ModelState], object] | None = None,
 ) -> None:
     """A further rank's share of `restore`. Raises DataLoss where a rank could not write its own."""
     part = _part(None, description, parameters, optimizer)
-    _put(part, parameters, optimizer, None, Poison())
+    _put(part, parameters, optimizer, keep, Poison())
+
+
+@torch.no_grad()
+def put_back(
+    state: ModelState,
+    parameters: Mapping[str, Tensor],
+    optimizer: Apollo,
+    poison: Poison | None = None,
+) -> None:
+    """Makes a state the live one that was this rank's own part before. Every rank calls it.
+
+    Raises as `restore`, once it has begun to write.
+    """
+    _put(state, parameters, optimizer, None, poison or Poison())
 
 
 def _part(

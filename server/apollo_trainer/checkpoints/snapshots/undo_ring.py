@@ -10,17 +10,17 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 from torch import Tensor
 
-from apollo_grpc.errors import OutOfRange
+from apollo_grpc.errors import DataLoss, FailedPrecondition, OutOfRange
 from apollo_trainer.checkpoints.disk import background_threads
 from apollo_trainer.checkpoints.host_memory import DeviceEvent, HostBuffers, StagingCopy
 from apollo_trainer.checkpoints.snapshots.model_state import ModelState, moments_of, to_host
-from apollo_trainer.checkpoints.snapshots.restoring import Poison, restore
+from apollo_trainer.checkpoints.snapshots.restoring import Poison, put_back
 from apollo_trainer.checkpoints.snapshots.undo_update import Recorded, Update, state_before
 from apollo_trainer.optim import Apollo
 
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 class UndoRing:
     """The newest updates, within a budget. One thread uses it: that of the steps.
+
+    Each rank keeps those of its own part.
 
     Old values are first copied into buffers that are kept for all updates (pinned for a CUDA
     device): as many bytes as the weights and moments that an update writes, twice that where
@@ -62,10 +64,18 @@ class UndoRing:
         self.settle()
         return sum(update.size_bytes() for update in self._updates)
 
+    @contextmanager
+    def recording(self, parameters: Mapping[str, Tensor], optimizer: Apollo) -> Iterator[None]:
+        """Around one update: it can be undone afterwards, also where it failed halfway."""
+        self.begin(parameters, optimizer)
+        try:
+            yield
+        finally:
+            self.end(parameters)
+
     def begin(self, parameters: Mapping[str, Tensor], optimizer: Apollo) -> None:
         """Call it before an update, while no step is open; `before_write` and `end` follow."""
-        _, description = optimizer.named_state()
-        self._open, self._recorded = Update(copy.deepcopy(description)), {}
+        self._open, self._recorded = Update(copy.deepcopy(optimizer.description())), {}
         self._names = {id(p): name for name, p in parameters.items()}
         self._optimizer = optimizer
 
@@ -145,7 +155,7 @@ class UndoRing:
         poison: Poison | None = None,
         writing: AbstractContextManager[None] | None = None,
     ) -> None:
-        """Undoes the last updates, weights and Apollo state.
+        """Undoes the last updates, weights and Apollo state. Every rank does.
 
         Args:
             writing: is entered while the live weights are written, after all is decoded.
@@ -153,20 +163,32 @@ class UndoRing:
         Raises OutOfRange where fewer are kept, FailedPrecondition where the live weights are not
         those after the last update (nothing was touched), and what `restore` raises.
         """
+        alike = (OutOfRange, FailedPrecondition, DataLoss)
+        with optimizer.ranks.telling("undo", lambda: {"count": count}, alike):
+            taken = self._newest_updates(count, optimizer)
+            state = state_before(taken, parameters, optimizer)
+            touched = {name: parameters[name] for name in state.parameters}
+            with ExitStack() as entered:
+
+                def enter() -> None:
+                    entered.enter_context(writing or nullcontext())
+
+                optimizer.ranks.agree(enter)
+                put_back(state, touched, optimizer, poison)
+            for _ in taken:
+                self._updates.pop()
+
+    def _newest_updates(self, count: int, optimizer: Apollo) -> list[Update]:
+        """The newest first. Raises OutOfRange where some rank has fewer."""
         self.settle()
-        if not 0 < count <= len(self._updates):
+        kept = optimizer.ranks.least(len(self._updates))
+        if not 0 < count <= kept:
             raise OutOfRange(
-                f"{len(self._updates)} updates can be taken back, not {count}; nothing was "
-                "changed. Restore a snapshot" + (", or ask for fewer." if self._updates else "."),
+                f"{kept} updates can be taken back, not {count}; nothing was "
+                "changed. Restore a snapshot" + (", or ask for fewer." if kept else "."),
                 reason="UNDO_OUT_OF_RANGE",
             )
-        taken = [self._updates[-1 - n] for n in range(count)]
-        state = state_before(taken, parameters, optimizer)
-        touched = {name: parameters[name] for name in state.parameters}
-        with writing or nullcontext():
-            restore(state, touched, optimizer, poison=poison)
-        for _ in taken:
-            self._updates.pop()
+        return [self._updates[-1 - n] for n in range(count)]
 
     def clear(self) -> None:
         """Forgets all updates and frees the buffers."""

@@ -25,6 +25,7 @@ from apollo_trainer.checkpoints.snapshots.delta_file import (
 )
 from apollo_trainer.checkpoints.snapshots.model_state import ModelState, to_host
 from apollo_trainer.optim import Apollo
+from apollo_trainer.parallel.ranks import RankRefused
 
 
 @dataclass
@@ -132,17 +133,25 @@ def state_before(
 ) -> ModelState:
     """The state before these updates, the newest first; of parameters, those that they wrote.
 
-    Raises FailedPrecondition where the parameters are not what the newest made of them.
+    Of each rank its own part; every rank calls it. Raises FailedPrecondition where the parameters,
+    those of any rank, are not what the newest made of them.
     """
+    weights, digests = dict[str, Tensor](), dict[str, str]()
+
+    def decode() -> None:
+        found = _weights_before(taken, parameters)
+        weights.update(found[0])
+        digests.update(found[1])
+
     try:
-        weights, digests = _weights_before(taken, parameters)
-    except ValueError as error:
+        optimizer.ranks.agree(decode)
+    except (ValueError, RankRefused) as error:
         raise FailedPrecondition(
             f"The live weights are not those after the last update ({error}); nothing was "
             "changed. Restore a snapshot instead.",
             reason="UNDO_STALE",
         ) from error
-    moments = dict(optimizer.named_state()[0])
+    moments = optimizer.named_tensors()
     for update in taken:
         moments.update(update.moments)
     description = copy.deepcopy(taken[-1].description)
