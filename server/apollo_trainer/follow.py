@@ -53,6 +53,7 @@ class Follower:
         self._attachment, self._settings = attachment, settings
         self._model = attachment.model
         self._optimizer: Apollo | None = None
+        self._former: Apollo | None = None
         self._ring, self._keeps_updates = undo_of(attachment, settings)
 
     def do(self, told: dict[str, Any]) -> None:
@@ -63,13 +64,21 @@ class Follower:
 
     def do_optimizer(self, shape: dict[str, Any], state: str) -> None:
         """Begins with a new state, or with that of a file."""
+        self._former = self._optimizer
         self._optimizer = new_optimizer(self._attachment, StateShape(**shape), self._settings)
-        self._ring.clear()
         if self._keeps_updates:
             self._optimizer.before_param_write = self._ring.before_write
         if state and (found := load_state(Path(state))):
             tensors, description = found
             self._optimizer.load_named_state(tensors, description[OPTIMIZER_KEY])
+
+    def do_former_optimizer(self) -> None:
+        """Goes on with the one before."""
+        self._optimizer = self._former
+
+    def do_forget(self) -> None:
+        """Drops all updates that could be undone."""
+        self._ring.clear()
 
     def do_step(
         self, samples: Any, policy: Any, anchors: Any, anchor_weight: float, settings: Any

@@ -125,12 +125,24 @@ def test_updates_are_taken_back_on_all_ranks(stack: Stack) -> None:
     assert train(stack) == losses
 
 
-def test_what_is_not_done_on_several_workers_is_refused_with_what_to_do(stack: Stack) -> None:
-    before = stack.engine_logprobs(IDS)
-    *_, last = stack.client.train(SAMPLES, **STEPS, dry_run=True, reset_optimizer=True)
-    assert last.finished.failure.reason == "TENSOR_PARALLEL_UNSUPPORTED"
-    assert "tensor-parallel-size 1" in last.finished.failure.message
+def test_another_kind_of_state_comes_and_goes_on_all_ranks(stack: Stack) -> None:
+    """A dry run tries one, a snapshot brings one back, and each goes on where it was."""
+    client = stack.client
+    client.create_snapshot("first kind")
+    before, other = stack.engine_logprobs(IDS), {"rank": 8, "reset_optimizer": True}
+    tried = train(stack, **other, dry_run=True)
     assert torch.equal(stack.engine_logprobs(IDS), before)
+    losses = train(stack)
+    client.undo(5)
+    assert torch.equal(stack.engine_logprobs(IDS), before)
+    taken = train(stack, **other)
+    assert taken[0] == tried[0] == losses[0]
+    client.create_snapshot("second kind")
+    later = train(stack)
+    client.restore("first kind")
+    assert train(stack) == losses
+    client.restore("second kind")
+    assert train(stack) == later
 
 
 def test_a_rank_that_is_killed_ends_the_run_and_the_engine_is_attached_again(stack: Stack) -> None:

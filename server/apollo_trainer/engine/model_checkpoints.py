@@ -118,6 +118,7 @@ class ModelCheckpoints:
 
     def forget_updates(self) -> None:
         """Drops all updates: they belong to an optimizer that is no more."""
+        self._attachment.ranks.tell("forget")
         self.ring.clear()
 
     @property

@@ -151,6 +151,10 @@ class Session:
         optimizer.before_param_write = self.checkpoints.watch
         return optimizer
 
+    def keep_former_optimizer(self) -> None:
+        """The optimizer made last is not taken after all; this session has the one before."""
+        self.attachment.ranks.tell("former_optimizer")
+
     def extra(self) -> dict[str, Any]:
         """Returns what a snapshot keeps beside weights and state."""
         return {"shape": vars(self.shape), "weight_version": self.weight_version}
@@ -174,14 +178,14 @@ class Session:
     @contextmanager
     def trying(self, options: OptimizerOptions, steps: int = 0) -> Iterator[None]:
         """Begins a dry run as `begin_run` does; afterwards all is as it was."""
-        if options.reset:
-            self.attachment.require_one_rank()
         before, rounding = {name: getattr(self, name) for name in _BEGUN}, self.optimizer.rounding
         groups = [dict(group) for group in self.optimizer.param_groups]
         try:
             self.begin_run(options, steps)
             yield
         finally:
+            if self.optimizer is not before["optimizer"]:
+                self.keep_former_optimizer()
             vars(self).update(before)
             self.optimizer.rounding = rounding
             for group, values in zip(self.optimizer.param_groups, groups, strict=True):
@@ -253,10 +257,11 @@ class Session:
 
     def keep(self) -> KeptState | None:
         """Returns the state in memory, apart from the engine's; None where that has no whole."""
+        if self.attachment.ranks.size > 1:
+            return None  # The others end with the engine, or have ended.
         try:
-            self.attachment.require_one_rank()  # The others end with the engine, or have ended.
             tensors, description = self.optimizer.named_state()
-        except (RuntimeError, FailedPrecondition):
+        except RuntimeError:
             return None
         carried = {name: getattr(self, name) for name in _CARRIED}
         mixed, of = self.checkpoints.poison.why, self._described(description)

@@ -63,13 +63,16 @@ class Restore:
         state = session.checkpoints.load(info.id)
         shape = StateShape(**state.extra["shape"])
         same = shape == session.shape
-        if not same:
-            session.attachment.require_one_rank()
         optimizer = session.optimizer if same else session.new_optimizer(shape)
         job.progress(0, info.weights_bytes, "writing")
         # From the first weight that is written on it is finished, or taken back by itself.
         job.close()
-        session.checkpoints.put(state, optimizer, self._paused())
+        try:
+            session.checkpoints.put(state, optimizer, self._paused())
+        except BaseException:
+            if not same:
+                session.keep_former_optimizer()
+            raise
         if not same:
             session.optimizer, session.shape = optimizer, shape
             session.checkpoints.forget_updates()

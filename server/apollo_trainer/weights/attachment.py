@@ -121,16 +121,6 @@ class Attachment:
         if self.changed_by_others and not self.gone:
             raise FailedPrecondition(CHANGED_BY_OTHERS, reason="WEIGHTS_CHANGED")
 
-    def require_one_rank(self) -> None:
-        """Raises FailedPrecondition where ranks divide the weights."""
-        if self.ranks.size > 1:
-            raise FailedPrecondition(
-                "Snapshots of another kind of optimizer state, and dry runs that begin a "
-                "new one are of models on one worker in this version. Nothing was changed. Restore "
-                "a snapshot of this kind, or serve the model with --tensor-parallel-size 1.",
-                reason="TENSOR_PARALLEL_UNSUPPORTED",
-            )
-
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The live parameters by name, tied ones once."""
         return dict(self.model.named_parameters())
