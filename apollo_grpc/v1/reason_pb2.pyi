@@ -314,7 +314,7 @@ class _ReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     REASON_TENSOR_PARALLEL_UNSUPPORTED: _Reason.ValueType  # 500
     """Engines whose weights may not be trained: told in `attachment_detail`.
 
-    vLLM runs on several workers, and this model or this call needs one.
+    vLLM runs on several workers that are GPUs, or that divide the model in a way that is not known.
     """
     REASON_QUANTIZED: _Reason.ValueType  # 501
     """The weights are quantised."""
@@ -688,7 +688,7 @@ REASON_PROBE_NOT_UNDONE: Reason.ValueType  # 421
 REASON_TENSOR_PARALLEL_UNSUPPORTED: Reason.ValueType  # 500
 """Engines whose weights may not be trained: told in `attachment_detail`.
 
-vLLM runs on several workers, and this model or this call needs one.
+vLLM runs on several workers that are GPUs, or that divide the model in a way that is not known.
 """
 REASON_QUANTIZED: Reason.ValueType  # 501
 """The weights are quantised."""
