@@ -11,6 +11,9 @@ from torch import Tensor
 from apollo_trainer.optim.cuda.tables import Sizes, Wave
 from apollo_trainer.optim.rounding import RoundingMode
 
+# 32-bit entries that a matrix's two begin after: Triton compiles a kernel once more for whatever
+# begins at no multiple of 16 bytes, amid the first step.
+_APART = 4
 SHARE = 8192  # rows of `changes` that a program sums
 _DESCRIPTORS = 2 * 128  # bytes that a program of `project_aligned` describes its tiles with
 
@@ -42,7 +45,8 @@ class Step:
 
     def of(self, wave: Wave) -> tuple[Tensor, Tensor, Tensor]:
         """Flags, rates and corrections of a wave."""
-        part = slice(2 * wave.first, 2 * (wave.first + len(wave.matrices)))
+        first = _APART * wave.first
+        part = slice(first, first + 2 * len(wave.matrices))
         return self.flags[part], self.rates[part], self.corrections[part]
 
     def changes_of(self, wave: Wave) -> Tensor:
@@ -64,7 +68,7 @@ def set_aside(
     for wave in waves:
         if wave.kind.rank is not None:
             largest.cover(wave.sizes)
-    count = 2 * sum(len(wave.matrices) for wave in waves)
+    count = _APART * sum(len(wave.matrices) for wave in waves)
     flags = torch.zeros(count + slots, dtype=torch.int32, device=device)
     first_change, tiles = _first_changes(waves) if measure else ({}, 0)
 
