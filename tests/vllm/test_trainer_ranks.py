@@ -71,7 +71,9 @@ def train(stack: Stack, **options: Any) -> list[float]:
 
 
 def test_a_run_lowers_the_loss_and_vllm_answers_with_it(stack: Stack) -> None:
-    detail = stack.client.status().attachment_detail
+    status = stack.client.status()
+    assert status.weight_map.views == status.weight_map.parameters > 0
+    detail = status.attachment_detail
     assert "seen to compute with what is written, in 10 kinds of weight" in detail
     before = stack.engine_logprobs(IDS)
     losses = train(stack)
