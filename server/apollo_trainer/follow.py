@@ -64,13 +64,16 @@ class Follower:
 
     def do_optimizer(self, shape: dict[str, Any], state: str) -> None:
         """Begins with a new state, or with that of a file."""
-        self._former = self._optimizer
-        self._optimizer = new_optimizer(self._attachment, StateShape(**shape), self._settings)
+        try:
+            made = new_optimizer(self._attachment, StateShape(**shape), self._settings)
+        except FailedPrecondition:
+            return  # All ranks refuse it, and go on with what they have.
+        self._former, self._optimizer = self._optimizer, made
         if self._keeps_updates:
-            self._optimizer.before_param_write = self._ring.before_write
+            made.before_param_write = self._ring.before_write
         if state and (found := load_state(Path(state))):
             tensors, description = found
-            self._optimizer.load_named_state(tensors, description[OPTIMIZER_KEY])
+            made.load_named_state(tensors, description[OPTIMIZER_KEY])
 
     def do_former_optimizer(self) -> None:
         """Goes on with the one before."""

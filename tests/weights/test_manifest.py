@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
-from apollo_trainer.weights.live_view import check_views
+from apollo_trainer.weights.live_view import check_views, views_of_others
 from apollo_trainer.weights.manifest import (
     MAX_ELEMENTS,
     Span,
@@ -111,6 +111,15 @@ def test_a_rank_has_its_part_once_all_together_have_everything(rank):
     live = check_views(parts, whole(SIZE), {"w": (4, 3)}, rank, 2)["w"]
     assert live.region.indices(0) == [[0, 1, 2], [3]][rank]
     assert (live.shape, live.region.counted) == (((3, 3), (1, 3))[rank], True)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_others_views_are_theirs_alone_and_of_no_rank_that_there_is_not(rank):
+    parts = [*of_ranks([0, 1, 2], [3]), view("w", rank=7), view("w", rank=-1)]
+    parts[2:] = [in_order(each, [0, 1]) for each in parts[2:]]
+    (other,) = views_of_others(parts, {"w": (4, 3)}, rank, 2)
+    assert other.rank == 1 - rank
+    assert other.region.indices(0) == [[3], [0, 1, 2]][rank]
 
 
 def test_what_all_ranks_have_is_counted_on_the_first():

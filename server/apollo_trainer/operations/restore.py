@@ -64,10 +64,10 @@ class Restore:
         shape = StateShape(**state.extra["shape"])
         same = shape == session.shape
         optimizer = session.optimizer if same else session.new_optimizer(shape)
-        job.progress(0, info.weights_bytes, "writing")
-        # From the first weight that is written on it is finished, or taken back by itself.
-        job.close()
         try:
+            job.progress(0, info.weights_bytes, "writing")
+            # From the first weight that is written on it is finished, or taken back by itself.
+            job.close()
             session.checkpoints.put(state, optimizer, self._paused())
         except BaseException:
             if not same:

@@ -94,8 +94,8 @@ def views_of_others(
 
     Raises FailedPrecondition that names the parameter.
     """
-    regions = _regions(views, expected, ranks)
-    return [_live(view, regions[view.name][view.rank]) for view in views if view.rank != rank]
+    regions, others = _regions(views, expected, ranks), {*range(ranks)} - {rank}
+    return [_live(view, regions[view.name][view.rank]) for view in views if view.rank in others]
 
 
 def _regions(
