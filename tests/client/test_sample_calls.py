@@ -7,6 +7,7 @@ import pytest
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.v1 import training_pb2 as pb
 from tests.client.scripted_server import Scripted, serving
+from tests.waiting import wait_until
 
 SAMPLE = {"context": "The sea is", "continuation": " deep.", "weight": 2}
 TALK = {
@@ -21,6 +22,8 @@ WRONG = {"context_ids": [1], "continuation_ids": [5, 999]}
 
 def test_scores_come_in_the_order_of_the_samples(connect, server):
     client = connect(server)
+    # Of another test: scores of two versions would differ.
+    wait_until(lambda: not client.call("status").active_run_id, "the end of the run")
     found = client.call("score", iter([SAMPLE, TALK, ("a", "b")]))
     # A chat of two answers is two samples.
     assert len(found.scores) == 4

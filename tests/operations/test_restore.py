@@ -21,8 +21,8 @@ def test_one_that_is_stopped_before_it_writes_leaves_all_ranks_their_state(
     session = SimpleNamespace(
         shape=StateShape(),
         checkpoints=SimpleNamespace(load=lambda snapshot: state),
-        new_optimizer=lambda shape: told.append("a new one"),
-        keep_former_optimizer=lambda: told.append("the one before"),
+        new_optimizer=lambda shape: told.append("optimizer"),
+        attachment=SimpleNamespace(ranks=SimpleNamespace(tell=told.append)),
     )
     found = SimpleNamespace(id="s", weights_bytes=1)
     monkeypatch.setattr(restore, "find_snapshot", lambda session, name: found)
@@ -35,4 +35,4 @@ def test_one_that_is_stopped_before_it_writes_leaves_all_ranks_their_state(
     job: Any = SimpleNamespace(progress=lambda *told: None, close=stopped)
     with pytest.raises(Aborted):
         one.snapshot("s", job)
-    assert told == ["a new one", "the one before"]
+    assert told == ["optimizer", "former_optimizer"]

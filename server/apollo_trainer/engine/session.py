@@ -151,10 +151,6 @@ class Session:
         optimizer.before_param_write = self.checkpoints.watch
         return optimizer
 
-    def keep_former_optimizer(self) -> None:
-        """The optimizer made last is not taken after all; this session has the one before."""
-        self.attachment.ranks.tell("former_optimizer")
-
     def extra(self) -> dict[str, Any]:
         """Returns what a snapshot keeps beside weights and state."""
         return {"shape": vars(self.shape), "weight_version": self.weight_version}
@@ -185,7 +181,7 @@ class Session:
             yield
         finally:
             if self.optimizer is not before["optimizer"]:
-                self.keep_former_optimizer()
+                self.attachment.ranks.tell("former_optimizer")
             vars(self).update(before)
             self.optimizer.rounding = rounding
             for group, values in zip(self.optimizer.param_groups, groups, strict=True):
@@ -263,9 +259,8 @@ class Session:
             tensors, description = self.optimizer.named_state()
         except RuntimeError:
             return None
-        carried = {name: getattr(self, name) for name in _CARRIED}
-        mixed, of = self.checkpoints.poison.why, self._described(description)
-        return KeptState(self.attachment.epoch, tensors, of, carried, mixed)
+        carried, of = {n: getattr(self, n) for n in _CARRIED}, self._described(description)
+        return KeptState(self.attachment.epoch, tensors, of, carried, self.checkpoints.poison.why)
 
     def _described(self, optimizer: dict[str, Any]) -> dict[str, Any]:
         return {OPTIMIZER_KEY: optimizer, SHAPE_KEY: vars(self.shape)}

@@ -71,7 +71,7 @@ class Restore:
             session.checkpoints.put(state, optimizer, self._paused())
         except BaseException:
             if not same:
-                session.keep_former_optimizer()
+                session.attachment.ranks.tell("former_optimizer")
             raise
         if not same:
             session.optimizer, session.shape = optimizer, shape

@@ -110,7 +110,6 @@ class Probed:
 
 def probe_liveness(sidecar: Sidecar, probed: Probed) -> Liveness:
     """Probes every kind, vLLM paused meanwhile; the weights are as before at the end.
-
     On the first rank; the others call `follow_probe`. A kind is changed in all of them at once.
 
     Raises FailedPrecondition that names a kind which is not live, or of which it cannot be told;
@@ -161,10 +160,8 @@ class _Probe:
         if head is not None:
             # Only the rows of scored tokens are sure to move their scores.
             read.rows.setdefault(head.weight.data_ptr(), set()).update(probed.token_ids)
-        self._rows_read: dict[str, set[int]] = {
-            name: read.rows.get(parameter.data_ptr(), set())
-            for name, parameter in self._parameters.items()
-        }
+        rows, named = read.rows, self._parameters.items()
+        self._rows_read: dict[str, set[int]] = {n: rows.get(p.data_ptr(), set()) for n, p in named}
         self._lease_id, self._until = uuid.uuid4().hex, 0.0
         self._touched: list[tuple[LiveView, pb.WeightChange, torch.Tensor]] = []
 
