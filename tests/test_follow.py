@@ -10,6 +10,7 @@ import pytest
 
 from apollo_grpc.errors import FailedPrecondition
 from apollo_trainer import follow
+from apollo_trainer.checkpoints.snapshots import UndoRing
 from apollo_trainer.config import Settings
 from apollo_trainer.engine import owner
 from apollo_trainer.weights.attach import Checks
@@ -38,7 +39,7 @@ def test_a_state_that_does_not_suit_is_refused_and_the_one_before_gone_on_with(
         return optimizer
 
     monkeypatch.setattr(follow, "new_optimizer", new_optimizer)
-    monkeypatch.setattr(follow, "undo_of", lambda *given: (None, False))
+    monkeypatch.setattr(follow, "undo_of", lambda *given: UndoRing(0, keeps=False))
     rank, (first, second, _) = (
         follow.Follower(cast("Attachment", SimpleNamespace(model=None)), Settings()),
         [*made],

@@ -12,7 +12,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Follower:
         self._model = attachment.model
         self._optimizer: Apollo | None = None
         self._former: Apollo | None = None
-        self._ring, self._keeps_updates = undo_of(attachment, settings)
+        self._ring = undo_of(attachment, settings)
 
     def do(self, told: dict[str, Any]) -> None:
         """Does what a line of the server's says."""
@@ -69,7 +69,7 @@ class Follower:
         except FailedPrecondition:
             return  # All ranks refuse it, and go on with what they have.
         self._former, self._optimizer = self._optimizer, made
-        if self._keeps_updates:
+        if self._ring.keeps:
             made.before_param_write = self._ring.before_write
         if state and (found := load_state(Path(state))):
             tensors, description = found
@@ -91,13 +91,8 @@ class Follower:
         apply_settings(self._optimizer, settings)
         how = to_samples(samples), to_policy(policy)
         more: dict[str, Any] = {"anchors": to_samples(anchors), "anchor_weight": anchor_weight}
-        with self._recording(self._optimizer):
+        with self._ring.recording(self._attachment.parameters(), self._optimizer):
             take_step(self._model, self._optimizer, *how, **more)
-
-    def _recording(self, optimizer: Apollo) -> AbstractContextManager[None]:
-        if not self._keeps_updates:
-            return nullcontext()
-        return self._ring.recording(self._attachment.parameters(), optimizer)
 
     def do_undo(self, count: int) -> None:
         """Takes its part of the last updates back."""
@@ -134,7 +129,7 @@ class Follower:
         """Makes its part of a snapshot the live one."""
         assert self._optimizer is not None
         self._ring.settle()
-        keep = self._ring.add if self._keeps_updates else None
+        keep = self._ring.add if self._ring.keeps else None
         restore_part(description, self._attachment.parameters(), self._optimizer, keep)
 
     def do_read(self, root: str) -> None:

@@ -86,8 +86,8 @@ class ModelCheckpoints:
         )
         self._writer = ThreadPoolExecutor(1, "snapshot-writer")
         self._snapshot: Future[SnapshotInfo] | None = None
-        self.ring, self._keeps_updates = undo_of(attachment, settings)
-        if self._keeps_updates:
+        self.ring = undo_of(attachment, settings)
+        if self.ring.keeps:
             self.watch.add(self.ring.before_write)
         self._look_for_one_cut_off()
 
@@ -107,14 +107,9 @@ class ModelCheckpoints:
                 self._is_owner = True
             return self._place
 
-    @contextmanager
-    def recording(self, optimizer: Apollo) -> Iterator[None]:
+    def recording(self, optimizer: Apollo) -> AbstractContextManager[None]:
         """Around one update: it can be undone afterwards, also where it failed halfway."""
-        if not self._keeps_updates:
-            yield
-            return
-        with self.ring.recording(self._attachment.parameters(), optimizer):
-            yield
+        return self.ring.recording(self._attachment.parameters(), optimizer)
 
     def forget_updates(self) -> None:
         """Drops all updates: they belong to an optimizer that is no more."""
@@ -187,7 +182,7 @@ class ModelCheckpoints:
 
     def load(self, snapshot: str) -> ModelState:
         """Decodes and verifies a snapshot. Raises as `SnapshotStore.load`."""
-        if self._keeps_updates or self._attachment.ranks.size > 1:
+        if self.ring.keeps or self._attachment.ranks.size > 1:
             # The ring reads this memory after the restore: it cannot be the next snapshot's.
             return self.store.load(snapshot)
         return self.store.load(snapshot, self._memory.take)
@@ -201,10 +196,10 @@ class ModelCheckpoints:
             paused: pauses vLLM while the weights are written.
         """
         self.ring.settle()
-        keep = self.ring.add if self._keeps_updates else None
+        keep = self.ring.add if self.ring.keeps else None
         with self._at_work(paused):
             old = restore(state, self._attachment.parameters(), optimizer, keep, self.poison)
-        if not self._keeps_updates and self._attachment.ranks.size == 1:
+        if not self.ring.keeps and self._attachment.ranks.size == 1:
             self._memory.keep_only(*old.parameters.values(), *old.moments.values())
 
     def undo(self, count: int, optimizer: Apollo, paused: Pausing) -> None:
@@ -217,7 +212,7 @@ class ModelCheckpoints:
         """
         # An undo writes only what the last updates wrote: other weights would stay mixed.
         self.poison.require_sound()
-        if not self._keeps_updates:
+        if not self.ring.keeps:
             weights = self._attachment.whole_bytes()
             raise OutOfRange(
                 f"No updates are kept of this model: its weights take {-(-weights // MIB)} "
@@ -289,8 +284,8 @@ class ModelCheckpoints:
             self._owned.close()
 
 
-def undo_of(attachment: Attachment, settings: Settings) -> tuple[UndoRing, bool]:
-    """Where one rank keeps its part of updates, and whether it does: the same on all of them."""
+def undo_of(attachment: Attachment, settings: Settings) -> UndoRing:
+    """Where one rank keeps its part of updates, if it does: all of them, or none."""
     budget = settings.undo_mebibytes * MIB
     # Undo copies the weights at every step: a larger model goes without.
-    return UndoRing(budget // attachment.ranks.size), attachment.whole_bytes() <= budget
+    return UndoRing(budget // attachment.ranks.size, keeps=attachment.whole_bytes() <= budget)

@@ -12,13 +12,13 @@ import functools
 import importlib.util
 import inspect
 import logging
-import sys
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apollo_trainer.training.functions import files_with
 from apollo_trainer.training.gated_delta import gated_delta_rule
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,7 @@ def choose_delta_rule(model: Any, device: torch.device | None = None) -> str:
     Args:
         device: where it is tried; the model's own, unless that has no memory, as of a twin.
     """
-    files = {type(module).__module__ for module in model.modules()}
-    found = [sys.modules[name] for name in sorted(files) if hasattr(sys.modules[name], NAME)]
-    told = {_choose(file, device or model.device) for file in found}
+    told = {_choose(file, device or model.device) for file in files_with(model, NAME)}
     return " ".join(sorted(told))
 
 

@@ -94,10 +94,8 @@ def _computes(module: nn.Module, kind: _Kind) -> bool:
     (weight,) = module.parameters()
     draw = torch.Generator().manual_seed(0)
     for size in (1.0, kind.eps**0.5):
-        x, *gates = (
-            torch.randn(4, len(weight), generator=draw).mul(factor).to(weight)
-            for factor in (size, 1.0)[: 1 + kind.gated]
-        )
+        x = torch.randn(4, len(weight), generator=draw).mul(size).to(weight)
+        gates = [torch.randn(x.shape, generator=draw).to(x)] if kind.gated else []
         try:
             said = module(x, *gates)
         except (TypeError, RuntimeError, ValueError, AttributeError):

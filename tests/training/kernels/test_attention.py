@@ -5,7 +5,6 @@ TRITON_INTERPRET=1 runs the kernels on a CPU.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -16,14 +15,10 @@ triton = pytest.importorskip("triton")
 
 from apollo_trainer.training.apart import Frozen, Rule  # noqa: E402
 from apollo_trainer.training.kernels.attention import attend  # noqa: E402
+from tests.training.kernels.device import DEVICE, DTYPES, needs_device  # noqa: E402
 from tests.training.plain_attention import attended  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-pytestmark = pytest.mark.skipif(
-    not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device"
-)
-DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
+pytestmark = needs_device
 CASES = {
     "grouped": {},
     "one head each": {"heads": 2, "key_heads": 2},

@@ -5,9 +5,6 @@ TRITON_INTERPRET=1 runs the kernels on a CPU.
 
 from __future__ import annotations
 
-import copy
-import os
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,20 +16,10 @@ triton = pytest.importorskip("triton")
 from apollo_trainer.training.kernels.causal_conv import (  # noqa: E402
     _agrees,
     causal_conv,
-    fuse_conv,
 )
-from apollo_trainer.training.loss import continuation_loss  # noqa: E402
-from apollo_trainer.training.samples import TokenizedSample  # noqa: E402
+from tests.training.kernels.device import DEVICE, DTYPES, NOISE, needs_device  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-pytestmark = pytest.mark.skipif(
-    not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device"
-)
-NOISE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-DTYPES = [torch.float32] if INTERPRETED else list(NOISE)
-Make = Callable[[str], Any]
-SAMPLE = TokenizedSample(tuple(range(1, 40)), (140, 2, 77))
+pytestmark = needs_device
 
 
 def plain(x: Any, weight: Any, bias: Any, *, silu: bool) -> torch.Tensor:
@@ -85,25 +72,3 @@ def test_what_convolves_otherwise_is_left_alone() -> None:
     assert _agrees(own, DEVICE)
     assert not _agrees(shifted, DEVICE)
     assert not _agrees(lambda x: x, DEVICE)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3"])
-def test_a_model_says_the_same(
-    make_model: Make, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = make_model(family).cuda()
-    fused = copy.deepcopy(own)
-    losses = [continuation_loss(own, SAMPLE)]
-    file = __import__(type(own).__module__, fromlist=["x"])
-    count = int(hasattr(file, "causal_conv1d_fn"))
-    if count:
-        monkeypatch.setattr(file, "causal_conv1d_fn", file.causal_conv1d_fn)
-    assert fuse_conv(fused) == fuse_conv(fused) == count
-    losses.append(continuation_loss(fused, SAMPLE))
-    assert losses[1].loss_sum == pytest.approx(losses[0].loss_sum, rel=1e-4)
-    for loss in losses:
-        torch.autograd.backward([loss.weighted])
-    for one, other in zip(own.parameters(), fused.parameters(), strict=True):
-        if one.grad is not None:
-            torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-5)

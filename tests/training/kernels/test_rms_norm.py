@@ -6,7 +6,6 @@ TRITON_INTERPRET=1 runs the kernels on a CPU.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,14 +19,9 @@ from apollo_trainer.training.kernels.gated import _Gated, fuse_gated  # noqa: E4
 from apollo_trainer.training.kernels.rms_norm import rms_norm  # noqa: E402
 from apollo_trainer.training.loss import continuation_loss  # noqa: E402
 from apollo_trainer.training.samples import TokenizedSample  # noqa: E402
+from tests.training.kernels.device import DEVICE, DTYPES, NOISE, needs_device  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-pytestmark = pytest.mark.skipif(
-    not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device"
-)
-NOISE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-DTYPES = [torch.float32] if INTERPRETED else list(NOISE)
+pytestmark = needs_device
 Make = Callable[[str], Any]
 SAMPLE = TokenizedSample((3, 50, 7, 99), (140, 2, 77))
 

@@ -38,10 +38,11 @@ class UndoRing:
 
     Args:
         budget_bytes: of differences and old moments.
+        keeps: whether any update is recorded.
     """
 
-    def __init__(self, budget_bytes: int):
-        self._budget = budget_bytes
+    def __init__(self, budget_bytes: int, *, keeps: bool = True):
+        self._budget, self.keeps = budget_bytes, keeps
         self._updates: deque[Update] = deque()
         self._open: Update | None = None
         self._recorded: dict[int, Recorded] = {}
@@ -67,6 +68,9 @@ class UndoRing:
     @contextmanager
     def recording(self, parameters: Mapping[str, Tensor], optimizer: Apollo) -> Iterator[None]:
         """Around one update: it can be undone afterwards, also where it failed halfway."""
+        if not self.keeps:
+            yield
+            return
         self.begin(parameters, optimizer)
         try:
             yield

@@ -10,13 +10,14 @@ What a model's own function says is compared first; one that computes otherwise 
 from __future__ import annotations
 
 import functools
-import sys
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from apollo_trainer.training.functions import replace_function
 
 _NAME = "causal_conv1d_fn"
 _SILU = ("silu", "swish")
@@ -158,17 +159,10 @@ class _Conv(torch.autograd.Function):
 
 def fuse_conv(model: Any) -> int:
     """Replaces the function of a model's code by the kernel; returns in how many files of it."""
-    files = {type(module).__module__ for module in model.modules()}
-    found = [sys.modules[name] for name in sorted(files) if hasattr(sys.modules[name], _NAME)]
-    replaced = 0
-    for file in found:
-        own = getattr(file, _NAME)
-        if getattr(own, "fused", False):
-            replaced += 1
-        elif _agrees(own, model.device):
-            setattr(file, _NAME, _instead_of(own))
-            replaced += 1
-    return replaced
+    device = model.device
+    return replace_function(
+        model, _NAME, lambda own: _instead_of(own) if _agrees(own, device) else None
+    )
 
 
 def _instead_of(own: Any) -> Any:
@@ -181,7 +175,6 @@ def _instead_of(own: Any) -> Any:
             return own(hidden_states, weight, bias, activation=activation, **more)
         return causal_conv(hidden_states, weight, bias, silu=activation is not None)
 
-    apply.fused = True
     return apply
 
 

@@ -9,13 +9,14 @@ than a head is long, those that have none are copied.
 # mypy: ignore-errors
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from apollo_trainer.training.functions import replace_function
 
 _NAME = "apply_rotary_pos_emb"
 _HEADS = 8  # that a program turns at once
@@ -85,17 +86,14 @@ class _Rotary(torch.autograd.Function):
 
 def fuse_rotary(model: Any) -> int:
     """Replaces the function of a model's code by the kernel; returns in how many files of it."""
-    files = {type(module).__module__ for module in model.modules()}
-    found = [sys.modules[name] for name in sorted(files) if hasattr(sys.modules[name], _NAME)]
-    replaced = 0
-    for file in found:
-        own = getattr(file, _NAME)
-        if getattr(own, "fused", False):
-            replaced += 1
-        elif _agrees(own, model.device, size=12):
-            setattr(file, _NAME, _instead_of(own, parts=_agrees(own, model.device, size=20)))
-            replaced += 1
-    return replaced
+    device = model.device
+
+    def instead(own: Any) -> Any:
+        if not _agrees(own, device, size=12):
+            return None
+        return _instead_of(own, parts=_agrees(own, device, size=20))
+
+    return replace_function(model, _NAME, instead)
 
 
 def _instead_of(own: Any, *, parts: bool) -> Any:
@@ -105,7 +103,6 @@ def _instead_of(own: Any, *, parts: bool) -> Any:
             return own(q, k, cos, sin, *rest, **named)
         return _Rotary.apply(q, k, cos, sin)
 
-    apply.fused = True
     return apply
 
 
