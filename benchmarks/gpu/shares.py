@@ -20,7 +20,7 @@ import torch
 
 from apollo_client.command.gpu_sharing import BELOW_NORMAL, GpuSharing, shared_gpu
 from benchmarks import machine
-from benchmarks.bench_serving import Load, training
+from benchmarks.bench_serving import WARM_STEPS, Load, training
 from benchmarks.gpu.models import SHAPES, write_shape
 from benchmarks.gpu.stack import VLLM, Stack
 
@@ -36,9 +36,10 @@ def with_part(percent: int) -> dict[str, str]:
 def rows_of(stack: Stack, asked: argparse.Namespace) -> dict[str, Any]:
     """Tokens, gaps and steps in each mode, and the steps where nobody decodes."""
     load, rows = Load(stack.url, str(stack.model), asked.streams), dict[str, Any]()
-    for mode in MODES:
+    for mode in asked.modes:
         with training(stack.client, mode, asked) as steps:
-            load.take(asked.seconds / 2)  # steps of this place are captured
+            while len(steps) < WARM_STEPS:  # steps of this place are captured
+                load.take(1.0)
             rows[mode] = load.take(asked.seconds, steps)
     with training(stack.client, "live", asked) as steps:
         time.sleep(1)
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("--percents", type=int, nargs="+", default=list(PERCENTS))
     parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--context", type=int, default=1800)
     parser.add_argument("--learned", type=int, default=200)

@@ -22,8 +22,8 @@ OTHER = TokenizedSample((11, 12), (13, 14))
 
 
 def ask_the_allocator(*_: Any) -> None:
-    """More than any machine has: torch's own allocator refuses."""
-    torch.empty(2**46, dtype=torch.uint8)
+    """More than any machine can address, whatever it promises: torch's own allocator refuses."""
+    torch.empty(2**62, dtype=torch.uint8)
 
 
 def no_memory_on_the_device(*_: Any) -> None:
