@@ -231,7 +231,7 @@ class Settings(BaseSettings):
         "of them",
     )
     serving_share: float = Field(
-        default=0.9,
+        default=0.92,
         ge=0,
         lt=1,
         description="of the tokens that vLLM would make undisturbed; steps wait where it makes "

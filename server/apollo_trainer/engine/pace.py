@@ -2,8 +2,10 @@
 
 Steps on vLLM's device slow its tokens down: from t0 seconds between two to t1 while a step is at
 work. An iteration of vLLM's that takes a seconds beside no step and b beside one is one iteration:
-a / t0 + b / t1 = 1, solved for the last iterations by least squares. Training a part d of the time,
-vLLM keeps 1 - d (1 - t0 / t1) of its tokens, so that a share s allows d = (1 - s) / (1 - t0 / t1).
+a / t0 + b / t1 = 1, solved by least squares, each weighted by one over its seconds: so one counts
+for the time that it took, and t0 and t1 are means, as tokens are counted by. Older iterations count
+for less. Training a part d of the time, vLLM keeps 1 - d (1 - t0 / t1) of its tokens, so that a
+share s allows d = (1 - s) / (1 - t0 / t1).
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from apollo_trainer.training.device_part import DevicePart
 
-# Iterations that count: some seconds of a fast engine's.
-KEPT = 512
+# An iteration counts for a third after so long: single ones differ by more than steps cost them.
+FORGET_SECONDS = 10.0
 # Fewer say nothing yet.
 FEW = 16
 # Steps that an iteration is compared with: the sidecar tells of it a quarter second later.
@@ -27,12 +29,12 @@ STEPS = 64
 IDLE_SECONDS, IDLE_TIMES = 0.6, 4
 # The shortest wait: the sidecar tells of an iteration when its tokens are out, which may be the
 # next one's time, and many iterations beside no step make little of that. It is also the wait while
-# it is not known how fast tokens come without training; and for how long what was learned counts
-# where no step waits, and nothing more is learned.
-LOOK_SECONDS, KNOWN_SECONDS = 0.1, 30.0
+# it is not known how fast tokens come without training.
+LOOK_SECONDS = 0.1
 # Times beside steps and without must differ in share for the two to be told apart.
 LEAST_DETERMINANT = 0.01
-LEAST_DUTY = 0.02
+# Where steps cost nothing vLLM is left alone at times, to see how fast it is then.
+LEAST_DUTY, MOST_DUTY = 0.02, 0.98
 MOST_SECONDS = 60.0
 # Whoever cancels a run waits no longer than that.
 ASK_SECONDS = 0.05
@@ -70,11 +72,11 @@ class Pace:
         self._lock = threading.Lock()
         # When each began and ended; the one at work ends some day.
         self._steps: deque[tuple[float, float]] = deque(maxlen=STEPS)
-        # Of each iteration, the seconds beside no step and beside one.
-        self._took: deque[tuple[float, float]] = deque(maxlen=KEPT)
+        # Over iterations of a seconds beside no step and b beside one, each divided by a + b: of
+        # a + b, a a, a b, b b, a, b.
+        self._sums = [0.0] * 6
+        self._summed_at = -math.inf
         self._idle_from = self._turn = self._served_from = -math.inf
-        # What steps take of vLLM's tokens, and until when that is known.
-        self._known = (0.0, -math.inf)
         self._owed = 0.0  # seconds that steps did not wait yet
 
     def tokens(self, iterations: Iterable[tuple[float, float]]) -> None:
@@ -84,11 +86,17 @@ class Pace:
         """
         with self._lock:
             for ended, seconds in iterations:
-                if ended - seconds < self._served_from:
+                if seconds <= 0 or ended - seconds < self._served_from:
                     continue
                 self._idle_from = ended + max(IDLE_SECONDS, IDLE_TIMES * seconds)
-                busy = self._busy(ended - seconds, ended)
-                self._took.append((seconds - busy, busy))
+                self._add(ended, seconds, self._busy(ended - seconds, ended))
+
+    def _add(self, ended: float, seconds: float, busy: float) -> None:
+        kept = math.exp(min(0.0, self._summed_at - ended) / FORGET_SECONDS)
+        self._summed_at = max(self._summed_at, ended)
+        free = seconds - busy
+        added = (seconds, free * free, free * busy, busy * busy, free, busy)
+        self._sums = [kept * s + a / seconds for s, a in zip(self._sums, added, strict=True)]
 
     def _busy(self, begin: float, end: float) -> float:
         """Seconds of a span in which a step was at work."""
@@ -147,24 +155,20 @@ class Pace:
             if not self._share or began > self._idle_from:
                 self._owed = 0.0
                 return 0.0
-            if (slowed := self._slowed()) is not None:
-                self._known = slowed, now + KNOWN_SECONDS
-        slowed, until = self._known
-        if now > until:
+            slowed = self._slowed()
+        if slowed is None:
             return LOOK_SECONDS
-        duty = max(LEAST_DUTY, (1 - self._share) / slowed) if slowed > 0 else 1.0
+        duty = (1 - self._share) / max(slowed, 1 - self._share)
+        duty = min(max(duty, LEAST_DUTY), MOST_DUTY)
         owed = self._owed + max(0.0, (now - began) * (1 / duty - 1))
         self._owed = owed if owed < LOOK_SECONDS else 0.0
         return 0.0 if self._owed else min(MOST_SECONDS, owed)
 
     def _slowed(self) -> float | None:
         """1 - t0 / t1: the part of its tokens that vLLM loses beside a step; None if unknown."""
-        aa = sum(a * a for a, _ in self._took)
-        ab = sum(a * b for a, b in self._took)
-        bb = sum(b * b for _, b in self._took)
+        count, aa, ab, bb, alone, beside = self._sums
         determinant = aa * bb - ab * ab
-        if len(self._took) < FEW or determinant <= LEAST_DETERMINANT * aa * bb:
+        if count < FEW or determinant <= LEAST_DETERMINANT * aa * bb:
             return None
-        alone, beside = (sum(each) for each in zip(*self._took, strict=True))
         rate, slow = alone * bb - beside * ab, beside * aa - alone * ab
         return 1 - slow / rate if rate > 0 else None
