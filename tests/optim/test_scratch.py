@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
+from apollo_grpc.region import Region
 from apollo_trainer.optim.cuda import scratch
 from apollo_trainer.optim.cuda.kinds import Kind
+from apollo_trainer.optim.cuda.rows import Matrix
 from apollo_trainer.optim.cuda.tables import Wave
+from apollo_trainer.optim.parameters import Slot
 
 ADAM = Kind(torch.bfloat16, torch.bfloat16, None)
+BIAS = Slot("bias", torch.zeros(3), 1, 0, None, Region.whole_of((3,)))
 
 
 def waves_of(*counts: int) -> list[Wave]:
     """Waves of so many vectors each."""
     waves, first = [], 0
     for count in counts:
-        matrices: list[Any] = [None] * count
+        matrices = [Matrix(BIAS, {}, 0, n, 1, 3) for n in range(count)]
         waves.append(Wave(ADAM, first, matrices, tiles={"elements": torch.zeros(3 * count, 2)}))
         first += count
     return waves

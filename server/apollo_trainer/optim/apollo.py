@@ -288,5 +288,5 @@ class Apollo(StatefulOptimizer):
 
     def _stepper(self, device: torch.device) -> FusedStepper:
         if device not in self._steppers:
-            self._steppers[device] = FusedStepper(device, self.variant == "mini")
+            self._steppers[device] = FusedStepper(device, self.variant == "mini", self.ranks)
         return self._steppers[device]

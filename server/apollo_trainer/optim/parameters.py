@@ -41,6 +41,9 @@ class Slot:
     projection_key: Key = (0, 0)
     rounding_key: Key = (0, 0)
     aliases: list[Tensor] = field(default_factory=list)
+    # Whether vectors of eight elements begin at every eighth one of every row, on every rank that
+    # has a part; the numbers of a part's rows and columns in the whole too.
+    aligned: bool = False
 
     @property
     def root(self) -> tuple[int, ...]:
@@ -109,6 +112,22 @@ class Slot:
         if self.rank is None and isinstance(whole, Factored):
             return whole.dense(self.param.dtype)
         return whole
+
+
+def shifts_of(slot: Slot) -> tuple[int, int, int]:
+    """How much further on the whole has the rows, columns or elements of a part.
+
+    Of one run or two: how many are the first one's, and how far each of these and of the others is.
+    """
+    if slot.cut is None or slot.cut == -3:
+        return 0, 0, 0
+    runs = slot.region.runs[slot.cut]
+    at = runs[0][1]
+    shifts = at, runs[0][0], runs[-1][0] - at * (len(runs) - 1)
+    if slot.rank is not None:
+        return shifts
+    inner = math.prod(slot.root[1:])
+    return shifts[0] * inner, shifts[1] * inner, shifts[2] * inner
 
 
 def new_state(slot: Slot, mode: RoundingMode) -> dict[str, Tensor]:

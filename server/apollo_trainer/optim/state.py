@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from apollo_grpc.region import Region
 from apollo_trainer.optim import named_state
+from apollo_trainer.optim.cuda.kinds import agree_on_alignment
 from apollo_trainer.optim.options import CHOICES, Compat, Variant, check_group
 from apollo_trainer.optim.parameters import Slot, named, new_state, sort_out
 from apollo_trainer.optim.rounding import RoundingMode
@@ -74,6 +75,7 @@ class StatefulOptimizer(Optimizer):
                 "param_names": [slot.name for slot in new],
             }
         )
+        agree_on_alignment(new, self.ranks)
         for slot in new:
             slot.set_seed(self.seed)
             self.weights += math.prod(slot.root)

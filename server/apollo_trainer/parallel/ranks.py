@@ -48,6 +48,9 @@ class Ranks:
         """Puts the sum over ranks into each tensor; the same bits on every rank."""
         for dtype in {tensor.dtype for tensor in tensors} if self.size > 1 else ():
             same = [tensor for tensor in tensors if tensor.dtype == dtype]
+            if len(same) == 1 and same[0].is_contiguous():
+                dist.all_reduce(same[0], group=self._group)
+                continue
             whole = torch.cat([tensor.reshape(-1) for tensor in same])
             dist.all_reduce(whole, group=self._group)
             parts = torch.split(whole, [tensor.numel() for tensor in same])

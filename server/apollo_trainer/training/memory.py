@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from apollo_trainer.optim.cuda import FusedStepper, Work
-from apollo_trainer.optim.cuda.stepper import W_DTYPES
+from apollo_trainer.optim.cuda.kinds import W_DTYPES
 from apollo_trainer.optim.factored import Gradient
 from apollo_trainer.optim.options import StepSettings
 from apollo_trainer.optim.parameters import Slot, new_state, sort_out

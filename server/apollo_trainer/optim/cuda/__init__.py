@@ -1,6 +1,6 @@
 """The fused step on CUDA, in Triton."""
 
-from apollo_trainer.optim.cuda.kinds import Work
-from apollo_trainer.optim.cuda.stepper import FusedStepper, Prepared, fits
+from apollo_trainer.optim.cuda.kinds import Work, fits
+from apollo_trainer.optim.cuda.stepper import FusedStepper, Prepared
 
 __all__ = ["FusedStepper", "Prepared", "Work", "fits"]

@@ -11,6 +11,7 @@ from apollo_trainer.optim.cuda.columns import (
     BETA1,
     BETA2,
     COLS,
+    CUT_NONE,
     DECAY,
     EPS,
     FIELDS,
@@ -26,7 +27,7 @@ from apollo_trainer.optim.cuda.columns import (
     V_PTR,
     W_PTR,
 )
-from apollo_trainer.optim.cuda.draw import bits16, power
+from apollo_trainer.optim.cuda.draw import bits16, in_whole, power
 from apollo_trainer.optim.cuda.round import join_halves, round_up, split_halves, within_range
 
 
@@ -45,7 +46,7 @@ def adam_check(desc, tiles, flags, G_TYPE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def adam_write(desc, tiles, settings, flags, number, changes, W_TYPE: tl.constexpr,
                G_TYPE: tl.constexpr, STOCHASTIC: tl.constexpr, SPLIT: tl.constexpr,
-               MEASURE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+               MEASURE: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """AdamW on tensors that are not projected; `adam_count` counts their step."""
     tensor = tl.load(tiles + 2 * tl.program_id(0)).to(tl.int64)
     d = desc + tensor * FIELDS
@@ -86,7 +87,10 @@ def adam_write(desc, tiles, settings, flags, number, changes, W_TYPE: tl.constex
         rounded = upper.to(W_TYPE)
         tl.store(low_at, low, mask=mask)
     elif STOCHASTIC:
-        bits = bits16(i, tl.load(number), tl.load(d + ROUND_KEY), tl.load(d + ROUND_KEY + 1))
+        element = i
+        if CUT != CUT_NONE:
+            element = in_whole(i, d)
+        bits = bits16(element, tl.load(number), tl.load(d + ROUND_KEY), tl.load(d + ROUND_KEY + 1))
         rounded = round_up(within_range(new), bits, W_TYPE)
     else:
         rounded = within_range(new).to(W_TYPE)

@@ -28,18 +28,28 @@ SLOT = tl.constexpr(20)
 STACKED = tl.constexpr(21)
 GROUP = tl.constexpr(22)
 ALPHA = tl.constexpr(23)  # the bits of a float64
-INDEX = tl.constexpr(24)  # within a stack
+# Where the whole matrix has the rows or columns of a part: each is so many further on, those
+# before CUT_AT by the first number, and the others by the second.
+CUT_AT = tl.constexpr(24)
+FIRST_SHIFT = tl.constexpr(25)
+SECOND_SHIFT = tl.constexpr(26)
+ROOT_ROWS = tl.constexpr(27)
+ROOT_COLS = tl.constexpr(28)
+INDEX = tl.constexpr(29)  # within a stack
 # What changes with every gradient. Of factors, G_PTR and G_ROW tell of the left one.
-G_PTR = tl.constexpr(25)
-G_ROW = tl.constexpr(26)
-G_COL = tl.constexpr(27)
-RIGHT_PTR = tl.constexpr(28)
-RIGHT_ROW = tl.constexpr(29)
-TOKENS = tl.constexpr(30)  # of a matrix, or of all the experts of a stack
-ENDS_PTR = tl.constexpr(31)  # 0 for a matrix
-C_WIDTH = tl.constexpr(32)
-C_OFFSET = tl.constexpr(33)
-FIELDS = tl.constexpr(34)
+G_PTR = tl.constexpr(30)
+G_ROW = tl.constexpr(31)
+G_COL = tl.constexpr(32)
+RIGHT_PTR = tl.constexpr(33)
+RIGHT_ROW = tl.constexpr(34)
+TOKENS = tl.constexpr(35)  # of a matrix, or of all the experts of a stack
+ENDS_PTR = tl.constexpr(36)  # 0 for a matrix
+C_WIDTH = tl.constexpr(37)
+C_OFFSET = tl.constexpr(38)
+FIELDS = tl.constexpr(39)
+
+# Which of a matrix is a part of it.
+CUT_NONE, CUT_ROWS, CUT_COLS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 # Columns of `settings` (float64), a row a parameter group.
 LR = tl.constexpr(0)

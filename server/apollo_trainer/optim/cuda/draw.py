@@ -10,14 +10,22 @@ import triton.language as tl
 from apollo_trainer.optim.cuda.columns import (
     BETA1,
     COLS,
+    CUT_AT,
+    CUT_COLS,
+    CUT_NONE,
+    CUT_ROWS,
     FIELDS,
     FIRST,
+    FIRST_SHIFT,
     GROUP,
     P_KEY,
     P_OFFSET,
     REFRESH,
+    ROOT_COLS,
+    ROOT_ROWS,
     ROUND_KEY,
     ROWS,
+    SECOND_SHIFT,
     SETTINGS,
     STEP_PTR,
 )
@@ -77,25 +85,40 @@ def bits16_of_blocks(block, step, keys):
 
 @triton.jit
 def draws(d, number, STOCHASTIC: tl.constexpr):
-    """What bits of a matrix are drawn with: its first element, the step and the keys."""
-    drawn = (0, 0, 0, 0, 0)
+    """What bits of a matrix are drawn with: its first element, the step, the keys, its part."""
+    drawn = (0, 0, 0, 0, 0, 0)
     if STOCHASTIC:
         k0, k1 = tl.load(d + ROUND_KEY), tl.load(d + ROUND_KEY + 1)
-        drawn = (tl.load(d + FIRST), tl.load(number), k0, k1, keys_of(k0, k1))
+        drawn = (tl.load(d + FIRST), tl.load(number), k0, k1, keys_of(k0, k1), d)
     return drawn
 
 
 @triton.jit
+def in_whole(i, d):
+    """The number of a row, column or element in the whole, of which this is a part."""
+    at, one, other = tl.load(d + CUT_AT), tl.load(d + FIRST_SHIFT), tl.load(d + SECOND_SHIFT)
+    return i + tl.where(i < at, one, other)
+
+
+@triton.jit
 def bits_of_tile(drawn, a, first_col, cols, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-                 BLOCK_COLS: tl.constexpr):  # fmt: skip
+                 BLOCK_COLS: tl.constexpr, CUT: tl.constexpr):  # fmt: skip
     """16 random bits of each element of rows a and the columns from the first on."""
-    first, step, k0, k1, keys = drawn
+    first, step, k0, k1, keys, d = drawn
+    if CUT != CUT_NONE:
+        cols = tl.load(d + ROOT_COLS)
+    if CUT == CUT_ROWS:
+        a = in_whole(a, d)
     if ALIGNED:
         blocks = (first_col >> 3) + tl.arange(0, BLOCK_COLS // 8)
+        if CUT == CUT_COLS:
+            blocks = in_whole(blocks * 8, d) >> 3
         blocks = ((first >> 3) + wide(a, cols >> 3))[:, None] + blocks[None, :]
         bits = tl.reshape(bits16_of_blocks(blocks, step, keys), (BLOCK_ROWS, BLOCK_COLS))
     else:
         b = first_col + tl.arange(0, BLOCK_COLS)
+        if CUT == CUT_COLS:
+            b = in_whole(b, d)
         bits = bits16((first + wide(a, cols))[:, None] + b[None, :], step, k0, k1)
     return bits
 
@@ -119,9 +142,11 @@ def power(base, exponent):
 
 @triton.jit
 def draw_projections(desc, tiles, table, P, corrections, number, settings, RANK: tl.constexpr,
-                     RANK_PADDED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                     RANK_PADDED: tl.constexpr, ROW_CHANNELS: tl.constexpr, CUT: tl.constexpr,
+                     BLOCK: tl.constexpr):  # fmt: skip
     """Entries of P, unscaled, in bfloat16; rows beyond the rank are zero.
 
+    Where ranks divide the smaller side, each has the columns of P that are of its part.
     The first program of a matrix also leaves 1 / (1 - beta ** t) of both moments.
     """
     matrix = tl.load(tiles + 2 * tl.program_id(0)).to(tl.int64)
@@ -134,14 +159,17 @@ def draw_projections(desc, tiles, table, P, corrections, number, settings, RANK:
             correction = 1.0 / (1.0 - power(tl.load(settings + BETA1 + i), t))
             tl.store(corrections + 2 * matrix + i, correction.to(tl.float32))
     first = tile * BLOCK
-    k = tl.minimum(tl.load(d + ROWS), tl.load(d + COLS))
+    k = tl.load(d + COLS) if ROW_CHANNELS else tl.load(d + ROWS)
     element = first + tl.arange(0, BLOCK).to(tl.int64)
     refresh = tl.load(settings + REFRESH).to(tl.int64)
     window = (tl.load(number) - 1) // refresh
-    block = (first >> 3) + tl.arange(0, BLOCK // 8)
-    keys = keys_of(tl.load(d + P_KEY), tl.load(d + P_KEY + 1))
-    bits = bits16_of_blocks(block, window, keys)
-    bits = tl.reshape(bits, (BLOCK,))
+    k0, k1 = tl.load(d + P_KEY), tl.load(d + P_KEY + 1)
+    if (CUT_COLS if ROW_CHANNELS else CUT_ROWS) == CUT:
+        width = tl.load(d + ROOT_COLS) if ROW_CHANNELS else tl.load(d + ROOT_ROWS)
+        bits = bits16(element // k * width + in_whole(element % k, d), window, k0, k1)
+    else:
+        block = (first >> 3) + tl.arange(0, BLOCK // 8)
+        bits = tl.reshape(bits16_of_blocks(block, window, keys_of(k0, k1)), (BLOCK,))
     # The table is odd: half of it fits the fast memory beside the tensor cores.
     upper = (bits >> 15) == 1
     magnitude = tl.where(upper, bits & 0x7FFF, 0x7FFF - bits).to(tl.int32)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from apollo_trainer.optim.factored import Factored, Gradient
-from apollo_trainer.optim.parameters import Slot
+from apollo_trainer.optim.parameters import Slot, shifts_of
+from apollo_trainer.parallel.ranks import Ranks
 
+# Triton's own switch: kernels then run in Python, on a CPU's tensors, to be looked into.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = find_spec("triton") is not None
+W_DTYPES = (torch.bfloat16, torch.float32)
+G_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 # Tiles and launches that were fastest on an H200; docs/LOG.md tells what else was tried.
 BLOCK_DRAW, DRAW_WARPS = 16384, 16
 BLOCK_ELEMENTS = 1024
@@ -62,6 +71,17 @@ class Kind:
     g_unit: int = 1
     aligned: bool = False
     factored: bool = False
+    cut: int = 0  # which side ranks divide: `columns.py`; of what is not projected 1 is any
+
+    @property
+    def sums_projections(self) -> bool:
+        """Whether each rank has a part of the smaller side, and so of every sum over it."""
+        return self.cut == (2 if self.row_channels else 1) and self.rank is not None
+
+    @property
+    def sums_channels(self) -> bool:
+        """Whether each rank has some of the channels."""
+        return self.cut == (1 if self.row_channels else 2) and self.rank is not None
 
     @property
     def padded(self) -> int:
@@ -121,17 +141,70 @@ class Kind:
         return across * (self.padded // self.c_rows + across)
 
 
+def fits(slot: Slot, grad: Gradient) -> bool:
+    """Whether the kernels take this parameter; the reference path takes all others."""
+    p = slot.param
+    if not HAS_TRITON or not (p.is_cuda or INTERPRETED):
+        return False
+    if not _part_fits(slot) or p.dtype not in W_DTYPES or grad.dtype not in G_DTYPES:
+        return False
+    if isinstance(grad, Factored):
+        return slot.rank is not None and _factors_fit(grad)
+    return slot.rank is not None or (p.is_contiguous() and grad.is_contiguous())
+
+
+def _part_fits(slot: Slot) -> bool:
+    """Whether a part is of rows, of columns, of experts, or of elements one after another."""
+    if slot.cut is None or (slot.cut == -3 and slot.rank is not None):
+        return True
+    flat = slot.rank is not None or slot.cut == -len(slot.root)
+    return flat and len(slot.region.runs[slot.cut]) <= 2
+
+
+def _factors_fit(grad: Factored) -> bool:
+    if grad.dtype not in W_DTYPES or grad.right.dtype != grad.dtype:
+        return False
+    if grad.ends is not None and not (grad.ends.dtype == torch.int32 and grad.ends.is_contiguous()):
+        return False
+    return grad.left.stride(-1) == grad.right.stride(-1) == 1
+
+
 def kind_of(work: Work) -> Kind:
     """The kind of a parameter and its gradient."""
     p, g, rank = work.slot.param, work.grad, work.slot.rank
+    cut = cut_of(work.slot)
     if rank is None:
-        return Kind(p.dtype, g.dtype, None)
-    row_channels, w_unit = p.shape[-2] >= p.shape[-1], _unit(p)
-    aligned = w_unit == 1 and is_aligned(p) and is_aligned(g)
+        return Kind(p.dtype, g.dtype, None, cut=cut)
+    row_channels, w_unit = work.slot.tall, _unit(p)
+    aligned = work.slot.aligned if cut else is_aligned(p)
+    aligned = aligned and w_unit == 1 and is_aligned(g)
     if isinstance(g, Factored):
-        return Kind(p.dtype, g.dtype, rank, row_channels, w_unit, 1, aligned, True)
+        return Kind(p.dtype, g.dtype, rank, row_channels, w_unit, 1, aligned, True, cut)
     aligned = aligned and _unit(g) == 1
-    return Kind(p.dtype, g.dtype, rank, row_channels, w_unit, _unit(g), aligned)
+    return Kind(p.dtype, g.dtype, rank, row_channels, w_unit, _unit(g), aligned, cut=cut)
+
+
+def cut_of(slot: Slot) -> int:
+    """Which side of its matrices ranks divide; experts are whole, if not all of them are here."""
+    if slot.cut is None or slot.cut == -3:
+        return 0
+    return 1 if slot.rank is None else slot.cut + 3
+
+
+def agree_on_alignment(slots: Sequence[Slot], ranks: Ranks) -> None:
+    """Finds out of what ranks divide whether it is aligned on all: they launch the same kinds."""
+    parts = [slot for slot in slots if slot.cut is not None]
+    if not parts:
+        return
+    unaligned = torch.tensor([int(not _part_is_aligned(slot)) for slot in parts])
+    ranks.sum(unaligned)
+    for slot, found in zip(parts, unaligned.tolist(), strict=True):
+        slot.aligned = not found
+
+
+def _part_is_aligned(slot: Slot) -> bool:
+    sides = (slot.root[-1], *(shifts_of(slot) if slot.cut == -1 else ()))
+    return is_aligned(slot.param) and all(side % 8 == 0 for side in sides)
 
 
 def layout(g: Gradient) -> tuple[object, ...]:

@@ -122,6 +122,12 @@ def _store(acc, R, d, tiles, RANK_PADDED: tl.constexpr, BLOCK_N: tl.constexpr):
 def leave(square, d, matrix, j, n, squares, flags):
     """Stores the squares of channels j, and what they tell about the matrix."""
     tl.store(squares + tl.load(d + S_OFFSET) + j, square, mask=j < n)
+    leave_flags(square, matrix, j, n, flags)
+
+
+@triton.jit
+def leave_flags(square, matrix, j, n, flags):
+    """Stores whether channels j are finite, and whether any of them is reached."""
     # Squares of NaN and infinity stay such; so a flag of each kind says all about the matrix.
     bad = (j < n) & ~(square < float("inf"))
     tl.atomic_max(flags + 2 * matrix, tl.max(bad.to(tl.int32), 0))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from apollo_trainer.optim.factored import Factored, Gradient
-from apollo_trainer.optim.parameters import Slot
+from apollo_trainer.optim.parameters import Slot, shifts_of
 
 TOKENS = 6  # their place in what `moving_columns` returns
 
@@ -26,13 +27,17 @@ class Matrix:
 
     @property
     def n(self) -> int:
-        """The larger side: the number of channels."""
-        return max(self.rows, self.cols)
+        """The larger side of the whole matrix: the number of channels that are here."""
+        return self.rows if self._tall else self.cols
 
     @property
     def k(self) -> int:
         """The smaller side."""
-        return min(self.rows, self.cols)
+        return self.cols if self._tall else self.rows
+
+    @property
+    def _tall(self) -> bool:
+        return self.slot.rank is not None and self.slot.tall
 
 
 def kept_columns(matrix: Matrix, alpha: float, offsets: tuple[int, ...]) -> list[int]:
@@ -48,12 +53,14 @@ def kept_columns(matrix: Matrix, alpha: float, offsets: tuple[int, ...]) -> list
         return t.data_ptr() + skip * t.element_size()
 
     strides = p.stride()[-2:] if slot.rank is not None else (0, 1)
-    first = e * matrix.rows * matrix.cols
+    root = slot.root[-2:] if slot.rank is not None else (1, math.prod(slot.root))
+    first = (slot.region.indices(0)[e] if stacked else 0) * math.prod(root)
     return [
         *(at(p), at(state["m"]), at(state["v"]), at(state.get("low"))),
         *(at(state.get("norm")), at(state["step"]), matrix.rows, matrix.cols, *strides, first),
         *(*slot.projection_key, *slot.rounding_key, *offsets),
-        *(matrix.slot_number, int(stacked), slot.group, _bits(alpha), e),
+        *(matrix.slot_number, int(stacked), slot.group, _bits(alpha)),
+        *(*shifts_of(slot), *root, e),
     ]
 
 

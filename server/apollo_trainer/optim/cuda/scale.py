@@ -22,6 +22,8 @@ from apollo_trainer.optim.cuda.columns import (
     PART_OFFSET,
     PARTS,
     R_OFFSET,
+    ROOT_COLS,
+    ROOT_ROWS,
     ROWS,
     S_OFFSET,
     SETTINGS,
@@ -30,6 +32,7 @@ from apollo_trainer.optim.cuda.columns import (
     STEP_PTR,
     V_PTR,
 )
+from apollo_trainer.optim.cuda.project import leave_flags
 
 
 @triton.jit
@@ -43,12 +46,13 @@ def _active(flags, matrix, stacked):
 @triton.jit
 def moments(desc, tiles, settings, R, squares, factors, parts, flags, corrections,
             root_rank, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, TILE: tl.constexpr,
-            BLOCK_R: tl.constexpr, MINI: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+            ROW_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, MINI: tl.constexpr,
+            BLOCK_N: tl.constexpr):  # fmt: skip
     """Both moments, and s_j = |R~_j| / |R_j|; or, for MINI, the sums that make the one s."""
     matrix = tl.load(tiles + 2 * tl.program_id(0)).to(tl.int64)
     block = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int64)
     d = desc + matrix * FIELDS
-    n = tl.maximum(tl.load(d + ROWS), tl.load(d + COLS))
+    n = tl.load(d + ROWS) if ROW_CHANNELS else tl.load(d + COLS)
     written = tl.where(_active(flags, matrix, tl.load(d + STACKED)), n, 0)
     m = tl.load(d + M_PTR).to(tl.pointer_type(tl.float32))
     v = tl.load(d + V_PTR).to(tl.pointer_type(tl.float32))
@@ -99,12 +103,28 @@ def _sum_parts(parts, count, column: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def limit(desc, settings, parts, flags, rates, slot_flags, norm_floor, MINI: tl.constexpr,
-          BLOCK: tl.constexpr):  # fmt: skip
-    """A program a matrix: the limiter, lr * alpha * factor, the step count, what is skipped."""
+def add_parts(desc, parts, totals, BLOCK: tl.constexpr):
+    """A program a matrix: its parts' sums, three to be added over ranks."""
     matrix = tl.program_id(0).to(tl.int64)
     d = desc + matrix * FIELDS
     part, count = parts + tl.load(d + PART_OFFSET) * 3, tl.load(d + PARTS)
+    for column in tl.static_range(3):
+        tl.store(totals + 3 * matrix + column, _sum_parts(part, count, column, BLOCK))
+
+
+@triton.jit
+def limit(desc, settings, parts, flags, rates, slot_flags, norm_floor, MINI: tl.constexpr,
+          TOTALS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """A program a matrix: the limiter, lr * alpha * factor, the step count, what is skipped.
+
+    TOTALS: `parts` has been added up, to three numbers a matrix.
+    """
+    matrix = tl.program_id(0).to(tl.int64)
+    d = desc + matrix * FIELDS
+    if TOTALS:
+        part, count = parts + 3 * matrix, 1
+    else:
+        part, count = parts + tl.load(d + PART_OFFSET) * 3, tl.load(d + PARTS)
     if MINI:
         plain = _sum_parts(part, count, 1, BLOCK)
         s = tl.where(plain > 0, tl.sqrt(_sum_parts(part, count, 0, BLOCK)) / tl.sqrt(plain), 0.0)
@@ -117,7 +137,7 @@ def limit(desc, settings, parts, flags, rates, slot_flags, norm_floor, MINI: tl.
     growth = tl.load(settings + GROWTH).to(tl.float32)
     previous_at = tl.load(d + NORM_PTR).to(tl.pointer_type(tl.float32))
     previous = tl.load(previous_at)
-    elements = (tl.load(d + ROWS) * tl.load(d + COLS)).to(tl.float32)
+    elements = (tl.load(d + ROOT_ROWS) * tl.load(d + ROOT_COLS)).to(tl.float32)
     cap = tl.maximum(previous * growth, norm_floor * tl.sqrt(elements))
     limited = (growth > 0) & (previous > 0) & (norm > cap)
     factor = tl.where(limited, cap / norm, 1.0)
@@ -130,3 +150,14 @@ def limit(desc, settings, parts, flags, rates, slot_flags, norm_floor, MINI: tl.
     tl.store(rates + 2 * matrix + 1, active.to(tl.float32))
     bad = (tl.load(flags + 2 * matrix) != 0) | ~(norm < float("inf"))
     tl.atomic_max(slot_flags + tl.load(d + SLOT), bad.to(tl.int32))
+
+
+@triton.jit
+def flag(desc, tiles, squares, flags, ROW_CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What the squares of channels tell of a matrix, once those of all ranks are added."""
+    matrix = tl.load(tiles + 2 * tl.program_id(0)).to(tl.int64)
+    d = desc + matrix * FIELDS
+    n = tl.load(d + ROWS) if ROW_CHANNELS else tl.load(d + COLS)
+    j = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    square = tl.load(squares + tl.load(d + S_OFFSET) + j, mask=j < n, other=0.0)
+    leave_flags(square, matrix, j, n, flags)

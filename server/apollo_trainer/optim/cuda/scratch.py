@@ -31,6 +31,7 @@ class Step:
     squares: Tensor
     factors: Tensor
     parts: Tensor
+    totals: Tensor  # three a matrix of which ranks have some of the channels
     flags: Tensor  # int32: not finite, not zero
     slot_flags: Tensor  # int32, one a parameter: skipped
     rates: Tensor  # float32: lr alpha s, and whether it is stepped
@@ -38,6 +39,7 @@ class Step:
     skipped: Tensor  # int64, 0-dim: how many parameters
     changes: Tensor  # float64 [tiles that are written, 2]
     first_change: dict[int, int]  # of a wave, by the number of its first matrix
+    not_counted: list[slice]  # rows of `changes` that another rank counts
     sums: Tensor  # float64: of shares of `changes`, and last of all
     descriptors: Tensor  # bytes
     rounding: RoundingMode
@@ -71,6 +73,11 @@ def set_aside(
     count = _APART * sum(len(wave.matrices) for wave in waves)
     flags = torch.zeros(count + slots, dtype=torch.int32, device=device)
     first_change, tiles = _first_changes(waves) if measure else ({}, 0)
+    not_counted = [
+        slice(first_change[wave.first] + first, first_change[wave.first] + first + count)
+        for wave in (waves if measure else ())
+        for first, count in wave.changes_elsewhere
+    ]
 
     def floats(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=device)
@@ -85,6 +92,7 @@ def set_aside(
         squares=floats(largest.channels),
         factors=floats(largest.channels),
         parts=floats(3 * largest.parts),
+        totals=floats(3 * max((len(w.matrices) for w in waves if w.kind.sums_channels), default=0)),
         flags=flags[:count],
         slot_flags=flags[count:],
         rates=floats(count),
@@ -92,6 +100,7 @@ def set_aside(
         skipped=torch.empty((), dtype=torch.int64, device=device),
         changes=doubles(tiles),
         first_change=first_change,
+        not_counted=not_counted,
         sums=doubles(-(-tiles // SHARE) + 1 if measure else 0),
         descriptors=torch.empty(_descriptors(waves), dtype=torch.int8, device=device),
         rounding=rounding,
@@ -104,7 +113,7 @@ def _first_changes(waves: Sequence[Wave]) -> tuple[dict[int, int], int]:
     first, tiles = dict[int, int](), 0
     for wave in waves:
         first[wave.first] = tiles
-        tiles += len(wave.tiles["elements" if wave.kind.rank is None else "write"])
+        tiles += len(wave.tiles[wave.writes])
     return first, tiles
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextvars
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +24,12 @@ from apollo_trainer.optim.cuda import kinds
 from apollo_trainer.optim.cuda.kinds import Kind, Work, layout
 from apollo_trainer.optim.cuda.scratch import SHARE, Step, set_aside
 from apollo_trainer.optim.cuda.tables import Wave, plan
-from apollo_trainer.optim.factored import Factored, Gradient, norm_of
+from apollo_trainer.optim.factored import Gradient, norm_of
 from apollo_trainer.optim.options import StepSettings
-from apollo_trainer.optim.parameters import Slot
 from apollo_trainer.optim.projection import normal_quantiles
 from apollo_trainer.optim.reference import NORM_FLOOR
 from apollo_trainer.optim.rounding import RoundingMode
+from apollo_trainer.parallel.ranks import ALONE, Ranks
 
 try:
     import triton
@@ -42,6 +41,7 @@ try:
         draw,
         factors,
         norms,
+        over_ranks,
         project,
         scale,
         write,
@@ -55,31 +55,7 @@ try:
 except ImportError:
     triton = None
 
-# Triton's own switch: kernels then run in Python, on a CPU's tensors, to be looked into.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SQUARES_PROGRAMS = 64  # for a matrix at most: as many tiles as 512 tokens have
-W_DTYPES = (torch.bfloat16, torch.float32)
-G_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-
-
-def fits(slot: Slot, grad: Gradient) -> bool:
-    """Whether the kernels take this parameter; the reference path takes all others."""
-    p = slot.param
-    if triton is None or not (p.is_cuda or INTERPRETED):
-        return False
-    if not slot.region.whole or p.dtype not in W_DTYPES or grad.dtype not in G_DTYPES:
-        return False
-    if isinstance(grad, Factored):
-        return slot.rank is not None and _factors_fit(grad)
-    return slot.rank is not None or (p.is_contiguous() and grad.is_contiguous())
-
-
-def _factors_fit(grad: Factored) -> bool:
-    if grad.dtype not in W_DTYPES or grad.right.dtype != grad.dtype:
-        return False
-    if grad.ends is not None and not (grad.ends.dtype == torch.int32 and grad.ends.is_contiguous()):
-        return False
-    return grad.left.stride(-1) == grad.right.stride(-1) == 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +64,7 @@ class Prepared:
 
     waves: list[Wave]
     step: Step
-    dense: list[Tensor]  # gradients that are no factors
+    dense: list[Tensor]  # gradients that are no factors, of what counts on this rank
 
 
 class FusedStepper:
@@ -96,10 +72,11 @@ class FusedStepper:
 
     Args:
         mini: one factor a tensor instead of one a channel.
+        ranks: that divide parameters; all of them give the same ones in the same order.
     """
 
-    def __init__(self, device: torch.device, mini: bool):
-        self.device, self.mini = device, mini
+    def __init__(self, device: torch.device, mini: bool, ranks: Ranks = ALONE):
+        self.device, self.mini, self._ranks = device, mini, ranks
         self._waves: dict[Any, list[Wave]] = {}
         self._settings: tuple[float, ...] = ()
         self._settings_on_device = torch.zeros(0, dtype=torch.float64, device=device)
@@ -140,7 +117,8 @@ class FusedStepper:
             self._describe(wave, grads, settings)
         normal_quantiles(self.device)
         step = set_aside(waves, len(works), rounding, measure, self.device)
-        dense = [work.grad for work in works if isinstance(work.grad, Tensor)]
+        counted = [work for work in works if work.slot.region.counted]
+        dense = [work.grad for work in counted if isinstance(work.grad, Tensor)]
         return Prepared(waves, step, dense)
 
     def squares(self, prepared: Prepared) -> Tensor:
@@ -160,6 +138,8 @@ class FusedStepper:
         norms.squares[(len(wave.matrices), programs)](
             wave.desc, out, G_TYPE=_TYPES[kind.g_dtype], ALIGNED=kind.aligned, **kind.gram
         )
+        if len(wave.counted) < len(wave.matrices):
+            out = out[wave.counted]
         return out.sum(dtype=torch.float64)
 
     def step(self, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
@@ -200,8 +180,11 @@ class FusedStepper:
         for wave in waves:
             if wave.kind.rank is not None:
                 self._project(wave, step)
+                over_ranks.add_projections(wave, step, self._ranks)
                 self._write(wave, step)
         change.count[(1,)](step.slot_flags, len(step.slot_flags), step.skipped, BLOCK=512)
+        for rows in step.not_counted:
+            step.changes[rows].zero_()
         if len(step.changes):
             shares = len(step.sums) - 1
             change.add_up[(shares,)](step.changes, len(step.changes), SHARE, step.sums, BLOCK=512)
@@ -213,7 +196,8 @@ class FusedStepper:
         draw.draw_projections[(len(tiles["draw"]),)](
             wave.desc, tiles["draw"], normal_quantiles(self.device), step.P, corrections,
             self._number, self._settings_on_device, RANK=kind.rank, RANK_PADDED=kind.padded,
-            BLOCK=kinds.BLOCK_DRAW, num_warps=kinds.DRAW_WARPS,
+            ROW_CHANNELS=kind.row_channels, CUT=kind.cut, BLOCK=kinds.BLOCK_DRAW,
+            num_warps=kinds.DRAW_WARPS,
         )  # fmt: skip
         if kind.factored:
             self._project_factors(wave, step, flags)
@@ -246,6 +230,16 @@ class FusedStepper:
                 portion.first_tile, **options, **kind.projection,
             )  # fmt: skip
 
+    def _limit(self, wave: Wave, step: Step) -> None:
+        flags, rates, _ = step.of(wave)
+        parts, several = step.parts, wave.kind.sums_channels
+        if several:
+            parts = over_ranks.add_parts(wave, step, self._ranks)
+        scale.limit[(len(wave.matrices),)](
+            wave.desc, self._settings_on_device, parts, flags, rates, step.slot_flags, NORM_FLOOR,
+            MINI=self.mini, TOTALS=several, BLOCK=256,
+        )  # fmt: skip
+
     def _write(self, wave: Wave, step: Step) -> None:
         kind, tiles, settings = wave.kind, wave.tiles, self._settings_on_device
         flags, rates, corrections = step.of(wave)
@@ -253,18 +247,15 @@ class FusedStepper:
             wave.desc, tiles["moments"], settings, step.R, step.squares, step.factors,
             step.parts, flags, corrections, 1.0 / math.sqrt(kind.rank or 1), RANK=kind.rank,
             RANK_PADDED=kind.padded, TILE=kind.projection["BLOCK_N"], MINI=self.mini,
-            BLOCK_R=min(kinds.BLOCK_R, kind.padded), BLOCK_N=kinds.BLOCK_MOMENTS,
-            num_warps=kinds.MOMENTS_WARPS,
+            ROW_CHANNELS=kind.row_channels, BLOCK_R=min(kinds.BLOCK_R, kind.padded),
+            BLOCK_N=kinds.BLOCK_MOMENTS, num_warps=kinds.MOMENTS_WARPS,
         )  # fmt: skip
-        scale.limit[(len(wave.matrices),)](
-            wave.desc, settings, step.parts, flags, rates, step.slot_flags, NORM_FLOOR,
-            MINI=self.mini, BLOCK=256,
-        )  # fmt: skip
+        self._limit(wave, step)
         write.write[(len(tiles["write"]),)](
             wave.desc, tiles["write"], settings, step.factors, rates, self._number,
             step.changes_of(wave), W_TYPE=_TYPES[kind.w_dtype], G_TYPE=_TYPES[kind.g_dtype],
             ROW_CHANNELS=kind.row_channels, W_UNIT=kind.w_unit, G_UNIT=kind.g_unit,
-            ALIGNED=kind.aligned, FACTORED=kind.factored, MINI=self.mini,
+            ALIGNED=kind.aligned, FACTORED=kind.factored, CUT=kind.cut, MINI=self.mini,
             STOCHASTIC=step.rounding == "stochastic", SPLIT=_splits(kind, step),
             MEASURE=step.measure, **kind.writing,
         )  # fmt: skip
@@ -274,11 +265,13 @@ class FusedStepper:
         flags, _, _ = step.of(wave)
         types = {"G_TYPE": _TYPES[kind.g_dtype], "BLOCK": kinds.BLOCK_ELEMENTS}
         adam.adam_check[(len(tiles),)](wave.desc, tiles, flags, **types)
+        if kind.cut:
+            self._ranks.largest(flags)
         adam.adam_write[(len(tiles),)](
             wave.desc, tiles, self._settings_on_device, flags, self._number,
             step.changes_of(wave), W_TYPE=_TYPES[kind.w_dtype],
             STOCHASTIC=step.rounding == "stochastic", SPLIT=_splits(kind, step),
-            MEASURE=step.measure, **types,
+            MEASURE=step.measure, CUT=kind.cut, **types,
         )  # fmt: skip
         adam.adam_count[(len(wave.matrices),)](wave.desc, flags, step.slot_flags)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import cached_property
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ class Wave:
 
     def _alpha(self, m: Matrix, settings: Sequence[StepSettings]) -> float:
         rank = self.kind.rank
-        return settings[m.slot.group].alpha(m.k, rank) if rank is not None else 1.0
+        return settings[m.slot.group].alpha(min(m.slot.root[-2:]), rank) if rank else 1.0
 
     def _keep(self, settings: Sequence[StepSettings]) -> None:
         """Fills the columns that gradients do not change."""
@@ -156,6 +157,36 @@ class Wave:
             self.sizes.c = max(self.sizes.c, portion.size)
         return offsets
 
+    @cached_property
+    def counted(self) -> list[int]:
+        """Which of its matrices count on this rank."""
+        return [n for n, matrix in enumerate(self.matrices) if matrix.slot.region.counted]
+
+    @cached_property
+    def projections_elsewhere(self) -> list[tuple[int, int, int, int]]:
+        """Of what other ranks count, where it begins in R and among the channels, and its sizes."""
+        sizes, found = Sizes(), []
+        for m in self.matrices:
+            _, r, channels, _, _ = sizes.take(self.kind, m)
+            if not m.slot.region.counted:
+                found.append((r, self.kind.projected(m.n), channels, m.n))
+        return found
+
+    @cached_property
+    def changes_elsewhere(self) -> list[tuple[int, int]]:
+        """Of what other ranks count, the first tile that is written, and how many they are."""
+        if len(self.counted) == len(self.matrices):
+            return []
+        counts = dict(self.tile_counts())[self.writes]
+        firsts = accumulate(counts, initial=0)
+        each = zip(self.matrices, firsts, counts, strict=False)
+        return [(first, count) for m, first, count in each if not m.slot.region.counted]
+
+    @property
+    def writes(self) -> str:
+        """Which tiles the weights are written by."""
+        return "elements" if self.kind.rank is None else "write"
+
     def tile_counts(self) -> Iterator[tuple[str, list[int]]]:
         """How many tiles each matrix has for each kernel."""
         if self.kind.rank is None:
@@ -183,7 +214,8 @@ def plan(works: Sequence[Work]) -> list[Wave]:
     for kind, matrices in kinds.items():
         room = 0
         for matrix in matrices:
-            need = 4 * kind.projected(matrix.n)
+            # Of the whole, so that all ranks divide their matrices alike.
+            need = 4 * kind.projected(max(matrix.slot.root[-2:])) if kind.rank else 0
             if not waves or waves[-1].kind != kind or room + need > WAVE_BYTES:
                 waves.append(Wave(kind, first))
                 room = 0

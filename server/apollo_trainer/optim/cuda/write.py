@@ -39,7 +39,7 @@ from apollo_trainer.optim.cuda.round import (
 def write(desc, tiles, settings, factors, rates, number, changes,
           W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, ROW_CHANNELS: tl.constexpr,
           W_UNIT: tl.constexpr, G_UNIT: tl.constexpr, ALIGNED: tl.constexpr,
-          FACTORED: tl.constexpr, MINI: tl.constexpr, STOCHASTIC: tl.constexpr,
+          FACTORED: tl.constexpr, CUT: tl.constexpr, MINI: tl.constexpr, STOCHASTIC: tl.constexpr,
           SPLIT: tl.constexpr, MEASURE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
           BLOCK_COLS: tl.constexpr, BLOCK_T: tl.constexpr, REPEATS: tl.constexpr,
           STAGES: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
@@ -96,7 +96,7 @@ def write(desc, tiles, settings, factors, rates, number, changes,
                     by = _scale(s, col + tl.arange(0, WIDTH), cols, rate, False)[None, :]
                 after = _write_part(
                     parts[part] * by, now, W, w_row, w_col, a, rows, col, cols, decay, drawn, low,
-                    W_TYPE, W_UNIT, ALIGNED, STOCHASTIC, SPLIT, BLOCK_ROWS, WIDTH)  # fmt: skip
+                    W_TYPE, W_UNIT, ALIGNED, CUT, STOCHASTIC, SPLIT, BLOCK_ROWS, WIDTH)  # fmt: skip
                 if MEASURE:
                     squares, ones = change(now, after)
                     squared += squares
@@ -170,8 +170,8 @@ def _halves(x, ROWS_OF: tl.constexpr, COLS_OF: tl.constexpr):
 @triton.jit
 def _write_part(update, stored, W, w_row, w_col, a, rows, first_col, cols, decay, drawn, low,
                 W_TYPE: tl.constexpr, W_UNIT: tl.constexpr, ALIGNED: tl.constexpr,
-                STOCHASTIC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-                BLOCK_COLS: tl.constexpr):  # fmt: skip
+                CUT: tl.constexpr, STOCHASTIC: tl.constexpr, SPLIT: tl.constexpr,
+                BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):  # fmt: skip
     """Writes one tile, and returns what was written."""
     at, mask = _tile(W, w_row, w_col, a, rows, first_col, cols, W_UNIT, BLOCK_COLS)
     old = widen(stored)
@@ -187,7 +187,7 @@ def _write_part(update, stored, W, w_row, w_col, a, rows, first_col, cols, decay
         rounded = upper.to(W_TYPE)
         tl.store(low_at, low_half, mask=mask)
     elif STOCHASTIC:
-        bits = bits_of_tile(drawn, a, first_col, cols, ALIGNED, BLOCK_ROWS, BLOCK_COLS)
+        bits = bits_of_tile(drawn, a, first_col, cols, ALIGNED, BLOCK_ROWS, BLOCK_COLS, CUT)
         rounded = round_up(new, bits, W_TYPE)
     else:
         rounded = within_range(new).to(W_TYPE)
