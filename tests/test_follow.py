@@ -20,9 +20,10 @@ from apollo_trainer.weights.attachment import Attachment
 def test_its_model_is_prepared_as_the_first_ranks_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """By other products than rank 0's it would round what both have whole otherwise."""
     given: dict[str, Any] = {}
-    monkeypatch.setattr(follow, "join", lambda meet, rank, size: None)
+    monkeypatch.setattr(follow, "join", lambda meet, rank, size, device: None)
     monkeypatch.setattr(follow, "attach", lambda sidecar, epoch, **how: given.update(how))
     begin = {"meet": "m", "rank": 1, "size": 2, "epoch": "e", "checks": asdict(Checks())}
+    begin["on_gpus"] = False
     follow.attached(begin, Settings())
     assert given["prepare"] is owner.prepare
 

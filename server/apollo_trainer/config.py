@@ -230,6 +230,11 @@ class Settings(BaseSettings):
         description="calls of all kinds open at one time; those of one host over TCP may be half "
         "of them",
     )
+    several_gpus: bool = Field(
+        default=False,
+        description="train a model that vLLM divides over several GPUs: written, and not run on "
+        "such a machine yet",
+    )
     serving_share: float = Field(
         default=0.92,
         ge=0,

@@ -37,6 +37,7 @@ from apollo_trainer.training.step import take_step
 from apollo_trainer.training.teacher import top_tokens
 from apollo_trainer.weights.attach import Checks, attach
 from apollo_trainer.weights.attachment import Attachment
+from apollo_trainer.weights.cuda_mapping import device_of
 from apollo_trainer.weights.sidecar import Sidecar
 from apollo_trainer.weights.verify import log_probabilities, noise_of, probe_tokens
 
@@ -143,8 +144,11 @@ def attached(begin: dict[str, Any], settings: Settings) -> Attachment:
 
     What all ranks have whole is stepped by each: other roundings on one of them would part it.
     """
-    ranks = Ranks(join(Path(begin["meet"]), begin["rank"], begin["size"]))
     sidecar, checks = Sidecar(settings.sidecar), Checks(**begin["checks"])
+    device = None
+    if begin["on_gpus"]:
+        device = device_of(sidecar.manifest(begin["rank"]).buffers)
+    ranks = Ranks(join(Path(begin["meet"]), begin["rank"], begin["size"], device))
     return attach(sidecar, begin["epoch"], checks=checks, ranks=ranks, prepare=prepare)
 
 

@@ -61,7 +61,7 @@ def passes(model, samples):
 def trained(model, ranks, regions):
     """Weights, moments and losses after some steps."""
     optimizer = Apollo(
-        model.named_parameters(), lr=3e-3, rank=8, seed=4, regions=regions, ranks=ranks
+        model.named_parameters(), lr=1e-3, rank=8, seed=4, regions=regions, ranks=ranks
     )
     optimizer.measure = True
     policy, losses = StepPolicy(token_budget=64), []

@@ -103,7 +103,7 @@ def open_session(
     checkpoints = ModelCheckpoints(attachment, state_path.parent, settings)
     optimizer.before_param_write = checkpoints.watch
     passes = twin = part = None
-    if embedding.is_cuda:
+    if embedding.is_cuda and attachment.ranks.size == 1:
         speed_up(attachment.model)
         part = part_of(embedding.device, settings.gpu_percent)
         passes, twin = CapturedPasses(attachment.model, part), _twin(attachment.model)

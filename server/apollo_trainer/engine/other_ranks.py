@@ -11,6 +11,7 @@ from apollo_trainer.config import Settings
 from apollo_trainer.parallel.followers import Followers
 from apollo_trainer.parallel.ranks import ALONE, Ranks
 from apollo_trainer.weights.attach import Checks
+from apollo_trainer.weights.cuda_mapping import device_of
 
 
 class OtherRanks:
@@ -27,20 +28,24 @@ class OtherRanks:
     def begin(self, epoch: str, manifest: pb.WeightManifest, checks: Checks) -> Ranks:
         """Starts them, to attach as this process does.
 
-        Raises FailedPrecondition on GPUs, Unavailable where one does not start.
+        Raises FailedPrecondition on GPUs unless they are asked for, Unavailable where one does not
+        start.
         """
         size = manifest.tensor_parallel_size
         if size == 1:
             return ALONE
-        if any(buffer.HasField("cuda_ipc") for buffer in manifest.buffers):
+        device = device_of(manifest.buffers)
+        if device is not None and not self._settings.several_gpus:
             raise FailedPrecondition(
-                f"vLLM runs with tensor parallel size {size}; on GPUs this version trains models "
-                "on one worker. Serve with --tensor-parallel-size 1. Nothing was written.",
+                f"vLLM runs with tensor parallel size {size}; training on several GPUs was never "
+                "run. Serve with --tensor-parallel-size 1, or try it: --several-gpus. Nothing was "
+                "written.",
                 reason="TENSOR_PARALLEL_UNSUPPORTED",
             )
         settings = self._settings.model_dump(mode="json")
         told = {"epoch": epoch, "settings": settings, "checks": asdict(checks)}
-        self._followers = Followers(size, self._settings.state_dir, told, self._ended)
+        told["on_gpus"] = device is not None
+        self._followers = Followers(size, self._settings.state_dir, told, self._ended, device)
         return self._followers.ranks
 
     def listen(self) -> None:

@@ -254,6 +254,9 @@ class Apollo(StatefulOptimizer):
             self._count_skipped(torch.stack(cpu.step_parameters(jobs["cpu"])).sum())
         for device, each in prepared.on_cuda.items():
             skipped, changed = self._stepper(device).step(each)
+            if device.type == "cuda":
+                # What a rank that ended left out is noticed here, and not taken for a step.
+                self.ranks.meet(device)
             self._count_skipped(skipped)
             if change is not None and changed is not None:
                 change.add_sums(*changed.unbind())

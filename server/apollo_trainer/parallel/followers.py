@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from apollo_grpc.errors import Unavailable
@@ -32,11 +33,19 @@ END_SECONDS = 5.0
 GIVE_UP_SECONDS = 0.5
 
 
-def join(meet: Path, rank: int, size: int) -> dist.ProcessGroup:
-    """Joins the other ranks over a file, on this host alone."""
+def join(meet: Path, rank: int, size: int, device: int | None) -> dist.ProcessGroup:
+    """Joins the other ranks over a file, on this host alone.
+
+    Args:
+        device: the GPU that this rank computes on, whose tensors NCCL adds; None for a CPU. What
+            ranks agree on lies on the CPU, and is gloo's.
+    """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if device is not None:
+        torch.cuda.set_device(device)
+    backend = "gloo" if device is None else "cpu:gloo,cuda:nccl"
     dist.init_process_group(
-        "gloo", init_method=f"file://{meet}", rank=rank, world_size=size, timeout=LONGEST
+        backend, init_method=f"file://{meet}", rank=rank, world_size=size, timeout=LONGEST
     )
     group = dist.group.WORLD
     assert group is not None
@@ -51,13 +60,20 @@ class Followers:
         folder: of the server's state; the ranks meet by a file in it.
         begin: what each is told first.
         ended: called with a sentence once one has ended by itself. Any thread.
+        device: the GPU of this process; None for a CPU. The others find theirs by themselves.
 
     Raises Unavailable where one does not start.
     """
 
     def __init__(
-        self, size: int, folder: Path, begin: dict[str, Any], ended: Callable[[str], None]
+        self,
+        size: int,
+        folder: Path,
+        begin: dict[str, Any],
+        ended: Callable[[str], None],
+        device: int | None,
     ):
+        self._on_gpus = device is not None
         self._meet = folder / f"ranks-{uuid.uuid4().hex}"
         self._ending, self._ended = threading.Event(), ended
         self._telling, self._telling_end = threading.Lock(), threading.Lock()
@@ -75,7 +91,7 @@ class Followers:
                 if process.stdout.readline().strip() != READY:
                     raise _not_started(rank)
                 threading.Thread(target=self._watch, args=[rank, process], daemon=True).start()
-            self.ranks = Ranks(join(self._meet, 0, size), give_up=self._give_up)
+            self.ranks = Ranks(join(self._meet, 0, size, device), give_up=self._give_up)
         except (OSError, RuntimeError) as error:
             self.end()
             raise _not_started(0) from error
@@ -103,7 +119,15 @@ class Followers:
 
     def _watch(self, rank: int, process: subprocess.Popen[str]) -> None:
         status = process.wait()
+        self._abort()
         self._tell_end(f"Trainer rank {rank} ended ({_told(status)}); its log has why.")
+
+    def _abort(self) -> None:
+        """A sum on a GPU would wait for the rank that has ended for as long as none takes long."""
+        if self._on_gpus and not self._ending.is_set() and dist.is_initialized():
+            group = dist.group.WORLD
+            assert group is not None
+            group._get_backend(torch.device("cuda")).abort()
 
     def _tell_end(self, why: str) -> None:
         """The first cause alone: what follows from it ends the others."""

@@ -46,8 +46,9 @@ class Ranks:
 
     def sum(self, *tensors: Tensor) -> None:
         """Puts the sum over ranks into each tensor; the same bits on every rank."""
-        for dtype in {tensor.dtype for tensor in tensors} if self.size > 1 else ():
-            same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        kinds = dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors)
+        for kind in kinds if self.size > 1 else ():
+            same = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == kind]
             if len(same) == 1 and same[0].is_contiguous():
                 dist.all_reduce(same[0], group=self._group)
                 continue
@@ -111,6 +112,11 @@ class Ranks:
             if error is not self._agreed and not isinstance(error, alike):
                 self._give_up()
             raise
+
+    def meet(self, device: torch.device) -> None:
+        """Waits until all ranks' GPUs have done what they were given; where others are."""
+        if self.size > 1:
+            self.agree(lambda: torch.cuda.synchronize(device))
 
     def first(self, own: list[float]) -> list[float]:
         """What the first rank has, of as many numbers as each of them."""

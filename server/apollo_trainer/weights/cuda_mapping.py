@@ -5,19 +5,31 @@ Indices of devices differ between processes (CUDA_VISIBLE_DEVICES); UUIDs do not
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
+from apollo_trainer.weights.manifest import refusal
 
 
-def device_index(uuid: str) -> int | None:
-    """This process's index of a GPU; None where it does not see that one."""
+def device_of(buffers: Iterable[pb.Buffer]) -> int | None:
+    """This process's index of the one GPU that buffers lie on; None for a CPU's.
+
+    Raises FailedPrecondition where this process does not see that GPU.
+    """
+    uuid = next((b.cuda_ipc.device_uuid for b in buffers if b.HasField("cuda_ipc")), None)
+    if uuid is None:
+        return None
     for index in range(torch.cuda.device_count()):
         if _bare(str(torch.cuda.get_device_properties(index).uuid)) == _bare(uuid):
             return index
-    return None
+    raise refusal(
+        "DEVICE_NOT_VISIBLE",
+        f"vLLM's weights lie on the GPU {uuid}, which this process does not see. Start the "
+        "training server with CUDA_VISIBLE_DEVICES set to it.",
+    )
 
 
 def _bare(uuid: str) -> str:

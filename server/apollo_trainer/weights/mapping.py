@@ -13,7 +13,7 @@ import torch
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.generation import open_memfd
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
-from apollo_trainer.weights.cuda_mapping import device_index, open_ipc_handle, own_segments
+from apollo_trainer.weights.cuda_mapping import device_of, open_ipc_handle, own_segments
 from apollo_trainer.weights.live_view import LiveView
 from apollo_trainer.weights.manifest import refusal
 
@@ -56,13 +56,8 @@ def map_buffer(buffer: pb.Buffer) -> Mapping:
 
 
 def _open_on_gpu(buffer: pb.Buffer) -> Any:
-    device = device_index(buffer.cuda_ipc.device_uuid)
-    if device is None:
-        raise refusal(
-            "DEVICE_NOT_VISIBLE",
-            f"vLLM's weights lie on the GPU {buffer.cuda_ipc.device_uuid}, which this process does "
-            "not see. Start the training server with CUDA_VISIBLE_DEVICES set to it.",
-        )
+    device = device_of([buffer])
+    assert device is not None
     try:
         return open_ipc_handle(buffer, device)
     except RuntimeError as error:
