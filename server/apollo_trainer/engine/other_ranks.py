@@ -42,9 +42,12 @@ class OtherRanks:
                 "written.",
                 reason="TENSOR_PARALLEL_UNSUPPORTED",
             )
-        settings = self._settings.model_dump(mode="json")
-        told = {"epoch": epoch, "settings": settings, "checks": asdict(checks)}
-        told["on_gpus"] = device is not None
+        told = {
+            "epoch": epoch,
+            "settings": self._settings.model_dump(mode="json"),
+            "checks": asdict(checks),
+            "on_gpus": device is not None,
+        }
         self._followers = Followers(size, self._settings.state_dir, told, self._ended, device)
         return self._followers.ranks
 
