@@ -1,6 +1,6 @@
-"""Whether requests fail or stall while a thousand steps are taken, in each mode, on a GPU.
+"""Whether requests fail or stall while a thousand steps are taken, in each mode.
 
-    python -m benchmarks.gpu.soak qwen3-4b
+    python -m benchmarks.gpu.soak qwen3-4b    # on a GPU; on a CPU a model directory
 
 Streams ask for short answers one after the other, until all requests are answered and all steps
 taken; no step waits for them, so that there are as many beside each other as there can be. Says of
@@ -11,6 +11,7 @@ for the run, which lasts as long as its steps.
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 import threading
 import time
@@ -24,30 +25,34 @@ import torch
 
 from apollo_grpc.v1 import training_pb2 as pb
 from benchmarks import machine
-from benchmarks.gpu.bench_step import samples
 from benchmarks.gpu.models import OPTIONS, SHAPES, write_shape
 from benchmarks.gpu.stack import VLLM, Stack
 
 MODES = ("live", "pause_step", "pause_run")
 STREAMS, PROMPT, TOKENS = 16, 32, 16
 CONTEXT, LEARNED = 256, 64
+TOKEN_IDS = range(3, 203)  # that every tokenizer has
+ON_CPU = ("--enforce-eager",)
 
 
 def main() -> None:
     """Asks, trains, prints and writes the file, each row as it is known."""
     parser = argparse.ArgumentParser(description="Asks for answers beside a thousand steps.")
-    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("model", help=f"of {', '.join(sorted(SHAPES))}, or a directory")
     parser.add_argument("--requests", type=int, default=10_000, help="of each mode, at least")
     parser.add_argument("--steps", type=int, default=1_000, help="of each mode")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    device = torch.device("cuda")
-    path = asked.out or machine.result_path(f"soak-{asked.shape}", device)
-    result = {**machine.origin(device), "shape": asked.shape, "streams": STREAMS, "modes": {}}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = asked.out or machine.result_path(f"soak-{Path(asked.model).name}", device)
+    result = {**machine.origin(device), "model": Path(asked.model).name, "streams": STREAMS}
+    result["modes"] = {}
     with tempfile.TemporaryDirectory(prefix="soak-", dir="/dev/shm") as folder:
-        model = write_shape(asked.shape, Path(folder) / "model", seed=1)
-        options = (*VLLM, *OPTIONS.get(asked.shape, ()))
+        model, options = Path(asked.model).absolute(), ON_CPU
+        if asked.model in SHAPES:
+            model = write_shape(asked.model, Path(folder) / "model", seed=1)
+            options = (*VLLM, *OPTIONS.get(asked.model, ()))
         share = {"APOLLO_SERVING_SHARE": "0"}
         with Stack(model, Path(folder), options, trainer=share) as stack:
             for mode in asked.modes:
@@ -64,7 +69,7 @@ def beside(stack: Stack, mode: str, requests: int, steps: int) -> dict[str, Any]
         streams = [pool.submit(_asked, stack, numbers, requests, trained) for _ in range(STREAMS)]
         try:
             how: dict[str, Any] = {"epochs": steps, "lr": 1e-7, "min_loss": 0, "coherence": mode}
-            *_, last = stack.client.train(samples(CONTEXT, LEARNED, 1, seed=7), **how)
+            *_, last = stack.client.train([_sample()], **how)
         finally:
             trained.set()
         took = time.monotonic() - began
@@ -72,6 +77,7 @@ def beside(stack: Stack, mode: str, requests: int, steps: int) -> dict[str, Any]
     seconds = sorted(each for each in answered if isinstance(each, float))
     return {
         "state": pb.RunState.Name(last.finished.state),
+        "failure": last.finished.failure.message,
         "steps": last.finished.steps_done,
         "seconds": took,
         "requests": len(answered),
@@ -79,6 +85,12 @@ def beside(stack: Stack, mode: str, requests: int, steps: int) -> dict[str, Any]
         "p50_ms": 1e3 * seconds[len(seconds) // 2],
         "longest_ms": 1e3 * seconds[-1],
     }
+
+
+def _sample() -> dict[str, list[int]]:
+    draw = random.Random(7)
+    lengths = {"context_ids": CONTEXT, "continuation_ids": LEARNED}
+    return {name: draw.choices(TOKEN_IDS, k=n) for name, n in lengths.items()}
 
 
 def _asked(
@@ -97,7 +109,7 @@ def _asked(
 
 
 def _answer(stack: Stack, number: int) -> None:
-    prompt = [3 + (number * 7 + place) % 1000 for place in range(PROMPT)]
+    prompt = [TOKEN_IDS[(number * 7 + place) % len(TOKEN_IDS)] for place in range(PROMPT)]
     made = len(stack.greedy(prompt, TOKENS))
     if made != TOKENS:
         raise ValueError(f"{made} tokens for {TOKENS}")

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from apollo_grpc import process_state
 from apollo_grpc.errors import ApolloError, FailedPrecondition, Unavailable
 from apollo_grpc.generation import FIRST, SharedGeneration
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
-from apollo_sidecar import process_state
 from apollo_sidecar.leases import PauseLeases
 from apollo_sidecar.other_writers import HELD
 from apollo_sidecar.others_pause import WHO, OthersPause

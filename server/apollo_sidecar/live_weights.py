@@ -10,11 +10,11 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from apollo_grpc import process_state
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.region import reach
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
@@ -75,7 +75,7 @@ class LiveWeights(ABC):
             generation=self.generation.now,
             generation_page=self.generation.handle(),
             worker_pid=os.getpid(),
-            worker_pid_namespace=Path("/proc/self/ns/pid").stat().st_ino,
+            worker_pid_namespace=process_state.namespace(),
             tensor_parallel_size=1,
         )
         manifest.buffers.extend(self.buffers())

@@ -7,6 +7,7 @@ from typing import Any
 
 from google.protobuf import duration_pb2
 
+from apollo_grpc import process_state
 from apollo_grpc.errors import InvalidArgument
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_grpc.sidecar.v1 import weight_export_pb2_grpc as pb_grpc
@@ -118,18 +119,25 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
             # The caller went before it could be told of.
             let_go()
             return
+        process, namespace = process_state.own_pid(), process_state.namespace()
         for generation in self._engine.generations():
             if not context.is_active():
                 return
-            if generation is not None:
+            if generation is None:
                 yield pb.WatchGenerationResponse(
-                    epoch=generation.epoch,
-                    generation=generation.generation,
-                    weight_version=generation.weight_version,
-                    paused_by_others=generation.paused_by_others,
-                    iteration_ends=[each.ended for each in generation.iterations],
-                    iteration_seconds=[each.gap for each in generation.iterations],
+                    no_answer=True, pid=process, pid_namespace=namespace
                 )
+                continue
+            yield pb.WatchGenerationResponse(
+                epoch=generation.epoch,
+                generation=generation.generation,
+                weight_version=generation.weight_version,
+                paused_by_others=generation.paused_by_others,
+                iteration_ends=[each.ended for each in generation.iterations],
+                iteration_seconds=[each.gap for each in generation.iterations],
+                pid=process,
+                pid_namespace=namespace,
+            )
 
 
 def _lease_seconds(request: Any, name: str) -> float:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from apollo_grpc import process_state
 from apollo_grpc.errors import FailedPrecondition
 from apollo_grpc.v1 import status_pb2
 from apollo_grpc.v1 import training_pb2 as pb
+from apollo_sidecar import engine as sidecar_engine
 from apollo_trainer.operations.checkpoint_jobs import CheckpointJobs
 from tests.engine_double import EngineDouble
 from tests.waiting import HANG, at_most
@@ -50,6 +53,35 @@ def test_a_stopped_worker_is_noticed_within_two_seconds_and_found_again(
     assert "wedged" in trainer.status.attachment_detail
     worker.send_signal(signal.SIGCONT)
     trainer.wait_for(ATTACHED, engine.engine.epoch)
+
+
+def test_a_sidecar_that_has_too_much_to_do_is_waited_for(
+    attached: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vLLM that answered 300 requests a second on a busy CPU was taken for wedged."""
+    _, trainer = attached
+    session = trainer.owner.live_session
+    monkeypatch.setattr(sidecar_engine, "BEAT_SECONDS", 2 * NOTICE_SECONDS)
+    lost = threading.Event()
+    monkeypatch.setattr(trainer.owner, "engine_lost", lambda why: lost.set())
+    assert not lost.wait(4 * NOTICE_SECONDS)
+    assert trainer.owner.live_session is session
+
+
+def test_a_stopped_sidecar_is_noticed_within_two_seconds(
+    start_engine: Any, start_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"]) as process:
+        engine = start_engine()
+        monkeypatch.setattr(process_state, "own_pid", lambda: process.pid)
+        trainer = start_trainer()
+        trainer.wait_for(ATTACHED, engine.engine.epoch)
+        monkeypatch.setattr(sidecar_engine, "BEAT_SECONDS", 2 * NOTICE_SECONDS)
+        with at_most(NOTICE_SECONDS):
+            process.send_signal(signal.SIGSTOP)
+            trainer.wait_for(DETACHED)
+        assert "wedged" in trainer.status.attachment_detail
+        process.kill()
 
 
 def test_a_probe_that_takes_longer_than_an_engine_may_be_silent_loses_none(

@@ -1018,6 +1018,9 @@ class WatchGenerationResponse(google.protobuf.message.Message):
     PAUSED_BY_OTHERS_FIELD_NUMBER: builtins.int
     ITERATION_ENDS_FIELD_NUMBER: builtins.int
     ITERATION_SECONDS_FIELD_NUMBER: builtins.int
+    NO_ANSWER_FIELD_NUMBER: builtins.int
+    PID_FIELD_NUMBER: builtins.int
+    PID_NAMESPACE_FIELD_NUMBER: builtins.int
     epoch: builtins.str
     generation: builtins.int
     """As in WeightManifest; 0 before a manifest was asked for."""
@@ -1026,6 +1029,15 @@ class WatchGenerationResponse(google.protobuf.message.Message):
     """Somebody else than a training server paused vLLM, or put it to sleep: it
     scores nothing until they let it go on.
     """
+    no_answer: builtins.bool
+    """vLLM gave no answer, or a worker of it is stopped. Else this is a beat: vLLM
+    is there.
+    """
+    pid: builtins.int
+    """The process that runs the sidecar, and the inode of the PID namespace that
+    `pid` counts in. While it runs and says nothing it may have too much to do.
+    """
+    pid_namespace: builtins.int
     @property
     def iteration_ends(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Iterations of vLLM since the message before that gave a request another
@@ -1046,7 +1058,10 @@ class WatchGenerationResponse(google.protobuf.message.Message):
         paused_by_others: builtins.bool = ...,
         iteration_ends: collections.abc.Iterable[builtins.float] | None = ...,
         iteration_seconds: collections.abc.Iterable[builtins.float] | None = ...,
+        no_answer: builtins.bool = ...,
+        pid: builtins.int = ...,
+        pid_namespace: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "generation", b"generation", "iteration_ends", b"iteration_ends", "iteration_seconds", b"iteration_seconds", "paused_by_others", b"paused_by_others", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "generation", b"generation", "iteration_ends", b"iteration_ends", "iteration_seconds", b"iteration_seconds", "no_answer", b"no_answer", "paused_by_others", b"paused_by_others", "pid", b"pid", "pid_namespace", b"pid_namespace", "weight_version", b"weight_version"]) -> None: ...
 
 global___WatchGenerationResponse = WatchGenerationResponse

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 
+from apollo_grpc import process_state
 from apollo_grpc.errors import ApolloError, printable
 from apollo_trainer.engine.owner import ModelOwner
 from apollo_trainer.weights.sidecar import Sidecar
@@ -13,6 +16,8 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.25
 # The sidecar beats four times a second; a silent engine is to be lost within two seconds.
 SILENCE_SECONDS = 1.1
+# Unless nothing at all is heard of a sidecar whose process runs: a busy CPU makes it late.
+BUSY_SECONDS = 10.0
 # This process may itself have been stopped, and have beats to read first.
 GRACE_SECONDS = 0.25
 
@@ -33,6 +38,8 @@ class EngineWatch:
         self._stopped, self._beat = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._heard = False
+        # When the sidecar said something last, be it that vLLM gives no answer; and its process.
+        self._spoke, self._process = -math.inf, (0, 0)
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
             for work, name in ((self._read, "engine-watch"), (self._guard, "engine-silence"))
@@ -44,6 +51,10 @@ class EngineWatch:
         while not self._stopped.is_set():
             try:
                 for generation in self._sidecar.generations():
+                    self._spoke = time.monotonic()
+                    self._process = generation.pid, generation.pid_namespace
+                    if generation.no_answer:
+                        continue
                     with self._lock:
                         self._heard = True
                     self._beat.set()
@@ -67,8 +78,19 @@ class EngineWatch:
         while not self._stopped.is_set():
             silent = not (self._beat.wait(SILENCE_SECONDS) or self._beat.wait(GRACE_SECONDS))
             self._beat.clear()
-            if silent and self._lose("vLLM does not answer: it is stopped or wedged."):
+            if not silent or self._may_be_late():
+                continue
+            if self._lose("vLLM does not answer: it is stopped or wedged."):
                 self._sidecar.abandon()
+
+    def _may_be_late(self) -> bool:
+        """Whether the sidecar may have too much to do, or this process, to tell that vLLM is there.
+
+        One that says that vLLM gives no answer is not late.
+        """
+        (pid, namespace), silent = self._process, time.monotonic() - self._spoke
+        seen = bool(pid) and namespace == process_state.namespace()
+        return SILENCE_SECONDS < silent < BUSY_SECONDS and seen and process_state.runs(pid)
 
     def _lose(self, what: str) -> bool:
         """Tells the owner once for each engine that was heard; returns whether it did."""

@@ -29,6 +29,14 @@ MODULE = "apollo_trainer.follow"
 READY = "ready"
 # No step takes as long; a rank that has ended is noticed at once.
 LONGEST = timedelta(minutes=30)
+# The ranks speak on this host alone. Whether one has ended is for its process to tell: torch would
+# end this one for it (docs.pytorch.org, "ProcessGroupNCCL Environment Variables").
+ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
 END_SECONDS = 5.0
 GIVE_UP_SECONDS = 0.5
 
@@ -40,7 +48,8 @@ def join(meet: Path, rank: int, size: int, device: int | None) -> dist.ProcessGr
         device: the GPU that this rank computes on, whose tensors NCCL adds; None for a CPU. What
             ranks agree on lies on the CPU, and is gloo's.
     """
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if device is not None:
         torch.cuda.set_device(device)
     backend = "gloo" if device is None else "cpu:gloo,cuda:nccl"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import select
-from pathlib import Path
 
+from apollo_grpc import process_state
 from apollo_grpc.errors import refused_call
 from apollo_trainer.weights.manifest import refusal
 
@@ -25,7 +25,7 @@ class Producer:
     """
 
     def __init__(self, pid: int, namespace: int):
-        if namespace != Path("/proc/self/ns/pid").stat().st_ino:
+        if namespace != process_state.namespace():
             raise refusal(
                 "ANOTHER_PID_NAMESPACE",
                 "vLLM's worker runs in another PID namespace, so that its end could not be seen. "

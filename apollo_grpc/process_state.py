@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 # Stopped by a signal or a debugger, dead and not yet collected (proc(5), /proc/pid/stat).
 _AT_REST = frozenset("TtZXx")
+
+
+def namespace() -> int:
+    """Inode of the PID namespace of this process: pids of another one name other processes."""
+    return Path("/proc/self/ns/pid").stat().st_ino
+
+
+def own_pid() -> int:
+    """Of this process."""
+    return os.getpid()
 
 
 def runs(pid: int) -> bool:
