@@ -11,28 +11,34 @@ for the run, which lasts as long as its steps.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from apollo_client import ApolloClient
 from apollo_grpc.v1 import training_pb2 as pb
 from benchmarks import machine
+from benchmarks.bench_serving import serving
 from benchmarks.gpu.models import OPTIONS, SHAPES, write_shape
-from benchmarks.gpu.stack import VLLM, Stack
+from benchmarks.gpu.stack import VLLM
 
 MODES = ("live", "pause_step", "pause_run")
 STREAMS, PROMPT, TOKENS = 16, 32, 16
 CONTEXT, LEARNED = 256, 64
 TOKEN_IDS = range(3, 203)  # that every tokenizer has
-ON_CPU = ("--enforce-eager",)
+ANSWER_SECONDS = 600.0
 
 
 def main() -> None:
@@ -48,28 +54,32 @@ def main() -> None:
     path = asked.out or machine.result_path(f"soak-{Path(asked.model).name}", device)
     result = {**machine.origin(device), "model": Path(asked.model).name, "streams": STREAMS}
     result["modes"] = {}
+    os.environ["APOLLO_SERVING_SHARE"] = "0"
     with tempfile.TemporaryDirectory(prefix="soak-", dir="/dev/shm") as folder:
-        model, options = Path(asked.model).absolute(), ON_CPU
+        model, options = Path(asked.model).absolute(), list[str]()
         if asked.model in SHAPES:
             model = write_shape(asked.model, Path(folder) / "model", seed=1)
-            options = (*VLLM, *OPTIONS.get(asked.model, ()))
-        share = {"APOLLO_SERVING_SHARE": "0"}
-        with Stack(model, Path(folder), options, trainer=share) as stack:
+            options = [*VLLM, *OPTIONS.get(asked.model, ())]
+        with serving(model, Path(folder) / "up", "auto", options) as (client, url):
             for mode in asked.modes:
-                result["modes"][mode] = beside(stack, mode, asked.requests, asked.steps)
-                print(mode, result["modes"][mode], flush=True)
+                ask = partial(_answer, url, str(model))
+                row = beside(client, ask, mode, asked.requests, asked.steps)
+                result["modes"][mode] = row
+                print(mode, row, flush=True)
                 machine.write_json(path, result)
 
 
-def beside(stack: Stack, mode: str, requests: int, steps: int) -> dict[str, Any]:
+def beside(
+    client: ApolloClient, ask: Callable[[int], None], mode: str, requests: int, steps: int
+) -> dict[str, Any]:
     """A row of one mode."""
     numbers, trained = count(), threading.Event()
     began = time.monotonic()
     with ThreadPoolExecutor(STREAMS) as pool:
-        streams = [pool.submit(_asked, stack, numbers, requests, trained) for _ in range(STREAMS)]
+        streams = [pool.submit(_asked, ask, numbers, requests, trained) for _ in range(STREAMS)]
         try:
             how: dict[str, Any] = {"epochs": steps, "lr": 1e-7, "min_loss": 0, "coherence": mode}
-            *_, last = stack.client.train([_sample()], **how)
+            *_, last = client.train([_sample()], **how)
         finally:
             trained.set()
         took = time.monotonic() - began
@@ -94,23 +104,29 @@ def _sample() -> dict[str, list[int]]:
 
 
 def _asked(
-    stack: Stack, numbers: Iterator[int], requests: int, trained: threading.Event
+    ask: Callable[[int], None], numbers: Iterator[int], requests: int, trained: threading.Event
 ) -> list[float | str]:
     """Of each request of one stream: its seconds, or why it failed."""
     found = list[float | str]()
     while (number := next(numbers)) < requests or not trained.is_set():
         began = time.monotonic()
         try:
-            _answer(stack, number)
+            ask(number)
             found.append(time.monotonic() - began)
         except (OSError, ValueError) as error:
             found.append(repr(error))
     return found
 
 
-def _answer(stack: Stack, number: int) -> None:
+def _answer(url: str, model: str, number: int) -> None:
+    """Has vLLM answer one; raises OSError or ValueError where it does not."""
     prompt = [TOKEN_IDS[(number * 7 + place) % len(TOKEN_IDS)] for place in range(PROMPT)]
-    made = len(stack.greedy(prompt, TOKENS))
+    body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True}
+    request = urllib.request.Request(
+        url, json.dumps(body | {"temperature": 0}).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+        made = json.load(answer)["usage"]["completion_tokens"]
     if made != TOKENS:
         raise ValueError(f"{made} tokens for {TOKENS}")
 
