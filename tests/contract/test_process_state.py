@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from apollo_sidecar.process_state import runs, runs_with_parent
+from apollo_grpc.process_state import runs, runs_with_parent
 
 
 @pytest.fixture
