@@ -176,6 +176,8 @@ def undone(ranks: Ranks, changed_on: int | None) -> Any:
         with ring.recording(model.weights, model.optimizer):
             model.step()
         seen.append(copied(model.seen()))
+    # What the last update wrote is read in the background.
+    ring.settle()
     if ranks.rank == changed_on:
         next(iter(model.weights.values())).mul_(2)
     for count in (4, 2, 2, 1):
