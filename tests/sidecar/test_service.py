@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 import threading
@@ -13,6 +14,7 @@ import grpc
 import pytest
 from google.protobuf import duration_pb2
 
+from apollo_grpc import process_state
 from apollo_grpc.interceptors import SyncErrors
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as pb
 from apollo_grpc.sidecar.v1 import weight_export_pb2_grpc as pb_grpc
@@ -302,6 +304,18 @@ def test_a_watcher_is_told_the_generation_first_and_then_each_change(sidecar):
     sidecar.resume(changed=True)
     told = next(watch)
     assert (told.weight_version, told.epoch) == (1, sidecar.epoch)
+    watch.cancel()
+
+
+def test_a_watcher_is_told_that_vllm_gives_no_answer_and_by_which_process(sidecar):
+    watch = sidecar.stub.WatchGeneration(pb.WatchGenerationRequest(), timeout=HANG)
+    assert not next(watch).no_answer
+    sidecar.pause()
+    sidecar.client.answers_pings = False
+    told = next(each for each in watch if each.no_answer)
+    assert (told.pid, told.pid_namespace) == (os.getpid(), process_state.namespace())
+    sidecar.client.answers_pings = True
+    assert next(each for each in watch if not each.no_answer).epoch == sidecar.epoch
     watch.cancel()
 
 

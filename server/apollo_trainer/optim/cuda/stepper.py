@@ -72,7 +72,8 @@ class FusedStepper:
 
     Args:
         mini: one factor a tensor instead of one a channel.
-        ranks: that divide parameters; all of them give the same ones in the same order.
+        ranks: that divide parameters; all of them give the same ones in the same order, with
+            gradients that lie alike: what is launched together is added up together.
     """
 
     def __init__(self, device: torch.device, mini: bool, ranks: Ranks = ALONE):
