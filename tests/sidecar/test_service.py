@@ -38,6 +38,8 @@ class Client:
     errored = False
 
     async def is_paused(self):
+        while not self.answers_pings:
+            await asyncio.sleep(0.01)
         return self.is_at_rest
 
     def __init__(self):
@@ -47,6 +49,7 @@ class Client:
         self.workers = [("", "", manifest.SerializeToString())]
         self.refused_resets = 0
         self.is_at_rest = False
+        self.answers_pings = True
 
     async def pause_generation(self, *, mode: str, clear_cache: bool):
         self.is_at_rest = True
