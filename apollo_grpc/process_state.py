@@ -14,9 +14,9 @@ def namespace() -> int:
     return Path("/proc/self/ns/pid").stat().st_ino
 
 
-def own_pid() -> int:
-    """Of this process."""
-    return os.getpid()
+def own() -> tuple[int, int]:
+    """The pid of this process, and the namespace that it counts in."""
+    return os.getpid(), namespace()
 
 
 def runs(pid: int) -> bool:

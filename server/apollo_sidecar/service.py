@@ -119,7 +119,7 @@ class WeightExportService(pb_grpc.WeightExportServiceServicer):
             # The caller went before it could be told of.
             let_go()
             return
-        process, namespace = process_state.own_pid(), process_state.namespace()
+        process, namespace = process_state.own()
         for generation in self._engine.generations():
             if not context.is_active():
                 return

@@ -73,7 +73,8 @@ def test_a_stopped_sidecar_is_noticed_within_two_seconds(
 ) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"]) as process:
         engine = start_engine()
-        monkeypatch.setattr(process_state, "own_pid", lambda: process.pid)
+        own = process.pid, process_state.namespace()
+        monkeypatch.setattr(process_state, "own", lambda: own)
         trainer = start_trainer()
         trainer.wait_for(ATTACHED, engine.engine.epoch)
         monkeypatch.setattr(sidecar_engine, "BEAT_SECONDS", 2 * NOTICE_SECONDS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import tempfile
 import threading
@@ -316,7 +315,7 @@ def test_a_watcher_is_told_that_vllm_gives_no_answer_and_by_which_process(sideca
     sidecar.pause()
     sidecar.client.answers_pings = False
     told = next(each for each in watch if each.no_answer)
-    assert (told.pid, told.pid_namespace) == (os.getpid(), process_state.namespace())
+    assert (told.pid, told.pid_namespace) == process_state.own()
     sidecar.client.answers_pings = True
     assert next(each for each in watch if not each.no_answer).epoch == sidecar.epoch
     watch.cancel()
