@@ -128,12 +128,13 @@ class Followers:
 
     def _watch(self, rank: int, process: subprocess.Popen[str]) -> None:
         status = process.wait()
-        self._abort()
+        if not self._ending.is_set():
+            self._abort()
         self._tell_end(f"Trainer rank {rank} ended ({_told(status)}); its log has why.")
 
     def _abort(self) -> None:
-        """A sum on a GPU would wait for the rank that has ended for as long as none takes long."""
-        if self._on_gpus and not self._ending.is_set() and dist.is_initialized():
+        """Ends a sum on a GPU, which would wait for a rank that has ended as for a slow one."""
+        if self._on_gpus and dist.is_initialized():
             group = dist.group.WORLD
             assert group is not None
             group._get_backend(torch.device("cuda")).abort()
@@ -164,6 +165,7 @@ class Followers:
             process.kill()
         for process in self._processes:
             process.wait(END_SECONDS)
+        self._abort()
         if dist.is_initialized():
             dist.destroy_process_group()
         self._meet.unlink(missing_ok=True)
