@@ -135,18 +135,19 @@ def changed_token(client: ApolloClient, load: Load, asked: argparse.Namespace) -
     """Milliseconds from the call of Train, of one sample, to a token that vLLM decoded with it."""
     took = []
     for number in range(CHANGES):
-        sample = _sample(asked, seed=number)
+        learned = sample(asked.context, asked.learned, seed=number)
         began = time.monotonic()
-        for event in client.train([sample], lr=1e-7, min_loss=0):
+        for event in client.train([learned], lr=1e-7, min_loss=0):
             if event.HasField("step"):
                 asyncio.run(load.one_token())
                 took.append(1e3 * (time.monotonic() - began))
     return {"p50_ms": statistics.median(took), "longest_ms": max(took)}
 
 
-def _sample(asked: argparse.Namespace, seed: int) -> dict[str, list[int]]:
+def sample(context: int, learned: int, seed: int) -> dict[str, list[int]]:
+    """Of tokens that every tokenizer has."""
     draw = random.Random(seed)
-    lengths = {"context_ids": asked.context, "continuation_ids": asked.learned}
+    lengths = {"context_ids": context, "continuation_ids": learned}
     return {name: [draw.randrange(3, 200) for _ in range(n)] for name, n in lengths.items()}
 
 
@@ -195,13 +196,14 @@ def training(client: ApolloClient, mode: str, asked: argparse.Namespace) -> Iter
     options: dict[str, Any] = {} if mode == "default" else {"coherence": mode}
     # In a run without an end nobody would be served between its pauses.
     options["epochs"] = RUN_STEPS if mode == "pause_run" else 100_000
+    learned = sample(asked.context, asked.learned, seed=7)
     steps, warm, run = list[Any](), threading.Event(), list[str]()
     ended = threading.Event()
 
     def read() -> None:
         try:
             while not ended.is_set():
-                for event in client.train([_sample(asked, 7)], lr=1e-7, min_loss=0, **options):
+                for event in client.train([learned], lr=1e-7, min_loss=0, **options):
                     run.append(event.run_id)
                     if event.HasField("step"):
                         steps.append(event.step)

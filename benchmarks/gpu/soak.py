@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import tempfile
 import threading
 import time
@@ -30,7 +29,7 @@ import torch
 from apollo_client import ApolloClient
 from apollo_grpc.v1 import training_pb2 as pb
 from benchmarks import machine
-from benchmarks.bench_serving import serving
+from benchmarks.bench_serving import sample, serving
 from benchmarks.gpu.models import OPTIONS, SHAPES, write_shape
 from benchmarks.gpu.stack import VLLM
 
@@ -79,7 +78,7 @@ def beside(
         streams = [pool.submit(_asked, ask, numbers, requests, trained) for _ in range(STREAMS)]
         try:
             how: dict[str, Any] = {"epochs": steps, "lr": 1e-7, "min_loss": 0, "coherence": mode}
-            *_, last = client.train([_sample()], **how)
+            *_, last = client.train([sample(CONTEXT, LEARNED, seed=7)], **how)
         finally:
             trained.set()
         took = time.monotonic() - began
@@ -95,12 +94,6 @@ def beside(
         "p50_ms": 1e3 * seconds[len(seconds) // 2],
         "longest_ms": 1e3 * seconds[-1],
     }
-
-
-def _sample() -> dict[str, list[int]]:
-    draw = random.Random(7)
-    lengths = {"context_ids": CONTEXT, "continuation_ids": LEARNED}
-    return {name: draw.choices(TOKEN_IDS, k=n) for name, n in lengths.items()}
 
 
 def _asked(

@@ -175,8 +175,6 @@ class Wave:
     @cached_property
     def changes_elsewhere(self) -> list[tuple[int, int]]:
         """Of what other ranks count, the first tile that is written, and how many they are."""
-        if len(self.counted) == len(self.matrices):
-            return []
         counts = dict(self.tile_counts())[self.writes]
         firsts = accumulate(counts, initial=0)
         each = zip(self.matrices, firsts, counts, strict=False)
