@@ -121,7 +121,7 @@ def beside(
     yield "idle", _shared(idle, idle)
     for mode in modes:
         with training(client, mode, asked) as steps:
-            load.take(asked.seconds / 4)  # steps beside tokens are prepared for
+            load.take(asked.seconds)  # steps beside tokens are prepared for, and the pace found
             row = load.take(asked.seconds, steps)
         yield mode, _shared(row, idle)
     yield "idle again", _shared(load.take(asked.seconds), idle)

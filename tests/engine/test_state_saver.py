@@ -105,6 +105,28 @@ def test_in_a_run_the_state_is_saved_every_so_many_steps_beside_the_last_runs(
     assert load_state(final)[1]["optimizer"]["step_count"] == events[-1].finished.steps_done + 2
 
 
+def test_the_first_step_waits_for_no_zeros(
+    start_engine: Any, start_trainer: Any, all_events: Events
+) -> None:
+    from apollo_grpc.v1 import status_pb2
+
+    start_engine()
+    trainer = start_trainer(save_steps=0, save_seconds=0)
+    trainer.wait_for(status_pb2.ATTACHMENT_STATE_ATTACHED)
+    session = trainer.owner.session()
+    assert session.save(trainer.owner.saver, running=True) == ""
+    running = session.state_path.with_name(RUNNING_FILE_NAME)
+    tensors, description = load_state(running)
+    assert (tensors, description["optimizer"]["step_count"]) == ({}, 0)
+    trainer.stop()
+    again = start_trainer()
+    again.wait_for(status_pb2.ATTACHMENT_STATE_ATTACHED)
+    all_events(again.submit(epochs=2))
+    tensors, description = load_state(session.state_path)
+    assert description["optimizer"]["step_count"] == 2
+    assert any(tensor.any() for tensor in tensors.values())
+
+
 def test_a_kill_costs_moments_since_the_last_save_and_no_step_number(tiny_model: Path) -> None:
     import signal
 

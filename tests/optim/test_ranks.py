@@ -12,8 +12,7 @@ from apollo_trainer.optim import Apollo
 from apollo_trainer.optim.factored import Factored
 from apollo_trainer.optim.preview import Preview
 from apollo_trainer.parallel.parts import part_of
-from apollo_trainer.parallel.ranks import ALONE
-from tests.parallel.two_ranks import on_two_ranks
+from tests.parallel.two_ranks import DEVICES, on_one, on_two_ranks
 
 TOKENS = 12
 
@@ -66,28 +65,29 @@ def factors(name, root, seed):
     return Factored(*sides, ends if len(root) == 3 else None)
 
 
-def gradient(name, region, step, kind):
-    """The part of a gradient, which is that of one seed on all ranks."""
+def gradient(name, region, step, kind, device):
+    """The part of a gradient, which is that of one seed on all ranks and devices."""
     if kind == "factors" and len(region.root) > 1 and min(region.root[-2:]) >= 8:
         whole = factors(name, region.root, step)
         if region.shape[:-2] != region.root[:-2]:
-            return part_of(whole.dense(), region)
+            return part_of(whole.dense(), region).to(device)
         rows, columns = (torch.tensor(region.indices(k)) for k in (-2, -1))
-        return Factored(whole.left[:, rows], whole.right[:, columns], whole.ends)
+        sides = (whole.left[:, rows].to(device), whole.right[:, columns].to(device))
+        return Factored(*sides, None if whole.ends is None else whole.ends.to(device))
     whole = values(name, region.root, step)
     if kind == "an expert without tokens" and len(region.root) == 3:
         whole[-1] = 0
     if kind == "one that is not finite" and step == 3:
         whole.view(-1)[-1] = math.inf
-    return part_of(whole, region)
+    return part_of(whole, region).to(device)
 
 
-def steps(ranks, options, dtype, kind, whole):
+def steps(ranks, options, dtype, kind, whole, device):
     """Weights and state after some steps, and what was measured of each."""
     regions = {
         n: Region.whole_of(r[0].root) if whole else r[ranks.rank] for n, r in REGIONS.items()
     }
-    weights = {n: part_of(values(n, r.root, 99, dtype), r) for n, r in regions.items()}
+    weights = {n: part_of(values(n, r.root, 99, dtype), r).to(device) for n, r in regions.items()}
     optimizer = Apollo(
         list(weights.items()),
         lr=1e-2,
@@ -101,7 +101,7 @@ def steps(ranks, options, dtype, kind, whole):
     optimizer.measure = True
     measured = list[float]()
     for step in range(1, 5):
-        given = {w: gradient(n, regions[n], step, kind) for n, w in weights.items()}
+        given = {w: gradient(n, regions[n], step, kind, device) for n, w in weights.items()}
         norm = optimizer.prepare(given)
         if step == 2:
             preview = Preview(optimizer, given)
@@ -134,31 +134,33 @@ CASES = {
 }
 
 
-def everything(ranks, whole):
+def everything(ranks, whole, device):
     torch.set_num_threads(1)
-    found = {case: steps(ranks, *how, whole) for case, how in CASES.items()}
-    found["draws"] = drawn(ranks, whole)
+    found = {case: steps(ranks, *how, whole, device) for case, how in CASES.items()}
+    found["draws"] = drawn(ranks, whole, device)
     return found
 
 
-def drawn(ranks, whole):
+def drawn(ranks, whole, device):
     """bfloat16 weights after a step whose exact result is the same on any number of ranks."""
     regions = {
         n: Region.whole_of(r[0].root) if whole else r[ranks.rank] for n, r in REGIONS.items()
     }
-    weights = {n: part_of(values(n, r.root, 99, torch.bfloat16), r) for n, r in regions.items()}
+    full = {n: values(n, r.root, 99, torch.bfloat16) for n, r in regions.items()}
+    weights = {n: part_of(full[n], r).to(device) for n, r in regions.items()}
     optimizer = Apollo(
         list(weights.items()), lr=1e-1, rank=8, weight_decay=0.02, regions=regions, ranks=ranks
     )
     for _ in range(3):
         # Decay alone: no sum is made, so that what is rounded has the same bits.
-        optimizer.step(gradients={w: torch.zeros(w.shape) for w in weights.values()})
+        optimizer.step(gradients={w: torch.zeros(w.shape, device=device) for w in weights.values()})
     return weights
 
 
-@pytest.fixture(scope="module")
-def found():
-    return on_two_ranks(everything, False), everything(ALONE, True)
+@pytest.fixture(scope="module", params=DEVICES)
+def found(request):
+    device = request.param
+    return on_two_ranks(everything, False, device), on_one(everything, True, device)
 
 
 @pytest.mark.parametrize("case", CASES)

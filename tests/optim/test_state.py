@@ -181,6 +181,7 @@ REFUSALS = [
     (_moments_in_bfloat16, "'v.b' is torch.bfloat16"),
     (_wrong_shape, r"'m.b' is \[4, 40\], not \[8, 40\]"),
     (_missing, "'norm.experts' is missing"),
+    (lambda tensors, _: tensors.clear(), "is missing"),
     (_left_over, "'m.other' belongs to no parameter"),
     (_groups, "1 parameter groups"),
     (_regrouped, "parameter 'a' is not in group 0"),
@@ -205,6 +206,16 @@ def test_a_foreign_state_is_refused_and_nothing_changes(change, message):
     after, after_meta = optimizer.named_state()
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert after_meta == before_meta
+
+
+def test_a_state_at_step_0_needs_no_tensors():
+    params, new_params = model(), model()
+    optimizer, new = build(params), build(new_params)
+    advance(optimizer, params, range(3))
+    optimizer.load_named_state({}, new.named_state()[1])
+    (tensors, meta), (expected, expected_meta) = optimizer.named_state(), new.named_state()
+    assert meta == expected_meta
+    assert all(torch.equal(tensors[n], expected[n]) for n in expected)
 
 
 def test_a_state_of_another_optimizer_is_refused():

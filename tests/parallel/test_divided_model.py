@@ -23,7 +23,7 @@ from apollo_trainer.training.step import StepPolicy, take_step
 from apollo_trainer.training.teacher import top_tokens
 from apollo_trainer.weights.verify import log_probabilities
 from tests.parallel.divided import FAMILIES, divided_model, regions_of, whole_model
-from tests.parallel.two_ranks import on_two_ranks
+from tests.parallel.two_ranks import DEVICES, on_one, on_two_ranks
 
 STEPS = 10
 IDS = [(7 * i + 3) % 259 for i in range(24)]
@@ -74,12 +74,12 @@ def trained(model, ranks, regions):
     return weights, optimizer.named_state()[0], losses
 
 
-def everything(ranks):
+def everything(ranks, device):
     torch.set_num_threads(1)
     found = {}
     for family in FAMILIES:
         alone = ranks is ALONE
-        model = whole_model(family) if alone else divided_model(family, ranks)
+        model = (whole_model(family) if alone else divided_model(family, ranks)).to(device)
         regions = NO_REGIONS if alone else regions_of(whole_model(family), ranks.rank)
         told, samples = of_all_losses(model)
         found[family] = {
@@ -92,9 +92,9 @@ def everything(ranks):
     return found
 
 
-@pytest.fixture(scope="module")
-def found():
-    return on_two_ranks(everything), everything(ALONE)
+@pytest.fixture(scope="module", params=DEVICES)
+def found(request):
+    return on_two_ranks(everything, request.param), on_one(everything, request.param)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -1,7 +1,11 @@
-"""Two processes joined by gloo over a file, and what each of them returned."""
+"""Two processes joined by gloo over a file, and what each of them returned.
+
+On a GPU both compute on the same one, as NCCL's ranks may not: gloo adds up tensors of either.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Callable
@@ -9,11 +13,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from apollo_trainer.parallel.ranks import Ranks
+from apollo_trainer.parallel.ranks import ALONE, Ranks
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ("cpu", pytest.param("cuda", marks=NO_GPU))
 
 
 def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -22,7 +30,15 @@ def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
         # Both are forks of one process, that has imported everything once.
         get_context("forkserver").set_forkserver_preload([__name__, work.__module__])
         mp.start_processes(_run, (folder, work, args), nprocs=2, start_method="forkserver")
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in (0, 1)]
+        return [torch.load(Path(folder) / f"{r}.pt", map_location="cpu") for r in (0, 1)]
+
+
+def on_one(work: Callable[..., Any], *args: Any) -> Any:
+    """The same of this process alone."""
+    file = io.BytesIO()
+    torch.save(work(ALONE, *args), file)
+    file.seek(0)
+    return torch.load(file, map_location="cpu")
 
 
 def _run(rank: int, folder: str, work: Callable[..., Any], args: Any) -> None:

@@ -210,7 +210,10 @@ class Session:
                 belongs to the model directory. Any other state is saved with the fingerprint of
                 its weights.
         """
-        tensors, description = self.optimizer.named_state()
+        optimizer = self.optimizer
+        # The first step of all waits for this: zeros are not written down.
+        new = not (optimizer.step_count or optimizer.wrote)
+        tensors, description = ({}, optimizer.description()) if new else optimizer.named_state()
         self.saves, self.captured_step = self.saves + 1, self.optimizer.step_count
         found = "" if running else self.attachment.fingerprint()
         weights = StateOf(self.attachment.epoch, found, self.saves, self.covered)

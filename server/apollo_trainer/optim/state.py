@@ -140,6 +140,8 @@ class StatefulOptimizer(Optimizer):
     def load_named_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Takes over what `named_state` gave: moments, counters, seed and group settings.
 
+        Without any tensors it is a state at step 0, whose tensors are all zero.
+
         Raises ValueError naming the parameter where the state is of another model or of other
         options; the optimizer is then as it was.
         """
@@ -147,7 +149,9 @@ class StatefulOptimizer(Optimizer):
         regions = self.state_regions()
         with torch.no_grad():
             for name, tensor in self.named_tensors().items():
-                if tensors[name] is not tensor:
+                if not tensors:
+                    tensor.zero_()
+                elif tensors[name] is not tensor:
                     tensor.copy_(part_of(tensors[name], regions[name]))
         self.adopt(meta)
 
@@ -166,6 +170,8 @@ class StatefulOptimizer(Optimizer):
         named_state.check_meta(meta, self._choices())
         named_state.check_parameters(meta, self._slots)
         named_state.check_groups(meta, self.param_groups)
+        if not tensors and meta["step_count"] == 0:
+            return
         regions = self.state_regions()
         own = self.named_tensors().items()
         wanted = {n: t.new_empty(regions[n].root, device="meta") for n, t in own}
