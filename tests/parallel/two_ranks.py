@@ -27,9 +27,11 @@ DEVICES = ("cpu", pytest.param("cuda", marks=NO_GPU))
 def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
     """What `work(ranks, *args)` returned on each rank; tensors, and plain values around them."""
     with tempfile.TemporaryDirectory() as folder:
-        # Both are forks of one process, that has imported everything once.
+        # Both are forks of one process, that has imported everything once; it may have asked for
+        # GPUs, and a fork of such a one can use none.
+        how = "spawn" if "cuda" in args else "forkserver"
         get_context("forkserver").set_forkserver_preload([__name__, work.__module__])
-        mp.start_processes(_run, (folder, work, args), nprocs=2, start_method="forkserver")
+        mp.start_processes(_run, (folder, work, args), nprocs=2, start_method=how)
         return [torch.load(Path(folder) / f"{r}.pt", map_location="cpu") for r in (0, 1)]
 
 

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers.masking_utils import (
     causal_mask_function,
     sliding_window_causal_mask_function,
@@ -53,6 +54,24 @@ def test_losses_and_gradients_are_the_same(
     for one, other in zip(plain.parameters(), grouped.parameters(), strict=True):
         if one.grad is not None:
             torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_cudnn_which_compiles_for_each_shape_of_a_mask_is_given_none(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, attend, seen = make_model("qwen3"), F.scaled_dot_product_attention, set[Any]()
+
+    def recorded(*given: Any, attn_mask: torch.Tensor | None = None, **others: Any) -> Any:
+        seen.add((attn_mask is not None, torch.backends.cuda.cudnn_sdp_enabled()))
+        return attend(*given, attn_mask=attn_mask, **others)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    assert use_grouped_attention(model)
+    for samples in (SAMPLES, SAMPLES[:1]):
+        (batch,) = plan_batches(samples, 1000, Mixing.PADDED)
+        batch_loss(model, batch, FrozenContexts(model))
+    assert seen == {(True, False), (False, True)}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_model_that_attends_otherwise_is_left_alone(

@@ -10,6 +10,8 @@ products elsewhere.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -174,19 +176,32 @@ def grouped_attention(
     (rows, heads, width, _), (key_heads, keys) = query.shape, key.shape[1:3]
     mask, group = attention_mask, heads // key_heads
     plain = mask is None or mask.shape[1:3] != (1, width) or group == 1 or width == keys
-    if mask is None or plain or others.get("position_bias") is not None or others.get("dropout"):
-        answer: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **others
+    adds = others.get("position_bias") is not None or others.get("dropout")
+    with _compiling_nothing(mask):
+        if mask is None or plain or adds:
+            answer: tuple[Tensor, None] = sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, **others
+            )
+            return answer
+        attended = F.scaled_dot_product_attention(
+            query.reshape(rows, key_heads, group * width, -1),
+            key,
+            value,
+            attn_mask=mask.repeat(1, 1, group, 1),
+            scale=scaling,
         )
-        return answer
-    attended = F.scaled_dot_product_attention(
-        query.reshape(rows, key_heads, group * width, -1),
-        key,
-        value,
-        attn_mask=mask.repeat(1, 1, group, 1),
-        scale=scaling,
-    )
     return attended.reshape(rows, heads, width, -1).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def _compiling_nothing(mask: Tensor | None) -> Iterator[None]:
+    """Leaves out cuDNN's attention, which with a mask compiles 3 s for each new shape (H200)."""
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(allowed and mask is None)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
 def _apart(
