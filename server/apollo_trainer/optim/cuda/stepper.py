@@ -165,8 +165,6 @@ class FusedStepper:
     ) -> None:
         desc = wave.locate(grads, settings)
         if desc is not None:
-            # Where the upload fails, the next step must not find an earlier one's.
-            wave.desc = None
             wave.desc = self._upload(desc)
         if not wave.tiles:
             wave.tiles = {k: self._upload(v) for k, v in wave.tile_tables().items()}

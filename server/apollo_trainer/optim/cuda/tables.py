@@ -108,6 +108,8 @@ class Wave:
         given = tuple(moving_columns(m.slot, grads[id(m.slot)]) for m in heads)
         if self.desc is not None and (kept, given) == (self.kept, self.given):
             return None
+        # Where what follows fails, or the upload, the next step must not find an earlier one's.
+        self.desc = None
         if kept != self.kept:
             self._keep(settings)
         self.kept, self.given = kept, given
