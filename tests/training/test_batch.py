@@ -162,12 +162,29 @@ SAMPLE = st.builds(
 )
 
 
+def test_on_a_cpu_short_samples_are_not_padded_to_long_ones() -> None:
+    short = [TokenizedSample((n,), (2,) * 4) for n in range(20)]
+    samples = [TokenizedSample((3,), (2,) * 40), *short, TokenizedSample((4,), (2,) * 6)]
+
+    def shapes(device: str) -> list[tuple[int, int]]:
+        planned = plan_batches(samples, 10**6, Mixing.PADDED, device)
+        return [(len(batch.samples), batch.learned_width) for batch in planned]
+
+    # What is little wider stays: a pass of its own costs more.
+    assert shapes("cpu") == [(21, 6), (1, 40)]
+    assert shapes("cuda") == [(22, 40)]
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(SAMPLE, min_size=1, max_size=30), st.integers(1, 40), st.sampled_from(Mixing))
+@given(
+    st.lists(SAMPLE, min_size=1, max_size=30),
+    st.integers(1, 40) | st.just(1000),
+    st.sampled_from(Mixing),
+)
 def test_a_plan_holds_every_sample_once_within_its_budget(
     samples: list[TokenizedSample], budget: int, mixing: Mixing
 ) -> None:
-    batches = plan_batches(samples, budget, mixing)
+    batches = plan_batches(samples, budget, mixing, "cpu")
     assert sorted(i for b in batches for i in b.indices) == list(range(len(samples)))
     for batch in batches:
         assert batch.samples == tuple(samples[i] for i in batch.indices)
@@ -187,7 +204,7 @@ def test_a_plan_holds_every_sample_once_within_its_budget(
 def test_a_plan_runs_each_context_once(
     samples: list[TokenizedSample], budget: int, mixing: Mixing
 ) -> None:
-    batches, held, ran = plan_batches(samples, budget, mixing), (), []
+    batches, held, ran = plan_batches(samples, budget, mixing, "cpu"), (), []
     for batch in batches:
         if batch.contexts != held:
             ran += batch.contexts

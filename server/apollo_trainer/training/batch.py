@@ -17,6 +17,9 @@ TokenIds = tuple[int, ...]
 # A context token leaves its keys and values only; a learned one leaves every layer's activations
 # and a row of logits.
 CONTEXT_TOKENS_PER_LEARNED = 16
+# Learned tokens, padding included, that cost what reading all weights for a forward and a backward
+# pass does. On a GPU it is a thousand, and each shape of pass has a CUDA graph.
+PASS_TOKENS = {"cpu": 64}
 
 
 class Mixing(IntEnum):
@@ -77,21 +80,29 @@ def frozen_context(sample: TokenizedSample) -> TokenIds:
 
 
 def plan_batches(
-    samples: Sequence[TokenizedSample], token_budget: int, mixing: Mixing
+    samples: Sequence[TokenizedSample], token_budget: int, mixing: Mixing, device: str = ""
 ) -> list[MicroBatch]:
     """Cuts a step into micro-batches. Those of one frozen context follow each other.
 
     Args:
         token_budget: learned tokens of a micro-batch, padding included; of context tokens it may
             hold 16 times as many. A sample larger than that gets a micro-batch of its own.
+        device: the type of one where padding may cost more than another pass; see `PASS_TOKENS`.
     """
-    groups: dict[TokenIds, list[int]] = {}
+    groups: dict[tuple[TokenIds, int], list[int]] = {}
     for index, sample in enumerate(samples):
-        groups.setdefault(frozen_context(sample), []).append(index)
-    planner = _Planner(samples, token_budget, mixing)
-    # Contexts of like length next to each other, so that little is padded.
-    for frozen in sorted(groups, key=len):
-        planner.add(groups[frozen])
+        frozen = frozen_context(sample)
+        # Those without any share nothing.
+        groups.setdefault((frozen, -1 if frozen else index), []).append(index)
+    planner = _Planner(samples, token_budget, mixing, PASS_TOKENS.get(device))
+
+    def lengths(group: list[int]) -> tuple[int, int]:
+        learned = (len(samples[index].continuation_ids) for index in group)
+        return len(frozen_context(samples[group[0]])), max(learned)
+
+    # Contexts of like length next to each other, and of these such continuations: little is padded.
+    for group in sorted(groups.values(), key=lengths):
+        planner.add(group)
     batches = [planner.batch(indices) for indices in planner.cut()]
     following = [*batches[1:], None]
     return [
@@ -122,8 +133,15 @@ class _Size:
 class _Planner:
     """Fills one micro-batch after the other, in time linear in the number of samples."""
 
-    def __init__(self, samples: Sequence[TokenizedSample], token_budget: int, mixing: Mixing):
+    def __init__(
+        self,
+        samples: Sequence[TokenizedSample],
+        token_budget: int,
+        mixing: Mixing,
+        most_padding: int | None,
+    ):
         self._samples, self._budget, self._mixing = samples, token_budget, mixing
+        self._most_padding = most_padding
         self._done: list[list[int]] = []
         self._open: list[int] = []
         self._size = _Size()
@@ -133,7 +151,7 @@ class _Planner:
         group = sorted(group, key=lambda index: len(self._samples[index].continuation_ids))
         sizes = [self._size_of(index) for index in group]
         whole = reduce(_Size.__add__, sizes)
-        if not self._fits(self._size + whole):
+        if not self._fits(self._size + whole) or self._wastes(whole):
             self._close()
         if self._fits(whole):
             self._put(group, whole)
@@ -170,6 +188,12 @@ class _Planner:
         sample = self._samples[index]
         context = max(0, len(sample.context_ids) - 1)
         return _Size(1, len(sample.continuation_ids), context, context)
+
+    def _wastes(self, more: _Size) -> bool:
+        """Whether padding to one width costs more than another micro-batch."""
+        sizes, width = (self._size, more), max(self._size.learned, more.learned)
+        padding = sum(size.samples * (width - size.learned) for size in sizes)
+        return self._most_padding is not None and padding > self._most_padding
 
     def _fits(self, size: _Size) -> bool:
         if size.samples == 1:

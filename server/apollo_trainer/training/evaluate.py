@@ -62,7 +62,8 @@ def of_each(
     if not samples:
         return []
     mixing = mixing_of(model) if len(samples) > 1 else Mixing.ONE
-    batches, contexts = plan_batches(samples, token_budget, mixing), FrozenContexts(model)
+    batches = plan_batches(samples, token_budget, mixing, model.device.type)
+    contexts = FrozenContexts(model)
     found = dict[int, T]()
     with refusing_out_of_memory(batches, token_budget), torch.no_grad():
         for batch in batches:

@@ -170,7 +170,8 @@ class _Step:
             self.anchors = [anchor.opened(most) for anchor in self.anchors]
         together = (*self.samples, *self.anchors)
         mixing = mixing_of(self.model) if len(together) > 1 else Mixing.ONE
-        self.batches = plan_batches(together, self.policy.token_budget, mixing)
+        device = self.model.device.type
+        self.batches = plan_batches(together, self.policy.token_budget, mixing, device)
         self.sums = Sums(self.samples, self.anchors)
         self.contexts = FrozenContexts(self.model)
         self.weight = sum(total_weight(sample) for sample in self.samples)
