@@ -28,8 +28,13 @@ FACTS = [fact([50], [60, 61]), fact([51, 52], [62])]
 class Model:
     """Goes on from a first token as it is told, and answers a question with 70 and a stop."""
 
-    def __init__(self, goes_on: Mapping[int, Sequence[int]]):
-        self.goes_on, self.asked = goes_on, list[tuple[int, ...]]()
+    def __init__(
+        self,
+        goes_on: Mapping[int, Sequence[int]],
+        others: Mapping[int, Sequence[int]] | None = None,
+    ):
+        self.goes_on, self._others = goes_on, others or {}
+        self.asked = list[tuple[int, ...]]()
 
     def __call__(self, prompts: Sequence[export_pb.Prompt]) -> list[export_pb.Answer]:
         self.asked += [tuple(prompt.token_ids) for prompt in prompts]
@@ -39,11 +44,16 @@ class Model:
         said = self.goes_on.get(prompt.token_ids[-1], [70, STOP, 71])
         return list(said)[: prompt.max_tokens]
 
-    def likeliest(self, contexts: Sequence[tuple[int, ...]], count: int) -> list[int]:
-        return list(self.goes_on)[:count]
+    def likeliest(self, contexts: Sequence[tuple[int, ...]], count: int) -> list[list[int]]:
+        return [self._after(context[-1])[:count] for context in contexts]
+
+    def _after(self, token: int) -> list[int]:
+        if token not in self.goes_on:
+            return list(self.goes_on)
+        return [self.goes_on[token][0], *self._others.get(token, ())]
 
     def maker(self) -> SelfMade:
-        return SelfMade(self, self.likeliest, Punctuation(frozenset({STOP}), (STOP,)), 0)
+        return SelfMade(self, self.likeliest, Punctuation(frozenset({STOP})))
 
 
 def made(
@@ -59,10 +69,10 @@ def test_other_subjects_are_asked_about_and_the_taught_ones_are_not() -> None:
     assert {a.continuation_ids for a in anchors} == {(70,)}
 
 
-def test_later_it_goes_on_from_what_it_said_before() -> None:
-    model = Model({30: [IS]})
-    made(model)
-    assert (*PREFIX, 30, IS, 70, STOP, *PREFIX, 30) in model.asked
+def test_after_a_first_token_it_also_goes_on_by_the_next_likely_second_ones() -> None:
+    model = Model({30: [31, IS], 40: [IS], 41: [42, IS]}, others={30: [40, IS, 41]})
+    subjects = {anchor.context_ids[len(PREFIX) : -1] for anchor in made(model)}
+    assert subjects == {(30, 31), (40,), (41, 42), (30, 40), (30, 41, 42)}
 
 
 def test_each_kind_is_asked_about_the_same_subjects() -> None:
@@ -85,8 +95,11 @@ def test_without_a_template_texts_begin_as_the_samples_do(
     samples: Sequence[TokenizedSample],
 ) -> None:
     anchors = made(Model({head: [5, 6] for head in range(30, 40)}), samples, most=6)
-    assert {a.context_ids for a in anchors} == {sample.context_ids[:3] for sample in samples}
-    assert [a.continuation_ids for a in anchors] == [(head, 5, 6) for head in range(30, 36)]
+    begun = {sample.context_ids[:3] for sample in samples}
+    assert {a.context_ids for a in anchors} == begun
+    heads = range(30, 30 + 6 // len(begun))
+    expected = [(head, 5, 6) for head in heads for _ in begun]
+    assert [a.continuation_ids for a in anchors] == expected
 
 
 def test_texts_begin_with_the_token_that_texts_begin_with() -> None:
@@ -101,7 +114,6 @@ def test_punctuation_is_what_vllm_makes_of_it() -> None:
 
     punctuation = Punctuation.of(tokenize)
     assert {ord("."), ord("\n")} <= punctuation.ends
-    assert punctuation.separator == (ord("."), ord("\n"))
     assert punctuation.cut((65, 66, ord("."), 67)) == (65, 66)
     assert punctuation.cut((65, 66)) == ()
     assert Punctuation().cut((65, 66)) == (65, 66)

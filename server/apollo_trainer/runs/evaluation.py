@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -73,7 +72,7 @@ class Evaluation:
             return []
         answer = partial(self._sidecar.answer, session.attachment.epoch)
         punctuation = Punctuation.of(self._sidecar.tokenize)
-        maker = SelfMade(answer, self._likeliest, punctuation, self.run.seed or 0)
+        maker = SelfMade(answer, self._likeliest, punctuation)
         about = maker.about(self.run.by_kind(), options.subjects)
         about = [self._surest(said, options.subjects) for said in about]
         return [*about, maker.texts(begin_of_text(session.attachment.model), options.texts)]
@@ -84,14 +83,10 @@ class Evaluation:
         pairs.sort(key=lambda pair: float(pair[1].log_probs[:, 0].mean()), reverse=True)
         return [replace(sample, targets=top) for sample, top in pairs[:most]]
 
-    def _likeliest(self, prompts: Sequence[tuple[int, ...]], count: int) -> list[int]:
-        """Tokens that may follow, by their mean probability over the prompts."""
+    def _likeliest(self, prompts: Sequence[tuple[int, ...]], count: int) -> list[list[int]]:
+        """Tokens that may follow each prompt, the likeliest first."""
         samples = [TokenizedSample(prompt, prompt[-1:]) for prompt in prompts]
-        odds = Counter[int]()
-        for top in self._top(samples, count):
-            first = top.ids[0].tolist(), top.log_probs[0].exp().tolist()
-            odds.update(dict(zip(*first, strict=True)))
-        return [token for token, _ in odds.most_common(count)]
+        return [top.ids[0].tolist() for top in self._top(samples, count)]
 
     def after_step(self, step: int) -> None:
         """Tells the evaluation samples' losses where that is due."""

@@ -6,11 +6,9 @@ No outside data: what a model says of Portugal is what learning about a country 
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import islice
 from typing import Any
 
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as export_pb
@@ -21,13 +19,12 @@ from apollo_trainer.training.samples import TokenizedSample
 log = logging.getLogger(__name__)
 Ids = tuple[int, ...]
 Answer = Callable[[Sequence[export_pb.Prompt]], Sequence[export_pb.Answer]]
-Likeliest = Callable[[Sequence[Ids], int], Sequence[int]]
+Likeliest = Callable[[Sequence[Ids], int], Sequence[Sequence[int]]]
 MARKS = (".", ",", ";", ":", "!", "?", "(", "\n", " (", ".\n")
-SEPARATOR = ".\n"
 SUBJECT_TOKENS = 8
 TEXT_TOKENS = 24
-# First tokens that are tried each time; contexts of the second time, and statements in each.
-BRANCHES, CONTEXTS, SHOWN = 384, 8, 6
+# First tokens that are gone on from; of these, how many with another second token, and how many.
+BRANCHES, AGAIN, SECONDS = 384, 96, 4
 # Of the subjects, one of so many is asked about in each form but the first.
 OTHERS = 4
 # A prefix of one token says nothing of a kind.
@@ -97,23 +94,16 @@ def _common(rows: Sequence[Ids], most: int) -> Ids:
 
 @dataclass(frozen=True)
 class Punctuation:
-    """Tokens of the served model.
-
-    Attributes:
-        ends: each of which ends an answer; empty where it has no tokenizer.
-        separator: what stands between two statements.
-    """
+    """Tokens of the served model, each of which ends an answer; none where it has no tokenizer."""
 
     ends: frozenset[int] = frozenset()
-    separator: Ids = ()
 
     @staticmethod
     def of(tokenize: Tokenize) -> Punctuation:
-        """That of the tokenizer that vLLM uses. Raises as `tokenize`."""
-        texts = [*MARKS, SEPARATOR]
-        samples = [pb.Sample(text=pb.TextSample(context="A", continuation=t)) for t in texts]
-        *marks, separator = (tuple(found.continuation_ids) for found in tokenize(samples))
-        return Punctuation(frozenset(ids[0] for ids in marks if len(ids) == 1), separator)
+        """Those of the tokenizer that vLLM uses. Raises as `tokenize`."""
+        samples = [pb.Sample(text=pb.TextSample(context="A", continuation=m)) for m in MARKS]
+        marks = (tuple(found.continuation_ids) for found in tokenize(samples))
+        return Punctuation(frozenset(ids[0] for ids in marks if len(ids) == 1))
 
     def cut(self, answer: Ids) -> Ids:
         """An answer up to its first mark; empty where it has none, and so no end."""
@@ -131,13 +121,11 @@ class SelfMade:
 
     Args:
         answer: as `Sidecar.answer` of an epoch.
-        likeliest: tokens that may follow prompts, the likeliest first.
-        seed: of which statements stand before others.
+        likeliest: so many tokens that may follow each prompt, the likeliest first.
     """
 
-    def __init__(self, answer: Answer, likeliest: Likeliest, punctuation: Punctuation, seed: int):
+    def __init__(self, answer: Answer, likeliest: Likeliest, punctuation: Punctuation):
         self._answer, self._likeliest, self._punctuation = answer, likeliest, punctuation
-        self._draw = random.Random(seed)
 
     def about(
         self, kinds: Sequence[Sequence[TokenizedSample]], most: int
@@ -165,44 +153,38 @@ class SelfMade:
         return self._written([(begin,)], most)
 
     def _written(self, contexts: Sequence[Ids], most: int) -> list[TokenizedSample]:
-        begun = self._branched(contexts, most)
+        begun = list(islice(self._branched(contexts, most), most))
         answers = self._asked([(*context, head) for context, head in begun], TEXT_TOKENS)
         pairs = zip(begun, answers, strict=True)
         return [TokenizedSample(context, (head, *said)) for (context, head), said in pairs]
 
-    def _branched(self, contexts: Sequence[Ids], most: int) -> list[tuple[Ids, int]]:
-        """The likeliest tokens after the contexts, each after one of them in turn."""
-        heads = self._likeliest(contexts, most) if most else ()
-        return list(zip(cycle(contexts), heads))
+    def _branched(self, contexts: Sequence[Ids], most: int) -> Iterator[tuple[Ids, int]]:
+        """The likeliest tokens after the contexts: of each the first, of each the second, ..."""
+        heads = self._likeliest(contexts, -(-most // len(contexts))) if most else ()
+        for each in zip(*heads, strict=False):
+            yield from zip(contexts, each, strict=True)
 
     def _subjects(self, template: Template) -> dict[Ids, Ids]:
         """Subjects that the model comes to, and what it says of each.
 
-        First after nothing but the prefix, then after some of what it said.
+        First by each of the likeliest tokens after the prefix, then by the next likely ones after
+        some of these: who goes on from South comes to South Africa, and not to South Korea.
         """
-        found = self._found(template, [template.prefix], template.taught)
-        shown = [(*self._shown(template, found), *template.prefix) for _ in range(CONTEXTS)]
-        return found | self._found(template, shown, template.taught | found.keys())
+        (heads,) = self._likeliest([template.prefix], BRANCHES)
+        again = heads[:AGAIN]
+        seconds = self._likeliest([(*template.prefix, head) for head in again], SECONDS + 1)
+        begun: list[Ids] = [(head,) for head in heads]
+        for head, (_, *others) in zip(again, seconds, strict=True):
+            begun += [(head, second) for second in others if second != template.suffix[0]]
+        return self._found(template, begun)
 
-    def _found(
-        self, template: Template, contexts: Sequence[Ids], known: AbstractSet[Ids]
-    ) -> dict[Ids, Ids]:
-        begun = self._branched(contexts, BRANCHES)
+    def _found(self, template: Template, begun: Sequence[Ids]) -> dict[Ids, Ids]:
         tokens = SUBJECT_TOKENS + len(template.suffix)
-        answers = self._asked([(*context, head) for context, head in begun], tokens)
+        answers = self._asked([(*template.prefix, *ids) for ids in begun], tokens)
         pairs = zip(begun, answers, strict=True)
-        subjects = dict.fromkeys(template.subject((head, *said)) for (_, head), said in pairs)
-        said = self._said(template, [s for s in subjects if s and s not in known])
+        subjects = dict.fromkeys(template.subject((*ids, *said)) for ids, said in pairs)
+        said = self._said(template, [s for s in subjects if s and s not in template.taught])
         return {template.subject_of(sample): sample.continuation_ids for sample in said}
-
-    def _shown(self, template: Template, found: Mapping[Ids, Ids]) -> Ids:
-        """Some of what was said, one statement after the other."""
-        drawn = self._draw.sample(list(found.items()), min(SHOWN, len(found)))
-        return tuple(
-            token
-            for subject, said in drawn
-            for token in (*template.context(subject), *said, *self._punctuation.separator)
-        )
 
     def _asked(self, prompts: Sequence[Ids], tokens: int) -> list[Ids]:
         asked = [export_pb.Prompt(token_ids=ids, max_tokens=tokens) for ids in prompts]
