@@ -141,9 +141,16 @@ class Bench:
     def _what_is_known(self) -> list[pb.Probe]:
         probes = [_probe(f"neighbour {land}", f"The capital of {land} is", town)
                   for land, town in learning_data.capitals()]  # fmt: skip
-        known = [p for p, found in zip(probes, self._asked(probes), strict=True) if found.passed]
-        print(f"{len(known)} of {len(probes)} capitals are known", flush=True)
+        known = self._passed(probes)
+        # Asked beside fewer others, a model rounds otherwise.
+        self._sure = {probe.name for probe in self._passed(known)}
+        print(
+            f"{len(known)} of {len(probes)} capitals are known, {len(self._sure)} twice", flush=True
+        )
         return known
+
+    def _passed(self, probes: Sequence[pb.Probe]) -> list[pb.Probe]:
+        return [p for p, found in zip(probes, self._asked(probes), strict=True) if found.passed]
 
     def _asked(self, probes: Sequence[pb.Probe]) -> Sequence[pb.ProbeResult]:
         """What vLLM says to them now."""
@@ -156,7 +163,8 @@ class Bench:
         self._begin()
         pairs = learning_data.facts(self._facts, seed)
         facts = [fact_of(land, town) for land, town in pairs]
-        neighbours = random.Random(seed).sample(self._known, NEIGHBOURS)
+        drawn = random.Random(seed).sample(self._known, len(self._known))
+        neighbours = [probe for probe in drawn if probe.name in self._sure][:NEIGHBOURS]
         reverse = [_probe(f"reverse {l}", f"{t} is the capital of", l) for l, t in pairs]  # noqa: E741
         samples, options = ROWS[name](facts)
         options = options | self._options | {"evaluation_samples": self._held_out, "seed": seed}
