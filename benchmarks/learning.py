@@ -142,12 +142,20 @@ class Bench:
         probes = [_probe(f"neighbour {land}", f"The capital of {land} is", town)
                   for land, town in learning_data.capitals()]  # fmt: skip
         known = self._passed(probes)
-        # Asked beside fewer others, a model rounds otherwise.
-        self._sure = {probe.name for probe in self._passed(known)}
-        print(
-            f"{len(known)} of {len(probes)} capitals are known, {len(self._sure)} twice", flush=True
-        )
+        print(f"{len(known)} of {len(probes)} capitals are known", flush=True)
         return known
+
+    def _neighbours(
+        self, seed: int, before: list[pb.Probe], after: list[pb.Probe]
+    ) -> list[pb.Probe]:
+        """Those that the model completes as the run will ask: it rounds otherwise beside others."""
+        drawn = random.Random(seed).sample(self._known, len(self._known))
+        chosen, others = drawn[:NEIGHBOURS], drawn[NEIGHBOURS:]
+        while True:
+            passed = {probe.name for probe in self._passed([*before, *chosen, *after])}
+            if all(probe.name in passed for probe in chosen):
+                return chosen
+            chosen = [probe if probe.name in passed else others.pop(0) for probe in chosen]
 
     def _passed(self, probes: Sequence[pb.Probe]) -> list[pb.Probe]:
         return [p for p, found in zip(probes, self._asked(probes), strict=True) if found.passed]
@@ -163,11 +171,10 @@ class Bench:
         self._begin()
         pairs = learning_data.facts(self._facts, seed)
         facts = [fact_of(land, town) for land, town in pairs]
-        drawn = random.Random(seed).sample(self._known, len(self._known))
-        neighbours = [probe for probe in drawn if probe.name in self._sure][:NEIGHBOURS]
         reverse = [_probe(f"reverse {l}", f"{t} is the capital of", l) for l, t in pairs]  # noqa: E741
         samples, options = ROWS[name](facts)
         options = options | self._options | {"evaluation_samples": self._held_out, "seed": seed}
+        neighbours = self._neighbours(seed, options["probes"], reverse)
         options["probes"] = [*options["probes"], *neighbours, *reverse]
         found = {"row": name, "seed": seed, **self._run(samples, options, facts)}
         print(found, flush=True)
