@@ -28,7 +28,7 @@ RECIPE = RunOptions(
     context_gradient_tokens=16,
     self_made=True,
     regression_set=True,
-    anchors_per_step=32,
+    anchors_per_step=28,
     anchor_weight=5.0,
     # Its last steps, at a falling rate, bring back what the first ones moved.
     min_loss=0.0,
