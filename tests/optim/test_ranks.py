@@ -65,7 +65,7 @@ def factors(name, root, seed):
     return Factored(*sides, ends if len(root) == 3 else None)
 
 
-def gradient(name, region, step, kind, device):
+def gradient(name, region, step, kind, device="cpu"):
     """The part of a gradient, which is that of one seed on all ranks and devices."""
     if kind == "factors" and len(region.root) > 1 and min(region.root[-2:]) >= 8:
         whole = factors(name, region.root, step)

@@ -195,7 +195,7 @@ def grouped_attention(
 
 @contextmanager
 def _compiling_nothing(mask: Tensor | None) -> Iterator[None]:
-    """Leaves out cuDNN's attention, which with a mask compiles 3 s for each new shape (H200)."""
+    """Leaves out cuDNN's attention, which compiles for 3 s where a mask has a new shape (H200)."""
     allowed = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(allowed and mask is None)
     try:

@@ -17,8 +17,8 @@ TokenIds = tuple[int, ...]
 # A context token leaves its keys and values only; a learned one leaves every layer's activations
 # and a row of logits.
 CONTEXT_TOKENS_PER_LEARNED = 16
-# Learned tokens, padding included, that cost what reading all weights for a forward and a backward
-# pass does. On a GPU it is a thousand, and each shape of pass has a CUDA graph.
+# Padding that may cost more than another pass, which reads all weights again. On a GPU padding is
+# cheap, and each shape of pass has a CUDA graph.
 PASS_TOKENS = {"cpu": 64}
 
 
