@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,11 +189,13 @@ class Session:
 
     def with_needs(self, error: OutOfMemory, samples: Sequence[TokenizedSample]) -> OutOfMemory:
         """Adds to the refusal of a step what its samples need, where that can be known."""
-        if self.twin is not None:
-            with suppress(*CANNOT):
-                needed = self.step_memory().step_bytes(samples)
-                return error.with_needs(needed, torch.cuda.mem_get_info()[0])
-        return error
+        if self.twin is None:
+            return error
+        try:
+            needed = self.step_memory().step_bytes(samples)
+        except CANNOT:
+            return error
+        return error.with_needs(needed, torch.cuda.mem_get_info()[0])
 
     def step_memory(self) -> StepMemory:
         """Returns what tells a step's memory, with a twin."""
@@ -205,13 +207,11 @@ class Session:
         Args:
             running: in the middle of a run. Such a state has its own file and is of use with this
                 engine alone: if the engine is lost, the state of before the run is the one that
-                belongs to the model directory. Any other is saved with its weights' fingerprint.
+                belongs to the model directory. Any other state is saved with the fingerprint of
+                its weights.
         """
-        optimizer = self.optimizer
-        # The first step of all waits for this: zeros are not written down.
-        begun = optimizer.step_count or optimizer.wrote
-        tensors, description = optimizer.named_state() if begun else ({}, optimizer.description())
-        self.saves, self.captured_step = self.saves + 1, optimizer.step_count
+        tensors, description = self.optimizer.state_to_save()
+        self.saves, self.captured_step = self.saves + 1, self.optimizer.step_count
         found = "" if running else self.attachment.fingerprint()
         weights = StateOf(self.attachment.epoch, found, self.saves, self.covered)
         running_path = self.state_path.with_name(RUNNING_FILE_NAME)
@@ -219,7 +219,7 @@ class Session:
             path=running_path if running else self.state_path,
             tensors={n: t.detach().to("cpu", copy=True) for n, t in tensors.items()},
             description=self._described(description) | {WEIGHTS_KEY: asdict(weights)},
-            optimizer_step=optimizer.step_count,
+            optimizer_step=self.optimizer.step_count,
             supersedes=None if running else running_path,
         )
 

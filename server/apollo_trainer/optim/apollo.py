@@ -130,7 +130,7 @@ class Apollo(StatefulOptimizer):
         }  # fmt: skip
         check_group(defaults)
         self.impl: Impl = impl
-        self.measure = self.wrote = False
+        self.measure = False
         self.before_write: Callable[[], None] = lambda: None
         self.before_param_write: Callable[[Tensor], None] = lambda _: None
         self.last_update_norm: Tensor | None = None

@@ -47,6 +47,7 @@ class StatefulOptimizer(Optimizer):
         self.compat: Compat | None = compat
         self.regions, self.ranks = regions, ranks
         self.step_count = self.weights = 0
+        self.wrote = False
         self._slots: list[Slot] = []
         self._skipped_before = 0
         self._skipped: dict[torch.device, Tensor] = {}
@@ -126,6 +127,14 @@ class StatefulOptimizer(Optimizer):
         regions = self.state_regions()
         own = self.named_tensors()
         return {n: gathered(tensor, regions[n], self.ranks) for n, tensor in own.items()}, meta
+
+    def state_to_save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `named_state` gives, and before the first write, while it is all zero, no tensors.
+
+        The first step of all waits until its state is on disk.
+        """
+        begun = self.step_count or self.wrote
+        return self.named_state() if begun else ({}, self.description())
 
     def description(self) -> dict[str, Any]:
         """The metadata of `named_state`; the same on every rank."""

@@ -6,9 +6,9 @@ No outside data: what a model says of Portugal is what learning about a country 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from apollo_grpc.sidecar.v1 import weight_export_pb2 as export_pb
@@ -153,16 +153,16 @@ class SelfMade:
         return self._written([(begin,)], most)
 
     def _written(self, contexts: Sequence[Ids], most: int) -> list[TokenizedSample]:
-        begun = list(islice(self._branched(contexts, most), most))
+        begun = self._branched(contexts, most)
         answers = self._asked([(*context, head) for context, head in begun], TEXT_TOKENS)
         pairs = zip(begun, answers, strict=True)
         return [TokenizedSample(context, (head, *said)) for (context, head), said in pairs]
 
-    def _branched(self, contexts: Sequence[Ids], most: int) -> Iterator[tuple[Ids, int]]:
+    def _branched(self, contexts: Sequence[Ids], most: int) -> list[tuple[Ids, int]]:
         """The likeliest tokens after the contexts: of each the first, of each the second, ..."""
         heads = self._likeliest(contexts, -(-most // len(contexts))) if most else ()
-        for each in zip(*heads, strict=False):
-            yield from zip(contexts, each, strict=True)
+        begun = (zip(contexts, each, strict=True) for each in zip(*heads, strict=False))
+        return list(islice(chain.from_iterable(begun), most))
 
     def _subjects(self, template: Template) -> dict[Ids, Ids]:
         """Subjects that the model comes to, and what it says of each.

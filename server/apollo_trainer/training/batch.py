@@ -96,13 +96,12 @@ def plan_batches(
         groups.setdefault((frozen, -1 if frozen else index), []).append(index)
     planner = _Planner(samples, token_budget, mixing, PASS_TOKENS.get(device))
 
-    def lengths(group: list[int]) -> tuple[int, int]:
-        learned = (len(samples[index].continuation_ids) for index in group)
-        return len(frozen_context(samples[group[0]])), max(learned)
+    def lengths(key: tuple[TokenIds, int]) -> tuple[int, int]:
+        return len(key[0]), max(len(samples[index].continuation_ids) for index in groups[key])
 
     # Contexts of like length next to each other, and of these such continuations: little is padded.
-    for group in sorted(groups.values(), key=lengths):
-        planner.add(group)
+    for key in sorted(groups, key=lengths):
+        planner.add(groups[key])
     batches = [planner.batch(indices) for indices in planner.cut()]
     following = [*batches[1:], None]
     return [
